@@ -1,0 +1,42 @@
+"""What must hold between recipes on any device."""
+
+import pytest
+
+from qlora_lowmem.gate.cases import Matrix
+
+# (less, more, why)
+RELATIONS = [
+    ("r8", "baseline", "half the rank: half the adapters, gradients and optimizer state"),
+    ("seq1024", "baseline", "half the tokens: half the activations"),
+    ("checkpointing", "baseline", "one layer's activations instead of all"),
+    ("targets-qv", "baseline", "no adapters on k and o, and no inputs kept for them"),
+    ("fused-loss", "baseline", "no (seq, vocabulary) logits in fp32"),
+    ("optimised", "checkpointing", "half the tokens, no logits"),
+    ("seq512", "optimised", "half the tokens"),
+    ("seq256", "seq512", "half the tokens again"),
+    ("r4", "optimised", "half the rank"),
+    ("optimised-qv", "optimised", "adapters on two projections instead of four"),
+]
+
+
+def _allocated(matrix: Matrix, name: str) -> int:
+    profile = matrix[name].profile
+    assert profile is not None, f"{name} has no peak: {matrix[name].failure or matrix[name].out_of_memory}"
+    return profile.peak_allocated_bytes
+
+
+@pytest.mark.parametrize(("less", "more", "why"), RELATIONS, ids=[f"{a}<{b}" for a, b, _ in RELATIONS])
+def test_less_memory(matrix: Matrix, less: str, more: str, why: str) -> None:
+    assert _allocated(matrix, less) < _allocated(matrix, more), why
+
+
+def test_accumulation_costs_no_memory(matrix: Matrix) -> None:
+    """Twice the accumulation is twice the tokens a step at the same peak: gradients are summed in place."""
+    assert _allocated(matrix, "accumulation16") == _allocated(matrix, "optimised")
+
+
+def test_sequence_dominates_without_checkpointing(matrix: Matrix) -> None:
+    """Activations grow with the tokens: half of them save at least 40 % of what the base model does not take."""
+    base = next(phase for phase in matrix["baseline"].profile.phases if phase.name == "load").allocated  # type: ignore[union-attr]
+    whole, half = _allocated(matrix, "baseline") - base, _allocated(matrix, "seq1024") - base
+    assert half < 0.6 * whole

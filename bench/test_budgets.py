@@ -1,0 +1,40 @@
+"""Every recipe stays under its budget, or is known not to fit and says what it would need."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from matrix_recipes import ORDER
+
+from qlora_lowmem.gate.cases import Matrix
+from qlora_lowmem.units import format_bytes, parse_bytes
+
+BUDGETS = yaml.safe_load((Path(__file__).parent / "budgets.yaml").read_text(encoding="utf-8"))
+SIX_GB = 6 * 2**30
+
+
+def test_every_recipe_has_a_budget() -> None:
+    assert list(BUDGETS) == ORDER
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_budget(matrix: Matrix, name: str) -> None:
+    result, budget = matrix[name], BUDGETS[name]
+    assert result.failure is None, result.failure
+    assert result.profile is not None, f"no peak: {result.out_of_memory}"
+    if not budget["fits"]:
+        if result.profile.total_bytes > SIX_GB and result.fits:
+            assert result.profile.peak_device_bytes > SIX_GB, "it fits 6 GB now: give it a budget"
+        else:
+            assert not result.fits, "it fits now: give it a budget"
+            assert result.out_of_memory is not None
+        return
+    assert result.fits, f"does not fit {result.card}: {result.out_of_memory}"
+    for what, peak in (
+        ("allocated", result.profile.peak_allocated_bytes),
+        ("device", result.profile.peak_device_bytes),
+    ):
+        limit = parse_bytes(budget[what])
+        assert peak <= limit, (
+            f"{name}: {what} {format_bytes(peak)} is {format_bytes(peak - limit)} over its budget of {budget[what]}"
+        )

@@ -1,0 +1,86 @@
+"""Where a figure comes from: versions, device, commit, command, date. Imports no torch."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a recorded peak depends on; torch's with its CUDA build (`2.14.1+cu130`)."""
+    found = {"python": platform.python_version(), "qlora_lowmem": _version("qlora-lowmem")}
+    found |= {package: _version(package) for package in PACKAGES}
+    found["torch"] = torch_version() or found["torch"]
+    return found
+
+
+def torch_version() -> str | None:
+    """torch's full version with its build tag, read from its files; None where torch is not installed."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    match = re.search(r"__version__ = '([^']+)'", text)
+    return match.group(1) if match else None
+
+
+def commit() -> str:
+    """The commit of the checkout that this package runs from, `+changes` if it differs; `unknown` outside of one."""
+    folder = Path(__file__).resolve().parent
+    try:
+        head = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--", ":/src", ":/bench")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if changed else "")
+
+
+def command() -> str:
+    """The command that runs, as one would type it: `python -m qlora_lowmem.train ...`, `pytest bench/`."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        name = f"python -m {program.parent.name}"
+    elif program.suffix == ".py" and program.parent.name == "qlora_lowmem":
+        name = f"python -m qlora_lowmem.{program.stem}"
+    else:
+        name = program.name
+    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+
+
+def provenance_record(device: str, provenance: str, driver: str | None = None) -> dict[str, object]:
+    """All that a table needs to be believed or repeated, as plain data.
+
+    Args:
+        device: the card's name.
+        provenance: `virtual` or `measured`.
+        driver: the GPU driver's version; None where none was involved.
+    """
+    return {
+        "device": device,
+        "provenance": provenance,
+        "driver": driver or "none",
+        "versions": versions(),
+        "commit": commit(),
+        "command": command(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=20
+    ).stdout.strip()

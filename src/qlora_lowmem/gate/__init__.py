@@ -1,0 +1,1 @@
+"""Budgets on GPU memory as tests: cases, their verdicts, and the pytest plugin."""

@@ -1,0 +1,157 @@
+"""Benchmark cases: a recipe on a card, run once, whoever asks for it and however often."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
+from qlora_lowmem.memory.profile import MemoryProfile, Provenance
+from qlora_lowmem.recipe import Recipe, recipe_hash
+from qlora_lowmem.virtual_runs import RecipeRun, submit_recipe
+
+# Where a recipe that does not fit its card is run again, to say what it would need.
+ROOMY_BYTES = 80 * 10**9
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What a recipe came to on a card.
+
+    Attributes:
+        fits: it trained on the card itself.
+        profile: its peaks there; where it does not fit, the peaks with more room (a virtual card of the same kind with
+            80 GB; a real one without the cap), which say what it would need; None if that failed too.
+        out_of_memory: torch's message, if it ran out on the card.
+        failure: any other failure.
+    """
+
+    recipe: Recipe
+    card: str
+    provenance: Provenance
+    fits: bool
+    profile: MemoryProfile | None
+    out_of_memory: str | None = None
+    failure: str | None = None
+    trainable_parameters: int = 0
+
+    @property
+    def recipe_hash(self) -> str:
+        """Equal hashes are the same training job."""
+        return recipe_hash(self.recipe)
+
+
+class Runner(Protocol):
+    """Runs cases on one kind of device."""
+
+    def submit(self, recipe: Recipe) -> "Future[CaseResult]":
+        """Queue the case."""
+
+
+class VirtualRunner:
+    """Cases on a virtual card, each a process of its own."""
+
+    def __init__(self, server: virtual_gpu.Server, card: virtual_gpu.Card) -> None:
+        self._server = server
+        self._card = card
+
+    def submit(self, recipe: Recipe) -> "Future[CaseResult]":
+        """Run on the card and, if it is too small, on a roomy one of its kind."""
+        result: Future[CaseResult] = Future()
+
+        def done(first: "Future[RecipeRun]") -> None:
+            try:
+                run = first.result()
+                case = CaseResult(
+                    recipe,
+                    self._card.name,
+                    "virtual",
+                    fits=run.profile is not None and run.out_of_memory is None,
+                    profile=run.profile,
+                    out_of_memory=run.out_of_memory,
+                    failure=run.failure,
+                    trainable_parameters=run.trainable_parameters,
+                )
+                if run.out_of_memory is None:
+                    result.set_result(case)
+                    return
+                roomy = submit_recipe(self._server, recipe, self._card.with_memory(ROOMY_BYTES))
+                roomy.add_done_callback(lambda second: self._needs(case, second, result))
+            except BaseException as error:  # handed to whoever waits
+                result.set_exception(error)
+
+        submit_recipe(self._server, recipe, self._card).add_done_callback(done)
+        return result
+
+    @staticmethod
+    def _needs(case: CaseResult, second: "Future[RecipeRun]", result: "Future[CaseResult]") -> None:
+        try:
+            run = second.result()
+            profile = run.profile if run.out_of_memory is None else None
+            result.set_result(
+                replace(case, profile=profile, failure=run.failure, trainable_parameters=run.trainable_parameters)
+            )
+        except BaseException as error:  # handed to whoever waits
+            result.set_exception(error)
+
+
+class GpuRunner:
+    """Cases on the real GPU, one process at a time, by the command that people use."""
+
+    def __init__(self, vram_cap: str | None = None) -> None:
+        self._limit = ["--max-memory", vram_cap] if vram_cap else []
+
+    def submit(self, recipe: Recipe) -> "Future[CaseResult]":
+        """Run now: a GPU's memory is measured with one job on it."""
+        result: Future[CaseResult] = Future()
+        case = self._run(recipe, self._limit)
+        if case.out_of_memory is not None:
+            needs = self._run(recipe, []) if self._limit else None
+            case = replace(case, profile=needs.profile if needs is not None and needs.fits else None)
+        result.set_result(case)
+        return result
+
+    def _run(self, recipe: Recipe, limit: Sequence[str]) -> CaseResult:
+        with tempfile.TemporaryDirectory() as folder:
+            config, summary = Path(folder) / f"{recipe.name}.yaml", Path(folder) / "summary.json"
+            config.write_text(recipe.to_yaml(), encoding="utf-8")
+            command = [sys.executable, "-m", "qlora_lowmem.train", "--config", str(config), "--device", "cuda"]
+            command += ["--output-dir", str(Path(folder) / "out"), "--data", "synthetic", "--quiet", "--no-advice"]
+            done = subprocess.run(
+                [*command, "--json", str(summary), *limit], capture_output=True, text=True, check=False
+            )
+            if done.returncode not in (0, EXIT_DOES_NOT_FIT) or not summary.is_file():
+                last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+                return CaseResult(recipe, "cuda", "measured", fits=False, profile=None, failure=last[0])
+            content = json.loads(summary.read_text(encoding="utf-8"))
+        return CaseResult(
+            recipe,
+            content["device"],
+            "measured",
+            fits=content["fits"],
+            profile=MemoryProfile.from_dict(content),
+            out_of_memory=None if content["fits"] else content["failure"]["message"],
+            trainable_parameters=content.get("trainable_parameters", 0),
+        )
+
+
+class Matrix:
+    """The results of a set of recipes on one device. All are started at once; each is waited for when asked."""
+
+    def __init__(self, runner: Runner, recipes: Sequence[Recipe]) -> None:
+        self.recipes = tuple(recipes)
+        self._futures = {recipe.name: runner.submit(recipe) for recipe in recipes}
+
+    def __getitem__(self, name: str) -> CaseResult:
+        """The result of the recipe `name`, waiting until it is there."""
+        return self._futures[name].result()
+
+    def results(self) -> list[CaseResult]:
+        """Every result, in the order of the recipes."""
+        return [self[recipe.name] for recipe in self.recipes]

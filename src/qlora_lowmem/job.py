@@ -1,0 +1,191 @@
+"""A recipe made real: the 4-bit base, its adapters, the data, the optimizer and TRL's trainer, on one device."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from qlora_lowmem.dataset import TrainingData, synthetic_data
+from qlora_lowmem.memory.recorder import Recorder
+from qlora_lowmem.models.loading import assert_on_device, load_base
+from qlora_lowmem.models.precision import Precision
+from qlora_lowmem.models.sources import ModelSource
+from qlora_lowmem.models.targets import Targets, resolve_targets
+from qlora_lowmem.recipe import Recipe
+
+
+class LowMemTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
+    """TRL's trainer with the recipe's choice of loss; no model card of its own (`model_card.py` writes it)."""
+
+    def __init__(self, *args: Any, full_logits: bool, **kwargs: Any) -> None:
+        self._full_logits = full_logits
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """With full logits, the loss of transformers' `Trainer`: (batch, seq, vocabulary) logits, upcast to fp32."""
+        if not self._full_logits:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Left to the job, which knows the recipe and the measured peak."""
+
+
+class PhaseCallback(TrainerCallback):  # type: ignore[misc]
+    """Tell the recorder which step it is: the first creates the optimizer's state and the libraries' workspaces."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._steps = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called before the first micro-batch of an optimizer step."""
+        self._recorder.begin("first step" if self._steps == 0 else "steady")
+        self._steps += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the optimizer step."""
+        self._recorder.end()
+
+
+@dataclass
+class Job:
+    """Everything that a training run consists of, on its device and ready to train."""
+
+    recipe: Recipe
+    precision: Precision
+    targets: Targets
+    model: PeftModel
+    trainer: LowMemTrainer
+
+
+def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> int:
+    """Make the recipe's `max_memory` a real cap of the caching allocator, and return it in bytes.
+
+    The cap counts what the allocator takes: the limit less what already lies outside it (the CUDA context), and never
+    more than is free now. So the job fails with an out-of-memory error where a driver would begin to spill into
+    system memory (NVIDIA's Windows driver since 536.40).
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    limit = recipe.memory.memory_limit_bytes(total)
+    cap = min(limit - recorder.outside_allocator_bytes, recorder.room_bytes() + torch.cuda.memory_reserved(0))
+    torch.cuda.set_per_process_memory_fraction(max(cap, 0) / total, 0)
+    return cap
+
+
+def build_job(
+    recipe: Recipe,
+    source: ModelSource,
+    precision: Precision,
+    data: TrainingData | None,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    callbacks: list[TrainerCallback],
+    output_dir: Path,
+    save: bool,
+) -> Job:
+    """Load the base model, add adapters and make the trainer. `data` is None for synthetic samples.
+
+    Raises:
+        UsageError: target modules that the model does not have; weights that cannot be found.
+        torch.cuda.OutOfMemoryError: it does not fit.
+    """
+    transformers.set_seed(recipe.schedule.seed)
+    model = load_base(recipe, source, precision.compute, device)
+    targets = resolve_targets(model, recipe.lora.target_modules)
+    if data is None:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        data = synthetic_data(recipe, vocabulary, _samples_needed(recipe))
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=recipe.lora.lora_r,
+            lora_alpha=recipe.lora.lora_alpha,
+            lora_dropout=recipe.lora.lora_dropout,
+            target_modules=list(targets.names),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL warns of choices that the recipe states on purpose
+        trainer = LowMemTrainer(
+            model=adapted,
+            args=training_arguments(
+                recipe, precision, data, device, output_dir, model_type=model.config.model_type, save=save
+            ),
+            train_dataset=data.dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            full_logits=recipe.memory.loss == "full",
+        )
+    # TRL casts a quantised model's adapters to bf16; the recipe decides.
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(precision.adapter)
+    trainer.remove_callback(PrinterCallback)
+    assert_on_device(adapted, device)
+    return Job(recipe, precision, targets, adapted, trainer)
+
+
+def _samples_needed(recipe: Recipe) -> int:
+    steps = recipe.schedule.max_steps or 2
+    return steps * recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps
+
+
+def training_arguments(
+    recipe: Recipe,
+    precision: Precision,
+    data: TrainingData,
+    device: torch.device,
+    output_dir: Path,
+    *,
+    model_type: str,
+    save: bool,
+) -> SFTConfig:
+    """The recipe in TRL's words. Every argument that bears on memory is named, since TRL's defaults hide some."""
+    on_cpu = device.type == "cpu"
+    return SFTConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=recipe.batch.batch_size,
+        gradient_accumulation_steps=recipe.batch.gradient_accumulation_steps,
+        max_length=recipe.batch.max_seq_length,
+        packing=recipe.batch.packing,
+        assistant_only_loss=data.assistant_only_loss,
+        completion_only_loss=data.completion_only_loss,
+        gradient_checkpointing=recipe.memory.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.memory.gradient_checkpointing else None,
+        activation_offloading=recipe.memory.activation_offloading,
+        optim=recipe.optimizer.optimizer,
+        learning_rate=recipe.optimizer.learning_rate,
+        weight_decay=recipe.optimizer.weight_decay,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        lr_scheduler_type=recipe.optimizer.lr_scheduler,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        max_steps=recipe.schedule.max_steps or -1,
+        num_train_epochs=recipe.schedule.num_epochs,
+        seed=recipe.schedule.seed,
+        logging_steps=recipe.schedule.logging_steps,
+        save_strategy="steps" if save else "no",
+        save_steps=recipe.schedule.save_steps,
+        save_total_limit=recipe.schedule.save_total_limit,
+        dataloader_num_workers=recipe.dataloader.dataloader_workers,
+        dataloader_pin_memory=recipe.dataloader.pin_memory and not on_cpu,
+        bf16=precision.compute is torch.bfloat16,
+        fp16=precision.compute is torch.float16,
+        tf32=None,
+        use_cpu=on_cpu,
+        report_to="none",
+        disable_tqdm=True,
+        # Granite hybrids declare a router loss but not `num_experts`, which TRL 1.16 reads: AttributeError.
+        router_aux_loss_coef=0.0 if model_type == "granitemoehybrid" else None,
+    )

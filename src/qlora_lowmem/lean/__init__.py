@@ -1,0 +1,9 @@
+"""Training steps that need less memory, with the same loss and gradients: one idea a file.
+
+`apply_lean` switches them on in a model. The arithmetic that justifies an idea stands at the top of its file.
+"""
+
+from .apply import apply_lean
+from .options import Checkpointing, Idea, LeanOptions, LeanReport
+
+__all__ = ["Checkpointing", "Idea", "LeanOptions", "LeanReport", "apply_lean"]

@@ -1,0 +1,219 @@
+"""Causal attention of one tile of queries to everything before it, with exact gradients of keys and values.
+
+For S tokens of Granite-4.0-H-1B (12 heads, 4 KV heads of 128) queries and outputs are 3 KiB a token each, and their
+gradients as much again; keys and values are 1 KiB a token each. So only keys and values exist for the whole sequence,
+in the model's dtype and never repeated per query head, and queries come a tile at a time.
+
+Softmax over a row of keys splits over blocks of keys: each block gives its output and the logarithm of its sum of
+exponentials (LSE), and two blocks merge exactly. The backward of a block needs only the final output and the final
+LSE (Dao, "FlashAttention-2", 2023, section 3.1; as Liu et al., "Ring Attention", 2023, split it), so it also goes block
+by block. That matters with grouped heads: PyTorch's flash backward first writes dK and dV once per *query* head, 6 KiB
+a key: 768 MiB at 131,072 keys, 12 MiB for a block of 2,048. Their sums over tiles of queries are kept in fp32 (4 KiB a
+token), because a sum of hundreds of terms in bf16 loses the small ones.
+
+A block runs in PyTorch's flash kernel on a GPU in half precision, else in plain products. A padding mask takes the
+plain products, a smaller block at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+# Keys that one call of the flash backward takes: 2 x 2,048 x 12 x 128 x 2 bytes = 12 MiB of expanded dK and dV.
+_FLASH_KEYS = 2048
+# Keys of one plain block: 12 heads x 512 queries x 256 keys x 4 bytes = 6 MiB a temporary, of which three live at once.
+_PLAIN_KEYS = 256
+
+
+class KeyValues:
+    """Keys and values of a whole sequence, and the gradients that tiles of queries add to them.
+
+    Args:
+        seq: length of the whole sequence.
+        scale: of the scores.
+        valid: (batch, seq) bool, False where a token is padding, or None.
+    """
+
+    # (batch, seq, kv_heads, head_dim) in memory is what the flash kernel reads; it is passed transposed. Made by the
+    # first write, which knows the dtype.
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, seq: int, scale: float, valid: Tensor | None = None) -> None:
+        self.seq = seq
+        self._written = False
+        self.grad_keys: Tensor | None = None
+        self.grad_values: Tensor | None = None
+        self.scale = scale
+        self.valid = valid
+
+    def write(self, start: int, k: Tensor, v: Tensor) -> None:
+        """Set rows from `start`; k and v (batch, tile, kv_heads, head_dim)."""
+        if not self._written:
+            self._written = True
+            self.keys = k.new_empty(k.shape[0], self.seq, *k.shape[2:])
+            self.values = torch.empty_like(self.keys)
+        self.keys[:, start : start + k.shape[1]] = k
+        self.values[:, start : start + v.shape[1]] = v
+
+    def attend(self, start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Output of the queries at `start`; all keys up to the tile's last must have been written.
+
+        In backward, tiles must be walked from the last to the first: the gradient that k and v receive is the sum of
+        what this tile and the tiles after it contribute.
+
+        Args:
+            start: position of the tile.
+            q: (batch, tile, heads, head_dim).
+            k: (batch, tile, kv_heads, head_dim): the tile's own keys, as the graph knows them.
+            v: as k.
+
+        Returns:
+            (batch, tile, heads, head_dim) in q's dtype.
+        """
+        return _Attend.apply(q, k, v, self, start)  # type: ignore[no-any-return, no-untyped-call]
+
+    def blocks(self, start: int, stop: int, keys: int) -> list[tuple[int, int]]:
+        """Blocks of at most `keys` keys that a tile [start, stop) attends to, its own last."""
+        past = [(first, min(first + keys, start)) for first in range(0, start, keys)]
+        return [*past, (start, stop)]
+
+    def accumulate(self, span: slice, grad_k: Tensor, grad_v: Tensor) -> None:
+        if self.grad_keys is None or self.grad_values is None:
+            self.grad_keys = torch.zeros_like(self.keys, dtype=torch.float32)
+            self.grad_values = torch.zeros_like(self.values, dtype=torch.float32)
+        self.grad_keys[:, span] += grad_k.transpose(1, 2)
+        self.grad_values[:, span] += grad_v.transpose(1, 2)
+
+    def take_gradients(self, span: slice) -> tuple[Tensor, Tensor]:
+        assert self.grad_keys is not None
+        assert self.grad_values is not None
+        return self.grad_keys[:, span], self.grad_values[:, span]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, start: int) -> Tensor:
+        del k, v  # they are in the cache; as arguments they only receive gradients
+        stop = start + q.shape[1]
+        with torch.autocast(q.device.type, enabled=False):
+            heads_first = q.transpose(1, 2)
+            flash = _can_use_flash(heads_first, cache)
+            merged: tuple[Tensor, Tensor] | None = None
+            # The flash forward needs no memory that grows with the keys: one call for all of the past.
+            for first, last in cache.blocks(start, stop, max(start, 1) if flash else _PLAIN_KEYS):
+                block = _Block(cache, first, last, causal_from=start)
+                part = block.flash_forward(heads_first)[:2] if flash else block.plain_forward(heads_first)
+                merged = part if merged is None else _merge(merged, part)
+        assert merged is not None
+        out = merged[0].to(q.dtype).transpose(1, 2)
+        ctx.save_for_backward(q, out, merged[1])
+        ctx.cache, ctx.start, ctx.flash = cache, start, flash
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, out, lse = ctx.saved_tensors
+        cache, start = ctx.cache, ctx.start
+        stop = start + q.shape[1]
+        with torch.autocast(q.device.type, enabled=False):
+            heads_first, out, grad_out = q.transpose(1, 2), out.transpose(1, 2), grad_out.transpose(1, 2)
+            grad_q = torch.zeros_like(heads_first, dtype=torch.float32)
+            for first, last in cache.blocks(start, stop, _FLASH_KEYS if ctx.flash else _PLAIN_KEYS):
+                block = _Block(cache, first, last, causal_from=start)
+                backward = block.flash_backward if ctx.flash else block.plain_backward
+                part, grad_k, grad_v = backward(heads_first, out, lse, grad_out)
+                grad_q += part
+                cache.accumulate(slice(first, last), grad_k, grad_v)
+        grad_k, grad_v = cache.take_gradients(slice(start, stop))
+        return grad_q.transpose(1, 2).to(q.dtype), grad_k.to(q.dtype), grad_v.to(q.dtype), None, None
+
+
+def _can_use_flash(q: Tensor, cache: KeyValues) -> bool:
+    if cache.valid is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    k, v = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
+    # Multiples of 8 only: PyTorch pads other head sizes in a layer above the operator that is called here.
+    return q.shape[-1] % 8 == 0 and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
+
+
+def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Outputs (b, h, l, d) and LSEs (b, h, l) over two disjoint sets of keys, as over both."""
+    lse = torch.logaddexp(one[1], other[1])
+    # Where no key was visible in either, both LSEs are -inf, their difference is not a number, and the output is 0.
+    weights = [(part - lse).exp().nan_to_num_(0.0)[..., None] for part in (one[1], other[1])]
+    return (one[0] * weights[0]).addcmul_(other[0], weights[1]), lse
+
+
+class _Block:
+    """A block of keys seen by a tile of queries. q, out and gradients are (batch, heads, tile, head_dim)."""
+
+    def __init__(self, cache: KeyValues, first: int, last: int, causal_from: int) -> None:
+        self.k = cache.keys[:, first:last].transpose(1, 2)
+        self.v = cache.values[:, first:last].transpose(1, 2)
+        self.valid = None if cache.valid is None else cache.valid[:, first:last]
+        self.scale = cache.scale
+        self.causal = first == causal_from  # the tile's own keys; all earlier ones are visible to every query
+
+    def flash_forward(self, q: Tensor) -> Any:
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            q, self.k, self.v, 0.0, self.causal, False, scale=self.scale
+        )
+
+    def flash_backward(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        no_seed = torch.empty(0, dtype=torch.uint64, device=q.device)  # dropout is 0: it is not read
+        sizes = (None, None, q.shape[2], self.k.shape[2])
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+            grad_out, q, self.k, self.v, out, lse, *sizes, 0.0, self.causal, no_seed, no_seed, scale=self.scale
+        )
+
+    def _grouped(self, t: Tensor) -> Tensor:
+        """(batch, heads, tile, d) as (batch, kv_heads, heads/kv_heads * tile, d) in fp32: keys are not repeated."""
+        batch, _, _, width = t.shape
+        return t.float().reshape(batch, self.k.shape[1], -1, width)
+
+    def _scores(self, q: Tensor) -> Tensor:
+        """(batch, kv_heads, heads/kv_heads * tile, keys) fp32, -inf where a key is not visible."""
+        scores = (self._grouped(q) * self.scale) @ self.k.float().transpose(-1, -2)
+        tile, keys = q.shape[2], self.k.shape[2]
+        by_query = scores.view(*scores.shape[:2], -1, tile, keys)
+        if self.causal:
+            hidden = torch.ones(tile, keys, dtype=torch.bool, device=q.device).triu_(1)
+            by_query.masked_fill_(hidden, float("-inf"))
+        if self.valid is not None:
+            by_query.masked_fill_(~self.valid[:, None, None, None, :], float("-inf"))
+        return scores
+
+    def plain_forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q)
+        lse = scores.logsumexp(-1)
+        weights = scores.sub_(lse[..., None]).exp_()
+        if self.valid is not None:
+            weights.nan_to_num_(0.0)  # a query that sees no key
+        out = weights @ self.v.float()
+        return out.view(q.shape), lse.view(q.shape[:-1])
+
+    def plain_backward(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With P = exp(S - LSE): dV = Pᵀ dO, dS = P * (dO Vᵀ - rowsum(dO * O)), dQ = dS K, dK = dSᵀ Q."""
+        scores = self._scores(q)
+        weights = scores.sub_(lse.reshape(*scores.shape[:-1], 1)).exp_()
+        if self.valid is not None:
+            weights.nan_to_num_(0.0)
+        grad = self._grouped(grad_out)
+        grad_v = weights.transpose(-1, -2) @ grad
+        delta = (grad * self._grouped(out)).sum(-1, keepdim=True)
+        grad_scores = (grad @ self.v.float().transpose(-1, -2)).sub_(delta).mul_(weights).mul_(self.scale)
+        grad_k = grad_scores.transpose(-1, -2) @ self._grouped(q)
+        grad_q = grad_scores @ self.k.float()
+        return grad_q.view(q.shape), grad_k, grad_v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (batch, tile, heads, head_dim); cos and sin (1 or batch, tile, head_dim).
+
+    Mirrors `apply_rotary_pos_emb` of transformers (Su et al., "RoFormer", 2021, equation 34, halves interleaved).
+    """
+    first, second = x.chunk(2, -1)
+    return x * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]

@@ -1,0 +1,112 @@
+"""Mamba's short causal convolution with SiLU, over one tile, in the layout that the projection writes.
+
+The plain path transposes to (batch, channels, seq), pads, convolves and applies SiLU: under autograd it keeps the
+input, the convolution's output and its SiLU, and each transposition is a copy: about 8 bytes a channel and token in
+bf16. With d_conv = 4 taps the convolution is four shifted products, which need no transposition. Kept for backward:
+the input (a view into the projection's output, which other views keep alive anyway) and the previous tile's last
+d_conv - 1 rows. fp32 temporaries are bounded by blocks of rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .norms import row_blocks
+
+
+def causal_conv_silu(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`silu(conv(x) + bias)` for a depthwise causal convolution that continues after `tail`.
+
+    Mirrors `causal_conv1d_fn` of transformers' Granite hybrid with `activation="silu"`, computed in fp32 and rounded
+    once.
+
+    Args:
+        x: (batch, seq, channels), may be a view.
+        tail: (batch, taps - 1, channels): the inputs before x; zeros at the start of a sequence.
+        weight: (channels, taps).
+        bias: (channels,) or None.
+
+    Returns:
+        (batch, seq, channels) in x's dtype, contiguous.
+    """
+    return _CausalConvSiLU.apply(x, tail, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def next_tail(x: Tensor, tail: Tensor) -> Tensor:
+    """The last `tail.shape[1]` rows of `tail` followed by x: what the next tile continues after. A copy, so that it
+    does not keep the projection's output alive."""
+    rows = tail.shape[1]
+    if x.shape[1] >= rows:
+        return x[:, x.shape[1] - rows :].clone()
+    return torch.cat([tail[:, x.shape[1] :], x], 1)
+
+
+def _window(x: Tensor, tail: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start - taps + 1, stop) of x in fp32, where rows before 0 come from the tail."""
+    rows = tail.shape[1]
+    first = start - rows
+    if first >= 0:
+        return x[:, first:stop].float()
+    return torch.cat([tail[:, first + rows :], x[:, :stop]], 1).float()
+
+
+def _preactivation(window: Tensor, weight: Tensor, bias: Tensor | None, length: int) -> Tensor:
+    taps = weight.shape[1]
+    out = window[:, taps - 1 :] * weight[:, taps - 1]
+    for tap in range(taps - 1):
+        out.addcmul_(window[:, tap : tap + length], weight[:, tap])
+    return out if bias is None else out.add_(bias)
+
+
+class _CausalConvSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        batch, seq, channels = x.shape
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        taps = weight.float()
+        blocks = row_blocks(seq, batch * channels)
+        for start in blocks:
+            stop = min(start + blocks.step, seq)
+            pre = _preactivation(_window(x, tail, start, stop), taps, bias, stop - start)
+            out[:, start:stop] = F.silu(pre, inplace=True)
+        ctx.save_for_backward(x, tail, weight, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        x, tail, weight, bias = ctx.saved_tensors
+        batch, seq, channels = x.shape
+        taps, rows = weight.float(), tail.shape[1]
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_weight = torch.zeros_like(taps) if ctx.needs_input_grad[2] else None
+        grad_bias = taps.new_zeros(channels) if bias is not None and ctx.needs_input_grad[3] else None
+        # A block's rows also feed the block after it: what reaches back by `rows` is carried to the block before,
+        # and from the first block into the tail. So the blocks are walked from the last.
+        reaching_back = torch.zeros(batch, rows, channels, dtype=torch.float32, device=x.device)
+        blocks = row_blocks(seq, batch * channels)
+        for start in reversed(blocks):
+            stop = min(start + blocks.step, seq)
+            length = stop - start
+            window = _window(x, tail, start, stop)
+            pre = _preactivation(window, taps, bias, length)
+            grad = torch.ops.aten.silu_backward(grad_out[:, start:stop].float(), pre)
+            del pre
+            if grad_weight is not None:
+                for tap in range(rows + 1):
+                    grad_weight[:, tap] += (grad * window[:, tap : tap + length]).sum((0, 1))
+            if grad_bias is not None:
+                grad_bias += grad.sum((0, 1))
+            wide = torch.zeros_like(window)
+            for tap in range(rows + 1):
+                wide[:, tap : tap + length].addcmul_(grad, taps[:, tap])
+            wide[:, length:] += reaching_back
+            grad_x[:, start:stop] = wide[:, rows:]
+            reaching_back = wide[:, :rows].clone()
+        return (
+            grad_x,
+            reaching_back.to(tail.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+        )

@@ -1,0 +1,109 @@
+"""The ideas that are general, for causal language models that have no adapter of their own.
+
+The loss by tiles needs a backbone, a plain LM head and logits that are at most scaled. The RMSNorm needs a module that
+computes what ours computes: tried on random rows, because families differ (Gemma multiplies by 1 + weight) and names
+do not say how.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loss import IGNORE_INDEX, DenseHead, HeadOptions, token_log_probs
+from .norms import rms_norm
+from .options import Idea, LeanOptions
+
+
+def patch_rms_norms(model: nn.Module) -> Idea:
+    """Give every RMSNorm that computes what ours does our forward."""
+    name, patched, other = "rms_norm", 0, set()
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm") or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if isinstance(eps, float) and _computes_rms_norm(module, eps):
+            module.forward = types.MethodType(functools.partial(_norm_forward, eps=eps), module)
+            patched += 1
+        else:
+            other.add(type(module).__name__)
+    if not patched:
+        return Idea(name, False, f"no RMSNorm that is known ({', '.join(sorted(other)) or 'none in the model'})")
+    rest = f"; not known: {', '.join(sorted(other))}" if other else ""
+    return Idea(name, True, f"{patched} norms{rest}")
+
+
+def _norm_forward(self: Any, hidden_states: Tensor, *, eps: float) -> Tensor:
+    return rms_norm(hidden_states, self.weight, eps)
+
+
+@torch.no_grad()
+def _computes_rms_norm(module: Any, eps: float) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight = module.weight
+    rows = torch.randn(4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    held = weight.detach().clone()
+    # Weights of one cannot tell w from another function of w that is one there.
+    weight.copy_(torch.rand(weight.shape, generator=generator) + 0.5)
+    try:
+        return torch.allclose(module(rows).float(), rms_norm(rows, weight, eps).float(), rtol=2e-2, atol=1e-3)
+    finally:
+        weight.copy_(held)
+
+
+def patch_loss(causal: Any, options: LeanOptions) -> Idea:
+    """Compute the loss by tiles wherever labels are given and the model only scales its logits."""
+    name, config, head = "loss", causal.config, causal.get_output_embeddings()
+    backbone = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
+    if type(head) is not nn.Linear or head.bias is not None:
+        return Idea(name, False, f"the LM head is a {type(head).__name__}, not a plain Linear without bias")
+    if backbone is None or backbone is causal:
+        return Idea(name, False, f"{type(causal).__name__} has no backbone of its own to take hidden states from")
+    unknown = [k for k in ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "output_multiplier")
+               if getattr(config, k, None) is not None]  # fmt: skip
+    if unknown:
+        return Idea(name, False, f"the config transforms logits in a way that is not known here: {', '.join(unknown)}")
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None and "granite" not in config.model_type:
+        return Idea(name, False, f"logits_scaling of model type {config.model_type!r} may multiply or divide")
+    head_options = HeadOptions(1.0 if scaling is None else 1 / scaling, options.loss_tile_bytes)
+    plain = causal.forward
+    forward = functools.partial(_loss_forward, plain=plain, options=head_options)
+    causal.forward = types.MethodType(functools.wraps(type(causal).forward)(forward), causal)
+    return Idea(name, True, f"logits in tiles of at most {options.loss_tile_bytes} bytes")
+
+
+def _loss_forward(
+    self: Any, *args: Any, plain: Callable[..., Any], options: HeadOptions, labels: Tensor | None = None, **kwargs: Any
+) -> Any:
+    if labels is None or kwargs.get("output_router_logits") or kwargs.get("past_key_values") is not None:
+        return plain(*args, **kwargs, **({} if labels is None else {"labels": labels}))
+    items, shifted = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+    output = getattr(self, self.base_model_prefix)(*args, **kwargs | {"use_cache": False, "return_dict": True})
+    if shifted is None:
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    weight = self.get_output_embeddings().weight
+    trained = weight if weight.requires_grad else None
+    log_probs, _, _ = token_log_probs(
+        output.last_hidden_state, shifted, DenseHead(weight), lambda rows: rows * 1, options, trained
+    )
+    if items is None:
+        items = (shifted != IGNORE_INDEX).sum()
+    output["loss"] = -log_probs.sum() / items
+    return output
+
+
+def enable_checkpointing(model: Any, options: LeanOptions) -> Idea:
+    """One checkpoint a layer, as the model itself offers it."""
+    name = "checkpointing"
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return Idea(name, False, f"{type(model).__name__} does not support gradient checkpointing")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if options.checkpointing == "layer":
+        return Idea(name, True, "one a layer, by the model's own gradient_checkpointing_enable")
+    return Idea(
+        name, True, f"one a layer: {options.checkpointing!r} needs layers in tiles, which this model does not have"
+    )

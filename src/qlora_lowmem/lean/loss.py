@@ -1,0 +1,223 @@
+"""The LM head and its loss a tile of tokens at a time: the logits of a whole sequence never exist.
+
+Granite's vocabulary of 100,352 makes a token's logits 196 KiB in bf16 and 392 KiB in the fp32 that the loss needs; for
+1,024 tokens, 588 MiB, and as much again for gradients. A tile holds one bf16 and one fp32 buffer, 6 bytes a token and
+word: 64 MiB is 111 tokens.
+
+A token's log-probability depends on its own hidden row only, so its gradient is a row, scaled by what arrives at that
+log-probability. Forward therefore computes the row while the tile's logits exist (two products a tile in all, where
+recomputing in backward needs three), and backward only scales: whatever loss is built on the log-probabilities, its
+gradient is exact. Kept for backward: those rows, one residual tensor, which becomes the gradient in place. The final
+norm is part of the tile, so its output does not exist for the whole sequence either.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+_ENTROPY_ROWS = 8  # a temporary of 8 x 100,352 x 4 bytes = 3 MiB
+
+
+class Head(Protocol):
+    """An output embedding that can be multiplied with a few rows at a time."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of words."""
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of the vocabulary with their weight (words, hidden) in dtype."""
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """A plain weight (vocabulary, hidden): one tile, the weight itself."""
+
+    weight: Tensor
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, self.vocabulary), self.weight.detach().to(dtype)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What the head computes with.
+
+    logit_scale multiplies the logits (1 / `logits_scaling` for Granite). tile_bytes bounds the logits of one tile.
+    Entropies are computed only where asked for: they cost one more temporary of the tile.
+    """
+
+    logit_scale: float = 1.0
+    tile_bytes: int = 64 * 2**20
+    entropy: bool = False
+
+    def tile_length(self, vocabulary: int, dtype: torch.dtype) -> int:
+        """Tokens whose fp32 logits and logits in dtype fit into tile_bytes, at least one."""
+        per_token = vocabulary * (4 + (0 if dtype == torch.float32 else dtype.itemsize))
+        return max(1, self.tile_bytes // per_token)
+
+
+def token_log_probs(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    norm: Callable[[Tensor], Tensor],
+    options: HeadOptions,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each label, without the logits. Zero where the label is -100.
+
+    Mirrors `ForCausalLMLoss` of transformers (fp32 softmax) and the per-token outputs of TRL's fused LM head.
+
+    Args:
+        hidden: (batch, seq, hidden), before the final norm.
+        labels: (batch, seq), already shifted: what each position is to predict.
+        head: the output embedding.
+        norm: the final norm, with frozen parameters (pass normed rows and `lambda x: x` where it is trained).
+        options: scale, tile size, entropy.
+        weight: the head's (vocabulary, hidden) parameter, where it is trained; it then receives a gradient.
+
+    Returns:
+        log_probs, entropies (zero unless asked for; no gradient) and is_top1 (bool), each (batch, seq).
+    """
+    gradient = torch.is_grad_enabled() and (hidden.requires_grad or (weight is not None and weight.requires_grad))
+    return _TokenLogProbs.apply(  # type: ignore[no-any-return, no-untyped-call]
+        hidden, weight, labels, head, norm, options, gradient
+    )
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        labels: Tensor,
+        head: Head,
+        norm: Callable[[Tensor], Tensor],
+        options: HeadOptions,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = hidden.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+        rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # the rest of a prompt costs nothing
+        log_probs = torch.zeros(targets.shape, dtype=torch.float32, device=device)
+        entropies, is_top1 = torch.zeros_like(log_probs), torch.zeros_like(targets, dtype=torch.bool)
+        wants_hidden = gradient and hidden.requires_grad
+        row_gradients = torch.zeros_like(rows) if wants_hidden else None
+        wants_weight = gradient and weight is not None and weight.requires_grad
+        if wants_weight and weight is not None:
+            # A trained head: its gradient needs the loss's scale, so it is recomputed tile by tile in backward.
+            ctx.weight_call = (rows, targets, scored, head, norm, options, dtype)
+        with torch.autocast(device.type, enabled=False):
+            for index in scored.split(options.tile_length(head.vocabulary, dtype)):
+                tile = _Tile(rows[index], targets[index], head, norm, options, dtype, wants_hidden)
+                log_probs[index] = tile.log_probs
+                is_top1[index] = tile.is_top1
+                if tile.entropies is not None:
+                    entropies[index] = tile.entropies
+                if row_gradients is not None:
+                    row_gradients[index] = tile.row_gradient()
+                del tile
+        ctx.row_gradients, ctx.shape = row_gradients, hidden.shape
+        ctx.wants_weight = wants_weight
+        ctx.mark_non_differentiable(entropies, is_top1)
+        return log_probs.view(labels.shape), entropies.view(labels.shape), is_top1.view(labels.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad_weight = None
+        if ctx.wants_weight:
+            grad_weight = _weight_gradient(grad.reshape(-1), *ctx.weight_call)
+        grad_hidden = None
+        if ctx.row_gradients is not None:
+            # In place: a second backward through the same graph would find scaled rows, so they are taken.
+            grad_hidden, ctx.row_gradients = ctx.row_gradients, None
+            grad_hidden = grad_hidden.mul_(grad.reshape(-1, 1)).view(ctx.shape)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+class _Tile:
+    """Some scored tokens: their logits, and what is computed from them while they exist."""
+
+    def __init__(
+        self,
+        rows: Tensor,
+        targets: Tensor,
+        head: Head,
+        norm: Callable[[Tensor], Tensor],
+        options: HeadOptions,
+        dtype: torch.dtype,
+        gradient: bool,
+    ) -> None:
+        self.head, self.targets, self.scale, self.dtype = head, targets, options.logit_scale, dtype
+        with torch.set_grad_enabled(gradient):
+            self.rows = rows.detach().requires_grad_(gradient)
+            self.normed = norm(self.rows)
+        self.inputs = self.normed.detach().to(dtype)
+        self.logits = logits = self.inputs.new_empty(len(rows), head.vocabulary)
+        for part, weight in head.tiles(dtype):
+            if part.stop - part.start == head.vocabulary:
+                torch.mm(self.inputs, weight.t(), out=logits)
+            else:
+                logits[:, part] = self.inputs @ weight.t()
+        # From here on one fp32 buffer: scaled logits, then exponentials, then probabilities.
+        wide = logits.float() if dtype != torch.float32 else logits.clone() if options.entropy else logits
+        wide.mul_(self.scale)
+        largest, best = wide.max(-1, keepdim=True)
+        target = wide.gather(1, targets[:, None])
+        total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
+        log_sum = total.log().add_(largest)
+        self.log_probs = (target - log_sum).squeeze(1)
+        self.is_top1 = best.squeeze(1) == targets
+        self.probabilities = wide.div_(total)
+        self.entropies: Tensor | None = None
+        if options.entropy:  # -sum p log p = log Z - sum p z
+            pairs = zip(wide.split(_ENTROPY_ROWS), logits.split(_ENTROPY_ROWS), strict=True)
+            expected = torch.cat([(p * z).sum(-1) for p, z in pairs]).mul_(self.scale)
+            self.entropies = log_sum.squeeze(1) - expected
+
+    def logit_gradient(self) -> Tensor:
+        """(tokens, vocabulary) in the head's dtype: d log_prob / d logits = one-hot - p, times the logits' scale."""
+        wide = self.probabilities.neg_()
+        wide.scatter_add_(1, self.targets[:, None], torch.ones_like(wide[:, :1]))
+        wide.mul_(self.scale)
+        return wide if wide.dtype == self.dtype else self.logits.copy_(wide)
+
+    def row_gradient(self) -> Tensor:
+        """(tokens, hidden): the gradient of each row's log-probability, back through the final norm."""
+        grad = self.logit_gradient()
+        total: Tensor | None = None
+        for part, weight in self.head.tiles(self.dtype):
+            product = grad[:, part] @ weight
+            total = product if total is None else total.float().add_(product)
+        assert total is not None
+        return torch.autograd.grad(self.normed, self.rows, total.to(self.normed.dtype))[0]
+
+
+def _weight_gradient(
+    grad: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    scored: Tensor,
+    head: Head,
+    norm: Callable[[Tensor], Tensor],
+    options: HeadOptions,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(vocabulary, hidden), summed over tiles in fp32."""
+    total = torch.zeros(head.vocabulary, rows.shape[-1], dtype=torch.float32, device=rows.device)
+    for index in scored.split(options.tile_length(head.vocabulary, dtype)):
+        tile = _Tile(rows[index], targets[index], head, norm, options, dtype, gradient=False)
+        total += (tile.logit_gradient() * grad[index, None].to(dtype)).t() @ tile.inputs
+    return total.to(dtype)

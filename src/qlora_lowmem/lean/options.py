@@ -1,0 +1,71 @@
+"""What can be switched on, and what a model took of it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Checkpointing = Literal["layer", "segments", "host"]
+
+
+@dataclass(frozen=True)
+class LeanOptions:
+    """The ideas of this package, each a field. The defaults are the lean recipe.
+
+    Args:
+        tile_length: tokens of a tile of a decoder layer. Smaller: less memory, more launches and more sweeps.
+        feed_forward_tile_length: tokens of a tile of the feed-forward part, at most tile_length.
+        scan_chunk_length: tokens of a chunk of the Mamba-2 scan. The result does not depend on it.
+        checkpointing: which layer inputs are kept: `layer`, `segments` or `host` (pinned host memory; see
+            `checkpointing.py` for how much).
+        loss_tile_bytes: bytes of the logits that exist at a time.
+        quantised_embeddings: None, 8 or 4 bits for the embedding and the LM head. Changes the model a little.
+
+    Raises:
+        ValueError: a field has a value that is not allowed.
+    """
+
+    tile_length: int = 512
+    feed_forward_tile_length: int = 512
+    scan_chunk_length: int = 128
+    checkpointing: Checkpointing = "segments"
+    loss_tile_bytes: int = 64 * 2**20
+    quantised_embeddings: Literal[8, 4] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tile_length", "feed_forward_tile_length", "scan_chunk_length", "loss_tile_bytes"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1; leave it out for the default")
+        if self.checkpointing not in ("layer", "segments", "host"):
+            raise ValueError(f"checkpointing={self.checkpointing!r}: allowed are layer, segments and host")
+        if self.quantised_embeddings not in (None, 8, 4):
+            raise ValueError(f"quantised_embeddings={self.quantised_embeddings!r}: allowed are 8, 4 and None")
+
+
+@dataclass(frozen=True)
+class Idea:
+    """One idea, whether it works in this model, and where or why not, in words for a person."""
+
+    name: str
+    applied: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class LeanReport:
+    """What `apply_lean` did to a model."""
+
+    model_class: str
+    ideas: tuple[Idea, ...] = field(default_factory=tuple)
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        return tuple(idea.name for idea in self.ideas if idea.applied)
+
+    @property
+    def not_applied(self) -> tuple[Idea, ...]:
+        return tuple(idea for idea in self.ideas if not idea.applied)
+
+    def __str__(self) -> str:
+        lines = [f"lean on {self.model_class}:"]
+        lines += [f"  {'on ' if idea.applied else 'OFF'} {idea.name}: {idea.detail}" for idea in self.ideas]
+        return "\n".join(lines)

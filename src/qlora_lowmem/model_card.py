@@ -1,0 +1,59 @@
+"""The README.md beside a saved adapter: what it is, the recipe that made it, and what it cost in memory."""
+
+from pathlib import Path
+
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.execute import Outcome
+from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.recipe import Recipe, recipe_hash
+from qlora_lowmem.units import format_bytes
+
+
+def write_model_card(folder: Path, recipe: Recipe, outcome: Outcome, device: str) -> None:
+    """Write `folder/README.md` in the hub's model card format."""
+    record = provenance_record(device, "measured")
+    packages = ", ".join(f"{name} {version}" for name, version in dict(record["versions"]).items())  # type: ignore[call-overload]
+    if outcome.profile is None:
+        memory = "Trained on a CPU: no GPU memory was used."
+    else:
+        peaks = outcome.profile
+        memory = (
+            f"Peak, {peaks.provenance} on {peaks.device}: {format_bytes(peaks.peak_allocated_bytes)} allocated, "
+            f"{format_bytes(peaks.peak_reserved_bytes)} reserved, {format_bytes(peaks.peak_device_bytes)} on the card "
+            "with the CUDA context."
+        )
+    source = resolve_model(recipe.base.model, recipe.base.weights)
+    base = source.hub_id or source.name
+    loss = f"{outcome.losses[0]:.4f} at first, {outcome.losses[-1]:.4f} at last" if outcome.losses else "not logged"
+    (folder / "README.md").write_text(
+        f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, qlora, qlora_lowmem]
+---
+
+# {recipe.name}
+
+A LoRA adapter of `{recipe.base.model}`, made with qlora_lowmem.
+
+- Trained parameters: {outcome.trainable_parameters:,} in {outcome.adapted_modules} modules
+- Steps: {outcome.steps}, tokens: {outcome.tokens:,}
+- Training loss: {loss}
+- Memory: {memory}
+- Recipe hash: `{recipe_hash(recipe)}`
+- Made by: `{record["command"]}` at commit `{record["commit"]}` on {record["date"]}, {device}
+- Versions: {packages}
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{folder.name}")
+```
+
+## Recipe
+
+```yaml
+{recipe.to_yaml()}```
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,200 @@
+"""Load a base model on one device in 4 bits, or fail: nothing is placed on another device or on disk."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
+
+from qlora_lowmem.errors import QloraLowmemError, UsageError
+from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
+from qlora_lowmem.models.sources import ModelSource
+from qlora_lowmem.recipe import Recipe
+
+
+def bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The recipe's quantisation as transformers takes it.
+
+    `llm_int8_skip_modules` stays unset: a list there *replaces* transformers' own, which keeps the LM head in 16 bits.
+    """
+    if not recipe.quantization.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.quantization.quant_type,
+        bnb_4bit_use_double_quant=recipe.quantization.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def skeleton(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
+    """The model on the meta device: what modules there are, before a byte of weights is read.
+
+    Raises:
+        UsageError: the hub cannot be reached, or does not know the model.
+    """
+    content = source.architecture
+    if content is None:
+        location = str(source.gguf.parent) if source.gguf else source.hub_id
+        options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
+        try:
+            config = AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
+        except (OSError, ValueError) as error:
+            raise _cannot_fetch(recipe, error) from error
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=recipe.base.attention,
+                trust_remote_code=recipe.base.trust_remote_code,
+            )
+        return model
+    try:
+        config_from(content)
+    except ValueError as error:
+        raise UsageError(f"base.model: transformers does not know this architecture: {error}") from None
+    return meta_model(content, torch.bfloat16, recipe.base.attention)
+
+
+def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base model on `device`, Linear modules in 4 bits, the rest in `dtype`.
+
+    Raises:
+        UsageError: weights that cannot be found.
+        torch.cuda.OutOfMemoryError: it does not fit.
+    """
+    quantization = bitsandbytes_config(recipe, dtype)
+    if recipe.base.weights == "random":
+        assert source.architecture is not None  # resolve_model refuses random weights without one
+        return random_model(source.architecture, dtype, recipe.base.attention, quantization, device)
+    location = str(_safetensors_of(source.gguf)) if source.gguf else str(source.folder or source.hub_id)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            location,
+            revision=recipe.base.revision,
+            quantization_config=quantization,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=recipe.base.attention,
+            trust_remote_code=recipe.base.trust_remote_code,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise _cannot_fetch(recipe, error) from error
+    assert_on_device(model, device)
+    return model
+
+
+def assert_on_device(model: torch.nn.Module, device: torch.device) -> None:
+    """Every parameter and buffer lies on `device`.
+
+    Raises:
+        QloraLowmemError: something was placed elsewhere; names the first such tensors.
+    """
+    stray = [
+        f"{name} on {tensor.device}"
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.device.type != device.type or (device.index is not None and tensor.device.index != device.index)
+    ]
+    if stray:
+        raise QloraLowmemError(
+            f"{len(stray)} tensors of the model are not on {device}: {', '.join(stray[:3])}. Training would run from "
+            "system memory without a word, so it stops here. Please report this with the recipe."
+        )
+
+
+def load_tokenizer(recipe: Recipe, source: ModelSource) -> "AutoTokenizer":
+    """The model's tokenizer; without pretrained weights and tokenizer files, a stand-in for synthetic data.
+
+    Raises:
+        UsageError: the tokenizer cannot be found, or real data was asked for without one.
+    """
+    if source.gguf is not None:
+        return AutoTokenizer.from_pretrained(_safetensors_of(source.gguf))
+    if source.folder is not None and (source.folder / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(source.folder)
+    if recipe.base.weights == "random":
+        if recipe.data.data != "synthetic":
+            raise UsageError(
+                "data.data: text needs a tokenizer, and random weights come without one. Set data.data to 'synthetic', "
+                "put tokenizer.json into the model's folder, or set base.weights to 'pretrained'"
+            )
+        return _stand_in_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(str(source.folder or source.hub_id), revision=recipe.base.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_fetch(recipe, error) from error
+
+
+def _stand_in_tokenizer() -> "AutoTokenizer":
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def _cannot_fetch(recipe: Recipe, error: Exception) -> UsageError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UsageError(
+        f"base.model: {recipe.base.model!r} could not be loaded ({reason}). Check the name and the connection to the "
+        "hub, log in if the model is gated, or give a local folder; for memory alone, set base.weights to 'random'"
+    )
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$QLORA_LOWMEM_CACHE`, or `qlora_lowmem` under the user's cache folder."""
+    if "QLORA_LOWMEM_CACHE" in os.environ:
+        return Path(os.environ["QLORA_LOWMEM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_lowmem"
+
+
+def _safetensors_of(gguf: Path) -> Path:
+    """A GGUF file converted once to a folder of bf16 safetensors, which then loads in 4 bits like any model.
+
+    transformers dequantises a GGUF file on load but cannot quantise it again in the same call, and `save_pretrained`
+    refuses a GGUF-loaded model, so the state dict is saved.
+    """
+    from safetensors.torch import save_file
+
+    stat = gguf.stat()
+    folder = cache_folder() / "models" / f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+        save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(scratch)
+        content = model.config.to_dict()
+        content.pop("quantization_config", None)
+        (scratch / "config.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # another process may have been first
+                raise
+    except ImportError as error:
+        raise UsageError(
+            f"base.model: reading a GGUF file needs the package gguf ({error}): pip install gguf"
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder

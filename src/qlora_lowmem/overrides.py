@@ -1,0 +1,66 @@
+"""The recipe on the command line: one flag a field, its help taken from the field."""
+
+import argparse
+import difflib
+import re
+from typing import Any, NoReturn
+
+from .errors import UsageError
+from .recipe import SECTIONS
+from .recipe_checks import FieldSpec, allowed, field_specs
+
+
+class RecipeArgumentParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are `UsageError`s that suggest the nearest flag. Flags are never abbreviated."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        for unknown in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            near = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1, cutoff=0.6)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{self.prog}: {message} ({self.prog} --help lists every flag)")
+
+
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of the recipe, a group a section; a flag that is not given is None.
+
+    Values stay text here: `load_recipe` reads and checks them, so that a flag and a YAML value meet the same rules.
+    """
+    groups = {"": parser.add_argument_group("recipe", "Every field of the recipe, to override what its file says.")}
+    for section, group in SECTIONS.items():
+        groups[section] = parser.add_argument_group(f"recipe: {section}", (group.__doc__ or "").splitlines()[0])
+    for spec in field_specs().values():
+        _add_flag(groups[spec.section], spec)
+
+
+def overrides_from(namespace: argparse.Namespace) -> dict[str, str]:
+    """The fields given on the command line, leaf name to text, as `load_recipe` takes them."""
+    given = {name: getattr(namespace, name, None) for name in field_specs()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _add_flag(group: "argparse._ArgumentGroup", spec: FieldSpec) -> None:
+    text = _help(spec).replace("%", "%%")
+    if spec.kind != "bool":
+        metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else _METAVARS.get(spec.kind, "TEXT")
+        group.add_argument(spec.flag, dest=spec.name, default=None, metavar=metavar, help=text)
+        return
+    group.add_argument(
+        spec.flag, dest=spec.name, default=None, nargs="?", const="true", metavar="true|false", help=text
+    )
+    negative = spec.flag.replace("--", "--no-", 1)
+    group.add_argument(
+        negative, dest=spec.name, default=None, action="store_const", const="false", help=argparse.SUPPRESS
+    )
+
+
+_METAVARS = {"int": "N", "float": "X", "memory": "SIZE", "modules": "NAMES", "data": "FILE", "path": "DIR"}
+
+
+def _help(spec: FieldSpec) -> str:
+    limits = f" ({allowed(spec)})" if spec.limits else ""
+    negative = f"; or {spec.flag.replace('--', '--no-', 1)}" if spec.kind == "bool" else ""
+    return f"{spec.help}{limits}{negative}. Memory: {spec.memory}."

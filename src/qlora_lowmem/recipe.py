@@ -1,0 +1,117 @@
+"""The recipe: what to train, said once.
+
+Nothing here checks a value (`recipe_checks`), reads a file (`recipe_io`) or a command line (`overrides`).
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from .recipe_sections import (
+    SYNTHETIC,
+    TARGET_PRESETS,
+    Base,
+    Batch,
+    Data,
+    Dataloader,
+    Lora,
+    Memory,
+    Optimizer,
+    Quantization,
+    Run,
+    Schedule,
+    knob,
+)
+
+__all__ = [
+    "SECTIONS",
+    "SYNTHETIC",
+    "TARGET_PRESETS",
+    "Base",
+    "Batch",
+    "Data",
+    "Dataloader",
+    "Lora",
+    "Memory",
+    "Optimizer",
+    "Quantization",
+    "Recipe",
+    "Run",
+    "Schedule",
+    "recipe_fields",
+    "recipe_hash",
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training job, complete. `load_recipe` makes a checked one from a file."""
+
+    name: str = field(default="", metadata=knob("name in tables; the file's name without .yaml", "none", kind="name"))
+    base: Base = field(default_factory=Base)
+    quantization: Quantization = field(default_factory=Quantization)
+    lora: Lora = field(default_factory=Lora)
+    batch: Batch = field(default_factory=Batch)
+    memory: Memory = field(default_factory=Memory)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    dataloader: Dataloader = field(default_factory=Dataloader)
+    data: Data = field(default_factory=Data)
+    run: Run = field(default_factory=Run)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as a YAML or JSON file holds them."""
+        plain: dict[str, Any] = dataclasses.asdict(self)
+        if isinstance(self.lora.target_modules, tuple):
+            plain["lora"]["target_modules"] = list(self.lora.target_modules)
+        return plain
+
+    def to_yaml(self) -> str:
+        """A recipe file that states every field. A data path in it is relative to the working folder, as in use."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "base": Base,
+    "quantization": Quantization,
+    "lora": Lora,
+    "batch": Batch,
+    "memory": Memory,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "dataloader": Dataloader,
+    "data": Data,
+    "run": Run,
+}
+
+
+def recipe_fields() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every (section, field) in the order of the file; `name` stands above the sections, so its section is ""."""
+    yield "", next(each for each in dataclasses.fields(Recipe) if each.name == "name")
+    for section, group in SECTIONS.items():
+        for each in dataclasses.fields(group):
+            yield section, each
+
+
+# What says where and how often, not what is trained or what it needs.
+_OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit")
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """12 hex digits over all that affects memory or training: equal hashes are the same training job.
+
+    Name, `run` section, logging and saving stay out, and a data file counts by its name, not its folder, so that a
+    recipe has one hash in every checkout.
+    """
+    plain = recipe.to_dict()
+    del plain["name"], plain["run"]
+    for leaf in _OUTSIDE_THE_HASH:
+        del plain["schedule"][leaf]
+    plain["data"]["data"] = PurePath(recipe.data.data).name
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,303 @@
+"""Is this value allowed in this field? Every message says what is allowed and what to do."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .recipe import SECTIONS, SYNTHETIC, TARGET_PRESETS, Recipe, recipe_fields
+from .recipe_sections import parse_memory_limit
+from .units import MIB
+
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+_NAME = re.compile(r"(?!\.)[^/\\{}\x00-\x1f]+")
+_CONTROL = re.compile(r"[\x00-\x1f]")
+_BOOLEANS = {"true": True, "false": False}
+
+
+class InvalidValueError(ValueError):
+    """A value that its field does not take. The message goes on after "section.field = value"."""
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """What a field takes, read from its annotation and its metadata."""
+
+    section: str
+    name: str
+    kind: str  # one of _CHECKS
+    optional: bool
+    choices: tuple[str, ...]
+    limits: dict[str, float]
+    help: str
+    memory: str
+    default: Any
+
+    @property
+    def path(self) -> str:
+        """`section.field`, as messages name it."""
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+    @property
+    def flag(self) -> str:
+        """The field on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+@functools.cache
+def field_specs() -> dict[str, FieldSpec]:
+    """Every field of the recipe by its leaf name, in the order of the file."""
+    return {each.name: _spec(section, each) for section, each in recipe_fields()}
+
+
+def _spec(section: str, each: "dataclasses.Field[Any]") -> FieldSpec:
+    annotation = typing.get_type_hints(SECTIONS[section] if section else Recipe)[each.name]
+    arguments = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    plain = next(argument for argument in arguments if argument is not types.NoneType)
+    metadata = each.metadata
+    choices: tuple[str, ...] = typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
+    by_annotation = "choice" if choices else plain.__name__
+    return FieldSpec(
+        section=section,
+        name=each.name,
+        kind=by_annotation if metadata["kind"] == "auto" else metadata["kind"],
+        optional=types.NoneType in arguments,
+        choices=choices,
+        limits={key: metadata[key] for key in ("min", "max", "above", "below") if key in metadata},
+        help=metadata["help"],
+        memory=metadata["memory"],
+        default=each.default,
+    )
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that `word` most likely meant, if any is near."""
+    return next(iter(difflib.get_close_matches(word.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)), None)
+
+
+def check_value(spec: FieldSpec, value: Any) -> Any:
+    """`value` as the field holds it (an integer for a float becomes a float, a list of modules a tuple).
+
+    Raises:
+        InvalidValueError: the field does not take it.
+    """
+    if value is None:
+        if spec.optional:
+            return None
+        raise InvalidValueError(f"is not allowed; {_advice(spec)}")
+    return _CHECKS[spec.kind](spec, value)
+
+
+def parse_text(spec: FieldSpec, text: str) -> Any:
+    """A value written on the command line, where everything is text: `8`, `true`, `none`, `q_proj,v_proj`.
+
+    Raises:
+        InvalidValueError: as `check_value`.
+    """
+    text = text.strip()
+    if spec.optional and text.lower() in ("none", "null"):
+        return None
+    value: Any = text
+    if spec.kind == "bool":
+        value = _BOOLEANS.get(text.lower(), text)
+    elif spec.kind in ("int", "memory") and _INTEGER.fullmatch(text):
+        value = _integer(text)
+    elif spec.kind in ("int", "float", "memory"):
+        value = _number(text)
+    elif spec.kind == "modules" and text not in TARGET_PRESETS and _near_preset(text) is None:
+        value = [name.strip() for name in text.split(",")]
+    return check_value(spec, value)
+
+
+def _integer(text: str) -> int:
+    return int(text[:40])  # 40 digits are beyond any limit already; int() itself refuses thousands
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _advice(spec: FieldSpec) -> str:
+    """What to write instead, with the default as the example."""
+    if spec.default == "":
+        return "write one or leave it out"
+    default = {True: "true", False: "false"}.get(spec.default, spec.default) if spec.kind == "bool" else spec.default
+    return f"write {allowed(spec)}, or leave it out for the default ({'null' if default is None else default})"
+
+
+def allowed(spec: FieldSpec) -> str:
+    """What the field takes, in words."""
+    if spec.kind in ("int", "float"):
+        words = {"min": "at least", "above": "above", "max": "at most", "below": "below"}
+        limits = " and ".join(f"{words[key]} {_plain(spec.limits[key])}" for key in words if key in spec.limits)
+        return f"{'an integer' if spec.kind == 'int' else 'a number'} {limits}".strip()
+    return {
+        "bool": "true or false (without quotes)",
+        "str": "text",
+        "choice": "one of " + ", ".join(spec.choices),
+        "name": "a name without slashes or braces",
+        "modules": f"one of {', '.join(TARGET_PRESETS)}, or a list such as [q_proj, v_proj]",
+        "memory": '"N%" with N above 0 and up to 100, a size such as "5.5 GiB", or a number of bytes',
+        "data": f"the path of a .jsonl file, or {SYNTHETIC}",
+        "path": "a folder, in which {name} stands for the recipe's name",
+    }[spec.kind]
+
+
+def _plain(number: float) -> str:
+    return f"{number:d}" if isinstance(number, int) else f"{number:g}"
+
+
+def _within(spec: FieldSpec, value: float) -> None:
+    limits = spec.limits
+    if (
+        (isinstance(value, float) and not math.isfinite(value))
+        or ("min" in limits and value < limits["min"])
+        or ("max" in limits and value > limits["max"])
+        or ("above" in limits and value <= limits["above"])
+        or ("below" in limits and value >= limits["below"])
+    ):
+        raise InvalidValueError(f"is out of range; {_advice(spec)}")
+
+
+def _check_int(spec: FieldSpec, value: Any) -> int:
+    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+        raise InvalidValueError(f"is text, because of the quotes; write {value.strip()} without them")
+    if isinstance(value, float) and value.is_integer() and math.isfinite(value):
+        raise InvalidValueError(f"is not written as an integer; write {int(value)}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidValueError(f"is not an integer; {_advice(spec)}")
+    _within(spec, value)
+    return value
+
+
+def _check_float(spec: FieldSpec, value: Any) -> float:
+    if isinstance(value, str) and isinstance(_number(value), float):
+        raise InvalidValueError(f"is text, because of the quotes; write {value} without them")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidValueError(f"is not a number; {_advice(spec)}")
+    _within(spec, value)
+    return float(value)
+
+
+def _check_bool(spec: FieldSpec, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidValueError(f"is not true or false; {_advice(spec)}")
+    return value
+
+
+def _check_str(spec: FieldSpec, value: Any) -> str:
+    if isinstance(value, bool | int | float):
+        raise InvalidValueError("is not text; put quotes around it")
+    if not isinstance(value, str):
+        raise InvalidValueError(f"is not text; {_advice(spec)}")
+    if not value.strip():
+        raise InvalidValueError(f"is empty; {_advice(spec)}")
+    if _CONTROL.search(value):
+        raise InvalidValueError(f"holds a line break or a control character; {_advice(spec)}")
+    return value
+
+
+def _check_choice(spec: FieldSpec, value: Any) -> str:
+    if value in spec.choices:
+        return str(value)
+    near = closest(str(value), spec.choices)
+    hint = f"did you mean {near}? Allowed: {', '.join(spec.choices)}" if near else _advice(spec)
+    raise InvalidValueError(f"is not allowed; {hint}")
+
+
+def _check_name(spec: FieldSpec, value: Any) -> str:
+    if not _NAME.fullmatch(_check_str(spec, value)):
+        raise InvalidValueError("cannot name a folder; use letters, digits, '-', '_' and '.', not at the start")
+    return str(value)
+
+
+def _check_modules(spec: FieldSpec, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        if value in TARGET_PRESETS:
+            return value
+        near = _near_preset(value)
+        listed = f"; for modules of that name write a list: [{value}]" if _MODULE.fullmatch(value) else ""
+        raise InvalidValueError(
+            "is not a preset; " + (f"did you mean {near}?" if near else f"write {allowed(spec)}{listed}")
+        )
+    if not isinstance(value, list | tuple):
+        raise InvalidValueError(f"is not a list of module names; {_advice(spec)}")
+    if not value:
+        raise InvalidValueError(f"is an empty list, which would train nothing; {_advice(spec)}")
+    for name in value:
+        if name in TARGET_PRESETS:
+            raise InvalidValueError(
+                f"mixes the preset {name} into a list; write target_modules: {name}, or modules only"
+            )
+        if not isinstance(name, str) or not _MODULE.fullmatch(name):
+            raise InvalidValueError(
+                f"holds {name!r}, which is not a module name; names look like q_proj or mamba.in_proj"
+            )
+    twice = sorted({name for name in value if list(value).count(name) > 1})
+    if twice:
+        raise InvalidValueError(f"names {', '.join(twice)} twice; remove the second")
+    return tuple(value)
+
+
+def _near_preset(text: str) -> str | None:
+    """A misspelt preset, as opposed to the name of one module."""
+    written = text.lower().replace("_", "-")
+    return next(iter(difflib.get_close_matches(written, TARGET_PRESETS, n=1, cutoff=0.8)), None)
+
+
+def _check_memory(spec: FieldSpec, value: Any) -> str | int:
+    if isinstance(value, float) and 0 < value <= 1:
+        raise InvalidValueError(f'is a fraction; write "{value * 100:g}%"')
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise InvalidValueError(f"is not a limit; {_advice(spec)}")
+    try:
+        limit = parse_memory_limit(value, 2**50)
+    except ValueError as fault:
+        reason = str(fault).removeprefix(repr(value)).split(";")[0].strip()
+        raise InvalidValueError(f"{reason}; {_advice(spec)}") from None
+    if limit < MIB:
+        raise InvalidValueError(f"allows {limit} bytes, less than anything needs; {_advice(spec)}")
+    return value
+
+
+def _check_data(spec: FieldSpec, value: Any) -> str:
+    text = _check_str(spec, value)
+    if text == SYNTHETIC or text.lower().endswith(".jsonl"):
+        return text
+    near = closest(text, [SYNTHETIC])
+    raise InvalidValueError(
+        f"is not JSON Lines; did you mean {near}?"
+        if near
+        else f"is not JSON Lines; write {allowed(spec)} (one JSON object a line)"
+    )
+
+
+def _check_path(spec: FieldSpec, value: Any) -> str:
+    text = _check_str(spec, value)
+    if re.search(r"[{}]", text.replace("{name}", "")):
+        raise InvalidValueError("holds a brace; only {name} is replaced, so write the rest out")
+    return text
+
+
+_CHECKS: dict[str, Callable[[FieldSpec, Any], Any]] = {
+    "int": _check_int,
+    "float": _check_float,
+    "bool": _check_bool,
+    "str": _check_str,
+    "choice": _check_choice,
+    "name": _check_name,
+    "modules": _check_modules,
+    "memory": _check_memory,
+    "data": _check_data,
+    "path": _check_path,
+}

@@ -1,0 +1,93 @@
+"""Fields that are each allowed but cannot hold together: what an argument with the recipe's author would settle."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """The fields that disagree, why, and what to change."""
+
+    leaves: tuple[str, ...]
+    message: str
+
+
+def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
+    """What cannot hold together in `recipe`, whose single values are all allowed.
+
+    A combination that only does nothing (pinned memory on a CPU, say) is not one. One that would break a promise is:
+    a cap that caps nothing, a warm-up that never warms up.
+    """
+    yield from _of_dtypes(recipe)
+    yield from _of_the_schedule(recipe)
+    yield from _of_the_model(recipe)
+    if recipe.run.device == "cpu":
+        yield from _of_the_cpu(recipe)
+
+
+def _of_dtypes(recipe: Recipe) -> Iterator[Contradiction]:
+    if recipe.quantization.compute_dtype == "fp16" and recipe.lora.adapter_dtype == "bf16":
+        yield Contradiction(
+            ("compute_dtype", "adapter_dtype"),
+            "fp16 arithmetic needs loss scaling, which cannot unscale bf16 gradients; set adapter_dtype to fp32",
+        )
+
+
+def _of_the_schedule(recipe: Recipe) -> Iterator[Contradiction]:
+    warmup, steps = recipe.optimizer.warmup_steps, recipe.schedule.max_steps
+    if warmup and steps is not None and warmup > steps:
+        yield Contradiction(
+            ("warmup_steps", "max_steps"),
+            f"the warm-up of {warmup} steps is longer than the run of {steps}, so the learning rate is never reached; "
+            f"set warmup_steps to {steps} or less, or raise max_steps",
+        )
+    if warmup and recipe.optimizer.lr_scheduler == "constant":
+        yield Contradiction(
+            ("lr_scheduler", "warmup_steps"),
+            "a constant learning rate has no warm-up; set lr_scheduler to constant_with_warmup, or warmup_steps to 0",
+        )
+
+
+def _of_the_model(recipe: Recipe) -> Iterator[Contradiction]:
+    model = recipe.base.model
+    local = model.startswith((".", "/", "~")) or model.lower().endswith(".gguf")
+    if recipe.base.revision is not None and local:
+        yield Contradiction(
+            ("revision", "model"),
+            "a revision belongs to a model on the hub, and this model is on disk; remove revision, or name a hub id",
+        )
+    if recipe.base.weights == "random" and model.lower().endswith(".gguf"):
+        yield Contradiction(
+            ("weights", "model"),
+            "a GGUF file is its weights; set weights to pretrained, or name a folder with config.json",
+        )
+
+
+def _of_the_cpu(recipe: Recipe) -> Iterator[Contradiction]:
+    if not _is_all(recipe.memory.max_memory):
+        yield Contradiction(
+            ("max_memory", "device"),
+            'the cap is one of GPU memory, and a cpu run uses none; set max_memory to "100%", or device to cuda',
+        )
+    if recipe.memory.activation_offloading:
+        yield Contradiction(
+            ("activation_offloading", "device"),
+            "activations of a cpu run are in host memory already; set activation_offloading to false",
+        )
+    if recipe.optimizer.optimizer.startswith("paged_"):
+        plain = "adamw_8bit" if recipe.optimizer.optimizer.endswith("8bit") else "adamw_torch"
+        yield Contradiction(
+            ("optimizer", "device"),
+            f"paged optimizers page between the GPU and the host, and a cpu run has no GPU; set optimizer to {plain}",
+        )
+    if recipe.quantization.compute_dtype == "fp16":
+        yield Contradiction(
+            ("compute_dtype", "device"),
+            "fp16 with loss scaling is for GPUs; on a cpu set compute_dtype to auto, bf16 or fp32",
+        )
+
+
+def _is_all(limit: str | int) -> bool:
+    return isinstance(limit, str) and limit.strip().removesuffix("%").strip() in ("100", "100.0")

@@ -1,0 +1,342 @@
+"""The sections of a recipe: frozen dataclasses whose field metadata is the reference of every knob.
+
+A field's leaf name is unique over all sections, so it is also its flag: `max_seq_length` is `--max-seq-length`.
+"""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+from .units import parse_bytes
+
+SYNTHETIC = "synthetic"
+TARGET_PRESETS = ("attention", "attention-qv", "all-linear")
+
+Kind = Literal["auto", "name", "modules", "memory", "data", "path"]
+
+
+def knob(help: str, memory: str, *, kind: Kind = "auto", **limits: float) -> dict[str, Any]:
+    """Metadata of a field: what it is, what it does to memory, and its limits.
+
+    `kind` says how a value is checked where the annotation alone does not; `min` and `max` are allowed themselves,
+    `above` and `below` are not.
+    """
+    return {"help": help, "memory": memory, "kind": kind, **limits}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model, which stays frozen."""
+
+    model: str = field(
+        default="ibm-granite/granite-4.0-h-1b",
+        metadata=knob(
+            "hub id, local folder, GGUF file or name of a known architecture",
+            "its 4-bit weights and its embeddings are the floor of every run",
+        ),
+    )
+    revision: str | None = field(
+        default=None, metadata=knob("branch, tag or commit of the model on the hub; null is the newest", "none")
+    )
+    weights: Literal["pretrained", "random"] = field(
+        default="pretrained",
+        metadata=knob(
+            "pretrained weights, or random ones of the same shapes (a memory test needs no download)",
+            "none: the same shapes take the same bytes",
+        ),
+    )
+    attention: Literal["sdpa", "eager"] = field(
+        default="sdpa",
+        metadata=knob(
+            "implementation of attention",
+            "eager stores (batch, heads, seq, seq) scores for backward: quadratic in the sequence; sdpa does not",
+        ),
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=knob("run the model repository's own Python code; only for authors you trust", "none")
+    )
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen weights are stored."""
+
+    load_in_4bit: bool = field(
+        default=True,
+        metadata=knob(
+            "store the linear layers in 4 bits (QLoRA); false keeps them in the compute dtype (LoRA)",
+            "about a quarter of the bytes of bf16; embeddings and LM head stay 16-bit",
+        ),
+    )
+    quant_type: Literal["nf4", "fp4"] = field(
+        default="nf4",
+        metadata=knob("code book of the 4-bit values; nf4 suits normal weights", "none: both are 4 bits"),
+    )
+    double_quant: bool = field(
+        default=True,
+        metadata=knob(
+            "quantise the quantisation constants too", "saves about 0.37 bit a parameter: 47 MB a billion parameters"
+        ),
+    )
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
+        default="auto",
+        metadata=knob(
+            "dtype of the arithmetic; auto is bf16 where the card has it, else fp16 with loss scaling",
+            "fp32 doubles the activations and each dequantised weight",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapters: all that is trained."""
+
+    lora_r: int = field(
+        default=8,
+        metadata=knob(
+            "rank of the adapters",
+            "adapters, gradients and optimizer state grow with it; small where few layers are targeted",
+            min=1,
+            max=4096,
+        ),
+    )
+    lora_alpha: int = field(
+        default=16,
+        metadata=knob("scale of the adapters: alpha / r multiplies their output", "none", min=1, max=1_000_000),
+    )
+    lora_dropout: float = field(
+        default=0.0,
+        metadata=knob(
+            "dropout on the adapters' input",
+            "above 0, a mask and a dropped copy of each input are kept",
+            min=0,
+            below=1,
+        ),
+    )
+    target_modules: str | tuple[str, ...] = field(
+        default="attention",
+        metadata=knob(
+            "adapted layers: attention (q, k, v, o), attention-qv, all-linear, or a list of module names",
+            "each adapted layer keeps its input for backward, and adds its adapter's gradients and optimizer state",
+            kind="modules",
+        ),
+    )
+    adapter_dtype: Literal["auto", "bf16", "fp32"] = field(
+        default="auto",
+        metadata=knob(
+            "dtype of the adapters; auto is bf16 with bf16 arithmetic, else fp32",
+            "bf16 halves the adapters, their gradients and their optimizer state",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many tokens a step sees."""
+
+    max_seq_length: int = field(
+        default=1024,
+        metadata=knob(
+            "longest sample in tokens; longer ones are cut",
+            "activations and logits grow with it: the strongest knob after checkpointing",
+            min=2,  # the loss predicts each next token, so one token alone predicts nothing
+            max=2**24,
+        ),
+    )
+    batch_size: int = field(
+        default=1, metadata=knob("samples a micro-step", "activations and logits grow with it", min=1, max=65536)
+    )
+    gradient_accumulation_steps: int = field(
+        default=8,
+        metadata=knob(
+            "micro-steps before the optimizer steps",
+            "none to speak of: gradients are summed in place, so batch_size 1 with 8 of these costs as 1",
+            min=1,
+            max=2**20,
+        ),
+    )
+    packing: bool = field(
+        default=False,
+        metadata=knob(
+            "join short samples until max_seq_length is full", "every step becomes as large as the longest sample"
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What trades time for memory, and the limit to stay under."""
+
+    gradient_checkpointing: bool = field(
+        default=True,
+        metadata=knob(
+            "keep only each layer's input and compute the rest again in backward (about a third more time)",
+            "activations fall from all layers' insides to one layer's: the strongest knob",
+        ),
+    )
+    loss: Literal["fused", "full"] = field(
+        default="fused",
+        metadata=knob(
+            "cross-entropy in chunks fused with the LM head, or from the full logits",
+            "full holds (batch, seq, vocabulary) logits, more than once and partly in fp32; fused never does",
+        ),
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=knob("keep what backward needs in host memory", "moves activations to the host, at the speed of PCIe"),
+    )
+    expandable_segments: bool = field(
+        default=False,
+        metadata=knob(
+            "let PyTorch's caching allocator grow its segments",
+            "less fragmentation: can lower reserved bytes, not allocated ones",
+        ),
+    )
+    max_memory: str | int = field(
+        default="100%",
+        metadata=knob(
+            'cap of the GPU memory: "N%" of the card, a size such as "5.5 GiB", or bytes',
+            "a real cap on PyTorch's allocator: beyond it the run fails and nothing spills to the host",
+            kind="memory",
+        ),
+    )
+
+    def memory_limit_bytes(self, total_bytes: int) -> int:
+        """The cap in bytes on a card of `total_bytes`; a size above the card is the card."""
+        return min(parse_memory_limit(self.max_memory, total_bytes), total_bytes)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What turns gradients into steps. Its state covers the adapters only."""
+
+    optimizer: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "sgd",
+        "adafactor",
+    ] = field(
+        default="adamw_torch",
+        metadata=knob(
+            "optimizer, by its name in transformers",
+            "state a trained parameter: AdamW two values, 8-bit about 2 bytes, paged may move to the host, sgd none",
+        ),
+    )
+    learning_rate: float = field(default=2e-4, metadata=knob("peak learning rate", "none", above=0, max=1))
+    weight_decay: float = field(default=0.0, metadata=knob("decoupled weight decay", "none", min=0, max=1))
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata=knob("clip the gradients' norm to this; 0 does not clip", "none to speak of", min=0, max=1e9),
+    )
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = field(
+        default="linear", metadata=knob("course of the learning rate", "none")
+    )
+    warmup_steps: int = field(
+        default=0, metadata=knob("optimizer steps until the peak learning rate", "none", min=0, max=2**31 - 1)
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, and what is written on the way."""
+
+    max_steps: int | None = field(
+        default=None,
+        metadata=knob(
+            "optimizer steps; null trains num_epochs instead",
+            "none: the peak is reached by the second step",
+            min=1,
+            max=2**31 - 1,
+        ),
+    )
+    num_epochs: float = field(
+        default=1.0, metadata=knob("passes over the data, where max_steps is null", "none", above=0, max=1_000_000)
+    )
+    seed: int = field(default=42, metadata=knob("seed of weights, order and dropout", "none", min=0, max=2**32 - 1))
+    logging_steps: int = field(
+        default=1, metadata=knob("optimizer steps between two logged losses", "none", min=1, max=2**31 - 1)
+    )
+    save_steps: int = field(
+        default=50,
+        metadata=knob("optimizer steps between two checkpoints", "none on the GPU; disk only", min=1, max=2**31 - 1),
+    )
+    save_total_limit: int = field(
+        default=2, metadata=knob("checkpoints kept", "none on the GPU; disk only", min=1, max=1_000_000)
+    )
+
+
+@dataclass(frozen=True)
+class Dataloader:
+    """How samples reach the GPU."""
+
+    dataloader_workers: int = field(
+        default=0,
+        metadata=knob("processes that load data; 0 loads in the trainer's own", "host memory only", min=0, max=256),
+    )
+    pin_memory: bool = field(
+        default=False,
+        metadata=knob("page-locked host buffers for faster copies", "host memory that cannot be swapped"),
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned."""
+
+    data: str = field(
+        default=SYNTHETIC,
+        metadata=knob(
+            "a .jsonl file (messages, prompt/completion or text), relative to the recipe's folder; or synthetic",
+            "synthetic samples are all exactly max_seq_length tokens: the worst case",
+            kind="data",
+        ),
+    )
+    train_on: Literal["all", "completions"] = field(
+        default="completions",
+        metadata=knob(
+            "loss on all tokens, or only on the assistant's and the completions where the format has them", "none"
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where it runs and where its results go; the same training on each device."""
+
+    device: Literal["cuda", "virtual", "cpu"] = field(
+        default="cuda",
+        metadata=knob(
+            "cuda: a GPU; virtual: a virtual GPU, which predicts memory; cpu: for small models",
+            "cuda measures it, virtual predicts it, cpu uses no GPU memory",
+        ),
+    )
+    card: str = field(
+        default="rtx-4050-laptop-6gb",
+        metadata=knob("card that the virtual device plays", "its memory is the memory there is"),
+    )
+    output_dir: str = field(
+        default="outputs/{name}",
+        metadata=knob(
+            "folder of checkpoints and adapter; {name} is the recipe's name", "none on the GPU; disk only", kind="path"
+        ),
+    )
+    resume: bool = field(
+        default=True, metadata=knob("go on from the last checkpoint in output_dir, if there is one", "none")
+    )
+
+
+def parse_memory_limit(limit: str | int, total_bytes: int) -> int:
+    """`"90%"` of `total_bytes`, rounded down; or a size, whatever the total.
+
+    Raises:
+        ValueError: not a percentage above 0 and up to 100, nor a size (`units.parse_bytes`).
+    """
+    if not isinstance(limit, str) or not limit.rstrip().endswith("%"):
+        return parse_bytes(limit)
+    digits = limit.strip()[:-1].strip()
+    if not (digits.isascii() and digits.replace(".", "", 1).isdigit() and 0 < Fraction(digits) <= 100):
+        raise ValueError(f"{limit!r} is not a percentage above 0 % and up to 100 %")
+    return int(total_bytes * Fraction(digits) / 100)

@@ -1,0 +1,88 @@
+"""The comparison table of a benchmark run: one row a recipe, one set of files a device."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_lowmem.gate.cases import CaseResult
+from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+
+_HEADERS = (
+    "recipe",
+    "r",
+    "targets",
+    "seq",
+    "batch",
+    "ckpt",
+    "loss",
+    "load",
+    "first step",
+    "steady",
+    "allocated",
+    "reserved",
+    "on the card",
+    "verdict",
+)
+
+
+def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, Any], name: str = "matrix") -> None:
+    """Write the table of `results` under `folder` as JSON, Markdown and CSV, with its provenance."""
+    rows = [_flat(result) for result in results]
+    markdown = (
+        f"# {record['device']}\n\n"
+        "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
+        "context. A recipe that does not fit is run again on a card of the same kind with 80 GB: its figures are what "
+        f"it would need.\n\n{markdown_table(_HEADERS, [_cells(result) for result in results])}\n\n"
+        f"{provenance_lines(record)}\n"
+    )
+    content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": rows}
+    write_result(folder, name, content, markdown, [{k: v for k, v in row.items() if k != "phases"} for row in rows])
+
+
+def _flat(result: CaseResult) -> dict[str, Any]:
+    recipe, profile = result.recipe, result.profile
+    targets = recipe.lora.target_modules
+    row: dict[str, Any] = {
+        "recipe": recipe.name,
+        "recipe_hash": result.recipe_hash,
+        "device": result.card,
+        "provenance": profile.provenance if profile else result.provenance,
+        "fits": result.fits,
+        "lora_r": recipe.lora.lora_r,
+        "target_modules": targets if isinstance(targets, str) else " ".join(targets),
+        "max_seq_length": recipe.batch.max_seq_length,
+        "batch_size": recipe.batch.batch_size,
+        "gradient_accumulation_steps": recipe.batch.gradient_accumulation_steps,
+        "gradient_checkpointing": recipe.memory.gradient_checkpointing,
+        "loss": recipe.memory.loss,
+        "trainable_parameters": result.trainable_parameters,
+        "peak_allocated_bytes": profile.peak_allocated_bytes if profile else 0,
+        "peak_reserved_bytes": profile.peak_reserved_bytes if profile else 0,
+        "peak_device_bytes": profile.peak_device_bytes if profile else 0,
+        "out_of_memory": result.out_of_memory or "",
+        "phases": profile.to_dict()["phases"] if profile else [],
+    }
+    return row
+
+
+def _cells(result: CaseResult) -> list[str]:
+    recipe, profile = result.recipe, result.profile
+    targets = recipe.lora.target_modules
+    if profile is None:
+        reason = "does not fit: out of memory" if result.out_of_memory else f"failed: {result.failure}"
+        return [recipe.name, *[""] * (len(_HEADERS) - 2), reason]
+    by_phase = {phase.name: gib(phase.allocated) for phase in profile.phases}
+    return [
+        recipe.name,
+        str(recipe.lora.lora_r),
+        targets if isinstance(targets, str) else ", ".join(targets),
+        str(recipe.batch.max_seq_length),
+        f"{recipe.batch.batch_size} x {recipe.batch.gradient_accumulation_steps}",
+        "yes" if recipe.memory.gradient_checkpointing else "no",
+        recipe.memory.loss,
+        *(by_phase.get(name, "-") for name in ("load", "first step", "steady")),
+        gib(profile.peak_allocated_bytes),
+        gib(profile.peak_reserved_bytes),
+        gib(profile.peak_device_bytes),
+        "fits" if result.fits else f"does not fit: needs {gib(profile.peak_device_bytes)}",
+    ]

@@ -1,0 +1,33 @@
+"""A virtual GPU: PyTorch's real CUDA build on a machine without one, with a named card's memory and no computation.
+
+What runs is real: dispatcher, operators, caching allocator, `torch.cuda.max_memory_allocated()`, snapshots,
+`torch.cuda.OutOfMemoryError`. Only the libraries below PyTorch are replaced: they count memory and compute nothing, so
+a program's peak is executed, not estimated, and its values are zeros (`worker/vgpu_hooks.py` lists what follows).
+
+    report = run([sys.executable, "train.py"], get_card("rtx-4050-laptop-6gb"))
+    report.peak_device_bytes
+"""
+
+from .cards import Card, all_cards, current_card, get_card
+from .errors import JobFailedError, UnknownCardError, VirtualGPUError, VirtualGPUUnavailable
+from .launch import environment, run
+from .report import DevicePeaks, Report, read_report
+from .server import JobResult, Server
+
+__all__ = [
+    "Card",
+    "DevicePeaks",
+    "JobFailedError",
+    "JobResult",
+    "Report",
+    "Server",
+    "UnknownCardError",
+    "VirtualGPUError",
+    "VirtualGPUUnavailable",
+    "all_cards",
+    "current_card",
+    "environment",
+    "get_card",
+    "read_report",
+    "run",
+]

@@ -1,0 +1,137 @@
+"""`python -m qlora_lowmem.virtual_gpu --card NAME -- python SCRIPT.py ARGS...`: any program on a virtual GPU."""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .cards import Card, all_cards, get_card
+from .errors import UnknownCardError, VirtualGPUError
+from .launch import run
+from .report import Report
+
+_GIB = 2**30
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_EXIT_USAGE = 2
+_EXIT_INTERRUPTED = 130
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+)(?:\.(\d+))?\s*([A-Za-z]*)\s*", text)
+    factor = _UNITS.get(match[3].upper()) if match else None
+    if match is None or factor is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 6GB (10^9 each), 5.5GiB (2^30) or bytes")
+    fraction = match[2] or ""
+    # Integers all the way: 5.1GiB must not depend on how 5.1 rounds in binary.
+    return int(match[1]) * factor + int(fraction or 0) * factor // int(10 ** len(fraction))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of cards; a virtual machine has 1 to 16")
+    return int(text)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage text is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_EXIT_USAGE, f"{self.prog}: {message} (--help shows how it is used)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="python -m qlora_lowmem.virtual_gpu",
+        usage="%(prog)s --card NAME [options] -- COMMAND [ARGUMENT ...]",
+        description=(
+            "Runs a program that uses PyTorch on a virtual GPU: real operators and allocator, a named card's memory, "
+            "no computation (values are zeros). Passes the program's exit code through, and tells its peaks."
+        ),
+        epilog="example: python -m qlora_lowmem.virtual_gpu --card rtx-4050-laptop-6gb -- python train.py --epochs 1",
+    )
+    parser.add_argument("--card", metavar="NAME", help="which card; --list-cards shows them")
+    parser.add_argument("--count", metavar="N", type=_positive, default=1, help="how many such cards (default 1)")
+    parser.add_argument("--memory", metavar="SIZE", type=_size, help="how much memory it has: 8GiB, 24GB, bytes")
+    parser.add_argument("--json", metavar="FILE", help="write the report there as JSON; - for standard output")
+    parser.add_argument("--list-cards", action="store_true", help="show the table of cards and end")
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="the program and its arguments, after --")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    The program's own; 128 + n if signal n ended it; 130 when interrupted; 2 for a wrong command line or a machine that
+    cannot host a virtual GPU.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.list_cards:
+        print(_card_table())
+        return 0
+    if options.card is None:
+        parser.error("--card is missing; --list-cards shows the cards")
+    if not options.command:
+        parser.error("the command to run is missing; put it after --, as in -- python train.py")
+    if shutil.which(options.command[0]) is None:
+        parser.error(f"the command {options.command[0]!r} is not found; put it after --, as in -- python train.py")
+    try:
+        card = _chosen_card(options.card, options.memory)
+        if options.json not in (None, "-"):
+            Path(options.json).touch()
+        report = run(options.command, card, count=options.count)
+    except (VirtualGPUError, ValueError, OSError) as error:
+        prefix = "" if isinstance(error, UnknownCardError) else "virtual GPU: "
+        parser.exit(_EXIT_USAGE, f"{prefix}{error}\n")
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+    _print_summary(report, card)
+    if options.json is not None:
+        _write_json(report, options.json)
+    return report.exit_code
+
+
+def _chosen_card(name: str, memory: int | None) -> Card:
+    card = get_card(name)
+    return card if memory is None else card.with_memory(memory)
+
+
+def _print_summary(report: Report, card: Card) -> None:
+    def gib(count: int) -> str:
+        return f"{count / _GIB:.3f} GiB"
+
+    known = "" if report.complete else " (a process was killed: allocated and reserved are what was last known)"
+    print(
+        f"virtual {card.name}: peak allocated {gib(report.peak_allocated_bytes)}, reserved "
+        f"{gib(report.peak_reserved_bytes)}, device {gib(report.peak_device_bytes)} of {gib(card.total_bytes)} "
+        f"with {gib(report.context_bytes)} of context{known}",
+        file=sys.stderr,
+    )
+
+
+def _write_json(report: Report, target: str) -> None:
+    text = json.dumps(report.to_json(), indent=2)
+    if target == "-":
+        print(text)
+    else:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+
+
+def _card_table() -> str:
+    rows = [("card", "memory GiB", "usable GiB", "context MiB", "capability", "SMs")]
+    for card in all_cards():
+        capability = ".".join(map(str, card.compute_capability))
+        memory, usable = f"{card.total_bytes / _GIB:.2f}", f"{card.usable_bytes / _GIB:.2f}"
+        context = f"{card.context_bytes / 2**20:.0f}"
+        rows.append((card.name, memory, usable, context, capability, str(card.sm_count)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = (map(str.ljust, row, widths) for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

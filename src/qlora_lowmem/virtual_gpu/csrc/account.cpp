@@ -1,0 +1,299 @@
+#include "account.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace vgpu {
+namespace {
+
+// Everything here is plain data that no destructor touches: libraries free device memory while the process exits.
+pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+Account* mapped = nullptr;
+bool looked = false;
+char path[4096];
+Process* own = nullptr;  // this process' row, from its first context on
+bool context_in_parent = false;
+
+struct ProcessIdentity {
+  char state = 'X';
+  uint64_t start_ticks = 0;
+};
+
+// State and start time (fields 3 and 22 of /proc/PID/stat; the name before them may hold spaces and brackets).
+ProcessIdentity identify(int pid) {
+  char file[64], text[1024];
+  snprintf(file, sizeof file, "/proc/%d/stat", pid);
+  int fd = open(file, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return {};
+  ssize_t length = read(fd, text, sizeof text - 1);
+  close(fd);
+  if (length <= 0) return {};
+  text[length] = 0;
+  char* field = strrchr(text, ')');
+  if (field == nullptr) return {};
+  ProcessIdentity identity;
+  identity.state = field[2];
+  for (int i = 2; i < 22 && field != nullptr; ++i) field = strchr(field + 1, ' ');
+  if (field != nullptr) identity.start_ticks = strtoull(field + 1, nullptr, 10);
+  return identity;
+}
+
+void lock_process() { pthread_mutex_lock(&mutex); }
+void unlock_process() { pthread_mutex_unlock(&mutex); }
+
+// A forked child has no context, whatever its parent had; which account it uses is looked up afresh.
+void after_fork_in_child() {
+  pthread_mutex_init(&mutex, nullptr);
+  context_in_parent = context_in_parent || (own != nullptr && own->contexts != 0);
+  own = nullptr;
+  mapped = nullptr;
+  looked = false;
+}
+
+__attribute__((constructor)) void register_fork_handlers() {
+  pthread_atfork(lock_process, unlock_process, after_fork_in_child);
+}
+
+void map_account() {
+  looked = true;
+  const char* name = getenv("VGPU_ACCOUNT");
+  if (name == nullptr || strlen(name) >= sizeof path) return;
+  strcpy(path, name);
+  int fd = open(path, O_RDWR | O_CLOEXEC);
+  struct stat status;
+  if (fd < 0 || fstat(fd, &status) != 0 || static_cast<size_t>(status.st_size) < sizeof(Account)) {
+    fprintf(stderr, "virtual GPU: %s is not a virtual machine's account; no device is visible\n", path);
+    if (fd >= 0) close(fd);
+    return;
+  }
+  void* memory = mmap(nullptr, sizeof(Account), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  close(fd);
+  if (memory == MAP_FAILED) return;
+  auto* found = static_cast<Account*>(memory);
+  if (memcmp(found->magic, "VGPUACC", 8) != 0 || found->layout_version != kLayoutVersion) {
+    fprintf(stderr, "virtual GPU: %s was written by another version; no device is visible\n", path);
+    munmap(memory, sizeof(Account));
+    return;
+  }
+  mapped = found;
+}
+
+// Holds the account against other threads and other processes. The file lock is taken on a descriptor of its own, which
+// the kernel drops when the process dies, and which no program that closes all descriptors can take from us.
+class Lock {
+ public:
+  Lock() {
+    lock_process();
+    if (!looked) map_account();
+    if (mapped == nullptr) return;
+    fd_ = open(path, O_RDWR | O_CLOEXEC);
+    while (fd_ >= 0 && flock(fd_, LOCK_EX) != 0 && errno == EINTR) {
+    }
+  }
+  ~Lock() {
+    if (fd_ >= 0) close(fd_);
+    unlock_process();
+  }
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
+
+ private:
+  int fd_ = -1;
+};
+
+void grow_device(int device, uint64_t bytes) {
+  Device& row = mapped->devices[device];
+  row.used_bytes += bytes;
+  if (row.used_bytes > row.peak_bytes) row.peak_bytes = row.used_bytes;
+}
+
+// Takes a process' bytes off the account: it ended, or is ending.
+void clear_process(Process& process) {
+  for (int d = 0; d < kMaxDevices; ++d) {
+    uint64_t bytes = process.device_bytes[d];
+    if (process.contexts >> d & 1) bytes += mapped->devices[d].context_bytes;
+    mapped->devices[d].used_bytes -= bytes;
+  }
+  mapped->pinned_bytes -= process.pinned_bytes;
+  mapped->managed_bytes -= process.managed_bytes;
+  memset(&process, 0, sizeof process);
+}
+
+// Most processes end without freeing anything. A zombie has no memory either, but still answers kill(pid, 0).
+void clear_dead_processes() {
+  for (Process& process : mapped->processes) {
+    if (process.pid == 0 || &process == own) continue;
+    ProcessIdentity identity = identify(process.pid);
+    bool gone = identity.state == 'X' || identity.state == 'Z' || identity.start_ticks != process.start_ticks;
+    if (gone) clear_process(process);
+  }
+}
+
+Process* own_row() {
+  if (own != nullptr) return own;
+  clear_dead_processes();
+  for (Process& process : mapped->processes) {
+    if (process.pid == getpid()) clear_process(process);  // what this process held before it called exec
+  }
+  for (Process& process : mapped->processes) {
+    if (process.pid != 0) continue;
+    process.pid = getpid();
+    process.start_ticks = identify(process.pid).start_ticks;
+    own = &process;
+    return own;
+  }
+  fprintf(stderr, "virtual GPU: more than %d processes use this machine at once\n", kMaxProcesses);
+  return nullptr;
+}
+
+bool take_context(int device) {
+  Process* process = own_row();
+  if (process == nullptr) return false;
+  if (process->contexts >> device & 1) return true;
+  clear_dead_processes();
+  Device& row = mapped->devices[device];
+  if (row.used_bytes + row.context_bytes > row.total_bytes) return false;
+  process->contexts |= 1u << device;
+  grow_device(device, row.context_bytes);
+  return true;
+}
+
+__attribute__((destructor)) void leave() {
+  Lock lock;
+  if (mapped != nullptr && own != nullptr && own->pid == getpid()) clear_process(*own);
+  own = nullptr;
+  mapped = nullptr;  // looked stays true: what is freed after this point is no longer booked
+}
+
+bool quiet() {
+  const char* value = getenv("QLORA_LOWMEM_QUIET");
+  return value != nullptr && *value != 0 && strcmp(value, "0") != 0;
+}
+
+}  // namespace
+
+uint64_t round_up(uint64_t bytes, uint64_t granularity) {
+  return (bytes + granularity - 1) / granularity * granularity;
+}
+
+const Account* account() {
+  if (mapped == nullptr && !looked) Lock lock;
+  return mapped;
+}
+
+int device_count() { return account() == nullptr ? 0 : static_cast<int>(mapped->device_count); }
+
+const Device& device_row(int device) { return account()->devices[device]; }
+
+bool forked_after_use() { return context_in_parent; }
+
+bool has_context(int device) { return own != nullptr && (own->contexts >> device & 1); }
+
+bool ensure_context(int device) {
+  if (has_context(device)) return true;
+  Lock lock;
+  return mapped != nullptr && take_context(device);
+}
+
+bool take(int device, uint64_t bytes) {
+  Lock lock;
+  if (mapped == nullptr || !take_context(device)) return false;
+  clear_dead_processes();
+  Device& row = mapped->devices[device];
+  if (row.used_bytes + bytes > row.total_bytes) return false;
+  own->device_bytes[device] += bytes;
+  grow_device(device, bytes);
+  return true;
+}
+
+void give(int device, uint64_t bytes) {
+  Lock lock;
+  if (mapped == nullptr || own == nullptr || own->device_bytes[device] < bytes) return;
+  own->device_bytes[device] -= bytes;
+  mapped->devices[device].used_bytes -= bytes;
+}
+
+uint64_t used_bytes(int device) {
+  Lock lock;
+  if (mapped == nullptr) return 0;
+  clear_dead_processes();
+  return mapped->devices[device].used_bytes;
+}
+
+uint64_t free_bytes(int device) {
+  uint64_t used = used_bytes(device);
+  return device_row(device).total_bytes - used;
+}
+
+void take_host(HostKind kind, uint64_t bytes) {
+  Lock lock;
+  if (mapped == nullptr || own_row() == nullptr) return;
+  bool pinned = kind == HostKind::kPinned;
+  uint64_t& total = pinned ? mapped->pinned_bytes : mapped->managed_bytes;
+  uint64_t& peak = pinned ? mapped->pinned_peak_bytes : mapped->managed_peak_bytes;
+  (pinned ? own->pinned_bytes : own->managed_bytes) += bytes;
+  total += bytes;
+  if (total > peak) peak = total;
+}
+
+void give_host(HostKind kind, uint64_t bytes) {
+  Lock lock;
+  if (mapped == nullptr || own == nullptr) return;
+  bool pinned = kind == HostKind::kPinned;
+  uint64_t& booked = pinned ? own->pinned_bytes : own->managed_bytes;
+  if (booked < bytes) return;
+  booked -= bytes;
+  (pinned ? mapped->pinned_bytes : mapped->managed_bytes) -= bytes;
+}
+
+int processes_on(int device, int32_t* pids, uint64_t* bytes, int capacity) {
+  Lock lock;
+  if (mapped == nullptr) return 0;
+  clear_dead_processes();
+  int found = 0;
+  for (const Process& process : mapped->processes) {
+    if (process.pid == 0 || !(process.contexts >> device & 1)) continue;
+    if (found < capacity) {
+      pids[found] = process.pid;
+      bytes[found] = process.device_bytes[device] + mapped->devices[device].context_bytes;
+    }
+    ++found;
+  }
+  return found;
+}
+
+void note_value_read() {
+  if (account() == nullptr || __atomic_exchange_n(&mapped->values_read, 1, __ATOMIC_RELAXED) != 0) return;
+  if (quiet()) return;
+  fprintf(stderr,
+          "virtual GPU: this program reads values back from the card; they are not real (zeros), only the memory is. "
+          "QLORA_LOWMEM_QUIET=1 hides this line.\n");
+}
+
+void note_missing(const char* name, const char* why) {
+  Lock lock;
+  if (mapped != nullptr) {
+    for (uint32_t i = 0; i < mapped->missing_count; ++i) {
+      if (strncmp(mapped->missing[i], name, kNameBytes - 1) == 0) return;
+    }
+    if (mapped->missing_count < kMaxMissing) {
+      strncpy(mapped->missing[mapped->missing_count++], name, kNameBytes - 1);
+    }
+  }
+  fprintf(stderr,
+          "virtual GPU: the program called %s, which is not implemented%s%s; report it at the project's issue tracker "
+          "with this line\n",
+          name, why == nullptr ? "" : ": ", why == nullptr ? "" : why);
+}
+
+}  // namespace vgpu

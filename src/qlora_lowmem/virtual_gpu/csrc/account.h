@@ -1,0 +1,113 @@
+// The account: one file, mapped by every process on the virtual machine, that says which cards there are and how many
+// of their bytes are in use. The launcher (account.py mirrors this layout) creates it, and reads the peaks from it
+// even when a process was killed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vgpu {
+
+constexpr int kMaxDevices = 16;
+constexpr int kMaxProcesses = 256;
+constexpr int kMaxMissing = 256;
+constexpr int kNameBytes = 96;
+constexpr uint32_t kLayoutVersion = 1;
+constexpr uint64_t kGranularity = 2u << 20;  // cudaMalloc and cuMemCreate hand out whole 2 MiB pages
+
+struct Device {
+  char name[kNameBytes];
+  uint8_t uuid[16];
+  uint64_t total_bytes;
+  uint64_t context_bytes;
+  uint64_t used_bytes;  // of all living processes, their contexts included: what NVML shows
+  uint64_t peak_bytes;  // the highest used_bytes there ever was
+  uint32_t compute_major;
+  uint32_t compute_minor;
+  uint32_t sm_count;
+  uint32_t threads_per_sm;
+  uint32_t blocks_per_sm;
+  uint32_t shared_per_block;
+  uint32_t shared_per_block_optin;
+  uint32_t shared_per_sm;
+  uint32_t registers_per_sm;
+  uint32_t l2_bytes;
+  uint32_t bus_width_bits;
+  uint32_t clock_khz;
+  uint32_t memory_clock_khz;
+  uint8_t reserved[60];
+};
+static_assert(sizeof(Device) == 256, "account.py reads this layout");
+
+struct Process {
+  int32_t pid;  // 0: a free row
+  uint32_t contexts;  // bit d: this process has a context on device d
+  uint64_t start_ticks;  // with the pid, tells a process from a later one of the same number
+  uint64_t pinned_bytes;
+  uint64_t managed_bytes;
+  uint64_t device_bytes[kMaxDevices];  // without contexts
+  uint8_t reserved[32];
+};
+static_assert(sizeof(Process) == 192, "account.py reads this layout");
+
+struct Account {
+  char magic[8];  // "VGPUACC\0"
+  uint32_t layout_version;
+  uint32_t device_count;
+  uint32_t missing_count;
+  uint32_t values_read;  // 1 once a program copied data from a device
+  uint32_t quiet;
+  uint32_t reserved0;
+  uint64_t pinned_bytes;
+  uint64_t pinned_peak_bytes;
+  uint64_t managed_bytes;
+  uint64_t managed_peak_bytes;
+  uint8_t reserved[64];
+  Device devices[kMaxDevices];
+  Process processes[kMaxProcesses];
+  char missing[kMaxMissing][kNameBytes];
+};
+static_assert(offsetof(Account, devices) == 128, "account.py reads this layout");
+
+#define VGPU_SHARED __attribute__((visibility("default")))
+
+enum class HostKind { kPinned, kManaged };
+
+// The account of this process, mapped at the first call. nullptr: there is none (VGPU_ACCOUNT is not set or names no
+// account), which the caller reports as "no device".
+VGPU_SHARED const Account* account();
+
+// The number of devices; 0 without an account.
+VGPU_SHARED int device_count();
+
+// Row of a device; the caller has checked the ordinal.
+VGPU_SHARED const Device& device_row(int device);
+
+// True in a child that was forked after its parent had made a context: CUDA does not work there.
+VGPU_SHARED bool forked_after_use();
+
+// Gives the process a context on the device. False: it does not fit.
+VGPU_SHARED bool ensure_context(int device);
+VGPU_SHARED bool has_context(int device);
+
+// Books bytes on a device. False: the card is full, and nothing is booked.
+VGPU_SHARED bool take(int device, uint64_t bytes);
+VGPU_SHARED void give(int device, uint64_t bytes);
+VGPU_SHARED uint64_t free_bytes(int device);
+VGPU_SHARED uint64_t used_bytes(int device);
+
+VGPU_SHARED void take_host(HostKind kind, uint64_t bytes);
+VGPU_SHARED void give_host(HostKind kind, uint64_t bytes);
+
+// Processes with a context on the device: pids and bytes (context included). Returns how many there are.
+VGPU_SHARED int processes_on(int device, int32_t* pids, uint64_t* bytes, int capacity);
+
+// Notes that a value was copied from a device; tells the user once a run.
+VGPU_SHARED void note_value_read();
+
+// Says once that the program called a function that is not implemented, and keeps its name for the report.
+VGPU_SHARED void note_missing(const char* name, const char* why);
+
+VGPU_SHARED uint64_t round_up(uint64_t bytes, uint64_t granularity);
+
+}  // namespace vgpu

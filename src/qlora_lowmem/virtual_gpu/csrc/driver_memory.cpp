@@ -1,0 +1,238 @@
+// libcuda.so.1: memory. Virtual memory management is what PyTorch's expandable segments are made of.
+#include <cuda.h>
+#include <pthread.h>
+
+#include <cstring>
+#include <map>
+
+#include "account.h"
+#include "memory.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+using namespace vgpu;
+
+namespace {
+
+struct Physical {
+  uint64_t bytes;
+  int device;
+  int references;  // one of the handle, one of every mapping: memory is freed with the last
+  CUmemAllocationProp properties;
+};
+
+struct State {
+  std::map<CUmemGenericAllocationHandle, Physical> handles;
+  std::map<CUdeviceptr, CUmemGenericAllocationHandle> mappings;
+  CUmemGenericAllocationHandle next = 1;
+};
+
+pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+
+State& state() {
+  static State* instance = new State;  // leaked: allocators unmap while the process exits
+  return *instance;
+}
+
+class Guard {
+ public:
+  Guard() { pthread_mutex_lock(&mutex); }
+  ~Guard() { pthread_mutex_unlock(&mutex); }
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+};
+
+void drop_reference(std::map<CUmemGenericAllocationHandle, Physical>::iterator it) {
+  if (--it->second.references > 0) return;
+  give(it->second.device, it->second.bytes);
+  state().handles.erase(it);
+}
+
+void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
+
+CUresult refuse(const char* name, const char* why) {
+  note_missing(name, why);
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+
+int current_device() {
+  CUdevice device = 0;
+  return cuCtxGetDevice(&device) == CUDA_SUCCESS ? device : 0;
+}
+
+}  // namespace
+
+API CUresult cuMemGetAllocationGranularity(size_t* bytes, const CUmemAllocationProp*, CUmemAllocationGranularity_flags) {
+  *bytes = kGranularity;
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemAddressReserve(CUdeviceptr* address, size_t bytes, size_t alignment, CUdeviceptr,
+                                 unsigned long long) {
+  void* place = reserve_addresses(bytes, alignment);
+  if (place == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
+  *address = reinterpret_cast<CUdeviceptr>(place);
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemAddressFree(CUdeviceptr address, size_t) {
+  return release_addresses(pointer(address)) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+API CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, const CUmemAllocationProp* properties,
+                         unsigned long long) {
+  if (properties->location.type != CU_MEM_LOCATION_TYPE_DEVICE) {
+    return refuse("cuMemCreate", "memory that is not on a device");
+  }
+  int device = properties->location.id;
+  if (device < 0 || device >= device_count()) return CUDA_ERROR_INVALID_DEVICE;
+  if (properties->requestedHandleTypes == CU_MEM_HANDLE_TYPE_FABRIC) return CUDA_ERROR_NOT_PERMITTED;
+  bytes = round_up(bytes, kGranularity);
+  if (!take(device, bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
+  Guard guard;
+  *handle = state().next++;
+  state().handles[*handle] = {bytes, device, 1, *properties};
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+  Guard guard;
+  auto it = state().handles.find(handle);
+  if (it == state().handles.end()) return CUDA_ERROR_INVALID_VALUE;
+  drop_reference(it);
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t, CUmemGenericAllocationHandle handle,
+                      unsigned long long) {
+  Guard guard;
+  auto it = state().handles.find(handle);
+  if (it == state().handles.end() || !is_device_address(pointer(address))) return CUDA_ERROR_INVALID_VALUE;
+  ++it->second.references;
+  state().mappings[address] = handle;
+  map_addresses(pointer(address), bytes, it->second.device);
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
+  Guard guard;
+  auto& mappings = state().mappings;
+  map_addresses(pointer(address), bytes, -1);
+  for (auto it = mappings.lower_bound(address); it != mappings.end() && it->first < address + bytes;) {
+    auto handle = state().handles.find(it->second);
+    if (handle != state().handles.end()) drop_reference(handle);
+    it = mappings.erase(it);
+  }
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemSetAccess(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t) { return CUDA_SUCCESS; }
+
+API CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* address) {
+  Guard guard;
+  auto& mappings = state().mappings;
+  auto it = mappings.upper_bound(reinterpret_cast<CUdeviceptr>(address));
+  if (it == mappings.begin()) return CUDA_ERROR_INVALID_VALUE;
+  auto physical = state().handles.find((--it)->second);
+  if (physical == state().handles.end()) return CUDA_ERROR_INVALID_VALUE;
+  ++physical->second.references;
+  *handle = it->second;
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* properties,
+                                                    CUmemGenericAllocationHandle handle) {
+  Guard guard;
+  auto it = state().handles.find(handle);
+  if (it == state().handles.end()) return CUDA_ERROR_INVALID_VALUE;
+  *properties = it->second.properties;
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemExportToShareableHandle(void*, CUmemGenericAllocationHandle, CUmemAllocationHandleType,
+                                          unsigned long long) {
+  return refuse("cuMemExportToShareableHandle", "device memory shared between processes");
+}
+
+API CUresult cuMemAlloc(CUdeviceptr* address, size_t bytes) {
+  void* place = allocate_device(current_device(), bytes);
+  *address = reinterpret_cast<CUdeviceptr>(place);
+  return place != nullptr ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+API CUresult cuMemFree(CUdeviceptr address) {
+  return address == 0 || free_device(pointer(address)) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+API CUresult cuMemGetInfo(size_t* available, size_t* total) {
+  *available = free_bytes(current_device());
+  *total = device_row(current_device()).total_bytes;
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr address) {
+  Block block;
+  if (!find_device_block(pointer(address), &block) || block.device < 0) return CUDA_ERROR_NOT_FOUND;
+  if (base != nullptr) *base = reinterpret_cast<CUdeviceptr>(block.base);
+  if (bytes != nullptr) *bytes = block.bytes;
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuMemcpyDtoH(void* target, CUdeviceptr source, size_t bytes) {
+  copy(target, pointer(source), bytes);
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemcpyHtoD(CUdeviceptr, const void*, size_t) { return CUDA_SUCCESS; }
+API CUresult cuMemcpyDtoHAsync(void* target, CUdeviceptr source, size_t bytes, CUstream) {
+  return cuMemcpyDtoH(target, source, bytes);
+}
+API CUresult cuMemcpyHtoDAsync(CUdeviceptr, const void*, size_t, CUstream) { return CUDA_SUCCESS; }
+API CUresult cuMemcpyDtoDAsync(CUdeviceptr, CUdeviceptr, size_t, CUstream) { return CUDA_SUCCESS; }
+API CUresult cuMemsetD8Async(CUdeviceptr, unsigned char, size_t, CUstream) { return CUDA_SUCCESS; }
+API CUresult cuMemsetD32Async(CUdeviceptr, unsigned, size_t, CUstream) { return CUDA_SUCCESS; }
+
+API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr address) {
+  Block block;
+  HostBlock host;
+  bool on_device = find_device_block(pointer(address), &block) && block.device >= 0;
+  bool on_host = !on_device && find_host_block(pointer(address), &host);
+  if (!on_device && !on_host) return CUDA_ERROR_INVALID_VALUE;
+  bool managed = on_host && host.origin == HostOrigin::kManaged;
+  int device = on_device ? block.device : host.device;
+  void* base = on_device ? block.base : host.base;
+  switch (attribute) {
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+      cuDevicePrimaryCtxRetain(static_cast<CUcontext*>(value), device);
+      break;
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+      *static_cast<unsigned*>(value) = on_device || managed ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
+      break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *static_cast<CUdeviceptr*>(value) = address; break;
+    case CU_POINTER_ATTRIBUTE_HOST_POINTER:
+      if (on_device) return CUDA_ERROR_INVALID_VALUE;
+      *static_cast<void**>(value) = pointer(address);
+      break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *static_cast<int*>(value) = device; break;
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED: *static_cast<unsigned*>(value) = managed ? 1 : 0; break;
+    case CU_POINTER_ATTRIBUTE_MAPPED: *static_cast<unsigned*>(value) = 1; break;
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *static_cast<void**>(value) = base; break;
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+      *static_cast<size_t*>(value) = on_device ? block.bytes : host.bytes;
+      break;
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
+      *static_cast<unsigned long long*>(value) = reinterpret_cast<uintptr_t>(base) / kGranularity;
+      break;
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: *static_cast<unsigned*>(value) = 0; break;
+    default: return refuse("cuPointerGetAttribute", "an attribute that is not known here");
+  }
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute* attributes, void** values,
+                                    CUdeviceptr address) {
+  for (unsigned i = 0; i < count; ++i) {
+    // An address that CUDA does not know gets zeros here, not an error.
+    if (cuPointerGetAttribute(values[i], attributes[i], address) != CUDA_SUCCESS) memset(values[i], 0, 4);
+  }
+  return CUDA_SUCCESS;
+}

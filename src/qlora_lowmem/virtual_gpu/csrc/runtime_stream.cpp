@@ -1,0 +1,157 @@
+// libcudart: streams and events. Work is done the moment it is submitted, so everything is always finished.
+#include <time.h>
+
+#include <cstdlib>
+
+#include "runtime.h"
+
+using namespace vgpu;
+
+namespace {
+
+struct Stream {
+  int device;
+  int priority;
+  unsigned flags;
+  unsigned long long id;
+};
+
+struct Event {
+  double recorded_ms;
+};
+
+unsigned long long next_stream_id = 16;
+
+double now_ms() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return static_cast<double>(time.tv_sec) * 1e3 + static_cast<double>(time.tv_nsec) * 1e-6;
+}
+
+// nullptr for the three streams that have numbers instead of objects: default, legacy, per thread.
+Stream* object_of(cudaStream_t stream) {
+  return reinterpret_cast<uintptr_t>(stream) <= 2 ? nullptr : reinterpret_cast<Stream*>(stream);
+}
+
+cudaError_t refuse_capture(const char* name) {
+  note_missing(name, "CUDA graphs hold real kernels, and there are none here; run without graphs");
+  return fail(cudaErrorNotSupported);
+}
+
+cudaError_t not_capturing(cudaStreamCaptureStatus* status, unsigned long long* id) {
+  if (status != nullptr) *status = cudaStreamCaptureStatusNone;
+  if (id != nullptr) *id = 0;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
+  if (cudaError_t error = enter()) return error;
+  auto* object = static_cast<Stream*>(malloc(sizeof(Stream)));
+  *object = {current_device(), priority, flags, __atomic_add_fetch(&next_stream_id, 1, __ATOMIC_RELAXED)};
+  *stream = reinterpret_cast<cudaStream_t>(object);
+  return cudaSuccess;
+}
+
+API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  return cudaStreamCreateWithPriority(stream, flags, 0);
+}
+API cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
+
+API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  free(object_of(stream));
+  return cudaSuccess;
+}
+
+API cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+API cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+API cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+
+API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
+  Stream* object = object_of(stream);
+  *priority = object != nullptr ? object->priority : 0;
+  return cudaSuccess;
+}
+API cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
+  Stream* object = object_of(stream);
+  *flags = object != nullptr ? object->flags : 0;
+  return cudaSuccess;
+}
+API_NAMED(stream_get_id(cudaStream_t stream, unsigned long long* id), "cudaStreamGetId") {
+  Stream* object = object_of(stream);
+  *id = object != nullptr ? object->id : reinterpret_cast<uintptr_t>(stream);
+  return cudaSuccess;
+}
+API_NAMED(stream_get_device(cudaStream_t stream, int* device), "cudaStreamGetDevice") {
+  Stream* object = object_of(stream);
+  *device = object != nullptr ? object->device : current_device();
+  return cudaSuccess;
+}
+
+// What would run on the host once the stream is done runs at once.
+API cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) {
+  function(data);
+  return cudaSuccess;
+}
+API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t callback, void* data, unsigned) {
+  callback(stream, cudaSuccess, data);
+  return cudaSuccess;
+}
+
+API cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return not_capturing(status, nullptr);
+}
+API_NAMED(capture_info(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id),
+          "cudaStreamGetCaptureInfo") {
+  return not_capturing(status, id);
+}
+API_NAMED(capture_info_v2(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id),
+          "cudaStreamGetCaptureInfo_v2") {
+  return not_capturing(status, id);
+}
+API_NAMED(capture_info_v3(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id),
+          "cudaStreamGetCaptureInfo_v3") {
+  return not_capturing(status, id);
+}
+API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+API cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  return refuse_capture("cudaStreamBeginCapture");
+}
+API_NAMED(begin_capture_to_graph(), "cudaStreamBeginCaptureToGraph") {
+  return refuse_capture("cudaStreamBeginCaptureToGraph");
+}
+
+API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  if (cudaError_t error = enter()) return error;
+  auto* object = static_cast<Event*>(malloc(sizeof(Event)));
+  object->recorded_ms = now_ms();
+  *event = reinterpret_cast<cudaEvent_t>(object);
+  return cudaSuccess;
+}
+API cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
+
+API cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  free(event);
+  return cudaSuccess;
+}
+
+API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  reinterpret_cast<Event*>(event)->recorded_ms = now_ms();
+  return cudaSuccess;
+}
+API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
+  return cudaEventRecord(event, stream);
+}
+API cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+API cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+
+// Host time, which says nothing about a card, but is not zero: tuners divide by it.
+API_NAMED(elapsed_time(float* milliseconds, cudaEvent_t start, cudaEvent_t end), "cudaEventElapsedTime") {
+  double elapsed = reinterpret_cast<Event*>(end)->recorded_ms - reinterpret_cast<Event*>(start)->recorded_ms;
+  *milliseconds = elapsed > 1e-3 ? static_cast<float>(elapsed) : 1e-3f;
+  return cudaSuccess;
+}
+API_NAMED(elapsed_time_v2(float* milliseconds, cudaEvent_t start, cudaEvent_t end), "cudaEventElapsedTime_v2") {
+  return elapsed_time(milliseconds, start, end);
+}

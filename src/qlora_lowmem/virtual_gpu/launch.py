@@ -1,0 +1,124 @@
+"""Starts programs on a virtual GPU."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from . import account
+from .build import Build, ensure_built
+from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, get_card
+from .report import ACCOUNT_FILE, Report, read_report
+
+_WORKER = Path(__file__).with_name("worker")
+# Seconds that a process group gets to end after SIGTERM before it is killed.
+_GRACE_SECONDS = 5.0
+
+File = int | IO[bytes] | IO[str] | None
+
+
+def environment(card: Card, *, count: int = 1, report: Path) -> dict[str, str]:
+    """The full environment in which any process becomes a process on a machine with `count` such cards.
+
+    `report` is a folder, made if need be, where the processes leave what `read_report` reads. A new environment is a
+    new machine: what was in the folder before is replaced.
+
+    Raises:
+        VirtualGPUUnavailable: this machine cannot host a virtual GPU.
+        ValueError: `count` is not between 1 and 16.
+    """
+    build = ensure_built()
+    return dict(os.environ) | variables(build, card, count, report, os.environ)
+
+
+def variables(build: Build, card: Card, count: int, report: Path, base: Mapping[str, str]) -> dict[str, str]:
+    """What `environment` adds to the environment `base`; makes the report folder and its account."""
+    report.mkdir(parents=True, exist_ok=True)
+    for stale in report.glob("torch-*.json"):
+        stale.unlink()
+    account.create(report / ACCOUNT_FILE, card, count)
+    preload = [*map(str, build.preload), *base.get("LD_PRELOAD", "").split()]
+    return {
+        "LD_PRELOAD": " ".join(dict.fromkeys(preload)),
+        "LD_LIBRARY_PATH": _prepend(str(build.folder), base.get("LD_LIBRARY_PATH")),
+        "PYTHONPATH": _prepend(str(_WORKER), base.get("PYTHONPATH")),
+        "TRITON_LIBCUDA_PATH": str(build.folder),
+        # Every card of the machine is visible, whatever the real machine hides.
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count))),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    } | card_variables(card, report)
+
+
+def card_variables(card: Card, report: Path) -> dict[str, str]:
+    """The part that differs between processes of one build: which machine they are on."""
+    memory = "" if get_card(card.name).total_bytes == card.total_bytes else str(card.total_bytes)
+    return {
+        "VGPU_ACCOUNT": str((report / ACCOUNT_FILE).resolve()),
+        CARD_VARIABLE: card.name,
+        MEMORY_VARIABLE: memory,
+    }
+
+
+def _prepend(first: str, rest: str | None) -> str:
+    entries = [entry for entry in (rest or "").split(":") if entry and entry != first]
+    return ":".join([first, *entries])
+
+
+def run(
+    command: Sequence[str],
+    card: Card,
+    *,
+    count: int = 1,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    cwd: Path | str | None = None,
+    stdout: File = None,
+    stderr: File = None,
+) -> Report:
+    """Runs a command on a machine with `count` such cards and reports what it used.
+
+    `env` replaces the environment that the virtual machine's variables are added to. `timeout` is in seconds. The
+    command's descendants end with it.
+
+    Raises:
+        VirtualGPUUnavailable: this machine cannot host a virtual GPU.
+        subprocess.TimeoutExpired: it ran longer than `timeout`, and was stopped.
+        OSError: the command cannot be started.
+    """
+    build = ensure_built()
+    base = dict(os.environ if env is None else env)
+    with tempfile.TemporaryDirectory(prefix="vgpu-") as folder:
+        report = Path(folder)
+        complete = base | variables(build, card, count, report, base)
+        process = subprocess.Popen(command, env=complete, cwd=cwd, stdout=stdout, stderr=stderr, start_new_session=True)
+        with _stopping(process):
+            code = process.wait(timeout)
+        return read_report(report, card, code if code >= 0 else 128 - code)
+
+
+@contextlib.contextmanager
+def _stopping(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leaves nothing of the process' session behind, however the block ends.
+
+    The session is its own, so an interrupt from the keyboard reaches the program only through this.
+    """
+    try:
+        yield
+    except BaseException as error:
+        first = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        _signal_group(process, first)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(_GRACE_SECONDS)
+        raise
+    finally:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)

@@ -1,0 +1,66 @@
+"""Runs at the start of every Python process on a virtual GPU: arranges the hooks, and imports nothing for them."""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib costs every process its import
+
+
+class _HookLoader:
+    """Loads a module with its own loader, then hands it to the hooks."""
+
+    def __init__(self, loader: object) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)  # type: ignore[attr-defined, no-any-return]
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = self._loader  # type: ignore[union-attr]
+        self._loader.exec_module(module)  # type: ignore[attr-defined]
+        importlib.import_module("vgpu_hooks").HOOKS[module.__name__](module)
+
+
+class _HookFinder:
+    """Finds the modules that have a hook, each once, and leaves the finding to the others."""
+
+    def __init__(self) -> None:
+        self._waiting = {"torch", "triton.runtime.jit"}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in self._waiting:
+            return None
+        self._waiting.discard(name)
+        for finder in sys.meta_path:
+            found = finder.find_spec(name, path, target) if finder is not self else None
+            if found is not None and found.loader is not None:
+                found.loader = _HookLoader(found.loader)  # type: ignore[assignment]
+                return found
+        self._waiting.add(name)
+        return None
+
+
+def _run_shadowed_sitecustomize() -> None:
+    """Runs the sitecustomize that this one hides, as Python would have without us."""
+    folders = [entry for entry in sys.path if os.path.abspath(entry or ".") != _HERE]  # noqa: PTH100
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", folders)
+    if spec is None or spec.loader is None:
+        return
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sitecustomize"] = module
+    spec.loader.exec_module(module)
+
+
+if os.environ.get("VGPU_ACCOUNT"):
+    sys.meta_path.insert(0, _HookFinder())
+_run_shadowed_sitecustomize()

@@ -1,0 +1,199 @@
+"""What differs in Python on a virtual GPU. Installed when a program imports torch; nothing else is changed.
+
+Values do not exist here: copies from the device read zeros, so `.item()` is 0, `bool(tensor)` is False, `isnan` is
+False, and control flow that depends on them takes that branch. Where a *shape* depends on values, the worst case is
+taken where there is one. `FACTS` lists all of it.
+"""
+
+import atexit
+import json
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
+
+# What a program is answered here: the question, the answer, the reason.
+FACTS: tuple[tuple[str, str, str], ...] = (
+    (
+        "a value copied from the device: .item(), .cpu(), bool(tensor), isnan",
+        "zero, False",
+        "nothing was computed",
+    ),
+    (
+        "aten::nonzero on CUDA, and what is made of it: boolean masks, masked_select, where with one argument",
+        "every index",
+        "a mask without values could select everything",
+    ),
+    (
+        "unique, unique_consecutive on CUDA",
+        "every element is different",
+        "the most that there can be",
+    ),
+    (
+        "Tensor.all(), torch.all() of a CUDA tensor, asked by transformers",
+        "True",
+        "it asks whether a batch has no padding; the zero would make it build an (S, S) mask that a full batch has not",
+    ),
+    (
+        "repeat_interleave, bincount and others that size their result by a value",
+        "what zeros say",
+        "there is no largest size",
+    ),
+    ("a Triton launch", "nothing happens", "a launch allocates nothing"),
+    (
+        "cuDNN attention",
+        "switched off",
+        "cuDNN's plans are not known here; flash attention is next in PyTorch's order, as on consumer cards",
+    ),
+    (
+        "other cuDNN operations, cuFFT, cuSOLVER, NCCL, CUDA graphs",
+        "refused, by name",
+        "their workspaces are not known here, and a peak without them would be wrong",
+    ),
+)
+
+# Peaks in bytes, (allocated, reserved) by device, of what was counted before the last reset.
+_folded: list[list[int]] = []
+
+
+def _report_path() -> str:
+    return f"{os.path.dirname(os.environ['VGPU_ACCOUNT'])}/torch-{os.getpid()}.json"  # noqa: PTH120
+
+
+def _fold_peaks(torch: Any) -> None:
+    """Takes the allocator's peaks into ours: before the program resets them, and at the end."""
+    if not torch.cuda.is_initialized():
+        return
+    for device in range(torch.cuda.device_count()):
+        if device == len(_folded):
+            _folded.append([0, 0])
+        peaks = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+        _folded[device] = [max(old, new) for old, new in zip(_folded[device], peaks, strict=True)]
+
+
+def _write_report(torch: Any, ended: bool) -> None:
+    _fold_peaks(torch)
+    if not _folded:
+        return
+    versions = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
+    text = json.dumps({"peaks": _folded, "versions": versions, "ended": ended})
+    path = _report_path()
+    try:
+        with open(f"{path}.part", "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(text)
+        os.replace(f"{path}.part", path)  # noqa: PTH105
+    except OSError:
+        return  # the launcher is gone, and nobody reads it
+
+
+def _report_at_the_end(torch: Any) -> None:
+    """Writes the report however the process ends, short of being killed."""
+    atexit.register(_write_report, torch, True)
+    leave: Callable[[int], NoReturn] = os._exit
+
+    def leave_with_report(status: int) -> NoReturn:
+        _write_report(torch, True)
+        leave(status)
+
+    os._exit = leave_with_report
+    os.register_at_fork(after_in_child=_folded.clear)
+
+
+def _report_before_resets(torch: Any) -> None:
+    for name in ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats"):
+        reset = getattr(torch._C, name, None)
+        if reset is None:
+            continue
+
+        def report_and_reset(*arguments: Any, _reset: Callable[..., Any] = reset) -> Any:
+            _write_report(torch, False)
+            return _reset(*arguments)
+
+        setattr(torch._C, name, report_and_reset)
+
+
+def _report_when_initialized(torch: Any) -> None:
+    """Leaves a first report once CUDA is in use, so that a killed process is known to have had more."""
+    initialize = torch.cuda._lazy_init
+
+    def initialize_and_report() -> None:
+        was = torch.cuda._initialized
+        initialize()
+        if not was and torch.cuda._initialized:
+            _write_report(torch, False)
+
+    torch.cuda._lazy_init = initialize_and_report
+
+
+def _take_the_worst_case(torch: Any) -> None:
+    """Replaces the operators whose result's size depends on values."""
+
+    def indices(count: int, like: Any) -> Any:
+        return torch.empty(count, dtype=torch.long, device=like.device)
+
+    def nonzero(mask: Any) -> Any:
+        return torch.empty((mask.numel(), mask.dim()), dtype=torch.long, device=mask.device)
+
+    def unique(tensor: Any, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False) -> Any:  # noqa: ARG001
+        count = tensor.numel()
+        inverse = indices(count, tensor).view(tensor.shape) if return_inverse else indices(0, tensor)
+        return torch.empty_like(tensor).view(-1), inverse, indices(count if return_counts else 0, tensor)
+
+    def unique_consecutive(
+        tensor: Any, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
+    ) -> Any:
+        if dim is None:
+            return unique(tensor, True, return_inverse, return_counts)
+        count = tensor.size(dim)
+        return torch.empty_like(tensor), indices(count, tensor), indices(count, tensor)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("nonzero", nonzero, "CUDA", allow_override=True)
+    library.impl("_unique2", unique, "CUDA", allow_override=True)
+    library.impl("unique_consecutive", unique_consecutive, "CUDA", allow_override=True)
+    _keep.append(library)  # the registration lives as long as its library
+
+
+_keep: list[Any] = []
+
+
+def _all_is_true_for_transformers(torch: Any) -> None:
+    def asked_by_transformers() -> bool:
+        return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("transformers")
+
+    method, function = torch.Tensor.all, torch.all
+
+    def all_of_self(self: Any, *arguments: Any, **options: Any) -> Any:
+        answer = method(self, *arguments, **options)
+        whole = not arguments and not options and self.is_cuda
+        return torch.ones((), dtype=torch.bool) if whole and asked_by_transformers() else answer
+
+    def all_of(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        answer = function(tensor, *arguments, **options)
+        whole = not arguments and not options and tensor.is_cuda
+        return torch.ones((), dtype=torch.bool) if whole and asked_by_transformers() else answer
+
+    torch.Tensor.all = all_of_self
+    torch.all = all_of
+
+
+def _hook_torch(torch: ModuleType) -> None:
+    if torch.version.cuda is None:
+        return
+    _report_at_the_end(torch)
+    _report_before_resets(torch)
+    _report_when_initialized(torch)
+    _take_the_worst_case(torch)
+    _all_is_true_for_transformers(torch)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _hook_triton(jit: ModuleType) -> None:
+    def launch_nothing(*_arguments: Any, **_options: Any) -> None:
+        return None
+
+    jit.JITFunction.run = launch_nothing
+
+
+HOOKS: dict[str, Callable[[ModuleType], None]] = {"torch": _hook_torch, "triton.runtime.jit": _hook_triton}

@@ -1,0 +1,172 @@
+"""The process that jobs are forked from: imports modules once, without initialising CUDA, then forks a child a job.
+
+`python vgpu_server.py FD MODULES`: FD is a socket to the parent, MODULES a JSON list. Lines of JSON go both ways:
+
+    from us   {"event": "ready"}, {"event": "failed", "error"},
+              {"event": "started", "id", "pid"}, {"event": "ended", "id", "status"}
+    to us     {"id", "function", "kwargs", "variables", "output", "result"}
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def _answering_without_cuda(torch: Any) -> Iterator[None]:
+    """While modules are imported, answers what they ask about the card without making a context.
+
+    A child cannot use CUDA once its parent has. bitsandbytes, for one, asks for the compute capability at import.
+    """
+    capability = tuple(json.loads(os.environ["VGPU_SERVER_CAPABILITY"]))
+    name = os.environ["VGPU_SERVER_TITLE"]
+    properties = SimpleNamespace(name=name, major=capability[0], minor=capability[1])
+    answers = {
+        "get_device_capability": lambda _device=None: capability,
+        "get_device_name": lambda _device=None: name,
+        "get_device_properties": lambda _device=None: properties,
+    }
+    originals = {attribute: getattr(torch.cuda, attribute) for attribute in answers}
+    for attribute, answer in answers.items():
+        setattr(torch.cuda, attribute, answer)
+    try:
+        yield
+    finally:
+        for attribute, original in originals.items():
+            setattr(torch.cuda, attribute, original)
+
+
+def _preload(modules: list[str]) -> None:
+    torch: Any = importlib.import_module("torch")
+    # A thread pool does not survive a fork; one thread makes none.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with _answering_without_cuda(torch):
+        for name in modules:
+            importlib.import_module(name)
+            if torch.cuda.is_initialized():
+                raise RuntimeError(
+                    f"importing {name} initialises CUDA, and a forked job could not use it any more; "
+                    "leave that module out of preload"
+                )
+    _after_fork.append(lambda: torch.set_num_threads(threads))
+    gc.collect()
+    gc.freeze()  # the collector of a child would copy every page of what is shared
+
+
+_after_fork: list[Any] = []
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _run_job(job: dict[str, Any]) -> NoReturn:
+    """In the child: runs the function, leaves its result, and ends the process."""
+    _die_with_parent()
+    os.setpgid(0, 0)
+    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.update(job["variables"])
+    for action in _after_fork:
+        action()
+    code, result = 0, {}
+    try:
+        module, _, function = job["function"].partition(":")
+        value = getattr(importlib.import_module(module), function)(**job["kwargs"])
+        result = {"value": value}
+        json.dumps(value)
+    except SystemExit as request:
+        code = request.code if isinstance(request.code, int) else int(request.code is not None)
+        if isinstance(request.code, str):
+            print(request.code, file=sys.stderr)
+    except BaseException as error:
+        code, result = 1, {"error": f"{type(error).__name__}: {error}"}
+        traceback.print_exc()
+    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
+class _Server:
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(connection, selectors.EVENT_READ)
+        self.buffer = b""
+
+    def say(self, **message: Any) -> None:
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def serve(self) -> None:
+        """Until the parent closes its end."""
+        while True:
+            for key, _ in self.selector.select():
+                if key.data is not None:
+                    self._reap(key)
+                elif not self._receive():
+                    return
+
+    def _receive(self) -> bool:
+        data = self.connection.recv(65536)
+        self.buffer += data
+        *lines, self.buffer = self.buffer.split(b"\n")
+        for line in lines:
+            self._start(json.loads(line))
+        return bool(data)
+
+    def _start(self, job: dict[str, Any]) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self.selector.close()
+            self.connection.close()
+            _run_job(job)
+        self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (job["id"], pid))
+        self.say(event="started", id=job["id"], pid=pid)
+
+    def _reap(self, key: selectors.SelectorKey) -> None:
+        self.selector.unregister(key.fileobj)
+        os.close(key.fd)
+        job, pid = key.data
+        _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # what the job started and left behind
+        self.say(event="ended", id=job, status=os.waitstatus_to_exitcode(status))
+
+
+def main() -> None:
+    """Entry of the server process."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
+    server = _Server(socket.socket(fileno=int(sys.argv[1])))
+    sys.path[:] = json.loads(os.environ.pop("VGPU_SERVER_PATH"))
+    try:
+        _preload(json.loads(sys.argv[2]))
+    except BaseException as error:
+        traceback.print_exc()
+        server.say(event="failed", error=f"{type(error).__name__}: {error}")
+        return
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        server.say(event="ready")
+        server.serve()
+
+
+if __name__ == "__main__":
+    main()

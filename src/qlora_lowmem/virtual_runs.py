@@ -1,0 +1,84 @@
+"""Recipes run on virtual cards, many in one go: the heavy imports are made once, then every run is a fork of its own."""
+
+import traceback
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe_io import recipe_from_dict, replace_field
+
+_HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "qlora_lowmem.execute")
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """What a recipe came to on a virtual card.
+
+    Attributes:
+        profile: the peaks; None if it failed for another reason than memory.
+        out_of_memory: torch's message if it ran out, and then `profile` holds the peaks until there.
+        phase: the phase in which it ran out.
+        failure: what went wrong otherwise.
+        trainable_parameters: of the adapters; 0 if it never got so far.
+    """
+
+    profile: MemoryProfile | None
+    out_of_memory: str | None = None
+    phase: str | None = None
+    failure: str | None = None
+    trainable_parameters: int = 0
+
+
+def recipe_server(max_workers: int = 2) -> virtual_gpu.Server:
+    """A server of virtual runs with everything imported that a recipe needs."""
+    return virtual_gpu.Server(preload=_HEAVY, max_workers=max_workers)
+
+
+def submit_recipe(
+    server: virtual_gpu.Server, recipe: Recipe, card: virtual_gpu.Card, timeout: float | None = None
+) -> "Future[RecipeRun]":
+    """Queue `recipe`'s training steps on `card`; synthetic data, every sample at full length."""
+    if recipe.data.data != "synthetic":
+        recipe = replace_field(recipe, "data", "synthetic")
+    job = server.submit("qlora_lowmem.virtual_runs:run_here", {"content": recipe.to_dict()}, card, timeout=timeout)
+    result: Future[RecipeRun] = Future()
+    job.add_done_callback(lambda done: _pass_on(done, result))
+    return result
+
+
+def _pass_on(done: "Future[virtual_gpu.JobResult]", result: "Future[RecipeRun]") -> None:
+    try:
+        job = done.result()
+    except BaseException as error:  # whatever ended the job ends the run
+        result.set_exception(error)
+        return
+    if job.value is None:
+        reason = f"the run ended with exit code {job.exit_code}: {job.stderr_tail[-2000:]}"
+        result.set_result(RecipeRun(profile=None, failure=reason))
+        return
+    value = dict(job.value)
+    profile = MemoryProfile.from_dict(value.pop("profile")) if value.get("profile") else None
+    value.pop("profile", None)
+    result.set_result(RecipeRun(profile=profile, **value))
+
+
+def run_here(content: dict[str, Any]) -> dict[str, Any]:
+    """In the worker: run a recipe for its steps and return a `RecipeRun` as plain data."""
+    import tempfile
+    from pathlib import Path
+
+    from qlora_lowmem.execute import OutOfGpuMemoryError, execute
+
+    recipe = replace_field(recipe_from_dict(content), "device", "virtual")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = execute(recipe, output_dir=Path(folder), save=False)
+    except OutOfGpuMemoryError as error:
+        return {"profile": error.profile.to_dict(), "out_of_memory": error.torch_message, "phase": error.phase}
+    except Exception:  # what a person reads is made of this in the parent
+        return {"profile": None, "failure": traceback.format_exc()}
+    assert outcome.profile is not None
+    return {"profile": outcome.profile.to_dict(), "trainable_parameters": outcome.trainable_parameters}

