@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from matrix_recipes import ORDER, RECIPES
 
+from matrix_recipes import ORDER, RECIPES
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import Matrix, Runner
 from qlora_lowmem.recipe import Recipe
@@ -20,9 +20,7 @@ def recipes() -> list[Recipe]:
 
 
 @pytest.fixture(scope="session")
-def matrix(
-    runner: Runner, recipes: list[Recipe], results_folder: Path, on_gpu: bool
-) -> Iterator[Matrix]:
+def matrix(runner: Runner, recipes: list[Recipe], results_folder: Path, on_gpu: bool) -> Iterator[Matrix]:
     """All results; the tables are written at the end, whatever the verdicts."""
     matrix = Matrix(runner, recipes)
     yield matrix

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from matrix_recipes import ORDER
 
+from matrix_recipes import ORDER
 from qlora_lowmem.gate.cases import Matrix
 from qlora_lowmem.units import format_bytes, parse_bytes
 

@@ -46,7 +46,7 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(
             [sys.executable, "-m", f"qlora_lowmem.{name}", *arguments],
             cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", **env},
             capture_output=True,
             text=True,
             timeout=timeout,

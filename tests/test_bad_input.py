@@ -44,7 +44,7 @@ CASES = [
     case("recipe is a folder", lambda folder: ["--config", str(folder)], "folder"),
     case("recipe empty", recipe(""), "empty"),
     case("recipe not a mapping", recipe("- a\n- b\n"), "bad.yaml"),
-    case("YAML syntax", recipe("lora: {lora_r: 8\nbatch: x"), "bad.yaml:"),
+    case("YAML syntax", recipe("lora: {lora_r: 8\nbatch: x"), "bad.yaml, line 2"),
     case("unknown section", recipe("loras:\n  lora_r: 8\n"), "loras", "lora"),
     case("unknown field", recipe("lora:\n  rank: 8\n"), "rank", "lora_r"),
     case("field twice", recipe("lora:\n  lora_r: 8\n  lora_r: 16\n"), "lora_r", "twice"),

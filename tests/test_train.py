@@ -36,7 +36,9 @@ def test_help_teaches_what_each_field_does_to_memory(command: Command) -> None:
     assert printed.count("Memory:") > 30
 
 
-def test_dry_run_prints_the_resolved_recipe_and_trains_nothing(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:
+def test_dry_run_prints_the_resolved_recipe_and_trains_nothing(
+    command: Command, tiny_hybrid: Path, tmp_path: Path
+) -> None:
     run = command("train", *tiny(tiny_hybrid, tmp_path / "out", "--dry-run", "--lora-r", "2"))
     assert run.returncode == 0, run.stderr
     assert "lora_r: 2" in run.stdout
@@ -57,7 +59,9 @@ def test_summary_for_machines(command: Command, tiny_hybrid: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_as_if_undisturbed(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again_it_ends_as_if_undisturbed(
+    command: Command, tiny_hybrid: Path, tmp_path: Path
+) -> None:
     steps = ["--max-steps", "30", "--save-steps", "5", "--json", "-"]
     undisturbed = summary_of(command("train", *tiny(tiny_hybrid, tmp_path / "whole", *steps)))
     arguments = tiny(tiny_hybrid, tmp_path / "killed", *steps)

@@ -52,7 +52,8 @@ class Advice:
         """The advice as a person reads it."""
         yield (
             f"Needed: {format_bytes(self.needs_device_bytes)} with the CUDA context "
-            f"({format_bytes(self.needs_allocated_bytes)} allocated, {format_bytes(self.needs_reserved_bytes)} reserved); "
+            f"({format_bytes(self.needs_allocated_bytes)} allocated, "
+            f"{format_bytes(self.needs_reserved_bytes)} reserved); "
             f"{self.card} has {format_bytes(self.usable_bytes)} usable. (virtual)"
         )
         if self.knobs:
@@ -64,6 +65,15 @@ class Advice:
                 f"  {knob.change:<{width}}  saves {format_bytes(knob.saves_bytes):>11}"
                 f"  -> {format_bytes(knob.peak_device_bytes):>11}  {verdict}"
             )
+
+
+def card_like(device: str, total_bytes: int) -> virtual_gpu.Card | None:
+    """The card of the table that is `device`: by its name, or by the name that CUDA gives it and about its memory."""
+    for card in virtual_gpu.all_cards():
+        same_name = device in (card.name, card.title.lower().replace(" ", "-"))
+        if same_name and abs(card.total_bytes - total_bytes) < card.total_bytes // 10:
+            return card
+    return None
 
 
 def candidate_changes(recipe: Recipe) -> list[tuple[str, Recipe]]:
@@ -94,7 +104,7 @@ def candidate_changes(recipe: Recipe) -> list[tuple[str, Recipe]]:
     return changes
 
 
-def advise(recipe: Recipe, card: virtual_gpu.Card, note: Callable[[str], None] = lambda text: None) -> Advice:
+def advise(recipe: Recipe, card: virtual_gpu.Card, note: Callable[[str], None]) -> Advice:
     """Run `recipe` and each candidate change on a roomy virtual card of `card`'s kind.
 
     Raises:

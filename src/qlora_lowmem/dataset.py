@@ -79,7 +79,7 @@ def show_sample(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
     scored = False
     for token, label in [*zip(ids, labels, strict=True), (None, None)]:
         if run and (token is None or (label != -100) != scored):
-            text = tokenizer.decode(run)
+            text = str(tokenizer.decode(run))
             pieces.append(f"[[{text}]]" if scored else text)
             run = []
         if token is not None:

@@ -17,6 +17,8 @@ from qlora_lowmem.data import Samples
 from qlora_lowmem.dataset import TrainingData, training_data
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.job import Job, PhaseCallback, apply_memory_limit, build_job
+from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import load_tokenizer, skeleton
@@ -37,6 +39,7 @@ class Outcome:
         tokens: tokens seen while training, padding left out.
         seconds: wall time of training.
         trainable_parameters, adapted_modules: size of what is trained.
+        attribution: the steady step's peak by kind, where it was asked for.
     """
 
     profile: MemoryProfile | None
@@ -46,6 +49,7 @@ class Outcome:
     seconds: float
     trainable_parameters: int
     adapted_modules: int
+    attribution: Attribution | None = None
 
 
 class OutOfGpuMemoryError(DoesNotFitError):
@@ -77,8 +81,9 @@ def check_model(recipe: Recipe) -> tuple[int, int]:
     """
     model = skeleton(recipe, resolve_model(recipe.base.model, recipe.base.weights))
     targets = resolve_targets(model, recipe.lora.target_modules)
-    sizes = [model.get_submodule(name) for name in targets.modules]
-    return len(sizes), sum(recipe.lora.lora_r * (m.in_features + m.out_features) for m in sizes)
+    linears: list[Any] = [model.get_submodule(name) for name in targets.modules]
+    # A is (r, in_features), B is (out_features, r).
+    return len(linears), sum(recipe.lora.lora_r * (m.in_features + m.out_features) for m in linears)
 
 
 def execute(
@@ -90,12 +95,14 @@ def execute(
     callbacks: Sequence[TrainerCallback] = (),
     on_ready: Any = None,
     save: bool = True,
+    attribution: AttributionRecorder | None = None,
 ) -> Outcome:
     """Train `recipe` to its end. `samples` is None for synthetic data.
 
     Args:
         on_ready: called with the `Job` and the recorder (None on a CPU) once everything is loaded.
         save: whether checkpoints and the adapter are written; never where values do not exist (virtual GPU).
+        attribution: records where the bytes of the steady step's peak go; not on a CPU.
 
     Raises:
         OutOfGpuMemoryError: torch ran out of memory.
@@ -115,11 +122,15 @@ def execute(
     try:
         if recorder is not None:
             apply_memory_limit(recipe, recorder)
+            if attribution is not None:
+                attribution.start()
             recorder.begin("load")
         steps = [PhaseCallback(recorder)] if recorder is not None else []
         job = build_job(recipe, source, precision, data, tokenizer, device, [*steps, *callbacks], output_dir, save)
         if recorder is not None:
             recorder.end()
+            if attribution is not None:
+                attribution.watch(job.trainer)
         if on_ready is not None:
             on_ready(job, recorder)
         phase = "training"
@@ -132,7 +143,7 @@ def execute(
         raise OutOfGpuMemoryError(running, _first_sentences(error), recorder.profile()) from error
     if save:
         job.trainer.save_model(str(output_dir))
-    return _outcome(job, recorder, seconds)
+    return _outcome(job, recorder, seconds, attribution)
 
 
 def _recorder() -> Recorder:
@@ -145,16 +156,18 @@ def _recorder() -> Recorder:
     return Recorder(device_name(), "measured" if card is None else "virtual")
 
 
-def _outcome(job: Job, recorder: Recorder | None, seconds: float) -> Outcome:
+def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: AttributionRecorder | None) -> Outcome:
     history = job.trainer.state.log_history
+    profile = recorder.profile() if recorder is not None else None
     return Outcome(
-        profile=recorder.profile() if recorder is not None else None,
+        profile=profile,
         losses=tuple(float(entry["loss"]) for entry in history if "loss" in entry),
         steps=int(job.trainer.state.global_step),
         tokens=int(next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), 0)),
         seconds=seconds,
         trainable_parameters=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
         adapted_modules=len(job.targets.modules),
+        attribution=attribution.finish(profile) if attribution is not None and profile is not None else None,
     )
 
 

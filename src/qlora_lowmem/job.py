@@ -21,7 +21,7 @@ from qlora_lowmem.models.targets import Targets, resolve_targets
 from qlora_lowmem.recipe import Recipe
 
 
-class LowMemTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
+class LowMemTrainer(SFTTrainer):
     """TRL's trainer with the recipe's choice of loss; no model card of its own (`model_card.py` writes it)."""
 
     def __init__(self, *args: Any, full_logits: bool, **kwargs: Any) -> None:
@@ -33,7 +33,7 @@ class LowMemTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     ) -> Any:
         """With full logits, the loss of transformers' `Trainer`: (batch, seq, vocabulary) logits, upcast to fp32."""
         if not self._full_logits:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         inputs["use_cache"] = False
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
@@ -41,7 +41,7 @@ class LowMemTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         """Left to the job, which knows the recipe and the measured peak."""
 
 
-class PhaseCallback(TrainerCallback):  # type: ignore[misc]
+class PhaseCallback(TrainerCallback):
     """Tell the recorder which step it is: the first creates the optimizer's state and the libraries' workspaces."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -104,7 +104,8 @@ def build_job(
     model = load_base(recipe, source, precision.compute, device)
     targets = resolve_targets(model, recipe.lora.target_modules)
     if data is None:
-        vocabulary = model.get_input_embeddings().num_embeddings
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = int(embeddings.num_embeddings)
         data = synthetic_data(recipe, vocabulary, _samples_needed(recipe))
     adapted = get_peft_model(
         model,

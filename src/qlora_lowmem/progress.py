@@ -1,9 +1,12 @@
 """What a person watches while training: loss, tokens/s and the card's memory, on one line."""
 
 import time
+import warnings
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -11,7 +14,14 @@ from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.units import GIB
 
 
-class ProgressLine(TrainerCallback):  # type: ignore[misc]
+def quiet_libraries() -> None:
+    """Keep the libraries' own notes off the screen: what matters of them is said once, by us."""
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|torch|accelerate)\b")
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+class ProgressLine(TrainerCallback):
     """A progress bar on standard error: `loss 2.31, 410 tok/s, VRAM 1.02 GiB (peak 1.47, free 4.2)`.
 
     On a virtual GPU neither losses nor speeds exist, so it shows the memory alone.

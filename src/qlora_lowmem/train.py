@@ -107,7 +107,9 @@ def _train(recipe: Recipe, checked: Samples | None, options: argparse.Namespace)
     from qlora_lowmem.checkpoints import checkpoint_to_resume
     from qlora_lowmem.execute import OutOfGpuMemoryError, execute
     from qlora_lowmem.model_card import write_model_card
-    from qlora_lowmem.progress import ProgressLine
+    from qlora_lowmem.progress import ProgressLine, quiet_libraries
+
+    quiet_libraries()
 
     virtual = virtual_gpu.current_card() is not None
     resume_from = None if virtual else checkpoint_to_resume(recipe)
@@ -138,19 +140,19 @@ def _train(recipe: Recipe, checked: Samples | None, options: argparse.Namespace)
     if not virtual:
         write_model_card(Path(recipe.run.output_dir), recipe, outcome, str(summary["device"]))
         summary["adapter"] = recipe.run.output_dir
-    _report(outcome, summary, options)
+    _report(outcome, summary)
     write_json(options.json, summary)
     return EXIT_OK
 
 
-def _on_virtual_card(
-    recipe: Recipe, card: virtual_gpu.Card, arguments: list[str], options: argparse.Namespace
-) -> int:
+def _on_virtual_card(recipe: Recipe, card: virtual_gpu.Card, arguments: list[str], options: argparse.Namespace) -> int:
     """Start this command again as a process on the virtual card, and add the advice that needs more such runs."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "summary.json"
         command = [sys.executable, "-m", "qlora_lowmem.train", *arguments, "--no-advice", "--json", str(result)]
-        report = virtual_gpu.run(command, card, stdout=sys.stderr if options.json == "-" else None)
+        # That values are not real is said by the summary, which has no loss.
+        env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
+        report = virtual_gpu.run(command, card, env=env, stdout=sys.stderr if options.json == "-" else None)
         content = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
     if content is None:
         return report.exit_code
@@ -165,12 +167,12 @@ def _does_not_fit(recipe: Recipe, content: dict[str, Any], options: argparse.Nam
     if options.no_advice:
         write_json(options.json, content)
         return EXIT_DOES_NOT_FIT
-    from qlora_lowmem.advice import advise
+    from qlora_lowmem.advice import advise, card_like
 
     failure = content["failure"]
     _say(f"does not fit: {content['device']} ran out of memory in phase {failure['phase']!r} ({content['provenance']})")
     _say(f"torch says: {failure['message']}")
-    card = virtual_gpu.card_like(content["device"], content["total_bytes"])
+    card = card_like(content["device"], content["total_bytes"])
     if card is None:
         _say(f"no virtual card is known for {content['device']}; shorter sequences and checkpointing save most")
     else:
@@ -219,7 +221,7 @@ def _describe(job: Any, checked: Samples | None) -> None:
         _say(show_sample(job.trainer.train_dataset, job.trainer.processing_class))
 
 
-def _report(outcome: "Outcome", summary: dict[str, Any], options: argparse.Namespace) -> None:
+def _report(outcome: "Outcome", summary: dict[str, Any]) -> None:
     from qlora_lowmem.report.tables import phase_table
 
     if outcome.profile is not None:
@@ -234,5 +236,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

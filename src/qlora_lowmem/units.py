@@ -29,7 +29,7 @@ def parse_bytes(text: str | int) -> int:
         ValueError: not a size, an unknown unit, or a fraction of a byte.
     """
     if isinstance(text, bool):
-        raise ValueError(f"{text!r} is not a size; write 6 GB, 5.5 GiB or a number of bytes")
+        raise ValueError(f"{text!r} is not a size; write 6 GB, 5.5 GiB or a number of bytes")  # noqa: TRY004
     if isinstance(text, int):
         if text < 0:
             raise ValueError(f"{text} is not a size: it is negative")

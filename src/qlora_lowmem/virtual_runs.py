@@ -1,4 +1,4 @@
-"""Recipes run on virtual cards, many in one go: the heavy imports are made once, then every run is a fork of its own."""
+"""Recipes run on virtual cards, many in one go: heavy imports are made once, then every run is a fork of its own."""
 
 import traceback
 from concurrent.futures import Future
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe_io import recipe_from_dict, replace_field
@@ -23,6 +24,7 @@ class RecipeRun:
         phase: the phase in which it ran out.
         failure: what went wrong otherwise.
         trainable_parameters: of the adapters; 0 if it never got so far.
+        attribution: the steady step's peak by kind, if it was asked for and the run ended well.
     """
 
     profile: MemoryProfile | None
@@ -30,6 +32,7 @@ class RecipeRun:
     phase: str | None = None
     failure: str | None = None
     trainable_parameters: int = 0
+    attribution: Attribution | None = None
 
 
 def recipe_server(max_workers: int = 2) -> virtual_gpu.Server:
@@ -38,12 +41,17 @@ def recipe_server(max_workers: int = 2) -> virtual_gpu.Server:
 
 
 def submit_recipe(
-    server: virtual_gpu.Server, recipe: Recipe, card: virtual_gpu.Card, timeout: float | None = None
+    server: virtual_gpu.Server,
+    recipe: Recipe,
+    card: virtual_gpu.Card,
+    timeout: float | None = None,
+    attribute: bool = False,
 ) -> "Future[RecipeRun]":
     """Queue `recipe`'s training steps on `card`; synthetic data, every sample at full length."""
     if recipe.data.data != "synthetic":
         recipe = replace_field(recipe, "data", "synthetic")
-    job = server.submit("qlora_lowmem.virtual_runs:run_here", {"content": recipe.to_dict()}, card, timeout=timeout)
+    arguments = {"content": recipe.to_dict(), "attribute": attribute}
+    job = server.submit("qlora_lowmem.virtual_runs:run_here", arguments, card, timeout=timeout)
     result: Future[RecipeRun] = Future()
     job.add_done_callback(lambda done: _pass_on(done, result))
     return result
@@ -56,29 +64,34 @@ def _pass_on(done: "Future[virtual_gpu.JobResult]", result: "Future[RecipeRun]")
         result.set_exception(error)
         return
     if job.value is None:
-        reason = f"the run ended with exit code {job.exit_code}: {job.stderr_tail[-2000:]}"
+        reason = f"the run ended with exit code {job.exit_code}: {job.output_tail[-2000:]}"
         result.set_result(RecipeRun(profile=None, failure=reason))
         return
     value = dict(job.value)
     profile = MemoryProfile.from_dict(value.pop("profile")) if value.get("profile") else None
     value.pop("profile", None)
-    result.set_result(RecipeRun(profile=profile, **value))
+    found = value.pop("attribution", None)
+    attribution = Attribution.from_dict(found) if found else None
+    result.set_result(RecipeRun(profile=profile, attribution=attribution, **value))
 
 
-def run_here(content: dict[str, Any]) -> dict[str, Any]:
+def run_here(content: dict[str, Any], attribute: bool = False) -> dict[str, Any]:
     """In the worker: run a recipe for its steps and return a `RecipeRun` as plain data."""
     import tempfile
     from pathlib import Path
 
     from qlora_lowmem.execute import OutOfGpuMemoryError, execute
+    from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
 
     recipe = replace_field(recipe_from_dict(content), "device", "virtual")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            outcome = execute(recipe, output_dir=Path(folder), save=False)
+            attribution = AttributionRecorder() if attribute else None
+            outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=attribution)
     except OutOfGpuMemoryError as error:
         return {"profile": error.profile.to_dict(), "out_of_memory": error.torch_message, "phase": error.phase}
     except Exception:  # what a person reads is made of this in the parent
         return {"profile": None, "failure": traceback.format_exc()}
     assert outcome.profile is not None
-    return {"profile": outcome.profile.to_dict(), "trainable_parameters": outcome.trainable_parameters}
+    value = {"profile": outcome.profile.to_dict(), "trainable_parameters": outcome.trainable_parameters}
+    return value | ({"attribution": outcome.attribution.to_dict()} if outcome.attribution else {})

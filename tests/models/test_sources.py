@@ -54,7 +54,7 @@ def test_a_folder_with_only_a_config_serves_random_weights(tmp_path: Path) -> No
     ],
 )
 def test_a_model_that_leads_nowhere(model: str, weights: str, said: str) -> None:
-    with pytest.raises(UsageError, match="base.") as caught:
+    with pytest.raises(UsageError, match=r"base\.") as caught:
         resolve_model(model, weights)
     assert said in str(caught.value)
 

@@ -25,7 +25,7 @@ class CaseResult:
     """What a recipe came to on a card.
 
     Attributes:
-        fits: it trained on the card itself.
+        fits: it trained on the card itself, within the memory that a job can count on there (`Card.usable_bytes`).
         profile: its peaks there; where it does not fit, the peaks with more room (a virtual card of the same kind with
             80 GB; a real one without the cap), which say what it would need; None if that failed too.
         out_of_memory: torch's message, if it ran out on the card.
@@ -72,7 +72,11 @@ class VirtualRunner:
                     recipe,
                     self._card.name,
                     "virtual",
-                    fits=run.profile is not None and run.out_of_memory is None,
+                    fits=(
+                        run.profile is not None
+                        and run.out_of_memory is None
+                        and run.profile.peak_device_bytes <= self._card.usable_bytes
+                    ),
                     profile=run.profile,
                     out_of_memory=run.out_of_memory,
                     failure=run.failure,

@@ -1,4 +1,4 @@
-"""pytest options and fixtures for memory benchmarks: the same tests on a virtual card or, with `--gpu`, on a real one."""
+"""pytest options and fixtures for memory benchmarks: the same tests on a virtual card or, with --gpu, a real one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gpu", action="store_true", help="run on the real GPU of this machine: figures are measured")
     group.addoption("--card", metavar="NAME", help=f"the virtual card (default: {DEFAULT_CARD})")
     group.addoption("--vram-cap", metavar="SIZE", help="with --gpu: cap the allocator, as in --vram-cap 6GB")
-    group.addoption(
-        "--results", metavar="DIR", default="results", help="where tables are written (default: results)"
-    )
+    group.addoption("--results", metavar="DIR", default="results", help="where tables are written (default: results)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

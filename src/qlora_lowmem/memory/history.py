@@ -206,9 +206,13 @@ class _Play:
 
     def _unmap(self, address: int, size: int) -> None:
         self._take_free(address, size)
-        self._ranges_end.discard(address + size)
-        self._walls.discard(address)
-        if address + size in self._free:
+        if address in self._walls:
+            self._walls.discard(address)
+        else:
+            self._ranges_end.add(address)
+        if address + size in self._ranges_end:
+            self._ranges_end.discard(address + size)
+        else:
             self._walls.add(address + size)
 
     def _take_free(self, address: int, size: int) -> None:

@@ -1,1 +1,1 @@
-"""Base models: where a model's name leads, loading it in 4 bits, random weights of an exact architecture, its modules."""
+"""Base models: where a name leads, loading in 4 bits, random weights of an exact architecture, its modules."""

@@ -14,6 +14,7 @@ from transformers import (
     BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from qlora_lowmem.errors import QloraLowmemError, UsageError
@@ -45,7 +46,7 @@ def skeleton(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
     """
     content = source.architecture
     if content is None:
-        location = str(source.gguf.parent) if source.gguf else source.hub_id
+        location = str(source.gguf.parent if source.gguf else source.hub_id)
         options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
         try:
             config = AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
@@ -112,7 +113,7 @@ def assert_on_device(model: torch.nn.Module, device: torch.device) -> None:
         )
 
 
-def load_tokenizer(recipe: Recipe, source: ModelSource) -> "AutoTokenizer":
+def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBase:
     """The model's tokenizer; without pretrained weights and tokenizer files, a stand-in for synthetic data.
 
     Raises:
@@ -135,7 +136,7 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> "AutoTokenizer":
         raise _cannot_fetch(recipe, error) from error
 
 
-def _stand_in_tokenizer() -> "AutoTokenizer":
+def _stand_in_tokenizer() -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

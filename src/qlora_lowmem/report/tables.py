@@ -48,7 +48,9 @@ def provenance_lines(record: dict[str, Any]) -> str:
     )
 
 
-def write_result(folder: Path, name: str, content: dict[str, Any], markdown: str, rows: Sequence[dict[str, Any]]) -> None:
+def write_result(
+    folder: Path, name: str, content: dict[str, Any], markdown: str, rows: Sequence[dict[str, Any]]
+) -> None:
     """Write `name`.json (the source), `name`.md and `name`.csv into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()

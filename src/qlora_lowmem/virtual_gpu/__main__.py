@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The program's own; 128 + n if signal n ended it; 130 when interrupted; 2 for a wrong command line or a machine that
     cannot host a virtual GPU.
     """
+    # Ending takes the program along: the default action would leave it running.
+    signal.signal(signal.SIGTERM, _terminate)
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.list_cards:
@@ -93,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None:
         _write_json(report, options.json)
     return report.exit_code
+
+
+def _terminate(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _chosen_card(name: str, memory: int | None) -> Card:

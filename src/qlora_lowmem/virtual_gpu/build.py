@@ -20,7 +20,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
 from . import stubs
-from .discovery import CudaInstallation, CudaLibrary, find_cuda, header_version
+from .discovery import CudaInstallation, CudaLibrary, find_cuda, header_version, read_exports
 from .errors import VirtualGPUUnavailable
 
 _SOURCES = Path(__file__).with_name("csrc")
@@ -62,24 +62,23 @@ def ensure_built() -> Build:
     cuda = find_cuda(frozenset(stubs.POLICIES))
     compiler = find_compiler()
     key = _key(cuda, compiler)
+    failures: list[str] = []
     for root in _cache_roots():
         folder = root / key
+        _require_preloadable(folder)
         if (folder / "build.json").exists():
             return _load(folder)
         try:
             with _locked(root, key):
                 if not (folder / "build.json").exists():
                     _build_into(folder, cuda, compiler)
-        except PermissionError:
-            continue
         except OSError as error:
-            if error.errno is None or root == _cache_roots()[-1]:
-                raise
+            failures.append(f"{root} ({error.strerror or error})")
             continue
         return _load(folder)
     raise VirtualGPUUnavailable(
-        f"none of {', '.join(map(str, _cache_roots()))} can be written, and the virtual GPU's libraries must lie "
-        f"somewhere. Set {CACHE_VARIABLE} to a folder that can."
+        f"the virtual GPU's libraries cannot be written to any of {', '.join(failures)}. "
+        f"Set {CACHE_VARIABLE} to a folder that can be written."
     )
 
 
@@ -87,7 +86,11 @@ def _cache_roots() -> list[Path]:
     """Where builds are kept; the last is for this user alone and goes with the machine's temporary files."""
     named = os.environ.get(CACHE_VARIABLE)
     home = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_lowmem"
-    return [home / "virtual_gpu", Path(tempfile.gettempdir()) / f"qlora_lowmem-{os.getuid()}" / "virtual_gpu"]
+    return [home / "virtual_gpu", _temporary_folder() / "virtual_gpu"]
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"qlora_lowmem-{os.getuid()}"
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -136,13 +139,16 @@ def _locked(root: Path, key: str) -> Iterator[None]:
         yield
 
 
-def _load(folder: Path) -> Build:
-    record = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+def _require_preloadable(folder: Path) -> None:
     if re.search(r"[\s:]", str(folder)):
         raise VirtualGPUUnavailable(
             f"the virtual GPU's libraries lie in {folder}, and a preloaded library's path must not hold spaces or "
             f"colons. Set {CACHE_VARIABLE} to a folder without them."
         )
+
+
+def _load(folder: Path) -> Build:
+    record = json.loads((folder / "build.json").read_text(encoding="utf-8"))
     return Build(folder, tuple(folder / name for name in record["preload"]), record["versions"])
 
 
@@ -177,7 +183,7 @@ class _Builder:
         for stem, library in libraries.items():
             self._link_library(library, [objects[source, stem] for source in _LIBRARY_SOURCES.get(stem, ())])
         preload = ["libvgpu.so", "libcuda.so.1", "libnvidia-ml.so.1"]
-        preload += [library.soname for library in libraries.values()]
+        preload += [_file_name(library) for library in libraries.values()]
         versions = {"cuda": str(header_version(self.cuda.headers)), "compiler": _compiler_version(self.compiler)}
         versions |= {stem: str(version) for stem, version in self.versions.items()}
         record = {"preload": preload, "versions": versions}
@@ -199,9 +205,12 @@ class _Builder:
     def _link_library(self, library: CudaLibrary, objects: list[Path]) -> None:
         implemented = _defined_functions(objects)
         assembly = self.folder / f"{library.stem}-stubs.S"
-        text = stubs.write_assembly(library, implemented, self.versions.get(library.stem, 0))
+        exports = read_exports(library.path)
+        policy, version = stubs.POLICIES[library.stem], self.versions.get(library.stem, 0)
+        text = stubs.write_assembly(policy, exports.functions, implemented, version)
         assembly.write_text(text, encoding="utf-8")
-        self._link(library.soname, [*objects, assembly], library.version_node, library.functions)
+        inputs = [*objects, assembly]
+        self._link(_file_name(library), inputs, exports.version_node, exports.functions, library.soname)
 
     def _link_driver(self, objects: list[Path]) -> None:
         header = (self.cuda.headers / "cuda.h").read_text(encoding="utf-8", errors="replace")
@@ -211,13 +220,20 @@ class _Builder:
         assembly.write_text(stubs.write_driver_assembly(functions, aliases, implemented), encoding="utf-8")
         self._link("libcuda.so.1", [*objects, assembly], None, {*functions, *implemented})
 
-    def _link(self, soname: str, inputs: list[Path], node: str | None, exported: Collection[str] | None) -> None:
-        options = ["-shared", "-fPIC", f"-Wl,-soname,{soname}", "-Wl,-z,now", "-o", str(self.folder / soname)]
+    def _link(
+        self,
+        name: str,
+        inputs: list[Path],
+        node: str | None,
+        exported: Collection[str] | None,
+        soname: str | None = None,
+    ) -> None:
+        options = ["-shared", "-fPIC", f"-Wl,-soname,{soname or name}", "-Wl,-z,now", "-o", str(self.folder / name)]
         if exported is not None:
-            script = self.folder / f"{soname}.map"
+            script = self.folder / f"{name}.map"
             script.write_text(stubs.write_version_script(node, exported), encoding="utf-8")
             options += [f"-Wl,--version-script={script}", "-Wl,-rpath,$ORIGIN", str(self.folder / "libvgpu.so")]
-            if soname.startswith("libcudart"):
+            if name.startswith("libcudart"):
                 options.append(str(self.folder / "libcuda.so.1"))
         # The C++ runtime is linked in, so that a preloaded library does not decide which one the program gets; where
         # the static one is not installed, the shared one must do.
@@ -235,6 +251,15 @@ class _Builder:
                 f"{self.compiler[0]} could not compile the virtual GPU's libraries against {self.cuda.headers}:\n"
                 f"{last}\nName another compiler with CXX, or report this with the lines above."
             )
+
+
+def _file_name(library: CudaLibrary) -> str:
+    """`libcudart-virtual.so.13`, loaded under the name `libcudart.so.13`.
+
+    PyTorch opens all real libraries by path as soon as it finds a file called `libcudart.so` in its address space: they
+    would never be called, but loading them takes a second.
+    """
+    return library.soname.replace(".so", "-virtual.so")
 
 
 def _defined_functions(objects: Sequence[Path]) -> set[str]:

@@ -30,13 +30,22 @@ class CudaLibrary:
         stem: `cudart` of `libcudart.so.13`.
         soname: the name it is loaded by.
         path: the installed file.
-        version_node: the symbol version that its functions carry, or None.
-        functions: the names of the functions that it exports.
     """
 
     stem: str
     soname: str
     path: Path
+
+
+@dataclass(frozen=True)
+class Exports:
+    """What a library offers to those that link it.
+
+    Attributes:
+        version_node: the symbol version that its functions carry, or None.
+        functions: their names.
+    """
+
     version_node: str | None
     functions: tuple[str, ...]
 
@@ -74,7 +83,7 @@ def find_cuda(stems: frozenset[str]) -> CudaInstallation:
             f"the PyTorch in {torch_folder} does not link libcudart.so dynamically, so its calls cannot be answered. "
             "Install the wheel from PyPI: python -m pip install torch"
         )
-    libraries = tuple(_inspect(soname, _locate(soname, folders)) for soname in wanted)
+    libraries = tuple(CudaLibrary(_stem(soname), soname, _locate(soname, folders)) for soname in wanted)
     cudart = next(library for library in libraries if library.stem == "cudart")
     return CudaInstallation(torch_folder, libraries, _find_headers(cudart))
 
@@ -148,7 +157,12 @@ def _toolkits() -> list[Path]:
     return [Path(found) for pattern in (*named, *_TOOLKIT_FOLDERS) for found in sorted(glob.glob(pattern))]  # noqa: PTH207
 
 
-def _inspect(soname: str, path: Path) -> CudaLibrary:
+def read_exports(path: Path) -> Exports:
+    """The functions that a shared library exports, from its symbol table.
+
+    Raises:
+        VirtualGPUUnavailable: it has none.
+    """
     with path.open("rb") as file:
         elf = ELFFile(file)
         symbols = elf.get_section_by_name(".dynsym")
@@ -163,7 +177,7 @@ def _inspect(soname: str, path: Path) -> CudaLibrary:
                 and not symbol.name.startswith("_Z")  # C++ that leaked out; nothing links it
             }
         )
-        return CudaLibrary(_stem(soname), soname, path, _version_node(elf), tuple(functions))
+        return Exports(_version_node(elf), tuple(functions))
 
 
 def _version_node(elf: ELFFile) -> str | None:

@@ -13,8 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .discovery import CudaLibrary
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -88,14 +86,13 @@ def classify(policy: Policy, name: str) -> str:
     return "missing"
 
 
-def write_assembly(library: CudaLibrary, implemented: Iterable[str], version: int) -> str:
-    """Assembly of every exported function of a library that its C++ does not implement.
+def write_assembly(policy: Policy, functions: Iterable[str], implemented: Iterable[str], version: int) -> str:
+    """Assembly of those of a library's exported functions that its C++ does not implement.
 
     `version` is what the library's version function answers.
     """
-    policy = POLICIES[library.stem]
     have = set(implemented)
-    names = [name for name in library.functions if name not in have]
+    names = [name for name in functions if name not in have]
     stubs = [_STUB.format(name=name, body=_body(policy, name, version)) for name in names]
     return _wrap(stubs, policy.not_supported, names)
 

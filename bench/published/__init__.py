@@ -1,0 +1,1 @@
+"""Peaks that others measured on real cards, and the programs that reproduce them."""

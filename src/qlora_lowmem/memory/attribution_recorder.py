@@ -1,0 +1,189 @@
+"""Record what `explanation` needs while a job trains, on a real and a virtual GPU alike.
+
+The allocator's history is recorded in windows of one micro-batch (the last with the optimizer step), and a window is
+looked at only if the phase's allocated peak rose in it. Nothing is allocated on the device, and no tensor is held.
+"""
+
+import gc
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.cuda import memory as cuda_memory
+from transformers import Trainer, TrainerCallback
+
+from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.explanation import Evidence, explain
+from qlora_lowmem.memory.history import replay
+from qlora_lowmem.memory.owners import Owner, gradients, optimizer_state, weights
+from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.memory.scopes import BETWEEN, ModuleScopes, Scope, ScopeLog
+
+_WORKSPACE = Owner("libraries", "cuBLAS workspace", "")
+
+
+class AttributionRecorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+    """The trainer's callback that records the steady steps; the first step where there is no other.
+
+    Call `start` before the model is loaded, `watch` when it is, and `finish` after training.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        self._device = device
+        self._log = ScopeLog()
+        self._scopes: ModuleScopes | None = None
+        self._trainer: Trainer | None = None
+        self._weights: dict[int, Owner] = {}
+        self._steps = 0
+        self._phase = ""
+        self._open: tuple[dict[str, Any], Evidence] | None = None
+        self._best = 0
+        self._kept: tuple[dict[str, Any], dict[str, Any], Evidence] | None = None
+
+    def start(self) -> None:
+        """Begin to note, for every block, the Python frames of its allocation."""
+        _note_frames()
+
+    def watch(self, trainer: Trainer) -> None:
+        """Put hooks on the trainer's model, and learn what its weights are."""
+        self._trainer = trainer
+        self._weights = weights(trainer.model)
+        self._scopes = ModuleScopes(trainer.model, self._log, self._saw_checkpoint)
+        trainer.add_callback(self)
+
+    def stop(self) -> None:
+        """End the recording and take the hooks off."""
+        cuda_memory._record_memory_history(None)
+        if self._scopes is not None:
+            self._scopes.remove()
+
+    def finish(self, profile: MemoryProfile) -> Attribution | None:
+        """Stop, and attribute the recorded phase's peak in `profile`; None if no step was recorded."""
+        self.stop()
+        if self._kept is None:
+            return None
+        before, after, evidence = self._kept
+        workspaces = dict.fromkeys(self._library_workspaces(), _WORKSPACE)
+        evidence.at_start = {**workspaces, **evidence.at_start}
+        evidence.at_end = {**workspaces, **evidence.at_end}
+        phase = next(phase for phase in profile.phases if phase.name == self._phase)
+        with _no_collection():
+            history = replay(before, after, self._device)
+            return explain(history, evidence, phase, profile.device, profile.provenance)
+
+    def save_snapshot(self, path: Path) -> None:
+        """Write the recorded window for https://pytorch.org/memory_viz, which opens it as torch's own `_dump_snapshot`.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
+        if self._kept is None:
+            raise RuntimeError("no step was recorded, so there is no snapshot to save")
+        with path.open("wb") as file:
+            pickle.dump(self._kept[1], file)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first micro-batch of an optimizer step."""
+        self._steps += 1
+        only_one = state.max_steps == 1
+        if self._steps > 1 or only_one:
+            assert self._scopes is not None
+            self._phase = "first step" if only_one else "steady"
+            self._scopes.attach()
+            self._begin_window()
+        else:
+            cuda_memory._record_memory_history(None)  # what a step leaves behind has owners, and the frames cost time
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Between two micro-batches."""
+        if self._open is not None:
+            self._end_window()
+            self._begin_window()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are complete, and soon gone."""
+        if self._open is not None:
+            assert self._trainer is not None
+            position = self._log.enter(Scope("optimizer"))
+            found = gradients(self._trainer.model)
+            self._open[1].seen.extend((position, address, owner) for address, owner in found.items())
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the optimizer's step, before gradients are let go."""
+        self._log.enter(BETWEEN)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After everything of a step."""
+        if self._open is not None:
+            self._end_window()
+            assert self._scopes is not None
+            self._scopes.remove()
+        _note_frames()
+
+    def _begin_window(self) -> None:
+        evidence = Evidence(self._log.begin_window(), self._alive())
+        cuda_memory._record_memory_history("all", context="alloc", stacks="python", clear_history=True)
+        self._open = (_snapshot(), evidence)
+
+    def _end_window(self) -> None:
+        assert self._open is not None
+        before, evidence = self._open
+        self._open = None
+        peak = torch.cuda.max_memory_allocated(self._device)
+        if peak > self._best:
+            self._best = peak
+            evidence.at_end = self._alive()
+            self._kept = before, _snapshot(), evidence
+
+    def _alive(self) -> dict[int, Owner]:
+        assert self._trainer is not None
+        model, optimizer = self._trainer.model, self._trainer.optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        return {**optimizer_state(inner, model), **gradients(model), **self._weights}
+
+    def _saw_checkpoint(self, position: int, address: int) -> None:
+        if self._open is not None:
+            self._open[1].seen.append((position, address, Owner("checkpoints", "input of a decoder layer", "")))
+
+    def _library_workspaces(self) -> set[int]:
+        """Addresses of cuBLAS' and cuBLASLt's workspaces: what torch lets go when told to clear them.
+
+        torch makes new ones when it needs them.
+        """
+        held = self._active()
+        torch._C._cuda_clearCublasWorkspaces()
+        return held - self._active()
+
+    def _active(self) -> set[int]:
+        return {
+            block["address"]
+            for segment in _snapshot()["segments"]
+            if segment["device"] == self._device
+            for block in segment["blocks"]
+            if block["state"] == "active_allocated"
+        }
+
+
+def _note_frames() -> None:
+    cuda_memory._record_memory_history("state", context="state", stacks="python", clear_history=True)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Many small objects are made here; a collection in their midst would free the job's garbage at another time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _snapshot() -> dict[str, Any]:
+    with _no_collection():
+        snapshot: dict[str, Any] = cuda_memory._snapshot()
+        return snapshot

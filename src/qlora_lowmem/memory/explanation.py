@@ -1,0 +1,120 @@
+"""From a replayed history and what is known of its tensors to an `Attribution`."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from qlora_lowmem.errors import QloraLowmemError
+from qlora_lowmem.memory.attribution import Attribution, OwnerLine
+from qlora_lowmem.memory.history import BEFORE, Block, History
+from qlora_lowmem.memory.kinds import KINDS, kind_of, owner_line
+from qlora_lowmem.memory.owners import Owner
+from qlora_lowmem.memory.profile import PhasePeak, Provenance
+from qlora_lowmem.memory.scopes import Scope, ScopeWindow, position_of
+from qlora_lowmem.memory.timeline import timeline
+
+MAX_OWNERS = 40
+
+
+@dataclass
+class Evidence:
+    """What was known of tensors while a history was recorded, by the addresses of their storages.
+
+    Attributes:
+        scopes: the log of scopes of that stretch.
+        at_start, at_end: owners of what was alive then.
+        seen: tensors met in between: (position in the log, address, owner).
+    """
+
+    scopes: ScopeWindow
+    at_start: Mapping[int, Owner]
+    at_end: Mapping[int, Owner] = field(default_factory=dict)
+    seen: list[tuple[int, int, Owner]] = field(default_factory=list)
+
+
+def explain(
+    history: History, evidence: Evidence, phase: PhasePeak, device: str, provenance: Provenance
+) -> Attribution:
+    """Attribute the peak of `history`, which is the allocated peak of `phase`.
+
+    Raises:
+        QloraLowmemError: the history's peak is higher than what torch counted.
+    """
+    blocks = history.blocks
+    found = _owners(history, evidence)
+    scopes = [evidence.scopes.scope_of(block.note) for block in blocks]
+    kinds = [
+        kind_of(owner, scope, block.frames, before=block.born == BEFORE)
+        for block, owner, scope in zip(blocks, found, scopes, strict=True)
+    ]
+    peak = history.peak_event
+    alive = [index for index, block in enumerate(blocks) if block.born <= peak < block.died]
+    sums = dict.fromkeys(KINDS, 0)
+    for index in alive:
+        sums[kinds[index]] += blocks[index].requested
+        sums["rounding"] += blocks[index].size - blocks[index].requested
+    missing = phase.allocated - history.peak_bytes
+    if missing < 0:
+        raise QloraLowmemError(
+            f"the allocator's history comes to {history.peak_bytes} bytes at its peak and torch counted "
+            f"{phase.allocated}. Please report this with the versions of torch and the recipe"
+        )
+    sums["unexplained"] += missing
+    sums["slack"] = phase.reserved - phase.allocated
+    sums["outside"] = phase.device - phase.reserved
+    return Attribution(
+        device=device,
+        provenance=provenance,
+        phase=phase.name,
+        moment=_moment([scopes[index] for index in alive]),
+        kinds={kind: count for kind, count in sums.items() if count},
+        allocated_bytes=phase.allocated,
+        reserved_bytes=phase.reserved,
+        device_bytes=phase.device,
+        owners=_owner_lines((blocks[i], kinds[i], found[i], scopes[i]) for i in alive),
+        timeline=timeline(history, kinds, [scope.phase if scope else "" for scope in scopes], list(KINDS)),
+        faults=history.faults,
+    )
+
+
+def _owners(history: History, evidence: Evidence) -> list[Owner | None]:
+    """The owner of each block, if one is known."""
+    events = len(history.times)
+    at: dict[int, list[int]] = {}
+    for index, block in enumerate(history.blocks):
+        at.setdefault(block.address, []).append(index)
+    found: list[Owner | None] = [None] * len(history.blocks)
+    for position, address, owner in evidence.seen:
+        earlier = [i for i in at.get(address, ()) if position_of(history.blocks[i].note) < position]
+        if earlier:
+            found[earlier[-1]] = owner
+    for index, block in enumerate(history.blocks):
+        if block.died == events and block.address in evidence.at_end:
+            found[index] = evidence.at_end[block.address]
+        elif block.born == BEFORE and block.address in evidence.at_start:
+            found[index] = evidence.at_start[block.address]
+    return found
+
+
+def _moment(scopes: list[Scope | None]) -> str:
+    """The scope of the youngest block."""
+    scope = next((scope for scope in reversed(scopes) if scope is not None), None)
+    if scope is None:
+        return "at the start of the step"
+    where = f" of {scope.module}" if scope.module else ""
+    return f"{scope.phase}{where}{f' ({scope.node})' if scope.node else ''}"
+
+
+def _owner_lines(rows: Iterable[tuple[Block, str, Owner | None, Scope | None]]) -> tuple[OwnerLine, ...]:
+    groups: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+    for block, kind, owner, scope in rows:
+        line = owner_line(block.frames, scope)
+        module = owner.name if owner else scope.module if scope else ""
+        groups.setdefault((kind, line), []).append((block.requested, module, owner.layout if owner else ""))
+    lines = []
+    for (kind, line), members in groups.items():
+        _, module, layout = max(members, key=lambda member: member[0])
+        lines.append(OwnerLine(kind, line, module, layout, sum(size for size, _, _ in members), len(members)))
+    lines.sort(key=lambda line: (-line.bytes, line.kind, line.line))
+    largest = lines[:MAX_OWNERS]
+    # What nobody claims is listed whatever its size.
+    return (*largest, *(line for line in lines[MAX_OWNERS:] if line.kind == "unexplained"))

@@ -1,0 +1,206 @@
+"""What the tests run on virtual cards; each function is one process' whole program and returns what JSON can hold."""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+MIB = 2**20
+
+
+def matmul_step(size: int) -> dict[str, int]:
+    import torch
+
+    weight = torch.randn(size, size, device="cuda", requires_grad=True)
+    loss = (torch.randn(size, size, device="cuda") @ weight).relu().sum()
+    loss.backward()
+    return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+
+
+def peak_then_reset(mib: int) -> int:
+    import torch
+
+    tensor = torch.empty(mib * MIB, dtype=torch.uint8, device="cuda")
+    del tensor
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
+
+
+def out_of_memory(mib: int) -> dict[str, Any]:
+    """Takes pieces of `mib` until torch says no."""
+    import torch
+
+    pieces = []
+    try:
+        while True:
+            pieces.append(torch.empty(mib * MIB, dtype=torch.uint8, device="cuda"))
+    except torch.cuda.OutOfMemoryError as error:
+        return {"pieces": len(pieces), "message": str(error), "free": torch.cuda.mem_get_info()[0]}
+
+
+def memory_fraction() -> str:
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(0.25)
+    held = torch.empty(1400 * MIB, dtype=torch.uint8, device="cuda")
+    try:
+        held.new_empty(400 * MIB)
+    except torch.cuda.OutOfMemoryError as error:
+        return str(error)
+    return ""
+
+
+def nvml_and_torch() -> dict[str, Any]:
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    before = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+    tensor = torch.empty(100 * MIB, dtype=torch.uint8, device="cuda")
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+    (process,) = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return {
+        "before": before,
+        "used": memory.used,
+        "total": memory.total,
+        "process_used": process.usedGpuMemory,
+        "is_this_process": process.pid == os.getpid(),
+        "torch_used": torch.cuda.device_memory_used(),
+        "name": pynvml.nvmlDeviceGetName(handle),
+        "same_handle": pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(pynvml.nvmlDeviceGetUUID(handle))),
+        "held": tensor.numel(),
+    }
+
+
+def values() -> dict[str, Any]:
+    import torch
+
+    ones = torch.ones(4, device="cuda")
+    mask = torch.zeros(10, dtype=torch.bool, device="cuda")
+    host = torch.arange(4.0)
+    return {
+        "item": ones.sum().item(),
+        "masked": ones.new_empty(10)[mask].numel(),
+        "unique": torch.unique(torch.zeros(7, device="cuda")).numel(),
+        "all": bool(mask.all()),
+        "host_copy": host.clone().pin_memory().tolist(),
+        "pinned": host.pin_memory().is_pinned(),
+    }
+
+
+def pinned_round_trip() -> list[float]:
+    """A device-to-host copy into pinned memory that held something else."""
+    import torch
+
+    host = torch.full((3 * MIB,), 7.0).pin_memory()
+    host[1 : MIB + 5].copy_(torch.ones(MIB + 4, device="cuda"), non_blocking=True)
+    return [host[0].item(), host[1].item(), host[MIB + 4].item(), host[MIB + 5].item(), host[-1].item()]
+
+
+def device_and_host_pointers() -> dict[str, Any]:
+    import torch
+
+    first = torch.empty(3 * MIB, dtype=torch.uint8, device="cuda").data_ptr()
+    cudart = torch.cuda.cudart()
+    return {"first": first, "host_is_pinned": torch.empty(4).is_pinned(), "runtime": cudart is not None}
+
+
+def expandable_segments() -> dict[str, int]:
+    import torch
+
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    pieces = [torch.empty(100 * MIB, dtype=torch.uint8, device="cuda") for _ in range(10)]
+    reserved = torch.cuda.memory_reserved()
+    segments = torch.cuda.memory._snapshot()["segments"]
+    del pieces
+    torch.cuda.empty_cache()
+    return {"reserved": reserved, "after": torch.cuda.memory_reserved(), "segments": len(segments)}
+
+
+def refused_graph() -> str:
+    import torch
+
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.ones(1, device="cuda")
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def refused_convolution() -> str:
+    import torch
+
+    try:
+        torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8, device="cuda"), torch.ones(3, 3, 3, 3, device="cuda"))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def managed() -> int:
+    """Managed memory, as paged optimizers take it: through the runtime itself."""
+    import ctypes
+
+    import torch
+
+    torch.cuda.init()
+    runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
+    address = ctypes.c_void_p()
+    status: int = runtime.cudaMallocManaged(ctypes.byref(address), ctypes.c_size_t(5 * MIB), 1)
+    ctypes.memset(address, 1, 5 * MIB)  # the host may write it
+    runtime.cudaFree(address)
+    return status
+
+
+def fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def leave(code: int) -> None:
+    import torch
+
+    torch.ones(1, device="cuda")
+    sys.exit(code)
+
+
+def hold_and_sleep(seconds: float) -> None:
+    import torch
+
+    torch.empty(300 * MIB, dtype=torch.uint8, device="cuda")
+    time.sleep(seconds)
+
+
+def kill_itself() -> None:
+    import torch
+
+    torch.empty(300 * MIB, dtype=torch.uint8, device="cuda")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_the_parent() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(30)
+
+
+def card() -> str | None:
+    from qlora_lowmem.virtual_gpu import current_card
+
+    here = current_card()
+    return None if here is None else f"{here.name} {here.total_bytes}"
+
+
+def properties() -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "name": found.name,
+        "capability": list(torch.cuda.get_device_capability()),
+        "total": found.total_memory,
+        "sms": found.multi_processor_count,
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+    }

@@ -1,0 +1,224 @@
+"""Building the stub libraries, and every way in which that can fail."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from qlora_lowmem.virtual_gpu import VirtualGPUUnavailable, build, discovery
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_temporary_folder", lambda: tmp_path / "temporary")
+    return tmp_path / "cache"
+
+
+def builds(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("build.json"))
+
+
+@pytest.mark.usefixtures("built", "cache")
+def test_a_build_is_made_once_and_leaves_only_libraries(capfd):
+    first = build.ensure_built()
+    assert "compiling" in capfd.readouterr().err
+    assert build.ensure_built() == first
+    assert capfd.readouterr().err == ""
+    assert {path.suffix for path in first.folder.iterdir()} <= {".so", ".1", ".json", ".0", ".2"} | {
+        Path(library.name).suffix for library in first.preload
+    }
+    assert all(library.exists() for library in first.preload)
+    assert int(first.versions["cuda"]) >= 12000
+
+
+@pytest.mark.usefixtures("built")
+def test_two_processes_that_build_at_once_build_once(cache):
+    program = "from qlora_lowmem.virtual_gpu.build import ensure_built; print(ensure_built().folder)"
+
+    def one_process(_: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(one_process, range(2))
+    assert first.stdout == second.stdout
+    assert (first.stderr + second.stderr).count("compiling") == 1
+    assert len(builds(cache)) == 1
+    assert not list((cache / "virtual_gpu").glob(".build-*"))
+
+
+@pytest.mark.usefixtures("built")
+def test_an_interrupted_build_is_not_used(cache, monkeypatch):
+    def break_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build._Builder, "_link_driver", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            build.ensure_built()
+    assert builds(cache) == []
+    assert not list((cache / "virtual_gpu").glob(".build-*"))
+
+
+@pytest.mark.usefixtures("built", "cache")
+def test_a_read_only_cache_gives_way_to_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(build.CACHE_VARIABLE, "/proc/nowhere")  # where nobody can write, root included
+    record = '{"preload": [], "versions": {}}'
+    monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
+    assert build.ensure_built().folder.is_relative_to(tmp_path / "temporary")
+
+
+@pytest.mark.usefixtures("built", "cache")
+def test_nowhere_to_write_says_so(monkeypatch):
+    monkeypatch.setenv(build.CACHE_VARIABLE, "/proc/nowhere")
+    monkeypatch.setattr(build, "_temporary_folder", lambda: Path("/proc/nowhere/either"))
+    with pytest.raises(VirtualGPUUnavailable, match=f"Set {build.CACHE_VARIABLE}"):
+        build.ensure_built()
+
+
+@pytest.mark.usefixtures("built")
+def test_a_cache_with_a_space_in_its_path_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "a folder"))
+    with pytest.raises(VirtualGPUUnavailable, match="must not hold spaces"):
+        build.ensure_built()
+
+
+def test_no_compiler_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "find_spec", lambda _name: None)
+    with pytest.raises(VirtualGPUUnavailable, match="pip install ziglang"):
+        build.find_compiler()
+
+
+def test_the_compiler_from_pypi_serves_where_there_is_no_other(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "find_spec", lambda _name: object())
+    assert build.find_compiler() == (sys.executable, "-m", "ziglang", "c++")
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(VirtualGPUUnavailable, match="no-such-compiler"):
+        build.find_compiler()
+
+
+@pytest.mark.usefixtures("built")
+def test_a_compiler_that_fails_is_quoted(cache, tmp_path, monkeypatch):
+    broken = tmp_path / "broken-cxx"
+    broken.write_text("#!/bin/sh\necho 'error: no such luck' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(VirtualGPUUnavailable, match="no such luck"):
+        build.ensure_built()
+    assert builds(cache) == []
+
+
+@pytest.fixture
+def installation(request, tmp_path):
+    """The CUDA libraries of this environment, laid out as links that a test may break."""
+    request.getfixturevalue("built")
+    cuda = discovery.find_cuda(frozenset({"cudart"}))
+    root = tmp_path / "nvidia"
+    (root / "lib").mkdir(parents=True)
+    library = root / "lib" / cuda.libraries[0].soname
+    library.symlink_to(cuda.libraries[0].path)
+    shutil.copytree(cuda.headers, root / "include", symlinks=True, ignore=lambda *_: ["crt"])
+    return discovery.CudaLibrary("cudart", cuda.libraries[0].soname, library)
+
+
+@pytest.fixture
+def no_toolkit(monkeypatch):
+    monkeypatch.setattr(discovery, "_toolkits", list)
+
+
+@pytest.mark.usefixtures("no_toolkit")
+def test_headers_lie_beside_the_library(installation):
+    assert discovery._find_headers(installation) == installation.path.parent.parent / "include"
+
+
+@pytest.mark.usefixtures("no_toolkit")
+def test_missing_headers_say_what_to_install(installation):
+    (installation.path.parent.parent / "include" / "cuda.h").unlink()
+    with pytest.raises(VirtualGPUUnavailable, match="pip install nvidia-cuda-runtime"):
+        discovery._find_headers(installation)
+
+
+@pytest.mark.usefixtures("no_toolkit")
+def test_headers_of_another_cuda_are_not_used(installation):
+    header = installation.path.parent.parent / "include" / "cuda_runtime_api.h"
+    header.unlink()
+    header.write_text("#define CUDART_VERSION  11080\n")
+    with pytest.raises(VirtualGPUUnavailable, match=r"Found only .*CUDA 11"):
+        discovery._find_headers(installation)
+
+
+def test_a_toolkits_headers_serve_where_the_wheels_have_none(installation, tmp_path, monkeypatch):
+    include = installation.path.parent.parent / "include"
+    toolkit = tmp_path / "toolkit"
+    include.rename((toolkit / "include").parent.mkdir() or toolkit / "include")
+    monkeypatch.setattr(discovery, "_toolkits", lambda: [toolkit])
+    assert discovery._find_headers(installation) == toolkit / "include"
+
+
+def test_a_build_of_torch_without_cuda_says_so(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    spec = discovery.importlib.util.spec_from_file_location("torch", tmp_path / "torch" / "__init__.py")
+    monkeypatch.setattr(discovery.importlib.util, "find_spec", lambda _name: spec)
+    with pytest.raises(VirtualGPUUnavailable, match="build without CUDA"):
+        discovery.find_cuda(frozenset({"cudart"}))
+
+
+def test_no_torch_says_so(monkeypatch):
+    monkeypatch.setattr(discovery.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(VirtualGPUUnavailable, match="pip install torch"):
+        discovery.find_cuda(frozenset({"cudart"}))
+
+
+@pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "aarch64"), ("win32", "AMD64")])
+def test_other_platforms_say_so(monkeypatch, system, machine):
+    monkeypatch.setattr(discovery.sys, "platform", system)
+    monkeypatch.setattr(discovery.platform, "machine", lambda: machine)
+    with pytest.raises(VirtualGPUUnavailable, match="Linux on x86-64"):
+        discovery.find_cuda(frozenset({"cudart"}))
+
+
+@pytest.mark.usefixtures("built")
+def test_a_library_that_is_gone_is_named(monkeypatch):
+    monkeypatch.setattr(discovery, "_linked_libraries", lambda _folder: (["libcudart.so.99"], []))
+    monkeypatch.setattr(discovery, "_toolkits", list)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    with pytest.raises(VirtualGPUUnavailable, match=r"libcudart\.so\.99"):
+        discovery.find_cuda(frozenset({"cudart"}))
+
+
+@pytest.mark.usefixtures("built")
+def test_every_function_of_the_real_libraries_is_answered():
+    """Nothing that PyTorch may call can reach a real library: the stubs export all of its names."""
+    cuda = discovery.find_cuda(frozenset(build.stubs.POLICIES))
+    folder = build.ensure_built().folder
+    for library in cuda.libraries:
+        assert discovery.read_exports(folder / build._file_name(library)) == discovery.read_exports(library.path)
+
+
+def test_importing_the_package_does_not_import_torch():
+    program = "import sys, qlora_lowmem.virtual_gpu; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.usefixtures("built")
+def test_the_record_of_a_build_names_what_it_is_for():
+    record = json.loads((build.ensure_built().folder / "build.json").read_text())
+    assert record["preload"][0] == "libvgpu.so"
+    assert {"cuda", "compiler"} <= set(record["versions"])

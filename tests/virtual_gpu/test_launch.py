@@ -1,0 +1,178 @@
+"""Programs of their own on virtual cards: exit codes, several processes, what is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_lowmem.virtual_gpu import environment, get_card, read_report, run
+
+MIB = 2**20
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A command that runs the given lines of Python."""
+
+    def write(text: str) -> list[str]:
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        return [sys.executable, "-W", "ignore", str(path)]
+
+    return write
+
+
+@pytest.mark.usefixtures("built")
+def test_a_program_that_uses_no_gpu_reports_nothing_and_is_not_touched(laptop, script):
+    report = run(script("import sys; assert 'torch' not in sys.modules; sys.exit(3)"), laptop)
+    assert report.exit_code == 3
+    assert (report.peak_allocated_bytes, report.peak_reserved_bytes, report.peak_device_bytes) == (0, 0, 0)
+
+
+@pytest.mark.usefixtures("built")
+def test_a_program_ends_through_os_exit_with_its_peaks(laptop, script):
+    report = run(
+        script("import os, torch; torch.empty(64 << 20, device='cuda', dtype=torch.uint8); os._exit(5)"), laptop
+    )
+    assert report.exit_code == 5
+    assert report.peak_allocated_bytes == 64 * MIB
+    assert report.complete
+
+
+@pytest.mark.usefixtures("built")
+def test_two_cards_are_two_accounts(laptop, script):
+    program = """
+import torch
+assert torch.cuda.device_count() == 2
+first = torch.empty(64 << 20, dtype=torch.uint8, device="cuda:0")
+second = torch.empty(96 << 20, dtype=torch.uint8, device="cuda:1")
+assert first.to("cuda:1").device.index == 1
+"""
+    report = run(script(program), laptop, count=2)
+    assert report.exit_code == 0
+    assert [device.peak_allocated_bytes for device in report.devices] == [64 * MIB, 160 * MIB]
+    assert report.peak_device_bytes == laptop.context_bytes + 160 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("built")
+def test_processes_share_a_card_whether_forked_or_spawned(laptop, script):
+    program = """
+import multiprocessing, sys
+
+def hold(queue):
+    import torch
+    tensor = torch.empty(200 << 20, dtype=torch.uint8, device="cuda")
+    queue.put(torch.cuda.mem_get_info()[0])
+
+if __name__ == "__main__":
+    import torch
+    for method in ("fork", "spawn"):
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        process = context.Process(target=hold, args=(queue,))
+        process.start()
+        free = queue.get(timeout=60)
+        process.join()
+        assert process.exitcode == 0
+        held = 0 if method == "fork" else 100 << 20
+        contexts = 1 if method == "fork" else 2
+        assert free == (6 << 30) - contexts * (450 << 20) - held - (200 << 20), (method, free)
+        mine = torch.empty(100 << 20, dtype=torch.uint8, device="cuda")
+    try:
+        bad = multiprocessing.get_context("fork").Process(target=hold, args=(queue,))
+        bad.start(); bad.join()
+        assert bad.exitcode == 1
+    finally:
+        bad.kill()
+"""
+    report = run(script(program), laptop, stderr=subprocess.DEVNULL)
+    assert report.exit_code == 0
+    assert report.peak_allocated_bytes == 200 * MIB
+    assert report.peak_device_bytes == 2 * laptop.context_bytes + 300 * MIB
+
+
+@pytest.mark.usefixtures("built")
+def test_another_process_sees_what_is_in_use_and_what_a_killed_one_held_is_free_again(laptop, tmp_path):
+    variables = environment(laptop, report=tmp_path / "report")
+    hold = "import torch, time; t = torch.ones(64 << 20, device='cuda'); print(1, flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], env=variables, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"1\n"
+    watch = """
+import pynvml
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+print(pynvml.nvmlDeviceGetMemoryInfo(handle).used, [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)])
+"""
+
+    def watched() -> str:
+        return subprocess.check_output([sys.executable, "-c", watch], env=variables, text=True).strip()
+
+    assert watched() == f"{laptop.context_bytes + 256 * MIB} [{holder.pid}]"
+    holder.send_signal(signal.SIGKILL)
+    # Not waited for yet: a zombie holds no memory either.
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert watched() == "0 []"
+    holder.wait()
+    holder.stdout.close()
+    report = read_report(tmp_path / "report", laptop, -holder.returncode + 128)
+    assert report.exit_code == 137
+    assert report.peak_device_bytes == laptop.context_bytes + 256 * MIB
+    assert not report.complete
+
+
+@pytest.mark.usefixtures("built")
+def test_a_program_over_its_time_is_stopped_with_its_children(laptop, script, tmp_path):
+    program = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "pids")!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+time.sleep(60)
+"""
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(script(program), laptop, timeout=2)
+    for pid in (tmp_path / "pids").read_text().split():
+        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
+
+
+@pytest.mark.usefixtures("built")
+def test_a_shadowed_sitecustomize_still_runs(laptop, script, tmp_path):
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("import builtins; builtins.mine_ran = True")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    program = f"import sitecustomize; assert mine_ran and sitecustomize.__file__.startswith({str(folder)!r})"
+    report = run(script(program), laptop, env=os.environ | {"PYTHONPATH": path})
+    assert report.exit_code == 0
+
+
+@pytest.mark.usefixtures("built")
+def test_quiet_hides_the_line_about_values(laptop, script, tmp_path):
+    with (tmp_path / "err").open("w") as stderr:
+        command = script("import torch; torch.ones(1, device='cuda').item()")
+        report = run(command, laptop, env=os.environ | {"QLORA_LOWMEM_QUIET": "1"}, stderr=stderr)
+    assert report.values_read
+    assert (tmp_path / "err").read_text() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("built")
+def test_a_compiled_function_runs_and_launches_nothing(script):
+    """Inductor compiles with Triton's compiler for the card; only the launch is missing."""
+    program = """
+import torch
+tensor = torch.randn(64, 64, device="cuda", requires_grad=True)
+torch.compile(lambda x: (x.sin() * 2 + x).sum())(tensor).backward()
+assert tensor.grad.shape == (64, 64)
+"""
+    report = run(script(program), get_card("rtx-4090-24gb"))
+    assert report.exit_code == 0
+    assert report.missing_functions == ()

@@ -1,0 +1,50 @@
+import pytest
+
+from qlora_lowmem.virtual_gpu import stubs
+
+
+@pytest.mark.parametrize(
+    ("stem", "name", "kind"),
+    [
+        ("cublas", "cublasSgemm_v2", "product"),
+        ("cublas", "cublasGemmStridedBatchedEx", "product"),
+        ("cublas", "cublasSetWorkspace_v2", "product"),
+        ("cublas", "cublasGetEmulationStrategy", "missing"),
+        ("cublas", "cublasXtSgemm", "missing"),  # copies to and from the host
+        ("cublasLt", "cublasLtMatmul", "product"),
+        ("cublasLt", "cublasLtMatmulAlgoCheck", "missing"),
+        ("cudart", "cudaGraphLaunch", "missing"),
+        ("cudnn", "cudnnCreate", "handle"),
+        ("cudnn", "cudnnConvolutionForward", "missing"),
+        ("nccl", "ncclGetVersion", "version"),
+        ("nccl", "ncclGetErrorString", "text"),
+        ("nccl", "ncclAllReduce", "missing"),
+        ("cusolver", "cusolverDnSgetrf_bufferSize", "missing"),
+    ],
+)
+def test_what_a_function_without_implementation_does(stem, name, kind):
+    assert stubs.classify(stubs.POLICIES[stem], name) == kind
+
+
+def test_an_implemented_function_gets_no_stub():
+    functions = ["cublasCreate_v2", "cublasSgemm_v2"]
+    text = stubs.write_assembly(stubs.POLICIES["cublas"], functions, ["cublasCreate_v2"], 0)
+    assert "cublasSgemm_v2:" in text
+    assert "cublasCreate_v2" not in text
+
+
+def test_a_version_script_exports_the_names_and_nothing_else():
+    script = stubs.write_version_script("libcudart.so.13", ["cudaMalloc", "cudaFree"])
+    assert script == "libcudart.so.13 {\n  global:\n    cudaFree;\n    cudaMalloc;\n  local: *;\n};\n"
+
+
+def test_driver_functions_are_read_with_their_binary_names():
+    header = """
+#define cuMemAlloc                          cuMemAlloc_v2
+#define cuStreamSynchronize                 __CUDA_API_PTSZ(cuStreamSynchronize)
+CUresult CUDAAPI cuInit(unsigned int Flags);
+CUresult CUDAAPI cuMemAlloc(CUdeviceptr *dptr, size_t bytesize);
+"""
+    functions, renamings = stubs.driver_functions(header)
+    assert functions == ["cuInit", "cuMemAlloc_v2"]
+    assert renamings == {"cuMemAlloc": "cuMemAlloc_v2"}
