@@ -13,6 +13,44 @@ from qlora_lowmem.recipe_io import load_recipe
 from qlora_lowmem.report.matrix import write_matrix
 
 
+# Proofs of the virtual GPU itself, which take minutes: asked for by their file or by -m, not run with the matrix.
+PROOFS = {
+    "published": "peaks that others measured on real cards",
+    "witness": "a second method of knowing a recipe's peak",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers of the proofs."""
+    for name, what in PROOFS.items():
+        config.addinivalue_line("markers", f"{name}: {what}; runs with `pytest bench/test_{name}.py` or `-m {name}`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the proofs out unless the command names their file or their marker."""
+    named = {Path(argument.partition("::")[0]).name for argument in config.args}
+    expression = config.getoption("markexpr") or ""
+    left_out = [
+        item
+        for item in items
+        if item.path.name not in named
+        and any(item.get_closest_marker(name) and name not in expression for name in PROOFS)
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+        config.stash[_LEFT_OUT] = sorted({item.path.stem for item in left_out})
+
+
+_LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out and how it is run."""
+    for name in config.stash.get(_LEFT_OUT, []):
+        terminalreporter.write_line(f"left out: a proof of the virtual GPU; run it with pytest bench/{name}.py")
+
+
 @pytest.fixture(scope="session")
 def recipes() -> list[Recipe]:
     """The recipes of the matrix, from the baseline to the ways out."""

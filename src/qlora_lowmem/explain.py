@@ -1,6 +1,6 @@
 """Where every byte of a recipe's peak is: by kind, by line of code, over a step.
 
-    python -m qlora_lowmem.memory.explain --config bench/recipes/optimised.yaml --card rtx-4050-laptop-6gb --svg peak.svg
+    python -m qlora_lowmem.memory.explain --config bench/recipes/optimised.yaml --svg peak.svg
     python -m qlora_lowmem.memory.explain --config bench/recipes/optimised.yaml --device cuda --snapshot peak.pickle
 
 Runs the recipe's steps with synthetic samples on a virtual card, or on the GPU with --device cuda, and keeps no
@@ -71,7 +71,7 @@ def _check_targets(options: argparse.Namespace) -> None:
 
 
 def _on_virtual_card(recipe: Recipe, arguments: list[str]) -> int:
-    """Start this command again as a process on the virtual card, and on a larger one of its kind if that is too small."""
+    """Start this command again as a process on the virtual card; if that is too small, on one of its kind with more."""
     try:
         card = virtual_gpu.get_card(recipe.run.card)
     except virtual_gpu.UnknownCardError as error:

@@ -73,7 +73,7 @@ class KeyValues:
         Returns:
             (batch, tile, heads, head_dim) in q's dtype.
         """
-        return _Attend.apply(q, k, v, self, start)  # type: ignore[no-any-return, no-untyped-call]
+        return _Attend.apply(q, k, v, self, start)  # type: ignore[no-any-return]
 
     def blocks(self, start: int, stop: int, keys: int) -> list[tuple[int, int]]:
         """Blocks of at most `keys` keys that a tile [start, stop) attends to, its own last."""

@@ -166,7 +166,7 @@ def run_layers(
         )
         if trains:
             store.put(index, x.detach())
-        x = _RunSegment.apply(x, segment, *parameters)  # type: ignore[no-untyped-call]
+        x = _RunSegment.apply(x, segment, *parameters)
         start += length
     return x
 

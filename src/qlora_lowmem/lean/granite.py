@@ -207,7 +207,9 @@ def _is_plain_call(module: Any, attention_mask: Tensor | None, kwargs: dict[str,
     return any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
 
 
-def _decode(backbone: Any, input_ids: Tensor | None, attention_mask: Tensor | None, owns_gradient: bool, **kwargs: Any) -> Tensor:
+def _decode(
+    backbone: Any, input_ids: Tensor | None, attention_mask: Tensor | None, owns_gradient: bool, **kwargs: Any
+) -> Tensor:
     """Hidden states (batch, seq, hidden) before the final norm."""
     if kwargs.get("output_router_logits") and any(layer.has_experts for layer in backbone.layers):
         raise ValueError(
@@ -295,7 +297,7 @@ def _as_is(rows: Tensor) -> Tensor:
 
 
 def lean_head(causal: Any) -> Head | None:
-    """The LM head as something that can be multiplied in tiles, or None where it is something else (adapted, biased)."""
+    """The LM head as something to multiply by in tiles, or None where it is something else (adapted, biased)."""
     head = causal.lm_head
     if isinstance(head, QuantisedHead):
         return head.table

@@ -89,7 +89,7 @@ def token_log_probs(
         log_probs, entropies (zero unless asked for; no gradient) and is_top1 (bool), each (batch, seq).
     """
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or (weight is not None and weight.requires_grad))
-    return _TokenLogProbs.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return _TokenLogProbs.apply(  # type: ignore[no-any-return]
         hidden, weight, labels, head, norm, options, gradient
     )
 

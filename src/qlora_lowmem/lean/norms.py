@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         (..., hidden) in the dtype that `weight * x` has.
     """
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -100,7 +100,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_si
     Returns:
         (..., width) in `dtype`.
     """
-    return _GatedRMSNorm.apply(x, gate, weight, eps, group_size, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatedRMSNorm.apply(x, gate, weight, eps, group_size, dtype)  # type: ignore[no-any-return]
 
 
 class _GatedRMSNorm(torch.autograd.Function):

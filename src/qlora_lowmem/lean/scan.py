@@ -66,7 +66,7 @@ def mamba2_scan(
     Returns:
         y (batch, seq, heads, head_dim) in fp32 (what the gated norm after it computes in), and the last state.
     """
-    return _Scan.apply(x, dt, a, b, c, d, dt_bias, state, options)  # type: ignore[no-any-return, no-untyped-call]
+    return _Scan.apply(x, dt, a, b, c, d, dt_bias, state, options)  # type: ignore[no-any-return]
 
 
 def advance_state(
@@ -253,7 +253,7 @@ class _Scan(torch.autograd.Function):
 def _scores(chunk: _Chunk, decay: Tensor) -> Tensor:
     """(b, h, l, l) fp32: (C Bᵀ) of the head's group times the decay, in place of `decay`."""
     scores = (chunk.c @ chunk.b.transpose(-1, -2)).float()  # (b, g, l, l)
-    batch, heads, length, _ = decay.shape
+    batch, _, length, _ = decay.shape
     decay.view(batch, chunk.groups, -1, length, length).mul_(scores[:, :, None])
     return decay
 

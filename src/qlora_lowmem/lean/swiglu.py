@@ -19,9 +19,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
         gate_up: (..., 2 m).
 
     Returns:
-        (..., m) in the same dtype. The arithmetic is PyTorch's own in that dtype, so it equals the plain one bit by bit.
+        (..., m) in the same dtype. The arithmetic is PyTorch's own in that dtype: bit by bit the plain one.
     """
-    return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
+    return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -109,9 +109,7 @@ class GradientSum:
         return [None if s is None else s.to(p.dtype) for s, p in zip(sums, self._parameters, strict=True)]
 
 
-def backward_in_tiles(
-    layer: TiledLayer, x: Tensor, grad: Tensor, plan: TilePlan, wants_x: bool
-) -> list[Tensor | None]:
+def backward_in_tiles(layer: TiledLayer, x: Tensor, grad: Tensor, plan: TilePlan, wants_x: bool) -> list[Tensor | None]:
     """Gradients of the layer's parameters, mixer first, from the gradient of its output.
 
     Args:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.cuda import memory as cuda_memory
 from transformers import Trainer, TrainerCallback
 
@@ -25,7 +26,7 @@ from qlora_lowmem.memory.scopes import BETWEEN, ModuleScopes, Scope, ScopeLog
 _WORKSPACE = Owner("libraries", "cuBLAS workspace", "")
 
 
-class AttributionRecorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+class AttributionRecorder(TrainerCallback):
     """The trainer's callback that records the steady steps; the first step where there is no other.
 
     Call `start` before the model is loaded, `watch` when it is, and `finish` after training.
@@ -36,6 +37,7 @@ class AttributionRecorder(TrainerCallback):  # type: ignore[misc]  # transformer
         self._log = ScopeLog()
         self._scopes: ModuleScopes | None = None
         self._trainer: Trainer | None = None
+        self._model = nn.Module()
         self._weights: dict[int, Owner] = {}
         self._steps = 0
         self._phase = ""
@@ -49,9 +51,11 @@ class AttributionRecorder(TrainerCallback):  # type: ignore[misc]  # transformer
 
     def watch(self, trainer: Trainer) -> None:
         """Put hooks on the trainer's model, and learn what its weights are."""
+        assert isinstance(trainer.model, nn.Module)
         self._trainer = trainer
-        self._weights = weights(trainer.model)
-        self._scopes = ModuleScopes(trainer.model, self._log, self._saw_checkpoint)
+        self._model = trainer.model
+        self._weights = weights(self._model)
+        self._scopes = ModuleScopes(self._model, self._log, self._saw_checkpoint)
         trainer.add_callback(self)
 
     def stop(self) -> None:
@@ -85,8 +89,9 @@ class AttributionRecorder(TrainerCallback):  # type: ignore[misc]  # transformer
         with path.open("wb") as file:
             pickle.dump(self._kept[1], file)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *event: Any, **__: Any) -> None:
         """Before the first micro-batch of an optimizer step."""
+        _, state, _ = event
         self._steps += 1
         only_one = state.max_steps == 1
         if self._steps > 1 or only_one:
@@ -97,25 +102,24 @@ class AttributionRecorder(TrainerCallback):  # type: ignore[misc]  # transformer
         else:
             cuda_memory._record_memory_history(None)  # what a step leaves behind has owners, and the frames cost time
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Between two micro-batches."""
         if self._open is not None:
             self._end_window()
             self._begin_window()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Gradients are complete, and soon gone."""
         if self._open is not None:
-            assert self._trainer is not None
             position = self._log.enter(Scope("optimizer"))
-            found = gradients(self._trainer.model)
+            found = gradients(self._model)
             self._open[1].seen.extend((position, address, owner) for address, owner in found.items())
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """After the optimizer's step, before gradients are let go."""
         self._log.enter(BETWEEN)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         """After everything of a step."""
         if self._open is not None:
             self._end_window()
@@ -140,9 +144,9 @@ class AttributionRecorder(TrainerCallback):  # type: ignore[misc]  # transformer
 
     def _alive(self) -> dict[int, Owner]:
         assert self._trainer is not None
-        model, optimizer = self._trainer.model, self._trainer.optimizer
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        return {**optimizer_state(inner, model), **gradients(model), **self._weights}
+        optimizer = self._trainer.optimizer  # made as training begins, and then wrapped by accelerate
+        inner = getattr(optimizer, "optimizer", optimizer)
+        return {**optimizer_state(inner, self._model), **gradients(self._model), **self._weights}
 
     def _saw_checkpoint(self, position: int, address: int) -> None:
         if self._open is not None:

@@ -1,4 +1,4 @@
-"""`python -m qlora_lowmem.memory.explain`: the command of `qlora_lowmem.explain`, which may draw where this room may not."""
+"""`python -m qlora_lowmem.memory.explain`: `qlora_lowmem.explain`, under the name of the room that it shows."""
 
 import sys
 

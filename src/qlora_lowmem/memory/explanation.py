@@ -31,9 +31,7 @@ class Evidence:
     seen: list[tuple[int, int, Owner]] = field(default_factory=list)
 
 
-def explain(
-    history: History, evidence: Evidence, phase: PhasePeak, device: str, provenance: Provenance
-) -> Attribution:
+def explain(history: History, evidence: Evidence, phase: PhasePeak, device: str, provenance: Provenance) -> Attribution:
     """Attribute the peak of `history`, which is the allocated peak of `phase`.
 
     Raises:
@@ -107,7 +105,9 @@ def _moment(scopes: list[Scope | None]) -> str:
 def _owner_lines(rows: Iterable[tuple[Block, str, Owner | None, Scope | None]]) -> tuple[OwnerLine, ...]:
     groups: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
     for block, kind, owner, scope in rows:
-        line = owner_line(block.frames, scope)
+        line = (
+            "before the recorded step" if block.born == BEFORE and not block.frames else owner_line(block.frames, scope)
+        )
         module = owner.name if owner else scope.module if scope else ""
         groups.setdefault((kind, line), []).append((block.requested, module, owner.layout if owner else ""))
     lines = []

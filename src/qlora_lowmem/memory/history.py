@@ -2,8 +2,8 @@
 
 torch records requests (`size` of a trace entry is what was asked for), but counts *blocks*: the request rounded up, and
 with the rest of a free block that was too small to split off. The block's size follows from the allocator's rules
-(`c10/cuda/CUDACachingAllocator.cpp`: `round_size`, `should_split`, `free_block`, `try_merge_blocks`) and from the address
-at which it was placed, so the history is played again on the segments as they were when it began.
+(`c10/cuda/CUDACachingAllocator.cpp`: `round_size`, `should_split`, `free_block`, `try_merge_blocks`) and from the
+address at which it was placed, so the history is played again on the segments as they were when it began.
 """
 
 from array import array

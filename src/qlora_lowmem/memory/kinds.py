@@ -55,7 +55,14 @@ _TRAINERS = ("/accelerate/", "/transformers/trainer", "/trl/trainer/", "/torch/u
 _LEAN_CHECKPOINTS = "/qlora_lowmem/lean/checkpointing.py"
 _OFFLOADING = "activation_offload"
 # Code of libraries that serves others: the line that owns a block is the first one outside of it.
-_SERVANTS = ("/torch/", "/bitsandbytes/", "/accelerate/", "/einops/", "/transformers/integrations/", "/memory/scopes.py")
+_SERVANTS = (
+    "/torch/",
+    "/bitsandbytes/",
+    "/accelerate/",
+    "/einops/",
+    "/transformers/integrations/",
+    "/memory/scopes.py",
+)
 
 
 def kind_of(owner: "Owner | None", scope: "Scope | None", frames: Sequence[Frame], before: bool = False) -> str:

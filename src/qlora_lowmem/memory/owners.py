@@ -59,7 +59,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
     found: dict[int, Owner] = {}
     if optimizer is None:
         return found
-    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, Tensor):

@@ -81,7 +81,7 @@ class ScopeWindow:
     def scope_of(self, note: str) -> Scope | None:
         """The scope that an allocation's metadata names.
 
-        None for an allocation without, or with a position from before this window: its thread has entered no scope since.
+        None for an allocation without, or with a position from before this window: its thread entered no scope since.
         """
         position = position_of(note)
         return self._scopes[position - self._start] if self._start <= position < self.end else None

@@ -36,7 +36,7 @@ class Timeline:
 
 
 def chosen_events(totals: Sequence[int], limit: int = MAX_POINTS) -> list[int]:
-    """Indexes into `totals`, at most `limit`, rising: the first, the last, and the highest and lowest of equal stretches.
+    """Indexes into `totals`, at most `limit`, rising: first, last, and the highest and lowest of equal stretches.
 
     The highest of all is always among them.
     """

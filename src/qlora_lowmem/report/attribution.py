@@ -30,6 +30,7 @@ _GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("CUDA context", "#EAEAEA", ("outside",)),
 )
 _INK = "#222222"
+_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 
 
 def kinds_table(attribution: Attribution) -> str:
@@ -69,7 +70,8 @@ def headline(attribution: Attribution) -> str:
     """One sentence: how much, where, when."""
     return (
         f"{attribution.device} ({attribution.provenance}): {format_bytes(attribution.allocated_bytes)} allocated, "
-        f"{format_bytes(attribution.device_bytes)} on the card; the {attribution.phase} peak comes in {attribution.moment}"
+        f"{format_bytes(attribution.device_bytes)} on the card; "
+        f"the {attribution.phase} peak comes in {attribution.moment}"
     )
 
 
@@ -89,7 +91,8 @@ def write_picture(attribution: Attribution, title: str, *paths: Path) -> None:
     with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "qlora_lowmem", "text.color": _INK}):
         figure = Figure(figsize=(10, 6.4), layout="constrained", facecolor="white")
         peak, time = figure.subplots(2, 1, height_ratios=(1, 2.6))
-        figure.suptitle(f"{title}: {headline(attribution)}", fontsize=9.5, x=0.01, ha="left", wrap=True)
+        figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+        peak.set_title(headline(attribution), fontsize=9, loc="left", pad=10, wrap=True)
         drawn = _draw_peak(peak, attribution)
         _draw_timeline(time, attribution)
         handles = [_patch(colour, text) for text, colour, _ in _GROUPS if text in drawn]
@@ -119,10 +122,13 @@ def _draw_peak(axes: "Axes", attribution: Attribution) -> set[str]:
         if count > 0.045 * attribution.device_bytes:
             axes.text(left + width / 2, 0, f"{width:.2f}", ha="center", va="center", color=_on(colour), fontsize=8.5)
         left += width
-    for count, text in ((attribution.allocated_bytes, "allocated"), (attribution.device_bytes, "on the card")):
-        axes.plot([count / GIB] * 2, [-0.35, 0.48], color=_INK, linewidth=1)
-        axes.text(count / GIB, 0.5, f"{text} {count / GIB:.2f} ", ha="right", va="bottom", fontsize=8.5)
-    axes.set_ylim(-0.4, 0.85)
+    marks = ((attribution.allocated_bytes, "allocated", 0.78), (attribution.device_bytes, "on the card", 0.44))
+    for count, text, height in marks:  # at two heights, for they may be close
+        axes.plot([count / GIB] * 2, [-0.35, height + 0.28], color=_INK, linewidth=1)
+        axes.text(
+            count / GIB, height, f"{text} {count / GIB:.2f}  ", ha="right", va="bottom", fontsize=8.5, bbox=_PAPER
+        )
+    axes.set_ylim(-0.4, 1.1)
     axes.set_xlim(0, attribution.device_bytes / GIB * 1.005)
     axes.set_yticks([])
     axes.set_xlabel("GiB at the peak")
@@ -139,7 +145,7 @@ def _draw_timeline(axes: "Axes", attribution: Attribution) -> None:
         if columns:
             layers.append([sum(row[index] for index in columns) / GIB for row in timeline.bytes])
             colours.append(colour)
-    axes.stackplot(timeline.events, layers, colors=colours, linewidth=0)
+    axes.stackplot(timeline.events, layers, colors=colours, linewidth=0, step="post")
     totals = [sum(row) / GIB for row in timeline.bytes]
     top = max(range(len(totals)), key=totals.__getitem__)
     axes.plot(timeline.events[top], totals[top], marker="v", color=_INK, markersize=6)
@@ -151,8 +157,9 @@ def _draw_timeline(axes: "Axes", attribution: Attribution) -> None:
         fontsize=8.5,
     )
     _draw_phases(axes, attribution)
-    axes.set_ylim(0, max(totals) * 1.14)
+    axes.set_ylim(0, max(totals) * 1.2)
     axes.set_xlim(timeline.events[0], timeline.events[-1])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("allocated GiB")
     axes.set_xlabel("allocations and frees of the micro-batch in which the peak comes, in order")
     _plain(axes)
@@ -169,7 +176,7 @@ def _draw_phases(axes: "Axes", attribution: Attribution) -> None:
     recomputes = any(phase == "recompute" for phase in timeline.phases)
     behind = "backward, layers recomputed" if recomputes else "backward"
     for text, side in (("forward ", "right"), (f" {behind}", "left")):
-        axes.text(turn, 0.015, text, transform=axes.get_xaxis_transform(), ha=side, va="bottom", fontsize=8.5, color="w")
+        axes.text(turn, 1.0, text, transform=axes.get_xaxis_transform(), ha=side, va="top", fontsize=8.5)
 
 
 def _on(colour: str) -> str:

@@ -30,7 +30,7 @@ _LIBRARY_SOURCES = {
     "cudart": ("runtime_device.cpp", "runtime_launch.cpp", "runtime_memory.cpp", "runtime_stream.cpp"),
     "cublas": ("blas.cpp",),
     "cublasLt": ("blas.cpp",),
-    "cudnn": ("dnn.cpp",),
+    "cudnn": ("dnn.cpp", "dnn_backend.cpp"),
 }
 _SHARED = ("account.cpp", "attributes.cpp", "memory.cpp", "refuse.cpp")
 _DRIVER = ("driver.cpp", "driver_launch.cpp", "driver_memory.cpp")

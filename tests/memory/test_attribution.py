@@ -1,0 +1,156 @@
+"""Kinds sum to the peaks, always; what a table and a timeline are made of."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory.allocator import Allocator
+
+from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.explanation import Evidence, explain
+from qlora_lowmem.memory.history import replay
+from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
+from qlora_lowmem.memory.owners import Owner
+from qlora_lowmem.memory.profile import PhasePeak
+from qlora_lowmem.memory.scopes import Scope, ScopeWindow
+from qlora_lowmem.memory.timeline import MAX_POINTS, chosen_events
+from qlora_lowmem.report.attribution import kinds_table, owners_table, write_picture
+
+MIB = 2**20
+SCOPES = (
+    Scope("forward", "model.layers.0.mamba", "mamba"),
+    Scope("recompute", "model.layers.1.self_attn", "attention"),
+    Scope("backward", "model.layers.1.shared_mlp", "mlp", "MulBackward0"),
+    Scope("backward", "lm_head", "loss", "MmBackward0"),
+    Scope("optimizer"),
+    Scope("between"),
+)
+FRAMES = (
+    [],
+    [{"filename": "/x/site-packages/bitsandbytes/functional.py", "line": 1, "name": "dequantize_4bit"}],
+    [{"filename": "/x/site-packages/somewhere/else.py", "line": 7, "name": "work"}],
+)
+allocations = st.tuples(st.integers(1, 30 * MIB), st.integers(-1, len(SCOPES) - 1), st.sampled_from(FRAMES))
+actions = st.lists(st.one_of(allocations, st.integers(0, 99)), min_size=1, max_size=50)
+
+
+def attributed(before: list[Any], during: list[Any], slack: int = 0, outside: int = 0) -> tuple[Attribution, Any]:
+    allocator, living = Allocator(), []
+    scopes = ScopeWindow(5)
+    positions = [scopes.append(scope) for scope in SCOPES]
+
+    def play(steps: list[Any]) -> None:
+        for step in steps:
+            if isinstance(step, tuple):
+                size, scope, frames = step
+                living.append(allocator.alloc(size, str(positions[scope]) if scope >= 0 else "", frames))
+            elif living:
+                allocator.free(living.pop(step % len(living)))
+
+    play(before)
+    start = allocator.snapshot()
+    owned = {address: Owner("adapters", f"tensor {address}", "bfloat16 (8,)") for address in living[::2]}
+    evidence = Evidence(scopes, owned)
+    allocator.trace.clear()
+    play(during)
+    evidence.at_end = {address: Owner("gradients", "grad", "") for address in living[1::2]}
+    evidence.seen = [(positions[-1] + 1, address, Owner("checkpoints", "input", "")) for address in living[2::3]]
+    history = replay(start, allocator.snapshot())
+    peak = history.peak_bytes
+    phase = PhasePeak("steady", peak, peak + slack, peak + slack + outside)
+    return explain(history, evidence, phase, "card", "virtual"), history
+
+
+@settings(deadline=None)
+@given(before=actions, during=actions, slack=st.integers(0, MIB), outside=st.integers(0, MIB))
+def test_kinds_sum_to_the_peaks(before: list[Any], during: list[Any], slack: int, outside: int) -> None:
+    found, history = attributed(before, during, slack, outside)
+
+    assert sum(found.kinds.values()) == found.device_bytes
+    within = [count for kind, count in found.kinds.items() if kind not in OUTSIDE_ALLOCATED]
+    assert sum(within) == found.allocated_bytes == history.peak_bytes
+    requested = sum(owner.bytes for owner in found.owners)
+    assert requested + found.kinds.get("rounding", 0) <= found.allocated_bytes
+    timeline = found.timeline
+    sums = [sum(row) for row in timeline.bytes]
+    assert sums == [history.totals[event + 1] for event in timeline.events]
+    assert max(sums) == found.allocated_bytes
+    assert Attribution.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_what_nobody_knows_is_unexplained_and_listed() -> None:
+    found, _ = attributed([0], [(3 * MIB, len(SCOPES) - 1, FRAMES[2]), (512, 0, [])])
+
+    assert found.kinds["unexplained"] == 3 * MIB
+    assert [owner.line for owner in found.owners if owner.kind == "unexplained"] == ["somewhere/else.py:7 work"]
+
+
+def test_bytes_that_the_history_missed_are_unexplained() -> None:
+    found, history = attributed([0], [(2048, 0, [])])
+    evidence = Evidence(ScopeWindow(0), {})
+    phase = PhasePeak("steady", 4096, 8192, 8192)
+
+    assert explain(history, evidence, phase, "card", "virtual").kinds["unexplained"] >= 4096 - found.allocated_bytes
+
+
+def test_a_block_belongs_to_whoever_held_it_then() -> None:
+    """The address of a checkpoint that was freed, and taken again by another tensor."""
+    allocator, scopes = Allocator(), ScopeWindow(0)
+    start = allocator.snapshot()
+    position = scopes.append(SCOPES[0])
+    address = allocator.alloc(3 * MIB, str(position))
+    marked = scopes.append(SCOPES[0])
+    allocator.free(address)
+    again = allocator.alloc(3 * MIB - 600, str(scopes.append(SCOPES[1])))
+    assert again == address
+    evidence = Evidence(scopes, {}, seen=[(marked, address, Owner("checkpoints", "input", ""))])
+    history = replay(start, allocator.snapshot())
+
+    found = explain(
+        history, evidence, PhasePeak("steady", history.peak_bytes, 0 + history.peak_bytes, 3 * 3 * MIB), "c", "virtual"
+    )
+
+    assert found.kinds["checkpoints"] == 3 * MIB
+    assert "recomputed_attention" not in found.kinds
+    assert found.timeline.kinds == ("checkpoints", "recomputed_attention", "rounding")
+
+
+@pytest.mark.parametrize(
+    "change", [{"allocated_bytes": 1}, {"device_bytes": 1}, {"kinds": {"no kind": 5}}, {"kinds": {"loss": -1}}]
+)
+def test_sums_that_do_not_hold_are_refused(change: dict[str, Any]) -> None:
+    found, _ = attributed([0], [(2048, 0, [])])
+
+    with pytest.raises(ValueError, match=r"sum to|not a kind"):
+        dataclasses.replace(found, **change)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=3000))
+def test_few_points_keep_the_peak_and_both_ends(totals: list[int]) -> None:
+    chosen = chosen_events(totals)
+
+    assert len(chosen) <= MAX_POINTS
+    assert chosen == sorted(set(chosen))
+    assert chosen[0] == 0
+    assert chosen[-1] == len(totals) - 1
+    assert max(totals[index] for index in chosen) == max(totals)
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    found, _ = attributed([(MIB, 0, [])], [(5 * MIB, index, FRAMES[2]) for index in range(5)], MIB, 3 * MIB)
+
+    table = kinds_table(found)
+    assert f"{found.allocated_bytes:,}" in table
+    assert table.index("**allocated**") < table.index("CUDA context") < table.index("**on the card**")
+    assert all(KINDS[kind] in table for kind in found.kinds)
+    assert "somewhere/else.py:7 work" in owners_table(found)
+
+    pytest.importorskip("matplotlib")
+    write_picture(found, "a recipe", tmp_path / "a.svg", tmp_path / "a.png")
+    assert "on the card" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    write_picture(found, "a recipe", tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

@@ -1,0 +1,144 @@
+"""A block's kind from its owner, its scope and the Python frames of its allocation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lowmem.memory.kinds import KINDS, kind_of, line_of, owner_line
+from qlora_lowmem.memory.owners import Owner
+from qlora_lowmem.memory.scopes import Scope, ScopeWindow, module_type, plain_name
+
+SITE = "/somewhere/lib/python3.11/site-packages"
+
+
+def frames(*places: str) -> list[dict[str, Any]]:
+    """`path:function` as frames, innermost first."""
+    return [
+        {"filename": f"{SITE}/{path}", "line": 10, "name": name}
+        for path, _, name in (place.partition(":") for place in places)
+    ]
+
+
+MODEL = "transformers/models/granitemoehybrid/modeling_granitemoehybrid.py:forward"
+MAMBA = ("model.layers.3.mamba", "mamba")
+
+
+@pytest.mark.parametrize(
+    ("scope", "where", "kind"),
+    [
+        (Scope("forward", *MAMBA), frames(MODEL), "activations_mamba"),
+        (Scope("recompute", *MAMBA), frames(MODEL), "recomputed_mamba"),
+        (Scope("backward", *MAMBA, "MulBackward0"), [], "backward_mamba"),
+        (Scope("forward", "model.norm", "norm"), frames(MODEL), "activations_norm"),
+        (Scope("forward", "", "loss"), frames(MODEL), "loss"),
+        (Scope("recompute", *MAMBA), frames("bitsandbytes/functional.py:dequantize_4bit", MODEL), "dequantised"),
+        (Scope("forward", *MAMBA), frames("trl/kernels/chunked_logprob.py:forward", MODEL), "loss"),
+        (Scope("forward", *MAMBA), frames("qlora_lowmem/lean/checkpointing.py:run_layers", MODEL), "checkpoints"),
+        (
+            Scope("backward", "model", "other", "_RunSegment"),
+            frames("qlora_lowmem/lean/scan.py:_chunk"),
+            "backward_mamba",
+        ),
+        (Scope("backward", *MAMBA), frames("trl/models/activation_offloading.py:unpack", MODEL), "checkpoints"),
+        (Scope("optimizer"), frames("torch/optim/adamw.py:step"), "optimizer_step"),
+        (Scope("between"), frames("torch/nn/utils/clip_grad.py:clip_grad_norm_"), "optimizer_step"),
+        (Scope("between"), frames("torch/_utils.py:to", "accelerate/utils/operations.py:send_to_device"), "input"),
+        (Scope("between"), frames("somebody/code.py:work"), "unexplained"),
+        (None, frames("torch/optim/adamw.py:_init_group"), "optimizer"),
+        (None, [], "loss"),
+    ],
+)
+def test_kind(scope: Scope | None, where: list[dict[str, Any]], kind: str) -> None:
+    assert kind_of(None, scope, where) == kind
+    assert kind in KINDS
+
+
+def test_an_owner_decides() -> None:
+    owner = Owner("gradients", "a.grad", "")
+    assert (
+        kind_of(owner, Scope("backward", *MAMBA), frames("bitsandbytes/functional.py:dequantize_4bit")) == "gradients"
+    )
+
+
+def test_without_any_knowledge_a_block_is_unexplained() -> None:
+    assert kind_of(None, None, [], before=True) == "unexplained"
+
+
+def test_the_product_within_a_dequantising_function_is_an_activation(tmp_path: Path) -> None:
+    file = tmp_path / "bitsandbytes" / "ops.py"
+    file.parent.mkdir()
+    file.write_text("empty = torch.empty(shape)\nreturn torch.nn.functional.linear(A, B_dq, bias)\n")
+    calls = [[{"filename": str(file), "line": line, "name": "_dequant_linear_fallback"}] for line in (1, 2)]
+
+    kinds = [kind_of(None, Scope("forward", *MAMBA), call) for call in calls]
+
+    assert kinds == ["dequantised", "activations_mamba"]
+
+
+def test_owner_line_is_the_first_outside_of_libraries_that_serve_others() -> None:
+    where = frames("torch/nn/functional.py:linear", "bitsandbytes/nn/modules.py:forward", MODEL)
+    assert owner_line(where, None) == f"{MODEL.replace(':', ':10 ')}"
+    assert owner_line([], Scope("backward", *MAMBA, "BmmBackward0")) == "autograd: BmmBackward0"
+    assert SITE not in line_of(where[0])
+
+
+def test_scopes_of_an_earlier_window_are_not_read() -> None:
+    window = ScopeWindow(10)
+    position = window.append(Scope("optimizer"))
+
+    assert window.scope_of(str(position)) == Scope("optimizer")
+    assert [window.scope_of(note) for note in ("9", "11", "", "a note of somebody else")] == [None] * 4
+
+
+class GraniteMoeHybridMambaLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = GraniteMoeHybridRMSNormGated()
+        self.in_proj = nn.Linear(2, 2)
+
+
+class GraniteMoeHybridRMSNormGated(nn.Module):
+    pass
+
+
+class GraniteMoeHybridRotaryEmbedding(nn.Module):
+    pass
+
+
+class GraniteMoeHybridDecoderLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mamba = GraniteMoeHybridMambaLayer()
+        self.rotary = GraniteMoeHybridRotaryEmbedding()
+
+
+class GraniteMoeHybridForCausalLM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([GraniteMoeHybridDecoderLayer()])
+        self.lm_head = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("", "loss"),
+        ("lm_head", "loss"),
+        ("layers.0", "other"),
+        ("layers.0.rotary", "other"),
+        ("layers.0.mamba", "mamba"),
+        ("layers.0.mamba.in_proj", "mamba"),
+        ("layers.0.mamba.norm", "norm"),
+    ],
+)
+def test_module_type_is_the_nearest_that_says_something(name: str, kind: str) -> None:
+    with torch.device("meta"):
+        assert module_type(GraniteMoeHybridForCausalLM(), name) == kind
+
+
+def test_plain_names() -> None:
+    assert plain_name("base_model.model.model.layers.0.mlp") == "model.layers.0.mlp"
+    assert plain_name("base_model.model") == plain_name("base_model") == ""

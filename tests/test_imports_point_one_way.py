@@ -1,0 +1,64 @@
+"""The road has one direction: who may import whom inside the package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import qlora_lowmem
+
+PACKAGE = Path(qlora_lowmem.__file__).parent
+HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"}
+
+# room -> rooms (or top-level modules) of the package that it must not import
+FORBIDDEN = {
+    "memory": {"gate", "report", "train", "plan"},
+    "models": {"gate", "report", "memory", "job", "execute", "train", "virtual_gpu"},
+    "report": {"job", "execute", "train", "lean"},
+}
+# room -> the only parts of the package that it may import
+ALLOWED = {"virtual_gpu": set(), "lean": set(), "recipe": {"units", "errors", "recipe_sections"}}
+
+
+def project_imports(path: Path) -> set[str]:
+    """The parts of the package that a file imports anywhere, `virtual_gpu` for `qlora_lowmem.virtual_gpu.cards`."""
+    found = set()
+    inside = path.relative_to(PACKAGE).parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("qlora_lowmem.")}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = inside[: len(inside) - node.level]
+            found |= {base[0]} if base else {(node.module or "").split(".")[0]}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qlora_lowmem":
+            rest = (node.module or "").split(".")[1:]
+            found |= {rest[0]} if rest else {name.name for name in node.names}
+    return found
+
+
+def files_of(room: str) -> list[Path]:
+    folder = PACKAGE / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_rooms_that_stand_alone(room: str) -> None:
+    for path in files_of(room):
+        assert project_imports(path) - {room} <= ALLOWED[room], path
+
+
+@pytest.mark.parametrize("room", sorted(FORBIDDEN))
+def test_nothing_turns_back(room: str) -> None:
+    for path in files_of(room):
+        # `python -m qlora_lowmem.memory.explain` is a command: it stands at the end of the road
+        if path.name != "explain.py":
+            assert not project_imports(path) & FORBIDDEN[room], path
+
+
+@pytest.mark.parametrize("name", ["recipe", "recipe_io", "overrides", "data", "units", "errors", "environment", "command"])
+def test_what_checks_input_imports_no_heavy_library(name: str) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not {part.name.split(".")[0] for part in node.names} & HEAVY
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            assert (node.module or "").split(".")[0] not in HEAVY

@@ -1,0 +1,49 @@
+"""The command on a virtual card: the peaks it prints, and what it says when a job does not fit."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers import RECIPES
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+OPTIMISED = ("--config", str(RECIPES / "optimised.yaml"), "--weights", "random", "--device", "virtual")
+
+
+def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path) -> None:
+    arguments = [*OPTIMISED, "--model", str(tiny_hybrid), "--max-seq-length", "64", "--json", "-"]
+    run = command("train", *arguments, "--card", "rtx-3060-laptop-6gb")
+    assert run.returncode == 0, run.stderr
+    content = json.loads(run.stdout)
+    assert (content["device"], content["provenance"]) == ("rtx-3060-laptop-6gb", "virtual")
+    assert 0 < content["peak_allocated_bytes"] <= content["peak_reserved_bytes"] < content["peak_device_bytes"]
+    assert [phase["name"] for phase in content["phases"]] == ["load", "first step", "steady"]
+    assert "final_loss" not in content, "a virtual GPU computes no loss"
+    # A percentage is a real cap: 8 % of 6 GiB is less than the CUDA context and the workspaces.
+    capped = command("train", *arguments, "--max-memory", "8%", "--no-advice")
+    assert capped.returncode == 3
+    assert json.loads(capped.stdout)["fits"] is False
+
+
+@pytest.mark.slow
+def test_a_job_that_does_not_fit_is_told_what_would_help(command: Command, tiny_hybrid: Path) -> None:
+    """512 sequences with full logits on 6 GB, then the knobs that the run proposes."""
+    big = ["--max-seq-length", "2048", "--batch-size", "512", "--loss", "full", "--gradient-accumulation-steps", "1"]
+    run = command("train", *OPTIMISED, "--model", str(tiny_hybrid), *big, "--json", "-")
+    assert run.returncode == 3, run.stderr
+    assert "CUDA out of memory. Tried to allocate" in run.stderr
+    content = json.loads(run.stdout)
+    knobs = content["advice"]["knobs"]
+    assert knobs == sorted(knobs, key=lambda knob: -knob["saves_bytes"])
+    best = knobs[0]
+    assert best["change"] == "--batch-size 1"
+    assert best["fits"]
+    # What the advice says is what the changed recipe takes.
+    changed = command(
+        "train", *OPTIMISED, "--model", str(tiny_hybrid), *big, *best["change"].split(), "--json", "-", "--quiet"
+    )
+    assert changed.returncode == 0, changed.stderr
+    assert json.loads(changed.stdout)["peak_device_bytes"] == best["peak_device_bytes"]
