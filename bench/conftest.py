@@ -12,7 +12,6 @@ from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe_io import load_recipe
 from qlora_lowmem.report.matrix import write_matrix
 
-
 # Proofs of the virtual GPU itself, which take minutes: asked for by their file or by -m, not run with the matrix.
 PROOFS = {
     "published": "peaks that others measured on real cards",

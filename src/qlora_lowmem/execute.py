@@ -16,7 +16,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.data import Samples
 from qlora_lowmem.dataset import TrainingData, training_data
 from qlora_lowmem.errors import DoesNotFitError, UsageError
-from qlora_lowmem.job import Job, PhaseCallback, apply_memory_limit, build_job
+from qlora_lowmem.job import Job, PhaseCallback, apply_memory_limit, build_job, set_allocator
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
 from qlora_lowmem.memory.profile import MemoryProfile
@@ -110,7 +110,7 @@ def execute(
     """
     source = resolve_model(recipe.base.model, recipe.base.weights)
     on_cpu = recipe.run.device == "cpu"
-    recorder = None if on_cpu else _recorder()
+    recorder = None if on_cpu else _recorder(recipe)
     supports_bf16 = on_cpu or torch.cuda.get_device_capability(0) >= (8, 0)
     precision = choose_precision(recipe, "cpu" if on_cpu else "cuda", supports_bf16)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)
@@ -146,12 +146,13 @@ def execute(
     return _outcome(job, recorder, seconds, attribution)
 
 
-def _recorder() -> Recorder:
+def _recorder(recipe: Recipe) -> Recorder:
     if not torch.cuda.is_available():
         raise UsageError(
             "run.device: 'cuda' needs a GPU, and torch sees none (no NVIDIA driver, no device, or a CPU build of "
             "torch). Use --device virtual to learn what the job needs, or --device cpu for a small model"
         )
+    set_allocator(recipe)
     card = virtual_gpu.current_card()
     return Recorder(device_name(), "measured" if card is None else "virtual")
 

@@ -79,22 +79,32 @@ def _on_virtual_card(recipe: Recipe, arguments: list[str]) -> int:
     command = [sys.executable, "-m", "qlora_lowmem.memory.explain", *arguments]
     env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
     code = virtual_gpu.run(command, card, env=env).exit_code
-    if code == EXIT_DOES_NOT_FIT and card.total_bytes < _ROOMY_BYTES:
-        print(f"{card.name} cannot hold it: explained on a card of its kind with 80 GiB", file=sys.stderr)
+    if code == EXIT_DOES_NOT_FIT and _can_grow(card):
+        print("so it is explained on a card of the same kind with 80 GiB", file=sys.stderr)
         code = virtual_gpu.run(command, card.with_memory(_ROOMY_BYTES), env=env).exit_code
     return code
 
 
+def _can_grow(card: virtual_gpu.Card | None) -> bool:
+    return card is not None and card.total_bytes < _ROOMY_BYTES
+
+
 def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
-    from qlora_lowmem.execute import execute
+    from qlora_lowmem.execute import OutOfGpuMemoryError, execute
     from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
     from qlora_lowmem.progress import quiet_libraries
     from qlora_lowmem.report import attribution as report
 
     quiet_libraries()
-    recorder = AttributionRecorder()
+    recorder = AttributionRecorder(uniform=True)  # synthetic samples are all of full length
     with tempfile.TemporaryDirectory() as folder:
-        outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=recorder)
+        try:
+            outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=recorder)
+        except OutOfGpuMemoryError as error:
+            if not _can_grow(virtual_gpu.current_card()):
+                raise
+            print(f"{error.profile.device} cannot hold it: out of memory in phase {error.phase!r}", file=sys.stderr)
+            return EXIT_DOES_NOT_FIT
     found = outcome.attribution
     assert found is not None  # every recipe has at least one step
     page = report.markdown(found, recipe.name or Path(options.config).stem)

@@ -69,6 +69,11 @@ class Job:
     trainer: LowMemTrainer
 
 
+def set_allocator(recipe: Recipe) -> None:
+    """Pin the caching allocator's options, whatever the environment says: reserved peaks depend on them."""
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{recipe.memory.expandable_segments}")
+
+
 def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> int:
     """Make the recipe's `max_memory` a real cap of the caching allocator, and return it in bytes.
 

@@ -20,6 +20,7 @@ from .recipe_sections import (
     Batch,
     Data,
     Dataloader,
+    Lean,
     Lora,
     Memory,
     Optimizer,
@@ -37,6 +38,7 @@ __all__ = [
     "Batch",
     "Data",
     "Dataloader",
+    "Lean",
     "Lora",
     "Memory",
     "Optimizer",
@@ -59,6 +61,7 @@ class Recipe:
     lora: Lora = field(default_factory=Lora)
     batch: Batch = field(default_factory=Batch)
     memory: Memory = field(default_factory=Memory)
+    lean: Lean = field(default_factory=Lean)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     dataloader: Dataloader = field(default_factory=Dataloader)
@@ -83,6 +86,7 @@ SECTIONS: dict[str, type[Any]] = {
     "lora": Lora,
     "batch": Batch,
     "memory": Memory,
+    "lean": Lean,
     "optimizer": Optimizer,
     "schedule": Schedule,
     "dataloader": Dataloader,

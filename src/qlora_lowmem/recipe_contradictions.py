@@ -23,6 +23,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _of_dtypes(recipe)
     yield from _of_the_schedule(recipe)
     yield from _of_the_model(recipe)
+    yield from _of_lean(recipe)
     if recipe.run.device == "cpu":
         yield from _of_the_cpu(recipe)
 
@@ -62,6 +63,32 @@ def _of_the_model(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction(
             ("weights", "model"),
             "a GGUF file is its weights; set weights to pretrained, or name a folder with config.json",
+        )
+
+
+def _of_lean(recipe: Recipe) -> Iterator[Contradiction]:
+    memory = recipe.memory
+    if not recipe.lean.lean:
+        if recipe.lean.quantised_embeddings != "none":
+            yield Contradiction(
+                ("quantised_embeddings", "lean"),
+                "quantised embeddings are one of the lean implementations; set lean to true, or quantised_embeddings to "
+                "none",
+            )
+        return
+    if not memory.gradient_checkpointing:
+        yield Contradiction(
+            ("lean", "gradient_checkpointing"),
+            "lean layers keep their inputs only, which is checkpointing; set gradient_checkpointing to true",
+        )
+    if memory.loss == "full":
+        yield Contradiction(
+            ("lean", "loss"), "lean never holds the full logits; set loss to fused, or lean to false"
+        )
+    if memory.activation_offloading:
+        yield Contradiction(
+            ("lean", "activation_offloading"),
+            "lean decides itself what is kept and where; set checkpoints to host, and activation_offloading to false",
         )
 
 

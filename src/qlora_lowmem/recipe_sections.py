@@ -207,6 +207,53 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Lean:
+    """The project's own low-memory implementations: the same loss and gradients from less memory."""
+
+    lean: bool = field(
+        default=False,
+        metadata=knob(
+            "run decoder layers, LM head and loss tile by tile along the sequence; exact, plain PyTorch",
+            "a layer's working set is one tile's, whatever the sequence",
+        ),
+    )
+    tile_length: int = field(
+        default=512,
+        metadata=knob(
+            "tokens of a tile of a decoder layer",
+            "activations of one layer grow with it; small tiles cost more launches",
+            min=16,
+        ),
+    )
+    scan_chunk_length: int = field(
+        default=128,
+        metadata=knob(
+            "tokens of a chunk of the Mamba-2 scan; the result does not depend on it",
+            "(chunk, chunk) matrices per head inside a tile",
+            min=8,
+        ),
+    )
+    checkpoints: Literal["layer", "segments", "host"] = field(
+        default="segments",
+        metadata=knob(
+            "which layer inputs are kept for backward: all, those of about sqrt(layers) segments, or all in host memory",
+            "(batch, seq, hidden) for each that is kept; host keeps none on the GPU and states what it takes of RAM",
+        ),
+    )
+    loss_tile_bytes: int = field(
+        default=64 * 2**20,
+        metadata=knob("bytes of the logits that exist at a time", "the LM head's working set", min=2**20),
+    )
+    quantised_embeddings: Literal["none", "8bit", "4bit"] = field(
+        default="none",
+        metadata=knob(
+            "store the tied embeddings and LM head in 8 or 4 bits; changes the model a little",
+            "8bit halves them, 4bit quarters them: a third of the floor of a small model",
+        ),
+    )
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """What turns gradients into steps. Its state covers the adapters only."""
 

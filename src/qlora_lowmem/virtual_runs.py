@@ -86,7 +86,7 @@ def run_here(content: dict[str, Any], attribute: bool = False) -> dict[str, Any]
     recipe = replace_field(recipe_from_dict(content), "device", "virtual")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            attribution = AttributionRecorder() if attribute else None
+            attribution = AttributionRecorder(uniform=True) if attribute else None
             outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=attribution)
     except OutOfGpuMemoryError as error:
         return {"profile": error.profile.to_dict(), "out_of_memory": error.torch_message, "phase": error.phase}

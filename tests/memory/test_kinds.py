@@ -23,6 +23,7 @@ def frames(*places: str) -> list[dict[str, Any]]:
 
 
 MODEL = "transformers/models/granitemoehybrid/modeling_granitemoehybrid.py:forward"
+TILES = "qlora_lowmem/lean/tiles.py:backward_in_tiles"
 MAMBA = ("model.layers.3.mamba", "mamba")
 
 
@@ -43,6 +44,9 @@ MAMBA = ("model.layers.3.mamba", "mamba")
             "backward_mamba",
         ),
         (Scope("backward", *MAMBA), frames("trl/models/activation_offloading.py:unpack", MODEL), "checkpoints"),
+        (Scope("recompute", *MAMBA), frames("qlora_lowmem/lean/scan.py:_chunk", TILES), "recomputed_mamba"),
+        (Scope("recompute", *MAMBA), frames("qlora_lowmem/lean/scan.py:_backward", TILES), "backward_mamba"),
+        (Scope("recompute", *MAMBA), frames("torch/autograd/graph.py:_engine_run_backward", TILES), "backward_mamba"),
         (Scope("optimizer"), frames("torch/optim/adamw.py:step"), "optimizer_step"),
         (Scope("between"), frames("torch/nn/utils/clip_grad.py:clip_grad_norm_"), "optimizer_step"),
         (Scope("between"), frames("torch/_utils.py:to", "accelerate/utils/operations.py:send_to_device"), "input"),

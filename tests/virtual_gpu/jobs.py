@@ -131,11 +131,21 @@ def refused_graph() -> str:
     return ""
 
 
-def refused_convolution() -> str:
+def convolution() -> int:
+    """Peak of a convolution of 4 MiB to 4 MiB with its gradients: 36 bytes of weights are rounded to 512."""
+    import torch
+
+    image = torch.ones(1, 1, 1024, 1024, device="cuda", requires_grad=True)
+    weight = torch.ones(1, 1, 3, 3, device="cuda", requires_grad=True)
+    torch.nn.functional.conv2d(image, weight, padding=1).backward(torch.ones_like(image))
+    return torch.cuda.max_memory_allocated()
+
+
+def refused_transform() -> str:
     import torch
 
     try:
-        torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8, device="cuda"), torch.ones(3, 3, 3, 3, device="cuda"))
+        torch.fft.fft(torch.ones(64, device="cuda"))
     except RuntimeError as error:
         return str(error)
     return ""
@@ -204,3 +214,7 @@ def properties() -> dict[str, Any]:
         "sms": found.multi_processor_count,
         "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
     }
+
+
+def not_json() -> object:
+    return object()

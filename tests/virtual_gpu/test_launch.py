@@ -10,8 +10,17 @@ from pathlib import Path
 import pytest
 
 from qlora_lowmem.virtual_gpu import environment, get_card, read_report, run
+from qlora_lowmem.virtual_gpu.build import find_compiler
 
 MIB = 2**20
+
+
+def is_running(pid: int | str) -> bool:
+    """Whether the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture
@@ -117,7 +126,7 @@ print(pynvml.nvmlDeviceGetMemoryInfo(handle).used, [p.pid for p in pynvml.nvmlDe
     holder.send_signal(signal.SIGKILL)
     # Not waited for yet: a zombie holds no memory either.
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    while is_running(holder.pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert watched() == "0 []"
@@ -139,8 +148,11 @@ time.sleep(60)
 """
     with pytest.raises(subprocess.TimeoutExpired):
         run(script(program), laptop, timeout=2)
+    deadline = time.monotonic() + 10
     for pid in (tmp_path / "pids").read_text().split():
-        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
+        while is_running(pid):  # a killed process needs a moment to go
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.mark.usefixtures("built")
@@ -176,3 +188,73 @@ assert tensor.grad.shape == (64, 64)
     report = run(script(program), get_card("rtx-4090-24gb"))
     assert report.exit_code == 0
     assert report.missing_functions == ()
+
+
+@pytest.mark.usefixtures("built")
+def test_cuda_visible_devices_hides_cards_from_cuda_but_not_from_nvml(laptop, script):
+    program = """
+import os
+os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+import pynvml, torch
+assert torch.cuda.device_count() == 1
+tensor = torch.ones(16 << 20, device="cuda")
+assert torch.cuda.get_device_properties(0).pci_bus_id == 2
+pynvml.nvmlInit()
+assert pynvml.nvmlDeviceGetCount() == 2
+"""
+    report = run(script(program), laptop, count=2)
+    assert report.exit_code == 0
+    assert [device.peak_device_bytes for device in report.devices] == [0, laptop.context_bytes + 64 * MIB]
+
+
+@pytest.mark.usefixtures("built")
+def test_a_server_ends_with_the_program_that_made_it():
+    program = """
+import os, signal, sys
+from qlora_lowmem.virtual_gpu import Server, get_card
+server = Server()
+future = server.submit("virtual_gpu.jobs:hold_and_sleep", {"seconds": 60}, get_card("t4-16gb"))
+parent = next(iter(server._parents.values()))
+while not any(job.pid for job in parent._jobs.values()):
+    pass
+print(parent._process.pid, *(job.pid for job in parent._jobs.values()), server._folder, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", program]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert answer.returncode == -signal.SIGKILL
+    *pids, folder = answer.stdout.split()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.05)
+    while Path(folder).exists():
+        assert time.monotonic() < deadline, "its files were left behind"
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("built")
+def test_a_thread_that_wants_the_interpreter_while_it_ends_does_not_abort_the_program(laptop, script, tmp_path):
+    """As autograd's do, from functions that may not be unwound; see thread_exit.cpp."""
+    library = tmp_path / "late.so"
+    source = tmp_path / "late.cpp"
+    source.write_text(
+        "#include <unistd.h>\n"
+        'extern "C" void call_late(void (*function)()) noexcept { usleep(300000); function(); _exit(99); }\n'
+    )
+    subprocess.run([*find_compiler(), "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    program = f"""
+import ctypes, threading, time
+
+class EndsSlowly:
+    def __del__(self, sleep=time.sleep):
+        sleep(1)  # finalization lets other threads ask for the interpreter
+
+library = ctypes.CDLL({str(library)!r})
+callback = ctypes.CFUNCTYPE(None)(lambda: None)
+threading.Thread(target=library.call_late, args=(callback,), daemon=True).start()
+keep = EndsSlowly()
+"""
+    assert run(script(program), laptop).exit_code == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lowmem.virtual_gpu import JobFailedError, Server, get_card, run
+from qlora_lowmem.virtual_gpu import JobFailedError, Server, VirtualGPUUnavailable, get_card, run
 
 MIB = 2**20
 GIB = 2**30
@@ -121,7 +121,7 @@ def test_managed_memory_is_counted_by_itself(job):
 
 @pytest.mark.parametrize(
     ("function", "name"),
-    [("refused_graph", "cudaStreamBeginCapture"), ("refused_convolution", "cudnnBackendCreateDescriptor")],
+    [("refused_graph", "cudaStreamBeginCapture"), ("refused_transform", "cufftCreate")],
 )
 def test_what_is_not_implemented_is_refused_by_name(job, function, name):
     result = job(function)
@@ -129,6 +129,14 @@ def test_what_is_not_implemented_is_refused_by_name(job, function, name):
     assert name in result.report.missing_functions
     assert f"the program called {name}, which is not implemented" in result.output_tail
     assert result.output_tail.count(f"called {name},") == 1
+
+
+def test_a_convolution_is_planned_and_counts_what_pytorch_allocates(job):
+    result = job("convolution")
+    image, weight = 4 * MIB, 512
+    tensors = 4 * image + 2 * weight  # image, result, gradients of both; weight and its gradient
+    assert tensors <= result.value <= tensors + image
+    assert result.report.missing_functions == ()
 
 
 @pytest.mark.parametrize("name", ["rtx-2060-6gb", "rtx-4050-laptop-6gb", "h100-80gb"])
@@ -226,3 +234,15 @@ def test_closing_leaves_no_process_and_no_file(laptop):
     assert not Path(f"/proc/{process}").exists()
     with pytest.raises(RuntimeError, match="closed"):
         server.submit("virtual_gpu.jobs:card", {}, laptop)
+
+
+def test_a_result_that_json_cannot_hold_is_an_error(server, laptop):
+    result = server.submit("virtual_gpu.jobs:not_json", {}, laptop).result(60)
+    assert result.exit_code == 1
+    assert "not JSON serializable" in (result.error or "")
+
+
+def test_where_no_virtual_gpu_can_be_the_future_says_so(laptop, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with Server() as server, pytest.raises(VirtualGPUUnavailable, match="no-such-compiler"):
+        server.submit("virtual_gpu.jobs:card", {}, laptop).result(60)

@@ -23,7 +23,8 @@ from .embeddings import QuantisedHead
 from .loss import IGNORE_INDEX, DenseHead, Head, HeadOptions, token_log_probs
 from .norms import gated_rms_norm, rms_norm
 from .options import LeanOptions
-from .scan import ScanOptions, advance_state, mamba2_scan
+from .scan import advance_state, mamba2_scan
+from .scan_chunks import ScanOptions
 from .swiglu import swiglu
 from .tiles import Carry, TilePlan
 

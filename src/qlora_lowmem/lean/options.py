@@ -25,7 +25,7 @@ class LeanOptions:
 
     tile_length: int = 512
     feed_forward_tile_length: int = 512
-    scan_chunk_length: int = 128
+    scan_chunk_length: int = 64
     checkpointing: Checkpointing = "segments"
     loss_tile_bytes: int = 64 * 2**20
     quantised_embeddings: Literal[8, 4] | None = None

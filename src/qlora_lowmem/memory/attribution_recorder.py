@@ -30,9 +30,16 @@ class AttributionRecorder(TrainerCallback):
     """The trainer's callback that records the steady steps; the first step where there is no other.
 
     Call `start` before the model is loaded, `watch` when it is, and `finish` after training.
+
+    Args:
+        uniform: all micro-batches have the same shape, so that a step's peak comes in its first, its second (there are
+            gradients then) or its last (with the optimizer step), and only these are recorded. If it comes in another
+            all the same, what was higher there is `unexplained`.
+        device: index of the CUDA device.
     """
 
-    def __init__(self, device: int = 0) -> None:
+    def __init__(self, uniform: bool = False, device: int = 0) -> None:
+        self._uniform = uniform
         self._device = device
         self._log = ScopeLog()
         self._scopes: ModuleScopes | None = None
@@ -40,6 +47,8 @@ class AttributionRecorder(TrainerCallback):
         self._model = nn.Module()
         self._weights: dict[int, Owner] = {}
         self._steps = 0
+        self._micro_batch = 0
+        self._micro_batches = 1
         self._phase = ""
         self._open: tuple[dict[str, Any], Evidence] | None = None
         self._best = 0
@@ -91,21 +100,21 @@ class AttributionRecorder(TrainerCallback):
 
     def on_step_begin(self, *event: Any, **__: Any) -> None:
         """Before the first micro-batch of an optimizer step."""
-        _, state, _ = event
+        args, state, _ = event
         self._steps += 1
+        self._micro_batch, self._micro_batches = 0, args.gradient_accumulation_steps
         only_one = state.max_steps == 1
         if self._steps > 1 or only_one:
-            assert self._scopes is not None
             self._phase = "first step" if only_one else "steady"
-            self._scopes.attach()
             self._begin_window()
         else:
             cuda_memory._record_memory_history(None)  # what a step leaves behind has owners, and the frames cost time
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Between two micro-batches."""
-        if self._open is not None:
-            self._end_window()
+        self._micro_batch += 1
+        self._end_window()
+        if self._phase and (not self._uniform or self._micro_batch in (1, self._micro_batches - 1)):
             self._begin_window()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -121,19 +130,22 @@ class AttributionRecorder(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """After everything of a step."""
-        if self._open is not None:
-            self._end_window()
-            assert self._scopes is not None
-            self._scopes.remove()
+        self._end_window()
         _note_frames()
 
     def _begin_window(self) -> None:
+        assert self._scopes is not None
+        self._scopes.attach()
+        self._best = max(self._best, torch.cuda.max_memory_allocated(self._device))  # what came where none was recorded
         evidence = Evidence(self._log.begin_window(), self._alive())
         cuda_memory._record_memory_history("all", context="alloc", stacks="python", clear_history=True)
         self._open = (_snapshot(), evidence)
 
     def _end_window(self) -> None:
-        assert self._open is not None
+        if self._open is None:
+            return
+        assert self._scopes is not None
+        self._scopes.remove()
         before, evidence = self._open
         self._open = None
         peak = torch.cuda.max_memory_allocated(self._device)
@@ -141,6 +153,7 @@ class AttributionRecorder(TrainerCallback):
             self._best = peak
             evidence.at_end = self._alive()
             self._kept = before, _snapshot(), evidence
+        cuda_memory._record_memory_history(None)
 
     def _alive(self) -> dict[int, Owner]:
         assert self._trainer is not None

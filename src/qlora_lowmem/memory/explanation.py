@@ -102,13 +102,22 @@ def _moment(scopes: list[Scope | None]) -> str:
     return f"{scope.phase}{where}{f' ({scope.node})' if scope.node else ''}"
 
 
+def _module(kind: str, scope: Scope | None) -> str:
+    """The scope's module, or the one around it where the code says that it was another of its children."""
+    if scope is None:
+        return ""
+    of_type = kind.rpartition("_")[2]
+    elsewhere = kind.startswith(("activations_", "recomputed_", "backward_")) and of_type != scope.module_type
+    return scope.module.rpartition(".")[0] if elsewhere else scope.module
+
+
 def _owner_lines(rows: Iterable[tuple[Block, str, Owner | None, Scope | None]]) -> tuple[OwnerLine, ...]:
     groups: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
     for block, kind, owner, scope in rows:
         line = (
             "before the recorded step" if block.born == BEFORE and not block.frames else owner_line(block.frames, scope)
         )
-        module = owner.name if owner else scope.module if scope else ""
+        module = owner.name if owner else _module(kind, scope)
         groups.setdefault((kind, line), []).append((block.requested, module, owner.layout if owner else ""))
     lines = []
     for (kind, line), members in groups.items():

@@ -92,7 +92,9 @@ def kind_of(owner: "Owner | None", scope: "Scope | None", frames: Sequence[Frame
     if lean is None and scope.phase == "forward" and _innermost_of_ours(frames).endswith(_LEAN_CHECKPOINTS):
         return "checkpoints"
     module_type = lean or scope.module_type
-    return "loss" if module_type == "loss" else f"{_PREFIX[scope.phase]}_{module_type}"
+    if module_type == "loss":
+        return "loss"
+    return f"{'backward' if _goes_back(frames) else _PREFIX[scope.phase]}_{module_type}"
 
 
 def _outside_of_modules(frames: Sequence[Frame]) -> str:
@@ -126,6 +128,13 @@ def _lean_type(frames: Sequence[Frame]) -> "ModuleType | None":
             if frame["filename"].endswith(path):
                 return module_type
     return None
+
+
+def _goes_back(frames: Sequence[Frame]) -> bool:
+    """Within a backward that runs inside a recomputed layer, where hooks see the forward before it."""
+    if frames and frames[0]["name"] == "_engine_run_backward":  # a node of C++ that `torch.autograd.grad` came to
+        return True
+    return any("backward" in frame["name"] and frame["filename"].endswith(tuple(_LEAN_TYPES)) for frame in frames)
 
 
 def _innermost_of_ours(frames: Sequence[Frame]) -> str:

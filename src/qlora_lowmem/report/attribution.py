@@ -30,7 +30,7 @@ _GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("CUDA context", "#EAEAEA", ("outside",)),
 )
 _INK = "#222222"
-_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+_PAPER: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 
 
 def kinds_table(attribution: Attribution) -> str:
@@ -125,8 +125,16 @@ def _draw_peak(axes: "Axes", attribution: Attribution) -> set[str]:
     marks = ((attribution.allocated_bytes, "allocated", 0.78), (attribution.device_bytes, "on the card", 0.44))
     for count, text, height in marks:  # at two heights, for they may be close
         axes.plot([count / GIB] * 2, [-0.35, height + 0.28], color=_INK, linewidth=1)
-        axes.text(
-            count / GIB, height, f"{text} {count / GIB:.2f}  ", ha="right", va="bottom", fontsize=8.5, bbox=_PAPER
+        words = f"{text} {count / GIB:.2f}"
+        axes.annotate(
+            words,
+            (count / GIB, height),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8.5,
+            bbox=_PAPER,
         )
     axes.set_ylim(-0.4, 1.1)
     axes.set_xlim(0, attribution.device_bytes / GIB * 1.005)

@@ -32,7 +32,7 @@ _LIBRARY_SOURCES = {
     "cublasLt": ("blas.cpp",),
     "cudnn": ("dnn.cpp", "dnn_backend.cpp"),
 }
-_SHARED = ("account.cpp", "attributes.cpp", "memory.cpp", "refuse.cpp")
+_SHARED = ("account.cpp", "attributes.cpp", "memory.cpp", "refuse.cpp", "thread_exit.cpp")
 _DRIVER = ("driver.cpp", "driver_launch.cpp", "driver_memory.cpp")
 CACHE_VARIABLE = "QLORA_LOWMEM_CACHE"
 

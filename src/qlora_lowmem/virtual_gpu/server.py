@@ -77,8 +77,10 @@ class Server:
     are imported, so there is one such process a compute capability, started with its first job. At most `max_workers`
     jobs run at once; the others wait.
 
-    Raises (from `submit`):
-        VirtualGPUUnavailable: this machine cannot host a virtual GPU.
+    Where the machine cannot host a virtual GPU, futures fail with VirtualGPUUnavailable.
+
+    Raises:
+        ValueError: `max_workers` is less than 1.
     """
 
     def __init__(self, preload: Sequence[str] = (), *, max_workers: int = 1) -> None:
@@ -148,9 +150,9 @@ class Server:
             self._running += 1
             try:
                 self._parent_for(job.card).start(job)
-            except BaseException:
+            except Exception as error:  # this may be the thread that reads for another job
                 self._running -= 1
-                raise
+                job.future.set_exception(error)
 
     def _parent_for(self, card: Card) -> "_ForkParent":
         parent = self._parents.get(card.compute_capability)
@@ -181,6 +183,7 @@ class _ForkParent:
         environment |= {
             "VGPU_SERVER_CAPABILITY": json.dumps(card.compute_capability),
             "VGPU_SERVER_TITLE": card.title,
+            "VGPU_SERVER_FOLDER": str(folder.parent),
             "VGPU_SERVER_PATH": json.dumps([str(_SCRIPT.parent), *sys.path]),
             # Asking whether there is a card must not make a context either.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -231,6 +234,7 @@ class _ForkParent:
             for job in self._jobs.values():
                 _kill(job)
         with contextlib.suppress(OSError):
+            self._connection.sendall(b'{"bye": true}\n')
             self._connection.shutdown(socket.SHUT_RDWR)
         self._reader.join()
         self._connection.close()

@@ -42,7 +42,7 @@ POLICIES: Mapping[str, Policy] = {
     "cudart": Policy(801),
     "cublas": Policy(15, products=f"cublas{_COMPUTES}"),
     "cublasLt": Policy(15, products=f"cublasLt{_COMPUTES}", version="cublasLtGetVersion"),
-    # cuDNN's plans are not known here, nor is their workspace: its operations are refused (hooks: attention off).
+    # Its graph interface is in csrc/dnn_backend.cpp; what the older one would take of the memory is not known here.
     "cudnn": Policy(
         3000,
         products=r"cudnn(Destroy.*|SetStream)",

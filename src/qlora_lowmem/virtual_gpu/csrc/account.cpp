@@ -22,6 +22,8 @@ Account* mapped = nullptr;
 bool looked = false;
 char path[4096];
 Process* own = nullptr;  // this process' row, from its first context on
+int visible[kMaxDevices];  // devices of the machine, in the order that this process numbers them
+int visible_count = 0;
 bool context_in_parent = false;
 
 struct ProcessIdentity {
@@ -64,6 +66,25 @@ __attribute__((constructor)) void register_fork_handlers() {
   pthread_atfork(lock_process, unlock_process, after_fork_in_child);
 }
 
+// Reads CUDA_VISIBLE_DEVICES as the driver does: a list of numbers that ends at the first that is not a device.
+void find_visible_devices() {
+  const char* list = getenv("CUDA_VISIBLE_DEVICES");
+  int count = static_cast<int>(mapped->device_count);
+  visible_count = 0;
+  if (list == nullptr) {
+    while (visible_count < count) visible[visible_count] = visible_count, ++visible_count;
+    return;
+  }
+  while (visible_count < count) {
+    char* end;
+    long device = strtol(list, &end, 10);
+    if (end == list || device < 0 || device >= count) return;
+    visible[visible_count++] = static_cast<int>(device);
+    if (*end != ',') return;
+    list = end + 1;
+  }
+}
+
 void map_account() {
   looked = true;
   const char* name = getenv("VGPU_ACCOUNT");
@@ -86,6 +107,7 @@ void map_account() {
     return;
   }
   mapped = found;
+  find_visible_devices();
 }
 
 // Holds the account against other threads and other processes. The file lock is taken on a descriptor of its own, which
@@ -191,23 +213,27 @@ const Account* account() {
   return mapped;
 }
 
-int device_count() { return account() == nullptr ? 0 : static_cast<int>(mapped->device_count); }
+int device_count() { return account() == nullptr ? 0 : visible_count; }
 
-const Device& device_row(int device) { return account()->devices[device]; }
+const Device& device_row(int device) { return account()->devices[visible[device]]; }
+
+int machine_index(int device) { return visible[device]; }
 
 bool forked_after_use() { return context_in_parent; }
 
-bool has_context(int device) { return own != nullptr && (own->contexts >> device & 1); }
+bool has_context(int device) { return own != nullptr && (own->contexts >> visible[device] & 1); }
 
 bool ensure_context(int device) {
   if (has_context(device)) return true;
   Lock lock;
-  return mapped != nullptr && take_context(device);
+  return mapped != nullptr && take_context(visible[device]);
 }
 
 bool take(int device, uint64_t bytes) {
   Lock lock;
-  if (mapped == nullptr || !take_context(device)) return false;
+  if (mapped == nullptr) return false;
+  device = visible[device];
+  if (!take_context(device)) return false;
   clear_dead_processes();
   Device& row = mapped->devices[device];
   if (row.used_bytes + bytes > row.total_bytes) return false;
@@ -218,21 +244,15 @@ bool take(int device, uint64_t bytes) {
 
 void give(int device, uint64_t bytes) {
   Lock lock;
-  if (mapped == nullptr || own == nullptr || own->device_bytes[device] < bytes) return;
+  if (mapped == nullptr || own == nullptr) return;
+  device = visible[device];
+  if (own->device_bytes[device] < bytes) return;
   own->device_bytes[device] -= bytes;
   mapped->devices[device].used_bytes -= bytes;
 }
 
-uint64_t used_bytes(int device) {
-  Lock lock;
-  if (mapped == nullptr) return 0;
-  clear_dead_processes();
-  return mapped->devices[device].used_bytes;
-}
-
 uint64_t free_bytes(int device) {
-  uint64_t used = used_bytes(device);
-  return device_row(device).total_bytes - used;
+  return device_row(device).total_bytes - machine::used_bytes(machine_index(device));
 }
 
 void take_host(HostKind kind, uint64_t bytes) {
@@ -254,22 +274,6 @@ void give_host(HostKind kind, uint64_t bytes) {
   if (booked < bytes) return;
   booked -= bytes;
   (pinned ? mapped->pinned_bytes : mapped->managed_bytes) -= bytes;
-}
-
-int processes_on(int device, int32_t* pids, uint64_t* bytes, int capacity) {
-  Lock lock;
-  if (mapped == nullptr) return 0;
-  clear_dead_processes();
-  int found = 0;
-  for (const Process& process : mapped->processes) {
-    if (process.pid == 0 || !(process.contexts >> device & 1)) continue;
-    if (found < capacity) {
-      pids[found] = process.pid;
-      bytes[found] = process.device_bytes[device] + mapped->devices[device].context_bytes;
-    }
-    ++found;
-  }
-  return found;
 }
 
 void note_value_read() {
@@ -295,5 +299,36 @@ void note_missing(const char* name, const char* why) {
           "with this line\n",
           name, why == nullptr ? "" : ": ", why == nullptr ? "" : why);
 }
+
+namespace machine {
+
+int device_count() { return account() == nullptr ? 0 : static_cast<int>(mapped->device_count); }
+
+const Device& device_row(int device) { return account()->devices[device]; }
+
+uint64_t used_bytes(int device) {
+  Lock lock;
+  if (mapped == nullptr) return 0;
+  clear_dead_processes();
+  return mapped->devices[device].used_bytes;
+}
+
+int processes_on(int device, int32_t* pids, uint64_t* bytes, int capacity) {
+  Lock lock;
+  if (mapped == nullptr) return 0;
+  clear_dead_processes();
+  int found = 0;
+  for (const Process& process : mapped->processes) {
+    if (process.pid == 0 || !(process.contexts >> device & 1)) continue;
+    if (found < capacity) {
+      pids[found] = process.pid;
+      bytes[found] = process.device_bytes[device] + mapped->devices[device].context_bytes;
+    }
+    ++found;
+  }
+  return found;
+}
+
+}  // namespace machine
 
 }  // namespace vgpu

@@ -77,7 +77,8 @@ enum class HostKind { kPinned, kManaged };
 // account), which the caller reports as "no device".
 VGPU_SHARED const Account* account();
 
-// The number of devices; 0 without an account.
+// The number of devices that CUDA_VISIBLE_DEVICES leaves; 0 without an account. Devices are numbered among these
+// everywhere but in `machine`.
 VGPU_SHARED int device_count();
 
 // Row of a device; the caller has checked the ordinal.
@@ -94,13 +95,12 @@ VGPU_SHARED bool has_context(int device);
 VGPU_SHARED bool take(int device, uint64_t bytes);
 VGPU_SHARED void give(int device, uint64_t bytes);
 VGPU_SHARED uint64_t free_bytes(int device);
-VGPU_SHARED uint64_t used_bytes(int device);
 
 VGPU_SHARED void take_host(HostKind kind, uint64_t bytes);
 VGPU_SHARED void give_host(HostKind kind, uint64_t bytes);
 
-// Processes with a context on the device: pids and bytes (context included). Returns how many there are.
-VGPU_SHARED int processes_on(int device, int32_t* pids, uint64_t* bytes, int capacity);
+// Which of the machine's devices it is.
+VGPU_SHARED int machine_index(int device);
 
 // Notes that a value was copied from a device; tells the user once a run.
 VGPU_SHARED void note_value_read();
@@ -109,5 +109,14 @@ VGPU_SHARED void note_value_read();
 VGPU_SHARED void note_missing(const char* name, const char* why);
 
 VGPU_SHARED uint64_t round_up(uint64_t bytes, uint64_t granularity);
+
+// All devices of the machine, as NVML numbers them: CUDA_VISIBLE_DEVICES hides nothing from it.
+namespace machine {
+VGPU_SHARED int device_count();
+VGPU_SHARED const Device& device_row(int device);
+VGPU_SHARED uint64_t used_bytes(int device);
+// Processes with a context on the device: pids and bytes (context included). Returns how many there are.
+VGPU_SHARED int processes_on(int device, int32_t* pids, uint64_t* bytes, int capacity);
+}  // namespace machine
 
 }  // namespace vgpu

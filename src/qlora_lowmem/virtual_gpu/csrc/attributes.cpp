@@ -24,7 +24,7 @@ int device_attribute(int attribute, int device) {
     case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: return static_cast<int>(d.bus_width_bits);
     case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: return static_cast<int>(d.clock_khz);
     case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: return static_cast<int>(d.memory_clock_khz);
-    case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID: return device + 1;
+    case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID: return machine_index(device) + 1;
     // The same on every card of the table (CUDA C++ Programming Guide, table of technical specifications).
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: return 32;
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: return 1024;
@@ -59,15 +59,15 @@ int device_attribute(int attribute, int device) {
   }
 }
 
-void pci_bus_id(int device, char* text, int capacity) {
-  snprintf(text, static_cast<size_t>(capacity), "0000:%02X:00.0", device + 1);
+void pci_bus_id(int machine_index, char* text, int capacity) {
+  snprintf(text, static_cast<size_t>(capacity), "0000:%02X:00.0", machine_index + 1);
 }
 
-int device_of_pci_bus_id(const char* text) {
+int machine_index_of_pci_bus_id(const char* text) {
   unsigned domain = 0, bus = 0;
   bool read = sscanf(text, "%x:%x:", &domain, &bus) == 2;
   int device = static_cast<int>(bus) - 1;
-  return read && domain == 0 && device >= 0 && device < device_count() ? device : -1;
+  return read && domain == 0 && device >= 0 && device < machine::device_count() ? device : -1;
 }
 
 }  // namespace vgpu

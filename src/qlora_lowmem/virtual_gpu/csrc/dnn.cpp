@@ -1,4 +1,4 @@
-// libcudnn: what it says about itself. Its operations are refused by the generated stubs.
+// libcudnn: what it says about itself. Its older interface (RNNs, batch norm) is refused by the generated stubs.
 #include <cstddef>
 #include <cstdio>
 
@@ -20,5 +20,5 @@ API const char* cudnnGetErrorString(int status) {
 }
 
 API void cudnnGetLastErrorString(char* text, size_t capacity) {
-  snprintf(text, capacity, "cuDNN's operations are not implemented on a virtual GPU");
+  snprintf(text, capacity, "cuDNN's older interface is not implemented on a virtual GPU");
 }

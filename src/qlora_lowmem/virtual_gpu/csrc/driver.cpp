@@ -132,7 +132,7 @@ API CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {
 
 API CUresult cuDeviceGetPCIBusId(char* text, int capacity, CUdevice device) {
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
-  pci_bus_id(device, text, capacity);
+  pci_bus_id(machine_index(device), text, capacity);
   return CUDA_SUCCESS;
 }
 

@@ -11,6 +11,8 @@
 #define API extern "C" __attribute__((visibility("default")))
 
 using namespace vgpu;
+using machine::processes_on;
+using machine::used_bytes;
 
 namespace {
 
@@ -20,7 +22,7 @@ constexpr int kDriverNotLoaded = 9;
 // A handle is the device's number plus one.
 using Handle = uintptr_t;
 int device_of(Handle handle) { return static_cast<int>(handle) - 1; }
-bool valid(Handle handle) { return handle >= 1 && device_of(handle) < device_count(); }
+bool valid(Handle handle) { return handle >= 1 && device_of(handle) < machine::device_count(); }
 
 int write_text(char* text, unsigned capacity, const char* value) {
   if (strlen(value) + 1 > capacity) return kInsufficientSize;
@@ -29,7 +31,7 @@ int write_text(char* text, unsigned capacity, const char* value) {
 }
 
 void format_uuid(int device, char* text, size_t capacity) {
-  const uint8_t* u = device_row(device).uuid;
+  const uint8_t* u = machine::device_row(device).uuid;
   snprintf(text, capacity, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1], u[2],
            u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
 }
@@ -78,7 +80,7 @@ int running_processes(Handle handle, unsigned* count, Info* infos) {
 
 }  // namespace
 
-API int nvmlInit() { return device_count() > 0 ? kSuccess : kDriverNotLoaded; }
+API int nvmlInit() { return machine::device_count() > 0 ? kSuccess : kDriverNotLoaded; }
 API int nvmlInit_v2() { return nvmlInit(); }
 API int nvmlInitWithFlags(unsigned) { return nvmlInit(); }
 API int nvmlShutdown() { return kSuccess; }
@@ -106,13 +108,13 @@ API int nvmlSystemGetCudaDriverVersion(int* version) {
 API int nvmlSystemGetCudaDriverVersion_v2(int* version) { return nvmlSystemGetCudaDriverVersion(version); }
 
 API int nvmlDeviceGetCount(unsigned* count) {
-  *count = static_cast<unsigned>(device_count());
+  *count = static_cast<unsigned>(machine::device_count());
   return kSuccess;
 }
 API int nvmlDeviceGetCount_v2(unsigned* count) { return nvmlDeviceGetCount(count); }
 
 API int nvmlDeviceGetHandleByIndex_v2(unsigned index, Handle* handle) {
-  if (index >= static_cast<unsigned>(device_count())) return kInvalidArgument;
+  if (index >= static_cast<unsigned>(machine::device_count())) return kInvalidArgument;
   *handle = index + 1;
   return kSuccess;
 }
@@ -120,7 +122,7 @@ API int nvmlDeviceGetHandleByIndex(unsigned index, Handle* handle) {
   return nvmlDeviceGetHandleByIndex_v2(index, handle);
 }
 API int nvmlDeviceGetHandleByPciBusId_v2(const char* bus_id, Handle* handle) {
-  int device = device_of_pci_bus_id(bus_id);
+  int device = machine_index_of_pci_bus_id(bus_id);
   if (device < 0) return kNotFound;
   *handle = static_cast<Handle>(device) + 1;
   return kSuccess;
@@ -129,7 +131,7 @@ API int nvmlDeviceGetHandleByPciBusId(const char* bus_id, Handle* handle) {
   return nvmlDeviceGetHandleByPciBusId_v2(bus_id, handle);
 }
 API int nvmlDeviceGetHandleByUUID(const char* uuid, Handle* handle) {
-  for (int device = 0; device < device_count(); ++device) {
+  for (int device = 0; device < machine::device_count(); ++device) {
     char text[64];
     format_uuid(device, text, sizeof text);
     if (strcmp(text, uuid) != 0) continue;
@@ -145,7 +147,7 @@ API int nvmlDeviceGetIndex(Handle handle, unsigned* index) {
   return kSuccess;
 }
 API int nvmlDeviceGetName(Handle handle, char* text, unsigned capacity) {
-  return valid(handle) ? write_text(text, capacity, device_row(device_of(handle)).name) : kInvalidArgument;
+  return valid(handle) ? write_text(text, capacity, machine::device_row(device_of(handle)).name) : kInvalidArgument;
 }
 API int nvmlDeviceGetUUID(Handle handle, char* text, unsigned capacity) {
   if (!valid(handle)) return kInvalidArgument;
@@ -163,14 +165,14 @@ API int nvmlDeviceGetPciInfo_v3(Handle handle, PciInfo* info) {
 }
 API int nvmlDeviceGetCudaComputeCapability(Handle handle, int* major, int* minor) {
   if (!valid(handle)) return kInvalidArgument;
-  *major = static_cast<int>(device_row(device_of(handle)).compute_major);
-  *minor = static_cast<int>(device_row(device_of(handle)).compute_minor);
+  *major = static_cast<int>(machine::device_row(device_of(handle)).compute_major);
+  *minor = static_cast<int>(machine::device_row(device_of(handle)).compute_minor);
   return kSuccess;
 }
 
 API int nvmlDeviceGetMemoryInfo(Handle handle, Memory* memory) {
   if (!valid(handle)) return kInvalidArgument;
-  memory->total = device_row(device_of(handle)).total_bytes;
+  memory->total = machine::device_row(device_of(handle)).total_bytes;
   memory->used = used_bytes(device_of(handle));
   memory->free = memory->total - memory->used;
   return kSuccess;

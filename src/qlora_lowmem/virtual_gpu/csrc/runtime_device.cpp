@@ -65,7 +65,7 @@ void fill_properties(cudaDeviceProp* p, int device) {
   p->multiProcessorCount = static_cast<int>(d.sm_count);
   p->canMapHostMemory = 1;
   p->concurrentKernels = 1;
-  p->pciBusID = device + 1;
+  p->pciBusID = machine_index(device) + 1;
   p->asyncEngineCount = 2;
   p->unifiedAddressing = 1;
   p->memoryBusWidth = static_cast<int>(d.bus_width_bits);
@@ -177,15 +177,16 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int
 
 API cudaError_t cudaDeviceGetPCIBusId(char* text, int capacity, int device) {
   if (cudaError_t error = check_device(device)) return error;
-  pci_bus_id(device, text, capacity);
+  pci_bus_id(machine_index(device), text, capacity);
   return cudaSuccess;
 }
 
 API cudaError_t cudaDeviceGetByPCIBusId(int* device, const char* text) {
-  int found = device_of_pci_bus_id(text);
-  if (found < 0) return fail(cudaErrorInvalidDevice);
-  *device = found;
-  return cudaSuccess;
+  int wanted = machine_index_of_pci_bus_id(text);
+  for (*device = 0; *device < device_count(); ++*device) {
+    if (machine_index(*device) == wanted) return cudaSuccess;
+  }
+  return fail(cudaErrorInvalidDevice);
 }
 
 API cudaError_t cudaDriverGetVersion(int* version) {

@@ -47,9 +47,14 @@ FACTS: tuple[tuple[str, str, str], ...] = (
         "cuDNN's plans are not known here; flash attention is next in PyTorch's order, as on consumer cards",
     ),
     (
-        "other cuDNN operations, cuFFT, cuSOLVER, NCCL, CUDA graphs",
+        "a cuDNN plan (convolutions)",
+        "needs no workspace",
+        "which engine cuDNN would choose on the card is not known here: a real one may need more",
+    ),
+    (
+        "cuDNN's older interface (RNNs, batch norm), cuFFT, cuSOLVER, cuSPARSE, NCCL, CUDA graphs",
         "refused, by name",
-        "their workspaces are not known here, and a peak without them would be wrong",
+        "what they would take of the memory is not known here, and a peak without it would be wrong",
     ),
 )
 

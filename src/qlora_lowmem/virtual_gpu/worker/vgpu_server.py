@@ -4,7 +4,7 @@
 
     from us   {"event": "ready"}, {"event": "failed", "error"},
               {"event": "started", "id", "pid"}, {"event": "ended", "id", "status"}
-    to us     {"id", "function", "kwargs", "variables", "output", "result"}
+    to us     {"id", "function", "kwargs", "variables", "output", "result"}, {"bye": true}
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -94,8 +95,8 @@ def _run_job(job: dict[str, Any]) -> NoReturn:
         # same job has the same peak whatever the server did before.
         gc.collect()
         value = call(**job["kwargs"])
-        result = {"value": value}
         json.dumps(value)
+        result = {"value": value}
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else int(request.code is not None)
         if isinstance(request.code, str):
@@ -109,12 +110,19 @@ def _run_job(job: dict[str, Any]) -> NoReturn:
     os._exit(code & 0xFF)
 
 
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 class _Server:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.selector = selectors.DefaultSelector()
         self.selector.register(connection, selectors.EVENT_READ)
         self.buffer = b""
+        self.children: set[int] = set()
+        self.dismissed = False
 
     def say(self, **message: Any) -> None:
         self.connection.sendall(json.dumps(message).encode() + b"\n")
@@ -133,7 +141,11 @@ class _Server:
         self.buffer += data
         *lines, self.buffer = self.buffer.split(b"\n")
         for line in lines:
-            self._start(json.loads(line))
+            message = json.loads(line)
+            if "bye" in message:
+                self.dismissed = True
+            else:
+                self._start(message)
         return bool(data)
 
     def _start(self, job: dict[str, Any]) -> None:
@@ -142,6 +154,7 @@ class _Server:
             self.selector.close()
             self.connection.close()
             _run_job(job)
+        self.children.add(pid)
         self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (job["id"], pid))
         self.say(event="started", id=job["id"], pid=pid)
 
@@ -150,14 +163,13 @@ class _Server:
         os.close(key.fd)
         job, pid = key.data
         _, status = os.waitpid(pid, 0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # what the job started and left behind
+        self.children.discard(pid)
+        _kill_group(pid)  # what the job started and left behind
         self.say(event="ended", id=job, status=os.waitstatus_to_exitcode(status))
 
 
 def main() -> None:
-    """Entry of the server process."""
-    _die_with_parent()
+    """Entry of the server process. It ends when the parent's end of the socket closes, however the parent ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     server = _Server(socket.socket(fileno=int(sys.argv[1])))
     sys.path[:] = json.loads(os.environ.pop("VGPU_SERVER_PATH"))
@@ -170,6 +182,10 @@ def main() -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         server.say(event="ready")
         server.serve()
+    for pid in server.children:
+        _kill_group(pid)
+    if not server.dismissed:  # the parent was killed, and nobody else is left to do it
+        shutil.rmtree(os.environ["VGPU_SERVER_FOLDER"], ignore_errors=True)
 
 
 if __name__ == "__main__":

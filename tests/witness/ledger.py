@@ -1,0 +1,152 @@
+"""The ledger: every storage from its creation until it is let go, and what was alive when most was."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# The CUDA caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
+ALLOCATION_UNIT = 512
+
+
+class GhostTensor(torch.Tensor):
+    """A meta tensor that autograd and autocast take for a CUDA tensor. Operators on it compute shapes only.
+
+    It is on the device `meta`, so nothing asks a GPU for anything, and has the dispatch keys of CUDA, so the casts that
+    autocast makes on a GPU are made here.
+    """
+
+    @staticmethod
+    def __new__(cls, meta: torch.Tensor) -> "GhostTensor":
+        return torch.Tensor._make_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, meta, meta.requires_grad, device_for_backend_keys=torch.device("cuda")
+        )
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} was called on a ghost tensor outside of a ledger")
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One storage: its bytes as the allocator rounds them, the operator that made it, its shape and dtype."""
+
+    size: int
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# What an operator takes and gives back before it returns: (operator, arguments, result) -> bytes of each piece.
+Temporaries = Callable[[str, tuple[Any, ...], Any], list[int]]
+
+
+@dataclass
+class Peak:
+    """The most that was alive at once, and what it was."""
+
+    size: int = 0
+    holdings: list[Holding] = field(default_factory=list)
+
+    def by_operator(self) -> Counter[str]:
+        """Bytes alive at the peak by the operator that made them."""
+        totals: Counter[str] = Counter()
+        for holding in self.holdings:
+            totals[holding.operator] += holding.size
+        return totals
+
+
+class Ledger(TorchDispatchMode):
+    """Accounts every storage on the device `meta` while it is the active dispatch mode.
+
+    `temporaries` says what operators that are one call here allocate inside on a GPU.
+    """
+
+    def __init__(self, temporaries: Temporaries) -> None:
+        super().__init__()
+        self._temporaries = temporaries
+        self._live: dict[int, Holding] = {}
+        self.now = 0
+        self.peak = Peak()
+
+    def reset_peak(self) -> None:
+        """Forget the peak; what is alive stays."""
+        self.peak = Peak(self.now, list(self._live.values()))
+
+    def hold(self, tensor: torch.Tensor, operator: str) -> None:
+        """Account the tensor's storage, unless it is already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or storage.nbytes() == 0:
+            return
+        holding = Holding(_rounded(storage.nbytes()), operator, tuple(tensor.shape), str(tensor.dtype))
+        self._live[key] = holding
+        self.now += holding.size
+        weakref.finalize(storage, self._let_go, key)
+
+    def _let_go(self, key: int) -> None:
+        self.now -= self._live.pop(key).size
+
+    def _mark(self, operator: str, temporaries: list[int]) -> None:
+        """See whether this is the peak, with what the operator takes for itself."""
+        size = self.now + sum(map(_rounded, temporaries))
+        if size > self.peak.size:
+            inside = [Holding(_rounded(each), f"inside {operator}", (each,), "bytes") for each in temporaries]
+            self.peak = Peak(size, [*self._live.values(), *inside])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(func)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True  # the one question of the step: whether all of the attention mask is set. A full batch's is
+        if func is torch.ops.aten.nonzero.default:
+            # Which positions are scored depends on data. The worst case, as on the virtual GPU: every one.
+            result: Any = torch.empty((args[0].numel(), args[0].dim()), dtype=torch.long, device="meta")
+        elif func is torch.ops.aten.index.Tensor and any(_is_mask(index) for index in args[1]):
+            result = _index_by_masks(args[0], args[1])
+        else:
+            result = _on_meta(func, args, kwargs)
+        result = tree_map_only(torch.Tensor, as_ghost, result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+                self.hold(leaf, name)
+        self._mark(name, self._temporaries(name, args, result))
+        return result
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALLOCATION_UNIT) * ALLOCATION_UNIT
+
+
+def as_ghost(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as a ghost, its storage the same; what is one already, or is not a plain meta tensor, stays."""
+    if isinstance(tensor, GhostTensor) or type(tensor) is not torch.Tensor or not tensor.is_meta:
+        return tensor
+    return GhostTensor(tensor)
+
+
+def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the operator; of ghosts, its kernel for meta tensors, whatever dispatch keys they have."""
+    if not any(isinstance(leaf, GhostTensor) for leaf in tree_leaves((args, kwargs))):
+        return func(*args, **kwargs)
+    with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
+        torch._C._set_meta_in_tls_dispatch_include(True)
+        return func(*args, **kwargs)
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _index_by_masks(tensor: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
+    """`tensor[mask]` with every position selected: (positions, *rest)."""
+    (mask,) = [index for index in indices if index is not None]
+    shape = (mask.numel(), *tensor.shape[mask.dim() :])
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
