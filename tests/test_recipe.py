@@ -142,7 +142,7 @@ def test_a_contradiction_names_both_fields(tmp_path: Path, overrides: dict[str, 
     message = refusal(write(tmp_path, "lora:\n  lora_r: 8\n"), overrides)
     for leaf, value in overrides.items():
         spec = field_specs()[leaf]
-        shown = value if value.isdigit() or value == "true" else repr(value)
+        shown = value if value.isdigit() or value in ("true", "false") else repr(value)
         assert f"{spec.path} = {shown} ({spec.flag})" in message
     assert "contradict each other: " in message
     assert why in message

@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from qlora_lowmem.dataset import TrainingData, synthetic_data
+from qlora_lowmem.lean import LeanOptions, LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import assert_on_device, load_base
 from qlora_lowmem.models.precision import Precision
@@ -67,6 +68,7 @@ class Job:
     targets: Targets
     model: PeftModel
     trainer: LowMemTrainer
+    lean: LeanReport | None
 
 
 def set_allocator(recipe: Recipe) -> None:
@@ -138,9 +140,25 @@ def build_job(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(precision.adapter)
+    lean = apply_lean(adapted, lean_options(recipe)) if recipe.lean.lean else None
     trainer.remove_callback(PrinterCallback)
     assert_on_device(adapted, device)
-    return Job(recipe, precision, targets, adapted, trainer)
+    return Job(recipe, precision, targets, adapted, trainer, lean)
+
+
+_EMBEDDING_BITS: dict[str, Literal[8, 4] | None] = {"none": None, "8bit": 8, "4bit": 4}
+
+
+def lean_options(recipe: Recipe) -> LeanOptions:
+    """The recipe's section `lean` as the lean implementations take it."""
+    return LeanOptions(
+        tile_length=recipe.lean.tile_length,
+        feed_forward_tile_length=recipe.lean.tile_length,
+        scan_chunk_length=recipe.lean.scan_chunk_length,
+        checkpointing=recipe.lean.checkpoints,
+        loss_tile_bytes=recipe.lean.loss_tile_bytes,
+        quantised_embeddings=_EMBEDDING_BITS[recipe.lean.quantised_embeddings],
+    )
 
 
 def _samples_needed(recipe: Recipe) -> int:
@@ -160,6 +178,8 @@ def training_arguments(
 ) -> SFTConfig:
     """The recipe in TRL's words. Every argument that bears on memory is named, since TRL's defaults hide some."""
     on_cpu = device.type == "cpu"
+    # Lean layers keep their own checkpoints; transformers' would wrap another around each.
+    checkpointing = recipe.memory.gradient_checkpointing and not recipe.lean.lean
     return SFTConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch.batch_size,
@@ -168,8 +188,8 @@ def training_arguments(
         packing=recipe.batch.packing,
         assistant_only_loss=data.assistant_only_loss,
         completion_only_loss=data.completion_only_loss,
-        gradient_checkpointing=recipe.memory.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.memory.gradient_checkpointing else None,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         activation_offloading=recipe.memory.activation_offloading,
         optim=recipe.optimizer.optimizer,
         learning_rate=recipe.optimizer.learning_rate,

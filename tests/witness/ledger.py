@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,12 +48,12 @@ class Holding:
 Temporaries = Callable[[str, tuple[Any, ...], Any], list[int]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Peak:
     """The most that was alive at once, and what it was."""
 
-    size: int = 0
-    holdings: list[Holding] = field(default_factory=list)
+    size: int
+    holdings: tuple[Holding, ...]
 
     def by_operator(self) -> Counter[str]:
         """Bytes alive at the peak by the operator that made them."""
@@ -61,6 +61,15 @@ class Peak:
         for holding in self.holdings:
             totals[holding.operator] += holding.size
         return totals
+
+
+@dataclass
+class _Life:
+    """A holding, and the numbers of the calls in which it began and ended."""
+
+    holding: Holding
+    born: int
+    died: int | None = None
 
 
 class Ledger(TorchDispatchMode):
@@ -72,13 +81,23 @@ class Ledger(TorchDispatchMode):
     def __init__(self, temporaries: Temporaries) -> None:
         super().__init__()
         self._temporaries = temporaries
-        self._live: dict[int, Holding] = {}
+        self._live: dict[int, _Life] = {}
+        self._lives: list[_Life] = []
+        self._calls = 0
         self.now = 0
-        self.peak = Peak()
+        self._peak, self._peak_call = 0, 0
+        self._peak_inside: list[Holding] = []
 
-    def reset_peak(self) -> None:
-        """Forget the peak; what is alive stays."""
-        self.peak = Peak(self.now, list(self._live.values()))
+    def begin_phase(self) -> None:
+        """Forget the peak and what is over; what is alive stays."""
+        self._lives = list(self._live.values())
+        self._peak, self._peak_call, self._peak_inside = self.now, self._calls, []
+
+    def peak(self) -> Peak:
+        """The highest since the phase began."""
+        call = self._peak_call
+        alive = [life.holding for life in self._lives if life.born <= call and (life.died is None or life.died > call)]
+        return Peak(self._peak, (*alive, *self._peak_inside))
 
     def hold(self, tensor: torch.Tensor, operator: str) -> None:
         """Account the tensor's storage, unless it is already."""
@@ -87,19 +106,25 @@ class Ledger(TorchDispatchMode):
         if key in self._live or storage.nbytes() == 0:
             return
         holding = Holding(_rounded(storage.nbytes()), operator, tuple(tensor.shape), str(tensor.dtype))
-        self._live[key] = holding
+        life = self._live[key] = _Life(holding, self._calls)
+        self._lives.append(life)
         self.now += holding.size
         weakref.finalize(storage, self._let_go, key)
 
     def _let_go(self, key: int) -> None:
-        self.now -= self._live.pop(key).size
+        life = self._live.pop(key)
+        life.died = self._calls
+        self.now -= life.holding.size
 
     def _mark(self, operator: str, temporaries: list[int]) -> None:
         """See whether this is the peak, with what the operator takes for itself."""
         size = self.now + sum(map(_rounded, temporaries))
-        if size > self.peak.size:
-            inside = [Holding(_rounded(each), f"inside {operator}", (each,), "bytes") for each in temporaries]
-            self.peak = Peak(size, [*self._live.values(), *inside])
+        if size > self._peak:
+            self._peak, self._peak_call = size, self._calls
+            self._peak_inside = [
+                Holding(_rounded(each), f"inside {operator}", (each,), "bytes") for each in temporaries
+            ]
+        self._calls += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

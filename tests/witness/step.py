@@ -68,9 +68,9 @@ def witness(recipe: Recipe, capability: tuple[int, int], sm_count: int) -> Witne
         peaks = []
         for _ in range(recipe.schedule.max_steps or 2):
             gc.collect()
-            ledger.reset_peak()
+            ledger.begin_phase()
             _step(recipe, forward, trained, optimizer)
-            peaks.append(ledger.peak)
+            peaks.append(ledger.peak())
     samples = recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps
     batches = samples * TENSORS_A_SAMPLE * recipe.batch.max_seq_length * 8
     return WitnessAccount(loaded, batches, tuple(peaks))
