@@ -238,11 +238,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.usefixtures("built")
 def test_a_thread_that_wants_the_interpreter_while_it_ends_does_not_abort_the_program(laptop, script, tmp_path):
     """As autograd's do, from functions that may not be unwound; see thread_exit.cpp."""
-    library = tmp_path / "late.so"
-    source = tmp_path / "late.cpp"
+    library = tmp_path / "again.so"
+    source = tmp_path / "again.cpp"
     source.write_text(
         "#include <unistd.h>\n"
-        'extern "C" void call_late(void (*function)()) noexcept { usleep(300000); function(); _exit(99); }\n'
+        'extern "C" void call_again(void (*function)()) noexcept { for (;;) { function(); usleep(100); } }\n'
     )
     subprocess.run([*find_compiler(), "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     program = f"""
@@ -250,11 +250,15 @@ import ctypes, threading, time
 
 class EndsSlowly:
     def __del__(self, sleep=time.sleep):
-        sleep(1)  # finalization lets other threads ask for the interpreter
+        sleep(0.5)  # finalization lets other threads ask for the interpreter
 
-library = ctypes.CDLL({str(library)!r})
-callback = ctypes.CFUNCTYPE(None)(lambda: None)
-threading.Thread(target=library.call_late, args=(callback,), daemon=True).start()
+def start():
+    library = ctypes.CDLL({str(library)!r})
+    callback = ctypes.CFUNCTYPE(None)(time.monotonic)
+    threading.Thread(target=library.call_again, args=(callback,), daemon=True).start()
+
+start()
+time.sleep(0.1)
 keep = EndsSlowly()
 """
     assert run(script(program), laptop).exit_code == 0

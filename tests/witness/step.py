@@ -22,6 +22,7 @@ from qlora_lowmem.models.random_weights import config_from
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.models.targets import resolve_targets
 from qlora_lowmem.recipe import Recipe
+from witness.autocast import autocast_of_ghosts
 from witness.card_paths import card_paths, temporaries
 from witness.ledger import Ledger, Peak, as_ghost
 
@@ -58,7 +59,7 @@ def witness(recipe: Recipe, capability: tuple[int, int], sm_count: int) -> Witne
     _refuse_what_is_not_written(recipe)
     ledger = Ledger(temporaries)
     model = _base(recipe)
-    with card_paths(capability, sm_count), ledger:
+    with card_paths(capability, sm_count), autocast_of_ghosts(), ledger:
         _make_ghosts_of(model, ledger)
         loaded = ledger.now
         adapted = _adapt(model, recipe)
