@@ -24,6 +24,7 @@ class RecipeRun:
         phase: the phase in which it ran out.
         failure: what went wrong otherwise.
         trainable_parameters: of the adapters; 0 if it never got so far.
+        pinned_host_bytes: the most host memory that was page-locked at once.
         attribution: the steady step's peak by kind, if it was asked for and the run ended well.
     """
 
@@ -32,6 +33,7 @@ class RecipeRun:
     phase: str | None = None
     failure: str | None = None
     trainable_parameters: int = 0
+    pinned_host_bytes: int = 0
     attribution: Attribution | None = None
 
 
@@ -72,7 +74,8 @@ def _pass_on(done: "Future[virtual_gpu.JobResult]", result: "Future[RecipeRun]")
     value.pop("profile", None)
     found = value.pop("attribution", None)
     attribution = Attribution.from_dict(found) if found else None
-    result.set_result(RecipeRun(profile=profile, attribution=attribution, **value))
+    pinned = job.report.peak_pinned_host_bytes
+    result.set_result(RecipeRun(profile=profile, attribution=attribution, pinned_host_bytes=pinned, **value))
 
 
 def run_here(content: dict[str, Any], attribute: bool = False) -> dict[str, Any]:

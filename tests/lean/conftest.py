@@ -69,7 +69,8 @@ def batch_of(batch: int, seq: int, padding: str | None = None, seed: int = 1) ->
 def step(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> tuple[float, dict[str, Tensor]]:
     """Loss and every gradient of one training step."""
     model.zero_grad()
-    loss = model(**inputs, **kwargs).loss
+    # Asked for a cache, transformers refuses a hybrid without an attention layer.
+    loss = model(**inputs, use_cache=False, **kwargs).loss
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -94,7 +95,9 @@ def assert_same_step() -> Callable[..., None]:
         lean_loss, lean_gradients = step(lean_copy(plain, options), inputs, **kwargs)
         assert abs(lean_loss - loss) <= 1e-5 * abs(loss)
         assert lean_gradients.keys() == gradients.keys()
-        errors = {name: relative(lean_gradients[name], gradients[name]) for name in gradients}
-        assert max(errors.values()) <= 1e-5, max(errors.items(), key=lambda item: item[1])
+        # A gradient that cancels to nothing (keys of a sequence of two tokens) is rounding in both: the second term.
+        noise = 1e-8 * max(g.norm().item() for g in gradients.values())
+        for name, expected in gradients.items():
+            assert (lean_gradients[name] - expected).norm() <= 1e-5 * expected.norm() + noise, name
 
     return check

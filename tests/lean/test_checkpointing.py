@@ -48,21 +48,21 @@ class Doubling:
         self.mixer_parameters = [self.weight]
         self.runs = 0
 
-    def begin(self, x):
+    def begin(self, _x):
         return None, ()
 
-    def mix(self, x, start, shared, carry):
+    def mix(self, x, start, _shared, carry):
         self.runs += start == 0
         return x * self.weight, carry
 
-    def advance(self, x, start, shared, carry):
+    def advance(self, _x, _start, _shared, carry):
         return carry
 
     def feed_forward(self, h):
         return h
 
 
-@pytest.mark.parametrize(("checkpointing", "runs"), [("layer", [2] * 6), ("segments", [3, 2, 3, 2, 2, 2])])
+@pytest.mark.parametrize(("checkpointing", "runs"), [("layer", [2] * 6), ("segments", [3, 3, 2, 3, 2, 2])])
 def test_each_layer_runs_at_most_once_more(checkpointing: str, runs: list[int]) -> None:
     layers = [Doubling() for _ in range(6)]
     x = torch.ones(1, 5, 2, requires_grad=True)

@@ -26,7 +26,7 @@ def test_four_bits_are_nf4() -> None:
     theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
     ours = table.rows(torch.arange(300))
     assert relative(ours, weight) <= 1.01 * relative(theirs, weight)  # 1 %: scales are bf16 here, fp32 there
-    assert relative(ours, theirs) < 0.02
+    assert relative(ours, theirs) < 0.03
 
 
 @pytest.mark.parametrize("bits", [8, 4])

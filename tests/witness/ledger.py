@@ -2,16 +2,20 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # The CUDA caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
 ALLOCATION_UNIT = 512
+# What made the tensors that were there before the first step.
+MODEL = "the model"
 
 
 class GhostTensor(torch.Tensor):
@@ -72,15 +76,10 @@ class _Life:
     died: int | None = None
 
 
-class Ledger(TorchDispatchMode):
-    """Accounts every storage on the device `meta` while it is the active dispatch mode.
+class Account:
+    """Storages by their life, the bytes alive now, and the peak of the phase."""
 
-    `temporaries` says what operators that are one call here allocate inside on a GPU.
-    """
-
-    def __init__(self, temporaries: Temporaries) -> None:
-        super().__init__()
-        self._temporaries = temporaries
+    def __init__(self) -> None:
         self._live: dict[int, _Life] = {}
         self._lives: list[_Life] = []
         self._calls = 0
@@ -105,26 +104,44 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self._live or storage.nbytes() == 0:
             return
-        holding = Holding(_rounded(storage.nbytes()), operator, tuple(tensor.shape), str(tensor.dtype))
+        holding = Holding(rounded(storage.nbytes()), operator, tuple(tensor.shape), str(tensor.dtype))
         life = self._live[key] = _Life(holding, self._calls)
         self._lives.append(life)
         self.now += holding.size
         weakref.finalize(storage, self._let_go, key)
+
+    def hold_model(self, model: nn.Module) -> None:
+        """Account parameters, buffers and quantisation constants, as made by the operator "model"."""
+        for tensor in tensors_of(model):
+            self.hold(tensor, MODEL)
 
     def _let_go(self, key: int) -> None:
         life = self._live.pop(key)
         life.died = self._calls
         self.now -= life.holding.size
 
-    def _mark(self, operator: str, temporaries: list[int]) -> None:
-        """See whether this is the peak, with what the operator takes for itself."""
-        size = self.now + sum(map(_rounded, temporaries))
+    def count(self, operator: str, results: Any, temporaries: list[int]) -> None:
+        """Account a call: what came out, and what it took for itself while it ran."""
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type in ("meta", "cuda"):
+                self.hold(leaf, operator)
+        size = self.now + sum(map(rounded, temporaries))
         if size > self._peak:
             self._peak, self._peak_call = size, self._calls
-            self._peak_inside = [
-                Holding(_rounded(each), f"inside {operator}", (each,), "bytes") for each in temporaries
-            ]
+            self._peak_inside = [Holding(rounded(each), f"inside {operator}", (each,), "bytes") for each in temporaries]
         self._calls += 1
+
+
+class GhostLedger(TorchDispatchMode):
+    """While it is the active dispatch mode, operators compute shapes only, and `account` has every storage.
+
+    `temporaries` says what operators that are one call here allocate inside on a GPU.
+    """
+
+    def __init__(self, account: Account, temporaries: Temporaries) -> None:
+        super().__init__()
+        self._account = account
+        self._temporaries = temporaries
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -139,14 +156,12 @@ class Ledger(TorchDispatchMode):
         else:
             result = _on_meta(func, args, kwargs)
         result = tree_map_only(torch.Tensor, as_ghost, result)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
-                self.hold(leaf, name)
-        self._mark(name, self._temporaries(name, args, result))
+        self._account.count(name, result, self._temporaries(name, args, result))
         return result
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
+    """A request as the allocator counts it."""
     return -(-size // ALLOCATION_UNIT) * ALLOCATION_UNIT
 
 
@@ -164,6 +179,20 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
         torch._C._set_meta_in_tls_dispatch_include(True)
         return func(*args, **kwargs)
+
+
+def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and the quantisation constants of 4-bit weights."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            yield from _constants(module.quant_state)
+
+
+def _constants(state: Any) -> list[torch.Tensor]:
+    nested = [state.offset, *_constants(state.state2)] if state.nested else []
+    return [state.absmax, state.code, *nested]
 
 
 def _is_mask(index: torch.Tensor | None) -> bool:

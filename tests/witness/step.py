@@ -5,7 +5,6 @@ is stated, and compared with what it does.
 """
 
 import gc
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,57 +23,53 @@ from qlora_lowmem.models.targets import resolve_targets
 from qlora_lowmem.recipe import Recipe
 from witness.autocast import autocast_of_ghosts
 from witness.card_paths import card_paths, temporaries
-from witness.ledger import Ledger, Peak, as_ghost
+from witness.ledger import Account, GhostLedger, Peak, as_ghost, rounded
 
-# A full batch of the job holds ids, labels and an attention mask, all int64.
-TENSORS_A_SAMPLE = 3
+# A micro-batch of the job: ids, labels and an attention mask, all int64.
+TENSORS_A_BATCH = 3
+
+
+# Gradients are summed in place, so the second micro-batch finds all there is.
+MICRO_BATCHES = 2
 
 
 @dataclass(frozen=True)
-class WitnessAccount:
+class Testimony:
     """What the ledger saw, in bytes, without cuBLAS workspaces.
 
     Attributes:
-        loaded: alive once the base model is there.
-        batches: of this, what the accumulated micro-batches take while a step runs.
-        steps: the peak of each optimizer step.
+        peak: of the last optimizer step, with `MICRO_BATCHES` micro-batches or fewer.
+        further_batches: what the job's further micro-batches, which lie on the card together, take besides.
     """
 
-    loaded: int
-    batches: int
-    steps: tuple[Peak, ...]
-
-    @property
-    def peak(self) -> Peak:
-        """The highest of all steps."""
-        return max(self.steps, key=lambda step: step.size)
+    peak: Peak
+    further_batches: int
 
 
-def witness(recipe: Recipe, capability: tuple[int, int], sm_count: int) -> WitnessAccount:
+def testimony(recipe: Recipe, capability: tuple[int, int], sm_count: int) -> Testimony:
     """Run the recipe's steps in the ledger as on a card of that kind; bf16, as on sm_80 and later.
 
     Raises:
         ValueError: the recipe has something that is not written here.
     """
     _refuse_what_is_not_written(recipe)
-    ledger = Ledger(temporaries)
+    account = Account()
     model = _base(recipe)
-    with card_paths(capability, sm_count), autocast_of_ghosts(), ledger:
-        _make_ghosts_of(model, ledger)
-        loaded = ledger.now
+    with card_paths(capability, sm_count), autocast_of_ghosts(), GhostLedger(account, temporaries):
+        _make_ghosts_of(model)
         adapted = _adapt(model, recipe)
+        account.hold_model(adapted)
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=recipe.optimizer.weight_decay)
         forward = _forward_as_accelerate_prepares_it(adapted)
-        peaks = []
-        for _ in range(recipe.schedule.max_steps or 2):
+        for _ in range(2):
             gc.collect()
-            ledger.begin_phase()
+            account.begin_phase()
             _step(recipe, forward, trained, optimizer)
-            peaks.append(ledger.peak())
-    samples = recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps
-    batches = samples * TENSORS_A_SAMPLE * recipe.batch.max_seq_length * 8
-    return WitnessAccount(loaded, batches, tuple(peaks))
+        peak = account.peak()
+    further = max(0, recipe.batch.gradient_accumulation_steps - MICRO_BATCHES)
+    sample = rounded(recipe.batch.batch_size * recipe.batch.max_seq_length * 8)
+    return Testimony(peak, further * TENSORS_A_BATCH * sample)
 
 
 def _refuse_what_is_not_written(recipe: Recipe) -> None:
@@ -103,8 +98,8 @@ def _base(recipe: Recipe) -> nn.Module:
     return model
 
 
-def _make_ghosts_of(model: nn.Module, ledger: Ledger) -> None:
-    """Replace parameters and buffers by ghosts, and account them with the quantisation constants."""
+def _make_ghosts_of(model: nn.Module) -> None:
+    """Replace parameters and buffers by ghosts; a tied parameter stays tied."""
     ghosts: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -114,15 +109,6 @@ def _make_ghosts_of(model: nn.Module, ledger: Ledger) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = as_ghost(buffer.to("meta").detach())
-    constants = [module.quant_state for module in model.modules() if isinstance(module, Linear4bit)]
-    for tensor in [*model.parameters(), *model.buffers(), *(t for state in constants for t in _tensors_of(state))]:
-        ledger.hold(tensor, "base model")
-
-
-def _tensors_of(state: Any) -> list[torch.Tensor]:
-    """The quantisation constants of one weight, those of the constants included."""
-    nested = [state.offset, *_tensors_of(state.state2)] if state.nested else []
-    return [state.absmax, state.code, *nested]
 
 
 def _in_4_bits(linear: nn.Linear, recipe: Recipe) -> Linear4bit:
@@ -187,7 +173,7 @@ def _step(recipe: Recipe, forward: Any, trained: list[nn.Parameter], optimizer: 
     names = ("input_ids", "labels", "attention_mask")
     accumulated = [
         {name: torch.empty(shape, dtype=torch.long, device="meta") for name in names}
-        for _ in range(recipe.batch.gradient_accumulation_steps)
+        for _ in range(min(MICRO_BATCHES, recipe.batch.gradient_accumulation_steps))
     ]
     scored = torch.empty((), dtype=torch.long, device="meta")
     for batch in accumulated:
@@ -203,10 +189,3 @@ def _loss(recipe: Recipe, forward: Any, batch: dict[str, torch.Tensor], scored: 
         return forward(**batch, use_cache=False, num_items_in_batch=scored)["loss"]
     output = forward(**batch, use_cache=False, fused_lm_head=True)
     return (-output.log_probs).sum() / scored.clamp(min=1)
-
-
-def differences(ledger: Peak, other: Counter[str], top: int = 5) -> list[tuple[str, int]]:
-    """(operator, other less ledger in bytes), the largest first."""
-    mine = ledger.by_operator()
-    found = [(name, other[name] - mine[name]) for name in {*mine, *other}]
-    return sorted(found, key=lambda each: (-abs(each[1]), each[0]))[:top]

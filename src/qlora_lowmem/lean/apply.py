@@ -74,7 +74,11 @@ def _granite_ideas(causal: Any, options: LeanOptions) -> list[Idea]:
     activation = type(layers[0].shared_mlp.activation).__name__
     known = activation in ("SiLU", "SiLUActivation")
     return [
-        Idea("tiles", True, f"{len(layers)} layers, {options.tile_length} tokens a tile"),
+        Idea(
+            "tiles",
+            True,
+            f"{len(layers)} layers, {options.tile_length or 'by the sequence 512 to 2,048'} tokens a tile",
+        ),
         Idea("scan", scans > 0, f"{scans} Mamba-2 layers" if scans else "the model has no Mamba-2 layer"),
         Idea("attention", scans < len(layers), f"{len(layers) - scans} layers by tiles of queries"),
         Idea("rms_norm", True, "all norms of the decoder"),

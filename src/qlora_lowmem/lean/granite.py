@@ -169,10 +169,10 @@ class AttentionLayer(_Layer):
 
 
 def tiled_layers(
-    backbone: Any, inputs: SequenceInputs, options: LeanOptions
+    backbone: Any, inputs: SequenceInputs, options: LeanOptions, seq: int
 ) -> tuple[list[MambaLayer | AttentionLayer], list[TilePlan]]:
-    """The decoder layers of a `GraniteMoeHybridModel` for one forward, with the plan of each."""
-    plan = TilePlan(options.tile_length, min(options.feed_forward_tile_length, options.tile_length))
+    """The decoder layers of a `GraniteMoeHybridModel` for one forward of `seq` tokens, with the plan of each."""
+    plan = TilePlan(*options.tiles_for(seq))
     layers: list[MambaLayer | AttentionLayer] = []
     plans = []
     for layer in backbone.layers:
@@ -232,7 +232,7 @@ def _decode(
         cos, sin = backbone.rotary_emb(x, positions)
     inputs = SequenceInputs(None if mask is None else mask.bool(), cos, sin)
     options = backbone._lean.options
-    layers, plans = tiled_layers(backbone, inputs, options)
+    layers, plans = tiled_layers(backbone, inputs, options, x.shape[1])
     return run_layers(layers, x, plans, options.checkpointing, owns_gradient)
 
 

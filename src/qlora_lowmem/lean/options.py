@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+_SHORT_TILE, _LONG_TILE, _FEED_FORWARD_TILE = 512, 2048, 1024
+
 Checkpointing = Literal["layer", "segments", "host"]
 
 
@@ -11,8 +13,10 @@ class LeanOptions:
     """The ideas of this package, each a field. The defaults are the lean recipe.
 
     Args:
-        tile_length: tokens of a tile of a decoder layer. Smaller: less memory, more launches and more sweeps.
-        feed_forward_tile_length: tokens of a tile of the feed-forward part, at most tile_length.
+        tile_length: tokens of a tile of a decoder layer. Smaller: less memory, more launches and more sweeps. None
+            chooses by the sequence: 512 up to 4,096 tokens, above it an eighth of the sequence, at most 2,048 (a tile
+            of Granite-4.0-H-1B works in about 0.1 MiB a token, so it stays small beside the checkpoints).
+        feed_forward_tile_length: tokens of a tile of the feed-forward part, at most tile_length. None: up to 1,024.
         scan_chunk_length: tokens of a chunk of the Mamba-2 scan. The result does not depend on it.
         checkpointing: which layer inputs are kept: `layer`, `segments` or `host` (pinned host memory; see
             `checkpointing.py` for how much).
@@ -23,8 +27,8 @@ class LeanOptions:
         ValueError: a field has a value that is not allowed.
     """
 
-    tile_length: int = 512
-    feed_forward_tile_length: int = 512
+    tile_length: int | None = None
+    feed_forward_tile_length: int | None = None
     scan_chunk_length: int = 64
     checkpointing: Checkpointing = "segments"
     loss_tile_bytes: int = 64 * 2**20
@@ -33,12 +37,17 @@ class LeanOptions:
     def __post_init__(self) -> None:
         for name in ("tile_length", "feed_forward_tile_length", "scan_chunk_length", "loss_tile_bytes"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1; leave it out for the default")
         if self.checkpointing not in ("layer", "segments", "host"):
             raise ValueError(f"checkpointing={self.checkpointing!r}: allowed are layer, segments and host")
         if self.quantised_embeddings not in (None, 8, 4):
             raise ValueError(f"quantised_embeddings={self.quantised_embeddings!r}: allowed are 8, 4 and None")
+
+    def tiles_for(self, seq: int) -> tuple[int, int]:
+        """Tile lengths of a layer and of its feed-forward part, in tokens, for a sequence of `seq`."""
+        tile = self.tile_length or min(max(_SHORT_TILE, seq // 8), _LONG_TILE)
+        return tile, min(self.feed_forward_tile_length or _FEED_FORWARD_TILE, tile)
 
 
 @dataclass(frozen=True)

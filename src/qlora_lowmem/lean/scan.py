@@ -231,10 +231,11 @@ def _backward(
 
 def _gradients_of_ends(grad_starts: Tensor, kept: Tensor, count: int, grad_state: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of each chunk's last state (b m, h, p, n), and of the block's first one, from the output's gradient
-    through each chunk's first state, and from that of the block's last state."""
-    grad_starts, kept = grad_starts.unflatten(0, (-1, count)), kept.unflatten(0, (-1, count))
-    ends = torch.empty_like(grad_starts)
+    through each chunk's first state, which is overwritten, and from that of the block's last state."""
+    # A chunk's last state is the next chunk's first one, so a result takes the place of what it was made from.
+    ends, kept = grad_starts.view(-1, count, *grad_starts.shape[1:]), kept.unflatten(0, (-1, count))
     for index in reversed(range(count)):
+        grad_first = torch.addcmul(ends[:, index], grad_state, kept[:, index])
         ends[:, index] = grad_state
-        grad_state = torch.addcmul(grad_starts[:, index], grad_state, kept[:, index])
-    return ends.flatten(0, 1), grad_state
+        grad_state = grad_first
+    return grad_starts, grad_state

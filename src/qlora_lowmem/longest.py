@@ -1,0 +1,205 @@
+"""The longest sequence that trains on a card, found by running: `python -m qlora_lowmem.longest --config RECIPE`.
+
+    python -m qlora_lowmem.longest --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card rtx-4050-laptop-6gb
+
+Each probe is a whole run on a virtual card: two optimizer steps of two micro-batches, every sample at full length. A
+step of more micro-batches takes as much, and a few bytes a token for the batches that wait.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.command import add_json_argument, run_command, write_json
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError, UsageError
+from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe_io import load_recipe, replace_field
+from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.virtual_runs import RecipeRun, recipe_server, submit_recipe
+
+SHORTEST = 256
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest sequence of a recipe on a card, in tokens, and its peaks in bytes. 0 tokens: not even the shortest.
+
+    Attributes:
+        limited_by: `memory`, or `limit` where the longest length asked for fits.
+        next_tokens: the shortest length that was seen not to fit; 0 where none was.
+        host_bytes: page-locked host memory at the longest length.
+    """
+
+    recipe: str
+    card: str
+    tokens: int
+    next_tokens: int
+    limited_by: str
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_device_bytes: int
+    host_bytes: int
+
+
+def longest_sequence(
+    probe: Callable[[int], "Future[RecipeRun]"],
+    fits: Callable[[RecipeRun], bool],
+    *,
+    limit: int,
+    step: int,
+    note: Callable[[int, bool], None],
+) -> tuple[int, int, RecipeRun | None]:
+    """The largest multiple of `step` up to `limit` at which `probe` fits, taking memory to grow with the length.
+
+    Doubles from `SHORTEST` until one does not fit, then bisects, two probes at a time (thirds of what is open).
+
+    Returns:
+        (the longest that fits or 0, the shortest seen not to fit or 0, the run at the longest).
+    """
+    good, bad, best = 0, 0, None
+    length = min(max(SHORTEST, step), limit)
+    while not bad:
+        run = probe(length).result()
+        note(length, fits(run))
+        if not fits(run):
+            bad = length
+        else:
+            good, best = length, run
+            if length == limit:
+                return good, 0, best
+            length = min(2 * length, limit)
+    while bad - good > step:
+        third = max((bad - good) // 3 // step, 1) * step
+        tries = sorted({length for length in (good + third, good + 2 * third) if good < length < bad})
+        runs = {length: probe(length) for length in tries}
+        for length in tries:
+            run = runs[length].result()
+            note(length, fits(run))
+            if fits(run) and not good > length:
+                good, best = length, run
+            elif not fits(run):
+                bad = min(bad, length)
+    return good, bad, best
+
+
+def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
+    """The longest sequence of `recipe` on `card`, within what a job can count on there.
+
+    Raises:
+        QloraLowmemError: a run fails for another reason than memory.
+    """
+    short = replace_field(replace_field(recipe, "gradient_accumulation_steps", 2), "max_steps", 2)
+    bar = tqdm(desc=recipe.name, unit="run")
+
+    def probe(length: int) -> "Future[RecipeRun]":
+        return submit_recipe(server, replace_field(short, "max_seq_length", length), card)
+
+    def fits(run: RecipeRun) -> bool:
+        if run.profile is None:
+            raise QloraLowmemError(f"{recipe.name} fails: {(run.failure or '').strip().splitlines()[-1]}")
+        return run.out_of_memory is None and run.profile.peak_device_bytes <= card.usable_bytes
+
+    def note(length: int, fit: bool) -> None:
+        bar.update(1)
+        bar.set_postfix_str(f"{length:,} tokens {'fit' if fit else 'do not fit'}")
+
+    good, bad, run = longest_sequence(probe, fits, limit=limit, step=step, note=note)
+    bar.close()
+    profile = run.profile if run is not None else None
+    return Longest(
+        recipe.name,
+        card.name,
+        good,
+        bad,
+        "memory" if bad else "limit",
+        profile.peak_allocated_bytes if profile else 0,
+        profile.peak_reserved_bytes if profile else 0,
+        profile.peak_device_bytes if profile else 0,
+        run.pinned_host_bytes if run is not None else 0,
+    )
+
+
+def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any]) -> None:
+    """Write the table as JSON, Markdown and CSV."""
+    cells = [
+        [
+            row.recipe,
+            f"{row.tokens:,}",
+            f"{row.next_tokens:,}" if row.next_tokens else "(not looked further)",
+            gib(row.peak_allocated_bytes),
+            gib(row.peak_device_bytes),
+            gib(row.host_bytes),
+        ]
+        for row in rows
+    ]
+    headers = ["recipe", "longest that trains", "does not fit", "allocated GiB", "on the card GiB", "pinned host GiB"]
+    markdown = (
+        f"# The longest sequence on {record['device']}\n\nTokens of one sample, batch 1, found by running each length "
+        "(two optimizer steps of two micro-batches); the card's usable memory holds the CUDA context too.\n\n"
+        f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
+    )
+    plain = [asdict(row) for row in rows]
+    content = {"environment": record, "device": record["device"], "provenance": "virtual", "cases": plain}
+    write_result(folder, "longest", content, markdown, plain)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit code 3 if a recipe does not fit at any length."""
+    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = RecipeArgumentParser(
+        prog="python -m qlora_lowmem.longest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
+    parser.add_argument("--limit", type=int, default=131072, metavar="N", help="look no further (default: 131072)")
+    parser.add_argument("--step", type=int, default=1024, metavar="N", help="precision in tokens (default: 1024)")
+    parser.add_argument("--table", metavar="DIR", help="write longest.json, .md and .csv there, as in results/CARD")
+    add_json_argument(parser)
+    add_override_arguments(parser)
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    for flag in ("limit", "step"):
+        if getattr(options, flag) < 1:
+            raise UsageError(f"--{flag}: {getattr(options, flag)} is not a number of tokens; give 1 or more")
+    recipes = [load_recipe(path, overrides_from(options)) for path in options.config]
+    try:
+        card = virtual_gpu.get_card(recipes[0].run.card)
+    except virtual_gpu.UnknownCardError as error:
+        raise UsageError(f"run.card: {error}") from None
+    with recipe_server() as server:
+        rows = [find(recipe, card, server, limit=options.limit, step=options.step) for recipe in recipes]
+    record = provenance_record(card.name, "virtual")
+    for row in rows:
+        further = f"{row.next_tokens:,} do not fit" if row.next_tokens else "no longer one was tried"
+        print(
+            f"{row.recipe}: {row.tokens:,} tokens on {row.card} (virtual); {further}; "
+            f"{gib(row.peak_device_bytes)} GiB on the card, {gib(row.host_bytes)} GiB of host memory pinned",
+            file=sys.stderr,
+        )
+    if options.table:
+        write_table(Path(options.table), rows, record)
+    peaks = {key: max(getattr(row, key) for row in rows) for key in ("peak_allocated_bytes", "peak_reserved_bytes")}
+    peaks["peak_device_bytes"] = max(row.peak_device_bytes for row in rows)
+    cases = json.loads(json.dumps([asdict(row) for row in rows]))
+    write_json(options.json, peaks | {"device": card.name, "provenance": "virtual", "cases": cases})
+    return EXIT_OK if all(row.tokens for row in rows) else EXIT_DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
