@@ -50,9 +50,7 @@ def test_rooms_that_stand_alone(room: str) -> None:
 @pytest.mark.parametrize("room", sorted(FORBIDDEN))
 def test_nothing_turns_back(room: str) -> None:
     for path in files_of(room):
-        # `python -m qlora_lowmem.memory.explain` is a command: it stands at the end of the road
-        if path.name != "explain.py":
-            assert not project_imports(path) & FORBIDDEN[room], path
+        assert not project_imports(path) & FORBIDDEN[room], path
 
 
 @pytest.mark.parametrize("name", ["recipe", "recipe_io", "overrides", "data", "units", "errors", "environment", "command"])

@@ -1,7 +1,7 @@
 """Where every byte of a recipe's peak is: by kind, by line of code, over a step.
 
-    python -m qlora_lowmem.memory.explain --config bench/recipes/optimised.yaml --svg peak.svg
-    python -m qlora_lowmem.memory.explain --config bench/recipes/optimised.yaml --device cuda --snapshot peak.pickle
+    python -m qlora_lowmem.explain --config bench/recipes/optimised.yaml --svg peak.svg
+    python -m qlora_lowmem.explain --config bench/recipes/optimised.yaml --device cuda --snapshot peak.pickle
 
 Runs the recipe's steps with synthetic samples on a virtual card, or on the GPU with --device cuda, and keeps no
 adapter. A recipe that the virtual card cannot hold is explained on one of its kind with 80 GiB.
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line: the command's own flags, then one for each field of the recipe."""
     parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.memory.explain",
+        prog="python -m qlora_lowmem.explain",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -76,7 +76,7 @@ def _on_virtual_card(recipe: Recipe, arguments: list[str]) -> int:
         card = virtual_gpu.get_card(recipe.run.card)
     except virtual_gpu.UnknownCardError as error:
         raise UsageError(f"run.card: {error}") from None
-    command = [sys.executable, "-m", "qlora_lowmem.memory.explain", *arguments]
+    command = [sys.executable, "-m", "qlora_lowmem.explain", *arguments]
     env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
     code = virtual_gpu.run(command, card, env=env).exit_code
     if code == EXIT_DOES_NOT_FIT and _can_grow(card):

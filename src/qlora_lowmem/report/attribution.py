@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
-from qlora_lowmem.report.tables import gib, markdown_table
+from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
 from qlora_lowmem.units import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -81,6 +81,15 @@ def markdown(attribution: Attribution, title: str) -> str:
         f"# {title}\n\n{headline(attribution)}.\n\n{kinds_table(attribution)}\n\n"
         f"The lines of code that own most of it:\n\n{owners_table(attribution)}\n"
     )
+
+
+def write_attribution(folder: Path, name: str, attribution: Attribution, record: dict[str, Any]) -> None:
+    """Write `attribution-NAME` under `folder`: JSON (the source), CSV, the page with its provenance, the picture."""
+    rows = [{"kind": kind, "bytes": count} for kind, count in attribution.kinds.items() if count]
+    page = f"{markdown(attribution, name)}\n![{name}](attribution-{name}.svg)\n\n{provenance_lines(record)}\n"
+    content = {"environment": record, "recipe": name, "attribution": attribution.to_dict()}
+    write_result(folder, f"attribution-{name}", content, page, rows)
+    write_picture(attribution, name, folder / f"attribution-{name}.svg", folder / f"attribution-{name}.png")
 
 
 def write_picture(attribution: Attribution, title: str, *paths: Path) -> None:

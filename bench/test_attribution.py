@@ -1,0 +1,46 @@
+"""Every byte of a peak has a kind, and the kinds sum to what the card must hold: the optimised recipe and the baseline."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from matrix_recipes import RECIPES
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.gate.cases import ROOMY_BYTES
+from qlora_lowmem.gate.plugin import DEFAULT_CARD
+from qlora_lowmem.memory.kinds import OUTSIDE_ALLOCATED
+from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.report.attribution import write_attribution
+from qlora_lowmem.virtual_runs import RecipeRun, submit_recipe
+
+EXPLAINED = ["baseline", "optimised"]
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, on_gpu: bool) -> dict[str, "Future[RecipeRun]"]:
+    """Each recipe's run with attribution, on a card of the default kind with room for it."""
+    if on_gpu:
+        pytest.skip("measured attribution: python -m qlora_lowmem.explain --config RECIPE --device cuda")
+    card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD).with_memory(ROOMY_BYTES)
+    server = request.getfixturevalue("virtual_server")
+    return {
+        name: submit_recipe(server, load_recipe(RECIPES / f"{name}.yaml"), card, attribute=True) for name in EXPLAINED
+    }
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_kinds_sum_to_the_peak(runs: dict[str, "Future[RecipeRun]"], name: str, results_folder: Path) -> None:
+    run = runs[name].result()
+    assert run.failure is None, run.failure
+    found, profile = run.attribution, run.profile
+    assert found is not None
+    assert profile is not None
+    steady = next(phase for phase in profile.phases if phase.name == "steady")
+    inside = sum(count for kind, count in found.kinds.items() if kind not in OUTSIDE_ALLOCATED)
+    assert inside == steady.allocated
+    assert sum(found.kinds.values()) == steady.device
+    assert found.unexplained_share < 0.02
+    record = provenance_record(found.device, found.provenance)
+    write_attribution(results_folder / found.device, name, found, record)
