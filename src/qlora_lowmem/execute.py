@@ -19,6 +19,7 @@ from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.job import Job, PhaseCallback, apply_memory_limit, build_job, set_allocator
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
+from qlora_lowmem.memory.floor import Floor, floor_of
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import load_tokenizer, skeleton
@@ -39,6 +40,7 @@ class Outcome:
         tokens: tokens seen while training, padding left out.
         seconds: wall time of training.
         trainable_parameters, adapted_modules: size of what is trained.
+        floor: bytes that no method of training this recipe avoids.
         attribution: the steady step's peak by kind, where it was asked for.
     """
 
@@ -49,6 +51,7 @@ class Outcome:
     seconds: float
     trainable_parameters: int
     adapted_modules: int
+    floor: Floor
     attribution: Attribution | None = None
 
 
@@ -159,6 +162,7 @@ def _recorder(recipe: Recipe) -> Recorder:
 
 def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: AttributionRecorder | None) -> Outcome:
     history = job.trainer.state.log_history
+    batch, hidden = job.recipe.batch, int(job.model.config.get_text_config().hidden_size)
     profile = recorder.profile() if recorder is not None else None
     return Outcome(
         profile=profile,
@@ -168,6 +172,7 @@ def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: A
         seconds=seconds,
         trainable_parameters=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
         adapted_modules=len(job.targets.modules),
+        floor=floor_of(job.model, job.trainer.optimizer, batch.batch_size * batch.max_seq_length * hidden),
         attribution=attribution.finish(profile) if attribution is not None and profile is not None else None,
     )
 

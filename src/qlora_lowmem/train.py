@@ -24,6 +24,7 @@ from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.units import format_bytes
 
 if TYPE_CHECKING:
     from qlora_lowmem.execute import Outcome
@@ -201,6 +202,7 @@ def _summary(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
         content["trainable_parameters"] = outcome.trainable_parameters
         content["adapted_modules"] = outcome.adapted_modules
         content["steps"] = outcome.steps
+        content["floor_bytes"] = outcome.floor.total
         # A virtual GPU computes nothing: a loss of it would be a made-up figure.
         if peaks["provenance"] == "measured" and outcome.losses:
             content |= {"first_loss": outcome.losses[0], "final_loss": outcome.losses[-1]}
@@ -226,6 +228,9 @@ def _report(outcome: "Outcome", summary: dict[str, Any]) -> None:
 
     if outcome.profile is not None:
         _say(phase_table(outcome.profile))
+        over = outcome.profile.peak_allocated_bytes / outcome.floor.total
+        _say(f"floor {format_bytes(outcome.floor.total)} (weights, adapters with their state, two residual tensors)")
+        _say(f"allocated is {over:.2f} times the floor")
     if "final_loss" in summary:
         _say(f"loss {summary['first_loss']:.4f} -> {summary['final_loss']:.4f} in {outcome.steps} steps")
         _say(f"adapter saved to {summary['adapter']}")

@@ -24,6 +24,7 @@ class RecipeRun:
         phase: the phase in which it ran out.
         failure: what went wrong otherwise.
         trainable_parameters: of the adapters; 0 if it never got so far.
+        floor_bytes: what no method of training this recipe avoids; 0 if it never ended a step.
         pinned_host_bytes: the most host memory that was page-locked at once.
         attribution: the steady step's peak by kind, if it was asked for and the run ended well.
     """
@@ -33,6 +34,7 @@ class RecipeRun:
     phase: str | None = None
     failure: str | None = None
     trainable_parameters: int = 0
+    floor_bytes: int = 0
     pinned_host_bytes: int = 0
     attribution: Attribution | None = None
 
@@ -96,5 +98,9 @@ def run_here(content: dict[str, Any], attribute: bool = False) -> dict[str, Any]
     except Exception:  # what a person reads is made of this in the parent
         return {"profile": None, "failure": traceback.format_exc()}
     assert outcome.profile is not None
-    value = {"profile": outcome.profile.to_dict(), "trainable_parameters": outcome.trainable_parameters}
+    value: dict[str, Any] = {
+        "profile": outcome.profile.to_dict(),
+        "trainable_parameters": outcome.trainable_parameters,
+        "floor_bytes": outcome.floor.total,
+    }
     return value | ({"attribution": outcome.attribution.to_dict()} if outcome.attribution else {})

@@ -69,6 +69,14 @@ def test_same_loss_and_gradients(
     assert_same_step(plain, options, batch_of(batch, seq, padding))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_biases_and_time_step_limits(assert_same_step: Callable[..., None], biased: bool) -> None:
+    plain = hybrid(
+        "ma", attention_bias=biased, mamba_proj_bias=biased, mamba_conv_bias=biased, time_step_limit=(0.3, 1.5)
+    )
+    assert_same_step(plain, SMALL, batch_of(2, 30))
+
+
 def test_normalised_by_num_items_in_batch(assert_same_step: Callable[..., None]) -> None:
     assert_same_step(hybrid("ma"), SMALL, batch_of(2, 20, "right"), num_items_in_batch=torch.tensor(123))
 
@@ -179,10 +187,11 @@ def test_report_of_a_hybrid() -> None:
     assert "on  checkpointing: host" in str(report)
 
 
-def test_attention_dropout_is_reported() -> None:
+def test_what_tiles_do_not_know_is_reported() -> None:
     report = apply_lean(hybrid("ma", attention_dropout=0.1))
     assert {idea.name for idea in report.not_applied} >= {"tiles", "scan", "attention"}
     assert "attention_dropout=0.1" in report.not_applied[0].detail
+    assert "hidden_act='gelu'" in apply_lean(hybrid("ma", hidden_act="gelu")).not_applied[0].detail
 
 
 def test_general_ideas_on_another_model(assert_same_step: Callable[..., None]) -> None:

@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,9 +111,11 @@ class Account:
         weakref.finalize(storage, self._let_go, key)
 
     def hold_model(self, model: nn.Module) -> None:
-        """Account parameters, buffers and quantisation constants, as made by the operator "model"."""
+        """Account parameters, buffers and quantisation constants under `MODEL`, whatever made them."""
         for tensor in tensors_of(model):
             self.hold(tensor, MODEL)
+            life = self._live[tensor.untyped_storage()._cdata]
+            life.holding = replace(life.holding, operator=MODEL)
 
     def _let_go(self, key: int) -> None:
         life = self._live.pop(key)

@@ -43,8 +43,8 @@ class CudaLedger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         torch.cuda.reset_peak_memory_stats()
         result = func(*args, **(kwargs or {}))
-        statistics = torch.cuda.memory_stats()
-        inside = statistics["requested_bytes.all.peak"] - statistics["requested_bytes.all.current"]
+        requested = torch.cuda.memory_stats_as_nested_dict()["requested_bytes"]["all"]
+        inside = requested["peak"] - requested["current"]
         self._account.count(str(func), result, [inside] if inside > 0 else [])
         return result
 

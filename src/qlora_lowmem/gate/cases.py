@@ -30,6 +30,7 @@ class CaseResult:
             80 GB; a real one without the cap), which say what it would need; None if that failed too.
         out_of_memory: torch's message, if it ran out on the card.
         failure: any other failure.
+        floor_bytes: what no method of training the recipe avoids (`memory.floor`).
     """
 
     recipe: Recipe
@@ -40,6 +41,7 @@ class CaseResult:
     out_of_memory: str | None = None
     failure: str | None = None
     trainable_parameters: int = 0
+    floor_bytes: int = 0
 
     @property
     def recipe_hash(self) -> str:
@@ -81,6 +83,7 @@ class VirtualRunner:
                     out_of_memory=run.out_of_memory,
                     failure=run.failure,
                     trainable_parameters=run.trainable_parameters,
+                    floor_bytes=run.floor_bytes,
                 )
                 if run.out_of_memory is None:
                     result.set_result(case)
@@ -99,7 +102,13 @@ class VirtualRunner:
             run = second.result()
             profile = run.profile if run.out_of_memory is None else None
             result.set_result(
-                replace(case, profile=profile, failure=run.failure, trainable_parameters=run.trainable_parameters)
+                replace(
+                    case,
+                    profile=profile,
+                    failure=run.failure,
+                    trainable_parameters=run.trainable_parameters,
+                    floor_bytes=run.floor_bytes,
+                )
             )
         except BaseException as error:  # handed to whoever waits
             result.set_exception(error)
@@ -142,6 +151,7 @@ class GpuRunner:
             profile=MemoryProfile.from_dict(content),
             out_of_memory=None if content["fits"] else content["failure"]["message"],
             trainable_parameters=content.get("trainable_parameters", 0),
+            floor_bytes=content.get("floor_bytes", 0),
         )
 
 

@@ -61,6 +61,8 @@ def _causal_language_model(model: nn.Module) -> Any:
 def _why_not_tiles(causal: Any) -> str | None:
     if type(causal).__name__ != granite.MODEL_CLASS:
         return f"layers in tiles are known for {granite.MODEL_CLASS}, not for {type(causal).__name__}"
+    if causal.config.hidden_act != "silu":
+        return f"hidden_act={causal.config.hidden_act!r}: the convolution in tiles applies SiLU"
     dropout = causal.config.attention_dropout
     if dropout:
         return f"attention_dropout={dropout}: attention by blocks of keys has no dropout; set it to 0"
@@ -71,8 +73,6 @@ def _granite_ideas(causal: Any, options: LeanOptions) -> list[Idea]:
     layers = causal.model.layers
     scans = sum(layer.mamba is not None for layer in layers)
     head = granite.lean_head(causal)
-    activation = type(layers[0].shared_mlp.activation).__name__
-    known = activation in ("SiLU", "SiLUActivation")
     return [
         Idea(
             "tiles",
@@ -82,7 +82,7 @@ def _granite_ideas(causal: Any, options: LeanOptions) -> list[Idea]:
         Idea("scan", scans > 0, f"{scans} Mamba-2 layers" if scans else "the model has no Mamba-2 layer"),
         Idea("attention", scans < len(layers), f"{len(layers) - scans} layers by tiles of queries"),
         Idea("rms_norm", True, "all norms of the decoder"),
-        Idea("swiglu", known, "all shared MLPs" if known else f"the activation is {activation}, not SiLU"),
+        Idea("swiglu", True, "all shared MLPs"),
         Idea("checkpointing", True, options.checkpointing),
         Idea(
             "loss",

@@ -10,9 +10,9 @@ and 15 GiB.
   equal segments need 2 sqrt(40) = 13 and `layer` 40. The last segment is not run twice: its layers' inputs are kept as
   forward makes them. (Two levels of the scheme of Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
   with the lengths of Griewank and Walther's revolve, 2000.)
-- `host`: every layer's input, in pinned host memory: S tokens need 40 x 3 KiB x S of it (15 GiB at 131,072; PyTorch's
-  pinned allocator rounds each up to a power of two). Copies run on a stream of their own; in backward the next one is
-  fetched while a layer computes. On the GPU two residual tensors remain of forty.
+- `host`: every layer's input, in one block of pinned host memory: S tokens need 40 x 3 KiB x S of it, which PyTorch's
+  pinned allocator rounds up to a power of two (15 GiB at 131,072 tokens: 16). Copies run on a stream of their own; in
+  backward the next one is fetched while a layer computes. On the GPU two residual tensors remain of forty.
 """
 
 from collections.abc import Sequence
@@ -70,17 +70,28 @@ class DeviceStore:
 
 
 class HostStore:
-    """Checkpoints in pinned host memory, copied on a stream of their own, fetched one ahead in reverse order."""
+    """Checkpoints in pinned host memory, copied on a stream of their own, fetched one ahead in reverse order.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where checkpoints come from and go back to.
+        slots: how many there will be. All have the first one's shape.
+    """
+
+    def __init__(self, device: torch.device, slots: int) -> None:
         self._stream = torch.cuda.Stream(device)
+        self._slots = slots
+        self._block: Tensor | None = None
         self._host: dict[int, Tensor] = {}
         self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
         self._fetched: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
 
     def put(self, index: int, x: Tensor) -> None:
         self._let_go()
-        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        if self._block is None:
+            # One block, not one a checkpoint: each would be rounded up to a power of two (384 MiB to 512). The pinned
+            # allocator keeps it for the next step.
+            self._block = torch.empty(self._slots, *x.shape, dtype=x.dtype, pin_memory=True)
+        pinned = self._block[index]
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             pinned.copy_(x, non_blocking=True)
@@ -152,7 +163,7 @@ def run_layers(
     """
     lengths = segment_lengths(len(layers)) if checkpointing == "segments" else [1] * len(layers)
     # Host memory is another place only on a GPU; on a CPU a checkpoint already is there.
-    store = HostStore(x.device) if checkpointing == "host" and x.is_cuda else DeviceStore()
+    store = HostStore(x.device, len(lengths)) if checkpointing == "host" and x.is_cuda else DeviceStore()
     device = x.device.type
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     start = 0

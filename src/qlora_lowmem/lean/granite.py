@@ -65,10 +65,7 @@ class _Layer:
     def feed_forward(self, h: Tensor) -> Tensor:
         norm, mlp = self.layer.post_attention_layernorm, self.layer.shared_mlp
         x = rms_norm(h, norm.weight, norm.variance_epsilon)
-        if isinstance(mlp.activation, nn.SiLU) or type(mlp.activation).__name__ == "SiLUActivation":
-            update = mlp.output_linear(swiglu(mlp.input_linear(x)))
-        else:
-            update = mlp(x)
+        update = mlp.output_linear(swiglu(mlp.input_linear(x)))
         if self.layer.has_experts:
             update = self.layer.block_sparse_moe(x) + update
         return self._residual(h, update)

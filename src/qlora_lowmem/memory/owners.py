@@ -36,7 +36,7 @@ def weights(model: nn.Module) -> dict[int, Owner]:
         state = getattr(parameter, "quant_state", None)  # only bitsandbytes' Params4bit has one
         if state is not None:
             _add(found, parameter, "weights_4bit", name)
-            for part, tensor in _quantisation_tensors(state):
+            for part, tensor in quantisation_tensors(state):
                 _add(found, tensor, "quantisation", f"{name}.quant_state.{part}")
         else:
             _add(found, parameter, "adapters" if parameter.requires_grad else "weights_other", name)
@@ -67,14 +67,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
     return found
 
 
-def _quantisation_tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def quantisation_tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of bitsandbytes' `QuantState`, and of the nested one of double quantisation."""
     for part in ("absmax", "code", "offset"):
         tensor = getattr(state, part)
         if isinstance(tensor, Tensor):
             yield prefix + part, tensor
     if state.state2 is not None:
-        yield from _quantisation_tensors(state.state2, f"{prefix}state2.")
+        yield from quantisation_tensors(state.state2, f"{prefix}state2.")
 
 
 def _add(found: dict[int, Owner], tensor: Tensor, kind: str, name: str) -> None:

@@ -20,6 +20,8 @@ _HEADERS = (
     "first step",
     "steady",
     "allocated",
+    "floor",
+    "x floor",
     "reserved",
     "on the card",
     "verdict",
@@ -32,7 +34,8 @@ def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, 
     markdown = (
         f"# {record['device']}\n\n"
         "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
-        "context. A recipe that does not fit is run again on a card of the same kind with 80 GB: its figures are what "
+        "context. The floor is what no method avoids: weights as stored, adapters with their state, two residual "
+        "tensors. A recipe that does not fit is run again on a card of the same kind with 80 GB: its figures are what "
         f"it would need.\n\n{markdown_table(_HEADERS, [_cells(result) for result in results], text_columns=2)}\n\n"
         f"{provenance_lines(record)}\n"
     )
@@ -60,6 +63,7 @@ def _flat(result: CaseResult) -> dict[str, Any]:
         "peak_allocated_bytes": profile.peak_allocated_bytes if profile else 0,
         "peak_reserved_bytes": profile.peak_reserved_bytes if profile else 0,
         "peak_device_bytes": profile.peak_device_bytes if profile else 0,
+        "floor_bytes": result.floor_bytes,
         "out_of_memory": result.out_of_memory or "",
         "phases": profile.to_dict()["phases"] if profile else [],
     }
@@ -88,6 +92,8 @@ def _cells(result: CaseResult) -> list[str]:
         recipe.memory.loss,
         *(by_phase.get(name, "-") for name in ("load", "first step", "steady")),
         gib(profile.peak_allocated_bytes),
+        gib(result.floor_bytes),
+        f"{profile.peak_allocated_bytes / result.floor_bytes:.2f}" if result.floor_bytes else "-",
         gib(profile.peak_reserved_bytes),
         gib(profile.peak_device_bytes),
         "fits" if result.fits else f"does not fit: needs {gib(profile.peak_device_bytes)}",
