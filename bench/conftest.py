@@ -12,9 +12,10 @@ from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe_io import load_recipe
 from qlora_lowmem.report.matrix import write_matrix
 
-# Proofs of the virtual GPU itself, which take minutes: asked for by their file or by -m, not run with the matrix.
+# What takes minutes: asked for by its file or by -m, not run with the matrix.
 PROOFS = {
     "published": "peaks that others measured on real cards",
+    "lean": "the lean implementations, one idea a step",
     "witness": "a second method of knowing a recipe's peak",
 }
 
@@ -47,7 +48,7 @@ _LEFT_OUT = pytest.StashKey[list[str]]()
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was left out and how it is run."""
     for name in config.stash.get(_LEFT_OUT, []):
-        terminalreporter.write_line(f"left out: a proof of the virtual GPU; run it with pytest bench/{name}.py")
+        terminalreporter.write_line(f"left out, for it takes minutes: pytest bench/{name}.py")
 
 
 @pytest.fixture(scope="session")

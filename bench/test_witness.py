@@ -20,7 +20,7 @@ from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
 from qlora_lowmem.units import MIB, format_bytes
-from witness.step import Testimony, testimony
+from witness.step import WitnessAccount, bear_witness
 
 pytestmark = pytest.mark.witness
 
@@ -42,7 +42,7 @@ class Comparison:
 
     recipe: Recipe
     virtual: dict[str, int]
-    ledger: Testimony
+    ledger: WitnessAccount
     workspaces: int
     operators: list[tuple[str, int]]
 
@@ -68,7 +68,7 @@ def comparisons(
     runs = {each.name: _submit(server, "steady_counters", each, card) for each in recipes}
     found = {
         each.name: Comparison(
-            each, _value(runs[each.name]), testimony(each, card.compute_capability, card.sm_count), workspaces, []
+            each, _value(runs[each.name]), bear_witness(each, card.compute_capability, card.sm_count), workspaces, []
         )
         for each in recipes
     }
@@ -104,8 +104,9 @@ def _compare_by_operator(server: virtual_gpu.Server, card: virtual_gpu.Card, fou
 def test_the_two_methods_agree(comparisons: dict[str, Comparison], name: str) -> None:
     each = comparisons[name]
     assert abs(each.difference) <= LIMIT, (
-        f"{name}: the ledger says {format_bytes(each.total)}, the virtual GPU {format_bytes(each.virtual['requested'])} "
-        f"({each.difference:+.3%}); the operators that differ most: {_in_words(each.operators)}"
+        f"{name}: the ledger says {format_bytes(each.total)}, the virtual GPU "
+        f"{format_bytes(each.virtual['requested'])} ({each.difference:+.3%}); the operators that differ most: "
+        f"{_in_words(each.operators)}"
     )
 
 

@@ -1,7 +1,7 @@
 """Small random hybrids, plain and lean, and how their losses and gradients are compared."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,15 @@ from qlora_lowmem.lean import LeanOptions, apply_lean
 
 VOCABULARY = 97
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "input_linear", "output_linear"]
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """On tensors this small threads cost more than they give, and minutes where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def hybrid(

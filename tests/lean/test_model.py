@@ -104,21 +104,23 @@ def test_everything_trained(assert_same_step: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_is_no_further_from_the_truth(autocast: bool) -> None:
-    truth_model = hybrid("mmam", seed=3)
-    rounded = copy.deepcopy(truth_model).bfloat16()
-    truth_model.load_state_dict({k: v.float() for k, v in rounded.state_dict().items()})
-    inputs = batch_of(2, 100)
-    truth_loss, truth = step(truth_model, inputs)
-    errors, losses = [], []
-    for model in (lean_copy(rounded, SMALL), rounded):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss, gradients = step(model, inputs)
-        losses.append(abs(loss - truth_loss))
-        errors.append(torch.tensor([relative(gradients[name], truth[name]) for name in truth]))
-    lean_errors, plain_errors = errors
-    assert lean_errors.mean() <= 1.02 * plain_errors.mean()
-    assert lean_errors.max() <= 1.1 * plain_errors.max()
-    assert losses[0] <= losses[1] + 2e-3 * truth_loss
+    """The mean relative error of the gradients, against that of the plain model. Rounding is chance, so that one model
+    comes out anywhere between half and one and a quarter of it; six are taken together."""
+    ratios = []
+    for seed in range(6):
+        truth_model = hybrid("mmam", seed=seed)
+        plain = copy.deepcopy(truth_model).bfloat16()
+        truth_model.load_state_dict({k: v.float() for k, v in plain.state_dict().items()})
+        inputs = batch_of(2, 64)
+        truth_loss, truth = step(truth_model, inputs)
+        errors = []
+        for model in (lean_copy(plain, SMALL), plain):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss, gradients = step(model, inputs)
+            assert abs(loss - truth_loss) <= 3e-4 * truth_loss
+            errors.append(sum(relative(gradients[name], truth[name]) for name in truth))
+        ratios.append(errors[0] / errors[1])
+    assert torch.tensor(ratios).log().mean().exp() <= 1.02, ratios
 
 
 def test_dropout_drops_the_same_elements_in_backward() -> None:

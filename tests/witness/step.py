@@ -34,7 +34,7 @@ MICRO_BATCHES = 2
 
 
 @dataclass(frozen=True)
-class Testimony:
+class WitnessAccount:
     """What the ledger saw, in bytes, without cuBLAS workspaces.
 
     Attributes:
@@ -46,7 +46,7 @@ class Testimony:
     further_batches: int
 
 
-def testimony(recipe: Recipe, capability: tuple[int, int], sm_count: int) -> Testimony:
+def bear_witness(recipe: Recipe, capability: tuple[int, int], sm_count: int) -> WitnessAccount:
     """Run the recipe's steps in the ledger as on a card of that kind; bf16, as on sm_80 and later.
 
     Raises:
@@ -69,7 +69,7 @@ def testimony(recipe: Recipe, capability: tuple[int, int], sm_count: int) -> Tes
         peak = account.peak()
     further = max(0, recipe.batch.gradient_accumulation_steps - MICRO_BATCHES)
     sample = rounded(recipe.batch.batch_size * recipe.batch.max_seq_length * 8)
-    return Testimony(peak, further * TENSORS_A_BATCH * sample)
+    return WitnessAccount(peak, further * TENSORS_A_BATCH * sample)
 
 
 def _refuse_what_is_not_written(recipe: Recipe) -> None:

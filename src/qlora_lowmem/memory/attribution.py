@@ -1,12 +1,26 @@
 """Every byte of a peak, by kind: what it comes to, as plain data. Nothing here touches a device."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.memory.profile import Provenance
 from qlora_lowmem.memory.timeline import Timeline
+
+_REPEATED = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
+_TENSOR = re.compile(r"\.(?:weight|bias|grad|quant_state|exp_avg|exp_avg_sq|step)\b.*$")
+
+
+def block_of(name: str) -> str:
+    """The block of the model that a tensor or module belongs to.
+
+    The repeated block where there is one (`model.layers.4.mlp.up.weight` is in `model.layers.4`), else the module
+    itself (`lm_head.weight` is in `lm_head`).
+    """
+    repeated = _REPEATED.match(name)
+    return repeated.group(0) if repeated else _TENSOR.sub("", name)
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,8 @@ class Attribution:
             the kinds `slack` and `outside` to `allocated_bytes`, exactly.
         allocated_bytes, reserved_bytes, device_bytes: the phase's peaks, as in `PhasePeak`.
         owners: the lines of code that own most, largest first.
+        modules: requested bytes of all that was alive at the peak, by block of the model (`block_of`); empty name:
+            outside of the model.
         timeline: allocated bytes by kind over the step (the micro-batch in which the peak came).
         faults: events of the allocator's history that could not be followed; 0 unless torch's allocator has changed.
     """
@@ -57,6 +73,7 @@ class Attribution:
     owners: tuple[OwnerLine, ...]
     timeline: Timeline
     faults: int = 0
+    modules: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises:
@@ -80,7 +97,7 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self) | {"kinds": dict(self.kinds)}
+        return asdict(self) | {"kinds": dict(self.kinds), "modules": dict(self.modules)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Attribution":

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.memory.attribution import Attribution, OwnerLine
+from qlora_lowmem.memory.attribution import Attribution, OwnerLine, block_of
 from qlora_lowmem.memory.history import BEFORE, Block, History
 from qlora_lowmem.memory.kinds import KINDS, kind_of, owner_line
 from qlora_lowmem.memory.owners import Owner
@@ -71,6 +71,7 @@ def explain(history: History, evidence: Evidence, phase: PhasePeak, device: str,
         owners=_owner_lines((blocks[i], kinds[i], found[i], scopes[i]) for i in alive),
         timeline=timeline(history, kinds, [scope.phase if scope else "" for scope in scopes], list(KINDS)),
         faults=history.faults,
+        modules=_modules((blocks[i], kinds[i], found[i], scopes[i]) for i in alive),
     )
 
 
@@ -109,6 +110,14 @@ def _module(kind: str, scope: Scope | None) -> str:
     of_type = kind.rpartition("_")[2]
     elsewhere = kind.startswith(("activations_", "recomputed_", "backward_")) and of_type != scope.module_type
     return scope.module.rpartition(".")[0] if elsewhere else scope.module
+
+
+def _modules(rows: Iterable[tuple[Block, str, Owner | None, Scope | None]]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for block, kind, owner, scope in rows:
+        name = block_of(owner.name if owner else _module(kind, scope))
+        sums[name] = sums.get(name, 0) + block.requested
+    return dict(sorted(sums.items()))
 
 
 def _owner_lines(rows: Iterable[tuple[Block, str, Owner | None, Scope | None]]) -> tuple[OwnerLine, ...]:

@@ -1,0 +1,152 @@
+"""Recorded peaks under version control: one JSON file a device, one block a case.
+
+A file is written whole or not at all (a temporary file, then a rename), by one process at a time (a lock on the folder),
+and each case carries a checksum: a figure that was changed by hand is told from one that was recorded. Checksums are by
+case, so that two branches that record different cases merge.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.gate.records import Record
+
+SCHEMA = 1
+_LOCK_SECONDS = 30.0
+_RESTORE = "Restore it (git checkout -- {path}), or delete it and record every case again (pytest --record ...)"
+
+
+class BaselineError(UsageError):
+    """A baseline file that cannot be read or written. The message says which, why, and what to do."""
+
+
+def baseline_path(folder: Path, device: str) -> Path:
+    """The file of a device."""
+    return folder / f"{device}.json"
+
+
+def read_baselines(path: Path) -> dict[str, Record]:
+    """The records of a file by case; none where there is no file.
+
+    Raises:
+        BaselineError: not JSON, another schema, or a case that does not have its checksum.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise BaselineError(f"{path}: the baselines cannot be read: {error}") from None
+    restore = _RESTORE.format(path=path)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        marks = " It holds git's conflict marks." if "<<<<<<<" in text else ""
+        raise BaselineError(f"{path}: the baselines are not valid JSON: {error}.{marks} {restore}") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("cases"), dict):
+        found = content.get("schema") if isinstance(content, dict) else None
+        raise BaselineError(
+            f"{path}: schema is {found!r} and this version reads {SCHEMA}. Update qlora_lowmem, or: {restore}"
+        )
+    return {name: _read_case(path, name, case) for name, case in content["cases"].items()}
+
+
+def _read_case(path: Path, name: str, case: Any) -> Record:
+    again = (
+        f"Restore it (git checkout -- {path}), or take its block out and record it again: pytest --record={name} ..."
+    )
+    if not isinstance(case, dict):
+        raise BaselineError(f"{path}: case {name!r} is not an object. {again}")
+    rest = {key: value for key, value in case.items() if key != "checksum"}
+    if case.get("checksum") != _checksum(rest):
+        raise BaselineError(
+            f"{path}: case {name!r} does not have its checksum: it was edited by hand or badly merged, and figures are "
+            f"recorded, never typed. {again}"
+        )
+    try:
+        return Record.from_dict(rest)
+    except (KeyError, TypeError) as error:
+        raise BaselineError(f"{path}: case {name!r} is not a record: {error}. {again}") from None
+
+
+def record_baselines(path: Path, records: Mapping[str, Record], *, replace_all: bool = False) -> None:
+    """Write the records of these cases and leave the others of the file as they are.
+
+    Args:
+        replace_all: forget the file's other cases.
+
+    Raises:
+        BaselineError: the file there cannot be read (it is left as it is), or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent):
+            kept = {} if replace_all else read_baselines(path)
+            if replace_all and path.exists():
+                read_baselines(path)  # what cannot be read is not overwritten either
+            _write(path, render({**kept, **records}))
+    except OSError as error:
+        raise BaselineError(
+            f"{path}: the baselines cannot be written: {error}. Nothing was changed. Make the folder writable, or "
+            "record into another one with --baselines DIR"
+        ) from None
+
+
+def render(records: Mapping[str, Record]) -> str:
+    """The file's text: cases sorted, a figure a line, so that a diff shows what changed and nothing else."""
+    cases = {}
+    for name, record in sorted(records.items()):
+        content = json.loads(json.dumps(record.to_dict(), sort_keys=True))
+        cases[name] = {"checksum": _checksum(content), **content}
+    return json.dumps({"schema": SCHEMA, "cases": cases}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _checksum(case: Mapping[str, Any]) -> str:
+    canonical = json.dumps(case, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+def _write(path: Path, text: str) -> None:
+    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(scratch).chmod(0o644)  # mkstemp's is for its owner alone
+        os.replace(scratch, path)  # noqa: PTH105 - the step that tests make fail
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(scratch).unlink()
+        raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process alone. The lock is the folder itself: it leaves no file, and ends with us.
+
+    Raises:
+        OSError: another process holds it for longer than half a minute.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process has been recording into {folder} for a while") from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)

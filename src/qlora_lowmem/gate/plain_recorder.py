@@ -1,0 +1,171 @@
+"""Measure and attribute the GPU memory of any test that uses torch, in the process that runs it."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pynvml
+import torch
+from torch.cuda import memory as cuda_memory
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.gate.plain_attribution import PlainEvidence, PlainOwner, attribute
+from qlora_lowmem.gate.plain_scopes import PlainScopes
+from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.history import replay
+from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+
+# Of the allocator's history; a test with more keeps its peak and loses its attribution.
+_MAX_EVENTS = 1_000_000
+_WORKSPACE = PlainOwner("libraries", "", "cuBLAS workspace")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a test used: its peaks as one phase, and where they were if the history could be followed."""
+
+    profile: MemoryProfile
+    attribution: Attribution | None
+
+
+class PlainRecorder:
+    """Peaks between `start` and `stop` on one CUDA device; start before the test makes anything.
+
+    Allocates nothing on the device and holds no tensor, so that the peaks are those of the test alone.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        self._index = index
+        self._scopes = PlainScopes(self._note_owners)
+        self._seen: list[tuple[int, int, PlainOwner]] = []
+        self._names: dict[int, str] = {}
+        self._before: dict[str, Any] = {}
+        self._peaks = (0, 0)
+        self._undo: list[Callable[[], None]] = []
+        pynvml.nvmlInit()
+        self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        self._used_by_others = 0
+
+    def start(self) -> None:
+        """Begin.
+
+        Raises:
+            RuntimeError: torch sees no GPU.
+        """
+        if not torch.cuda.is_initialized():
+            self._used_by_others = self._used()
+        torch.cuda.init()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._index)
+        self._watch_resets()
+        with _no_collection():
+            cuda_memory._record_memory_history(
+                "all", context="alloc", stacks="python", max_entries=_MAX_EVENTS, clear_history=True
+            )
+            self._before = cuda_memory._snapshot()
+        self._scopes.attach()
+
+    def stop(self) -> Measurement:
+        """End, and say what it came to."""
+        torch.cuda.synchronize(self._index)
+        self._fold_peaks()
+        for undo in self._undo:
+            undo()
+        self._scopes.remove()
+        allocated, reserved = self._peaks
+        outside = max(0, self._used() - self._used_by_others - torch.cuda.memory_reserved(self._index))
+        card = virtual_gpu.current_card()
+        profile = MemoryProfile(
+            device=card.name if card else torch.cuda.get_device_name(self._index).lower().replace(" ", "-"),
+            provenance="virtual" if card else "measured",
+            total_bytes=int(torch.cuda.get_device_properties(self._index).total_memory),
+            outside_allocator_bytes=outside,
+            phases=(PhasePeak("test", allocated, reserved, reserved + outside),),
+        )
+        with _no_collection():
+            after = cuda_memory._snapshot()
+            cuda_memory._record_memory_history(None)
+            workspaces = dict.fromkeys(self._library_workspaces(), _WORKSPACE)
+            history = replay(self._before, after, self._index)
+            evidence = PlainEvidence(self._scopes.scope_of, tuple(self._seen), workspaces)
+            found = attribute(history, evidence, profile) if history.faults == 0 else None
+        self._before = {}
+        return Measurement(profile, found)
+
+    def _watch_resets(self) -> None:
+        """A test may reset the peaks itself; what came before counts all the same."""
+        for name in ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats"):
+            reset = getattr(torch._C, name, None)
+            if reset is None:
+                continue
+
+            def fold_and_reset(*arguments: Any, _reset: Callable[..., Any] = reset) -> Any:
+                self._fold_peaks()
+                return _reset(*arguments)
+
+            setattr(torch._C, name, fold_and_reset)
+            self._undo.append(lambda name=name, reset=reset: setattr(torch._C, name, reset))
+
+    def _fold_peaks(self) -> None:
+        now = (torch.cuda.max_memory_allocated(self._index), torch.cuda.max_memory_reserved(self._index))
+        self._peaks = (max(self._peaks[0], now[0]), max(self._peaks[1], now[1]))
+
+    def _used(self) -> int:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def _note_owners(self) -> None:
+        """Weights, gradients and optimizer state as they are now, by address."""
+        position = self._scopes.position
+        for prefix, root in self._scopes.roots():
+            for name, parameter in root.named_parameters():
+                self._names[id(parameter)] = name = prefix + name
+                quantised = getattr(parameter, "quant_state", None)  # only bitsandbytes' Params4bit has one
+                kind = "weights_4bit" if quantised is not None else "adapters" if "lora_" in name else "weights_other"
+                self._note(position, parameter, kind, name)
+                if quantised is not None:
+                    self._note(position, quantised.absmax, "quantisation", name)
+                if parameter.grad is not None:
+                    self._note(position, parameter.grad, "gradients", name)
+            for name, buffer in root.named_buffers():
+                self._note(position, buffer, "weights_other", prefix + name)
+        for reference in self._scopes.optimizers:
+            optimizer = reference()
+            for parameter, state in optimizer.state.items() if optimizer is not None else ():
+                for value in state.values() if isinstance(state, dict) else ():
+                    if isinstance(value, torch.Tensor):
+                        self._note(position, value, "optimizer", self._names.get(id(parameter), ""))
+
+    def _note(self, position: int, tensor: torch.Tensor, kind: str, name: str) -> None:
+        if tensor.is_cuda and tensor.device.index == self._index and tensor.untyped_storage().nbytes():
+            owner = PlainOwner(kind, name, f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}")
+            self._seen.append((position, tensor.untyped_storage().data_ptr(), owner))
+
+    def _library_workspaces(self) -> set[int]:
+        """Addresses of cuBLAS' workspaces: what torch lets go when told to; it makes new ones when it needs them."""
+        held = self._active()
+        torch._C._cuda_clearCublasWorkspaces()
+        return held - self._active()
+
+    def _active(self) -> set[int]:
+        return {
+            block["address"]
+            for segment in cuda_memory._snapshot()["segments"]
+            if segment["device"] == self._index
+            for block in segment["blocks"]
+            if block["state"] == "active_allocated"
+        }
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Many small objects are made here; a collection in their midst would free the test's garbage at another time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
