@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from qlora_lowmem.dataset import TrainingData, synthetic_data
 from qlora_lowmem.lean import LeanOptions, LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.models.loading import assert_on_device, load_base
+from qlora_lowmem.models.loading import EMBEDDING_BITS, assert_on_device, load_base
 from qlora_lowmem.models.precision import Precision
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.models.targets import Targets, resolve_targets
@@ -111,8 +111,7 @@ def build_job(
     model = load_base(recipe, source, precision.compute, device)
     targets = resolve_targets(model, recipe.lora.target_modules)
     if data is None:
-        embeddings: Any = model.get_input_embeddings()
-        vocabulary = int(embeddings.num_embeddings)
+        vocabulary = int(model.config.get_text_config().vocab_size)
         data = synthetic_data(recipe, vocabulary, _samples_needed(recipe))
     adapted = get_peft_model(
         model,
@@ -146,9 +145,6 @@ def build_job(
     return Job(recipe, precision, targets, adapted, trainer, lean)
 
 
-_EMBEDDING_BITS: dict[str, Literal[8, 4] | None] = {"none": None, "8bit": 8, "4bit": 4}
-
-
 def lean_options(recipe: Recipe) -> LeanOptions:
     """The recipe's section `lean` as the lean implementations take it."""
     return LeanOptions(
@@ -157,7 +153,7 @@ def lean_options(recipe: Recipe) -> LeanOptions:
         scan_chunk_length=recipe.lean.scan_chunk_length,
         checkpointing=recipe.lean.checkpoints,
         loss_tile_bytes=recipe.lean.loss_tile_bytes,
-        quantised_embeddings=_EMBEDDING_BITS[recipe.lean.quantised_embeddings],
+        quantised_embeddings=EMBEDDING_BITS[recipe.lean.quantised_embeddings],
     )
 
 

@@ -52,7 +52,7 @@ def hybrid(
         "position_embedding_type": "nope",
         "residual_multiplier": 0.3,
         "logits_scaling": 2.0,
-        "attention_multiplier": 0.3,
+        "attention_multiplier": 0.1,
         "embedding_multiplier": 3.0,
     }
     model = AutoModelForCausalLM.from_config(GraniteMoeHybridConfig(**fields | changes), dtype=dtype)

@@ -124,7 +124,7 @@ class Account:
 
     def count(self, operator: str, results: Any, temporaries: list[int]) -> None:
         """Account a call: what came out, and what it took for itself while it ran."""
-        for leaf in tree_leaves(results):
+        for leaf in (results,) if isinstance(results, torch.Tensor) else tree_leaves(results):
             if isinstance(leaf, torch.Tensor) and leaf.device.type in ("meta", "cuda"):
                 self.hold(leaf, operator)
         size = self.now + sum(map(rounded, temporaries))
@@ -156,8 +156,8 @@ class GhostLedger(TorchDispatchMode):
         elif func is torch.ops.aten.index.Tensor and any(_is_mask(index) for index in args[1]):
             result = _index_by_masks(args[0], args[1])
         else:
-            result = _on_meta(func, args, kwargs)
-        result = tree_map_only(torch.Tensor, as_ghost, result)
+            result = _on_meta(func, args, kwargs) if GhostTensor in types else func(*args, **kwargs)
+        result = as_ghost(result) if isinstance(result, torch.Tensor) else tree_map_only(torch.Tensor, as_ghost, result)
         self._account.count(name, result, self._temporaries(name, args, result))
         return result
 
@@ -175,9 +175,7 @@ def as_ghost(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the operator; of ghosts, its kernel for meta tensors, whatever dispatch keys they have."""
-    if not any(isinstance(leaf, GhostTensor) for leaf in tree_leaves((args, kwargs))):
-        return func(*args, **kwargs)
+    """Call the operator's kernel for meta tensors, whatever dispatch keys its arguments have."""
     with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
         torch._C._set_meta_in_tls_dispatch_include(True)
         return func(*args, **kwargs)

@@ -78,6 +78,7 @@ def _refuse_what_is_not_written(recipe: Recipe) -> None:
         "memory.activation_offloading": (recipe.memory.activation_offloading, False),
         "optimizer.optimizer": (recipe.optimizer.optimizer, "adamw_torch"),
         "batch.packing": (recipe.batch.packing, False),
+        "lean.lean": (recipe.lean.lean, False),
         "base.attention": (recipe.base.attention, "sdpa"),
     }
     for name, (value, only) in written.items():

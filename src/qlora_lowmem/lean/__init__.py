@@ -3,7 +3,7 @@
 `apply_lean` switches them on in a model. The arithmetic that justifies an idea stands at the top of its file.
 """
 
-from .apply import apply_lean
+from .apply import apply_lean, quantise_embeddings
 from .options import Checkpointing, Idea, LeanOptions, LeanReport
 
-__all__ = ["Checkpointing", "Idea", "LeanOptions", "LeanReport", "apply_lean"]
+__all__ = ["Checkpointing", "Idea", "LeanOptions", "LeanReport", "apply_lean", "quantise_embeddings"]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import generic, granite
@@ -34,7 +35,7 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
     name = type(causal).__name__
     ideas: list[Idea] = []
     if options.quantised_embeddings is not None:
-        ideas.append(_quantise_embeddings(causal, options.quantised_embeddings))
+        ideas.append(quantise_embeddings(causal, options.quantised_embeddings))
     refusal = _why_not_tiles(causal)
     if refusal is None:
         granite.patch(causal, options)
@@ -94,8 +95,17 @@ def _granite_ideas(causal: Any, options: LeanOptions) -> list[Idea]:
     ]
 
 
-def _quantise_embeddings(causal: Any, bits: int) -> Idea:
+def quantise_embeddings(causal: Any, bits: int, device: torch.device | None = None) -> Idea:
+    """Replace the tied embedding and LM head by one table in `bits` bits; a model that has it already is left alone.
+
+    Done while a model loads, it saves the 16-bit table: move the weight to host memory and name the `device`.
+
+    Raises:
+        ValueError: embeddings that are trained, untied or adapted.
+    """
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if isinstance(embedding, QuantisedEmbedding) and embedding.table.bits == bits:
+        return _quantised(embedding.table)
     if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
         raise ValueError(
             f"quantised_embeddings={bits}: the embeddings are {type(embedding).__name__} and {type(head).__name__}, "
@@ -105,7 +115,12 @@ def _quantise_embeddings(causal: Any, bits: int) -> Idea:
         raise ValueError(f"quantised_embeddings={bits}: the model's embedding and LM head are not tied")
     if embedding.weight.requires_grad:
         raise ValueError(f"quantised_embeddings={bits}: the embedding is trained; freeze it (PEFT does) or use None")
-    table = QuantisedTable(embedding.weight, bits)
+    table = QuantisedTable(embedding.weight, bits, device)
     causal.set_input_embeddings(QuantisedEmbedding(table))
     causal.set_output_embeddings(QuantisedHead(table))
-    return Idea("quantised_embeddings", True, f"{table.words} x {table.width} in {bits} bits, shared with the LM head")
+    return _quantised(table)
+
+
+def _quantised(table: QuantisedTable) -> Idea:
+    detail = f"{table.words} x {table.width} in {table.bits} bits, shared with the LM head"
+    return Idea("quantised_embeddings", True, detail)

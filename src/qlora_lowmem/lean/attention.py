@@ -25,6 +25,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 _FLASH_KEYS = 2048
 # Keys of one plain block: 12 heads x 512 queries x 256 keys x 4 bytes = 6 MiB a temporary, of which three live at once.
 _PLAIN_KEYS = 256
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class KeyValues:
@@ -101,21 +102,21 @@ class _Attend(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             heads_first = q.transpose(1, 2)
             flash = _can_use_flash(heads_first, cache)
-            merged: tuple[Tensor, Tensor] | None = None
+            merged: tuple[Tensor, Tensor, Tensor] | None = None
             # The flash forward needs no memory that grows with the keys: one call for all of the past.
             for first, last in cache.blocks(start, stop, max(start, 1) if flash else _PLAIN_KEYS):
                 block = _Block(cache, first, last, causal_from=start)
-                part = block.flash_forward(heads_first)[:2] if flash else block.plain_forward(heads_first)
+                part = block.flash_forward(heads_first) if flash else block.plain_forward(heads_first)
                 merged = part if merged is None else _merge(merged, part)
         assert merged is not None
         out = merged[0].to(q.dtype).transpose(1, 2)
-        ctx.save_for_backward(q, out, merged[1])
+        ctx.save_for_backward(q, out, *merged[1:])
         ctx.cache, ctx.start, ctx.flash = cache, start, flash
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, out, lse = ctx.saved_tensors
+        q, out, largest, total = ctx.saved_tensors
         cache, start = ctx.cache, ctx.start
         stop = start + q.shape[1]
         with torch.autocast(q.device.type, enabled=False):
@@ -124,7 +125,7 @@ class _Attend(torch.autograd.Function):
             for first, last in cache.blocks(start, stop, _FLASH_KEYS if ctx.flash else _PLAIN_KEYS):
                 block = _Block(cache, first, last, causal_from=start)
                 backward = block.flash_backward if ctx.flash else block.plain_backward
-                part, grad_k, grad_v = backward(heads_first, out, lse, grad_out)
+                part, grad_k, grad_v = backward(heads_first, out, largest, total, grad_out)
                 grad_q += part
                 cache.accumulate(slice(first, last), grad_k, grad_v)
         grad_k, grad_v = cache.take_gradients(slice(start, stop))
@@ -139,12 +140,16 @@ def _can_use_flash(q: Tensor, cache: KeyValues) -> bool:
     return q.shape[-1] % 8 == 0 and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
 
 
-def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Outputs (b, h, l, d) and LSEs (b, h, l) over two disjoint sets of keys, as over both."""
-    lse = torch.logaddexp(one[1], other[1])
-    # Where no key was visible in either, both LSEs are -inf, their difference is not a number, and the output is 0.
-    weights = [(part - lse).exp().nan_to_num_(0.0)[..., None] for part in (one[1], other[1])]
-    return (one[0] * weights[0]).addcmul_(other[0], weights[1]), lse
+def _merge(one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (b, h, l, d), largest scores and sums of exponentials (b, h, l) over two disjoint sets of keys, as over
+    both. The LSE is log(total) + largest; kept apart, because rounding their sum (2e-6 at 40) is an error of every
+    weight of the row."""
+    largest = torch.maximum(one[1], other[1])
+    # Where no key was visible in either, both are -inf, their difference is not a number, and the output is 0.
+    totals = [(part[1] - largest).exp().nan_to_num_(0.0).mul_(part[2]) for part in (one, other)]
+    total = totals[0] + totals[1]
+    weights = [(t / total.clamp(min=_TINY))[..., None] for t in totals]
+    return (one[0] * weights[0]).addcmul_(other[0], weights[1]), largest, total
 
 
 class _Block:
@@ -157,12 +162,16 @@ class _Block:
         self.scale = cache.scale
         self.causal = first == causal_from  # the tile's own keys; all earlier ones are visible to every query
 
-    def flash_forward(self, q: Tensor) -> Any:
-        return torch.ops.aten._scaled_dot_product_flash_attention(
+    def flash_forward(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, self.k, self.v, 0.0, self.causal, False, scale=self.scale
         )
+        return out, lse, torch.ones_like(lse)
 
-    def flash_backward(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def flash_backward(
+        self, q: Tensor, out: Tensor, largest: Tensor, total: Tensor, grad_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lse = total.log().add_(largest)
         no_seed = torch.empty(0, dtype=torch.uint64, device=q.device)  # dropout is 0: it is not read
         sizes = (None, None, q.shape[2], self.k.shape[2])
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
@@ -186,21 +195,25 @@ class _Block:
             by_query.masked_fill_(~self.valid[:, None, None, None, :], float("-inf"))
         return scores
 
-    def plain_forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
+    def plain_forward(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores = self._scores(q)
-        lse = scores.logsumexp(-1)
-        weights = scores.sub_(lse[..., None]).exp_()
-        if self.valid is not None:
-            weights.nan_to_num_(0.0)  # a query that sees no key
-        out = weights @ self.v.float()
-        return out.view(q.shape), lse.view(q.shape[:-1])
+        largest = scores.amax(-1, keepdim=True)
+        weights = self._exponentials(scores, largest)
+        total = weights.sum(-1, keepdim=True)
+        out = (weights @ self.v.float()).div_(total.clamp(min=_TINY))
+        return out.view(q.shape), largest.view(q.shape[:-1]), total.view(q.shape[:-1])
 
-    def plain_backward(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With P = exp(S - LSE): dV = Pᵀ dO, dS = P * (dO Vᵀ - rowsum(dO * O)), dQ = dS K, dK = dSᵀ Q."""
+    def _exponentials(self, scores: Tensor, largest: Tensor) -> Tensor:
+        weights = scores.sub_(largest).exp_()
+        return weights if self.valid is None else weights.nan_to_num_(0.0)  # a query that sees no key
+
+    def plain_backward(
+        self, q: Tensor, out: Tensor, largest: Tensor, total: Tensor, grad_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """With the weights P: dV = Pᵀ dO, dS = P * (dO Vᵀ - rowsum(dO * O)), dQ = dS K, dK = dSᵀ Q."""
         scores = self._scores(q)
-        weights = scores.sub_(lse.reshape(*scores.shape[:-1], 1)).exp_()
-        if self.valid is not None:
-            weights.nan_to_num_(0.0)
+        rows = (*scores.shape[:-1], 1)
+        weights = self._exponentials(scores, largest.reshape(rows)).div_(total.reshape(rows).clamp(min=_TINY))
         grad = self._grouped(grad_out)
         grad_v = weights.transpose(-1, -2) @ grad
         delta = (grad * self._grouped(out)).sum(-1, keepdim=True)

@@ -29,6 +29,9 @@ _NF4 = (
 class QuantisedTable(nn.Module):
     """A frozen table (words, width) in `bits` (8 or 4) bits a number, one bf16 scale for 64 numbers of a row.
 
+    The table is made on `device`, by default where `weight` is. From a weight in host memory, no more of it than a part
+    is ever on the device.
+
     Raises:
         ValueError: bits is neither 8 nor 4, or 4 with an odd width.
     """
@@ -36,7 +39,7 @@ class QuantisedTable(nn.Module):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor, bits: int) -> None:
+    def __init__(self, weight: Tensor, bits: int, device: torch.device | None = None) -> None:
         super().__init__()
         words, width = weight.shape
         if bits not in (4, 8):
@@ -45,11 +48,11 @@ class QuantisedTable(nn.Module):
             raise ValueError(f"quantised_embeddings=4 needs an even hidden size, and this model's is {width}; use 8")
         self.bits, self.words, self.width, self.dtype = bits, words, width, weight.dtype
         self.block = math.gcd(width, _BLOCK)
-        device = weight.device
+        device = device or weight.device
         codes = torch.empty(words, width if bits == 8 else width // 2, dtype=torch.uint8, device=device)
         scales = torch.empty(words, width // self.block, dtype=torch.bfloat16, device=device)
         for part in self._parts():
-            codes[part], scales[part] = self._quantise(weight[part].detach().float())
+            codes[part], scales[part] = self._quantise(weight[part].detach().to(device).float())
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
 

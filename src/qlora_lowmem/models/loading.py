@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -18,9 +19,13 @@ from transformers import (
 )
 
 from qlora_lowmem.errors import QloraLowmemError, UsageError
+from qlora_lowmem.lean import quantise_embeddings
 from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.recipe import Recipe
+
+
+EMBEDDING_BITS: dict[str, Literal[8, 4] | None] = {"none": None, "8bit": 8, "4bit": 4}
 
 
 def bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -74,9 +79,10 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
         torch.cuda.OutOfMemoryError: it does not fit.
     """
     quantization = bitsandbytes_config(recipe, dtype)
+    bits = EMBEDDING_BITS[recipe.lean.quantised_embeddings]
     if recipe.base.weights == "random":
         assert source.architecture is not None  # resolve_model refuses random weights without one
-        return random_model(source.architecture, dtype, recipe.base.attention, quantization, device)
+        return random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits)
     location = str(_safetensors_of(source.gguf)) if source.gguf else str(source.folder or source.hub_id)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -92,6 +98,11 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
     except OSError as error:
         raise _cannot_fetch(recipe, error) from error
     assert_on_device(model, device)
+    if bits is not None:
+        embedding: Any = model.get_input_embeddings()
+        embedding.weight.requires_grad_(False)
+        embedding.weight.data = embedding.weight.data.cpu()  # so that it is never on the device beside its quantised self
+        quantise_embeddings(model, bits, device)
     return model
 
 

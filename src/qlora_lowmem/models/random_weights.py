@@ -11,6 +11,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from qlora_lowmem.lean import quantise_embeddings
+
 
 def config_from(architecture: dict[str, Any]) -> Any:
     """A transformers configuration from the content of a `config.json`."""
@@ -37,11 +39,13 @@ def random_model(
     attention: str,
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
+    embedding_bits: int | None = None,
 ) -> PreTrainedModel:
     """Build `architecture` with random weights on `device`, its Linear modules in 4 bits if `quantization` says so.
 
     The same quantizer object of transformers chooses the modules as in `from_pretrained`, so what is in 4 bits
-    here is what is in 4 bits there.
+    here is what is in 4 bits there. With `embedding_bits` (8 or 4), the tied embeddings are quantised before the rest
+    is made.
 
     Raises:
         torch.cuda.OutOfMemoryError: the model does not fit `device`.
@@ -52,9 +56,19 @@ def random_model(
         quantizer.preprocess_model(model, device_map={"": device})
     spread = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
     made: dict[int, torch.nn.Parameter] = {}  # a tied weight is made once
+    if embedding_bits is not None:
+        embedding: Any = model.get_input_embeddings()
+        _materialise(embedding, dtype, device, spread, made)
+        embedding.weight.data.normal_(std=spread)
+        embedding.weight.requires_grad_(False)
+        model.tie_weights()
+        quantise_embeddings(model, embedding_bits)
+        del embedding
+        made.clear()
     for module in list(model.modules()):
         _materialise(module, dtype, device, spread, made)
-    model.tie_weights()
+    if embedding_bits is None:
+        model.tie_weights()
     # Sets what has a formula: norms, Mamba's A_log and dt_bias, the rotary frequencies, embeddings.
     model.initialize_weights()
     if quantization is not None:

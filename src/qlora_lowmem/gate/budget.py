@@ -1,0 +1,140 @@
+"""A budget on a test's GPU memory, and what is said when it is exceeded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from tabulate import tabulate
+
+from qlora_lowmem.gate.difference import changes, signed
+from qlora_lowmem.gate.records import Record
+from qlora_lowmem.memory.kinds import KINDS
+from qlora_lowmem.units import format_bytes, parse_bytes
+
+Figure = Literal["allocated", "reserved", "device"]
+FIGURES: tuple[Figure, ...] = get_args(Figure)
+_LARGEST = 5
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a test may use.
+
+    Attributes:
+        limit: in bytes.
+        of: which figure: what tensors take (`allocated`), what torch took from the card for them (`reserved`), or
+            that with the CUDA context (`device`).
+        card: the virtual card that it runs on; not used with --gpu.
+    """
+
+    limit: int
+    of: Figure
+    card: str
+
+
+def budget_of(
+    arguments: tuple[Any, ...], options: Mapping[str, Any], default_limit: str | None, default_card: str
+) -> Budget:
+    """The budget that `@pytest.mark.vram_budget(*arguments, **options)` states.
+
+    Raises:
+        ValueError: no limit, one that is not a size, an unknown figure or argument.
+        virtual_gpu.UnknownCardError: an unknown card.
+    """
+    from qlora_lowmem import virtual_gpu
+
+    unknown = options.keys() - {"limit", "of", "card"}
+    if unknown or len(arguments) > 1 or (arguments and "limit" in options):
+        what = f"unknown: {', '.join(sorted(unknown))}" if unknown else "the limit is given more than once"
+        raise ValueError(f'vram_budget takes a limit, card= and of=; {what}. Write vram_budget("6 GB", card="NAME")')
+    limit = arguments[0] if arguments else options.get("limit", default_limit)
+    if limit is None:
+        raise ValueError(
+            'vram_budget has no limit: write vram_budget("6 GB"), or set vram_budget = 6 GB in the ini file, or '
+            "--vram-budget 6GB"
+        )
+    if not isinstance(limit, str | int):
+        raise ValueError(f"vram_budget: {limit!r} is not a size; write 6 GB, 5.5 GiB or a number of bytes")  # noqa: TRY004
+    of = options.get("of", "allocated")
+    if of not in FIGURES:
+        raise ValueError(f"vram_budget: of={of!r} is not one of {', '.join(FIGURES)}")
+    return Budget(parse_bytes(limit), of, virtual_gpu.get_card(options.get("card", default_card)).name)
+
+
+@dataclass(frozen=True)
+class OverBudget:
+    """A test that used more than its budget.
+
+    Attributes:
+        case: the test.
+        record: what it used.
+        moment: where the step was at the peak; empty if that is not known.
+        largest: the lines that own most: (bytes, kind, module, line).
+        reference: what it used when it was within its budget, if that is known.
+        reference_name: `its baseline` or `it last passed`.
+        artefact: where the run's attribution was kept, or empty.
+    """
+
+    case: str
+    budget: Budget
+    record: Record
+    moment: str = ""
+    largest: tuple[tuple[int, str, str, str], ...] = ()
+    reference: Record | None = None
+    reference_name: str = ""
+    artefact: str = ""
+
+    @property
+    def measured(self) -> int:
+        """The figure that the budget is for, in bytes."""
+        return int(getattr(self.record, self.budget.of))
+
+    @property
+    def over(self) -> int:
+        """Bytes above the limit."""
+        return self.measured - self.budget.limit
+
+    def render(self) -> str:
+        """A short failure: sizes, what grew, the largest owners."""
+        key = self.record.key
+        lines = [
+            f"GPU memory over budget: {self.case}",
+            f"  {self.budget.of} {format_bytes(self.measured)}, limit {format_bytes(self.budget.limit)}: "
+            f"{format_bytes(self.over)} over ({self.measured:,} - {self.budget.limit:,} = {self.over:,} bytes)",
+            f"  on {key.device} ({key.provenance})" + (f"; the peak comes in {self.moment}" if self.moment else ""),
+        ]
+        if self.reference is not None:
+            lines += ["", *self._grown(self.reference)]
+        if self.largest:
+            rows = [
+                [format_bytes(count), KINDS.get(kind, kind), module, line] for count, kind, module, line in self.largest
+            ]
+            lines += ["", "largest owners:", *_indented(rows, ("", "kind", "largest for", "line"))]
+        if self.artefact:
+            lines += ["", f"attribution: {self.artefact}"]
+        return "\n".join(lines)
+
+    def _grown(self, reference: Record) -> list[str]:
+        total = signed(self.record.allocated - reference.allocated)
+        head = f"{total} since {self.reference_name} ({format_bytes(reference.allocated)} allocated):"
+        rows = [
+            [signed(change.bytes), change.name or "(outside of the model)", change.remark]
+            for change in changes(reference.modules, self.record.modules)[:_LARGEST]
+        ]
+        return [head, *_indented(rows, ("", "module", ""))]
+
+
+def over_budget(case: str, budget: Budget, record: Record, attribution: Any, **reference: Any) -> OverBudget | None:
+    """The failure if the record is over the budget, else None. `attribution` may be None."""
+    if getattr(record, budget.of) <= budget.limit:
+        return None
+    if attribution is None:
+        return OverBudget(case, budget, record, **reference)
+    largest = tuple((owner.bytes, owner.kind, owner.module, owner.line) for owner in attribution.owners[:_LARGEST])
+    return OverBudget(case, budget, record, attribution.moment, largest, **reference)
+
+
+def _indented(rows: list[list[str]], headers: tuple[str, ...]) -> list[str]:
+    align = ("right", *["left"] * (len(headers) - 1))
+    text = tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True, colalign=align)
+    return [f"  {line}".rstrip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,261 @@
+"""One pytest session of the gate: its options, its cases against their baselines, what is written at the end."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qlora_lowmem.gate.keys import BUDGET, REPORT_ATTRIBUTE, ROW
+from qlora_lowmem.units import parse_bytes
+
+if TYPE_CHECKING:
+    from qlora_lowmem import virtual_gpu
+    from qlora_lowmem.gate.meter import Case
+    from qlora_lowmem.gate.records import Record
+    from qlora_lowmem.gate.rows import Row
+    from qlora_lowmem.gate.verdicts import Gate, Verdict
+    from qlora_lowmem.memory.attribution import Attribution
+
+# Fixtures by which a test is one of the gate's.
+_GATE_FIXTURES = {"matrix", "vram_gate", "runner"}
+
+
+def check_options(config: pytest.Config) -> None:
+    """Raises:
+    pytest.UsageError: options that are wrong or contradict each other.
+    """
+    option: Callable[[str], Any] = config.getoption
+    gpu, card, cap = option("gpu"), option("card"), option("vram_cap")
+    if card is not None:
+        if gpu:
+            raise pytest.UsageError(f"--card {card} names a virtual card, and --gpu runs on the real one: give one")
+        _check_card("--card", card)
+    elif config.getini("vram_card"):
+        _check_card("vram_card", config.getini("vram_card"))
+    if cap is not None and not gpu:
+        raise pytest.UsageError(f"--vram-cap {cap} caps a real GPU: add --gpu, or choose a smaller --card")
+    sizes = {"--vram-cap": cap, "--vram-budget": option("vram_budget")}
+    sizes |= {name: config.getini(name) for name in ("vram_budget", "vram_tolerance", "vram_reserved_tolerance")}
+    for name, size in sizes.items():
+        try:
+            parse_bytes(size or 0)
+        except ValueError as error:
+            raise pytest.UsageError(f"{name}: {error}") from None
+    share = config.getini("vram_tolerance_relative")
+    if share:
+        try:
+            valid = 0 <= float(share) < 1
+        except ValueError:
+            valid = False
+        if not valid:
+            raise pytest.UsageError(f"vram_tolerance_relative: {share!r} is not a share; write 0.005 for half a percent")
+    if gpu and (getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput")):
+        raise pytest.UsageError(
+            "--gpu measures one job at a time, and pytest-xdist (-n) runs several: leave -n out, or leave --gpu out "
+            "(a virtual card is deterministic, however many run)"
+        )
+    for name in option("record") or ():
+        if name and "::" not in name and Path(name).exists():
+            raise pytest.UsageError(
+                f"--record {name}: {name} is a path, and --record took it for a case's name. Put --record last, or "
+                "write --record=CASE"
+            )
+
+
+def _check_card(name: str, card: str) -> None:
+    from qlora_lowmem import virtual_gpu
+
+    try:
+        virtual_gpu.get_card(card)
+    except virtual_gpu.UnknownCardError as error:
+        raise pytest.UsageError(f"{name}: {error}") from None
+
+
+class GateSession:
+    """A plugin: keeps what was found by case, and writes baselines and reports at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from qlora_lowmem.gate.plugin import DEFAULT_CARD
+
+        self.config = config
+        self.rows: list[Row] = []
+        self.card: str = config.getoption("card") or config.getini("vram_card") or DEFAULT_CARD
+        self._limit: str | None = config.getoption("vram_budget") or config.getini("vram_budget") or None
+        folder = config.getoption("baselines") or config.getini("vram_baselines") or "bench/baselines"
+        self.baselines = config.rootpath / folder
+        self.on_gpu = bool(config.getoption("gpu"))
+        self.report_only = bool(config.getoption("report_only"))
+        self.across_versions = bool(config.getoption("across_versions"))
+        self._names: list[str] = config.getoption("record") or []
+        self._read: dict[str, dict[str, Record]] = {}
+        self._server: virtual_gpu.Server | None = None
+
+    def check_items(self, items: list[pytest.Item]) -> None:
+        """Read every budget.
+
+        Raises:
+            pytest.UsageError: a budget that cannot be read, or reruns asked for of memory tests.
+        """
+        wrong = []
+        for item in items:
+            marker = item.get_closest_marker("vram_budget")
+            if marker is not None:
+                from qlora_lowmem import virtual_gpu
+                from qlora_lowmem.gate.budget import budget_of
+
+                try:
+                    item.stash[BUDGET] = budget_of(marker.args, dict(marker.kwargs), self._limit, self.card)
+                except (ValueError, virtual_gpu.UnknownCardError) as error:
+                    wrong.append(f"{item.nodeid}: {error}")
+            elif not _GATE_FIXTURES & set(getattr(item, "fixturenames", ())):
+                continue
+            if item.get_closest_marker("flaky") or getattr(self.config.option, "reruns", None):
+                wrong.append(
+                    f"{item.nodeid}: reruns hide what it measures: a peak that comes and goes is a finding. Leave "
+                    "--reruns and the flaky marker out"
+                )
+        if wrong:
+            raise pytest.UsageError(*wrong)
+
+    def recording(self, case: str) -> bool:
+        """Whether the case's baseline is to be written."""
+        return any(not name or case == name or case.endswith(f"::{name}") for name in self._names)
+
+    def gate(self) -> "Gate":
+        """The tolerances of this session's device."""
+        from qlora_lowmem.gate import verdicts
+
+        default = verdicts.MEASURED if self.on_gpu else verdicts.EXACT
+        ini: Callable[[str], str] = self.config.getini
+        reserved = verdicts.Tolerance(
+            parse_bytes(ini("vram_reserved_tolerance") or default.reserved.absolute), default.reserved.relative
+        )
+        if not self.on_gpu:
+            return verdicts.Gate(default.allocated, reserved)
+        allocated = verdicts.Tolerance(
+            parse_bytes(ini("vram_tolerance") or default.allocated.absolute),
+            float(ini("vram_tolerance_relative") or default.allocated.relative),
+        )
+        return verdicts.Gate(allocated, reserved)
+
+    def baseline(self, device: str, case: str) -> "Record | None":
+        """The recorded peak of a case on a device.
+
+        Raises:
+            BaselineError: the device's file cannot be read.
+        """
+        from qlora_lowmem.gate.baselines import baseline_path, read_baselines
+
+        if device not in self._read:
+            self._read[device] = read_baselines(baseline_path(self.baselines, device))
+        return self._read[device].get(case)
+
+    def case_of(self, item: pytest.Item) -> "Case | None":
+        """A budgeted test and what it is held against; None for any other."""
+        from qlora_lowmem.gate.meter import Case
+        from qlora_lowmem.gate.records import Record
+
+        budget = item.stash.get(BUDGET, None)
+        if budget is None:
+            return None
+        device = self._real_device() if self.on_gpu else budget.card
+        kept = self._cache().get(_cache_key(device, item.nodeid), None) if self._cache() else None
+        return Case(
+            name=item.nodeid,
+            budget=budget,
+            baseline=self.baseline(device, item.nodeid),
+            last_pass=Record.from_dict(kept) if kept else None,
+            gate=self.gate(),
+            recording=self.recording(item.nodeid),
+            across_versions=self.across_versions,
+            report_only=self.report_only,
+            artefacts=self.artefacts,
+        )
+
+    def server(self) -> "virtual_gpu.Server":
+        """Where budgeted tests run, one at a time; started with the first, with torch imported already."""
+        from qlora_lowmem import virtual_gpu
+
+        if self._server is None:
+            self._server = virtual_gpu.Server(["torch", "qlora_lowmem.gate.plain_recorder"], max_workers=1)
+        return self._server
+
+    @property
+    def artefacts(self) -> Path:
+        """A folder for the attributions of failing runs; made by whoever writes there."""
+        report = self.config.getoption("vram_report")
+        if report:
+            return Path(report).resolve()
+        cache = self._cache()
+        return Path(cache.mkdir("vram")) if cache else Path(tempfile.gettempdir()) / "qlora_lowmem-gate"
+
+    def check(
+        self,
+        item: pytest.Item,
+        case: str,
+        record: "Record",
+        attribute: "Callable[[], Attribution | None]",
+    ) -> "Verdict":
+        """Hold a case against its baseline, and note the result for the session's reports.
+
+        Args:
+            item: the test that asks.
+            attribute: runs the case again with attribution; called only if its verdict fails or it is recorded.
+
+        Raises:
+            BaselineError: the device's file cannot be read.
+        """
+        from qlora_lowmem.gate.check import check_case
+
+        verdict, row = check_case(self, item, case, record, attribute)
+        item.stash[ROW] = row
+        item.user_properties.extend(row.properties())
+        return verdict
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take the row of a case that was measured here or in a worker."""
+        content = getattr(report, REPORT_ATTRIBUTE, None)
+        if content is None:
+            return
+        from qlora_lowmem.gate.rows import Row
+
+        row = Row.from_dict(content)
+        self.rows.append(row)
+        if row.verdict == "WITHIN BUDGET" and row.record is not None and self._cache():
+            self._cache().set(_cache_key(row.record.key.device, row.case), row.record.to_dict())
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write baselines if that was asked for and everything passed, and the reports."""
+        if self._server is not None:
+            self._server.close()
+        if hasattr(self.config, "workerinput") or not (self.rows or self._names):
+            return
+        from qlora_lowmem.gate.outputs import finish
+
+        self.finished = finish(self, exitstatus)
+        if self.finished.failed and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """What was recorded, and what is to be done."""
+        finished = getattr(self, "finished", None)
+        if finished is not None and finished.lines:
+            terminalreporter.section("gpu memory")
+            for line in finished.lines:
+                terminalreporter.write_line(line)
+
+    def _cache(self) -> Any:
+        return getattr(self.config, "cache", None)
+
+    def _real_device(self) -> str:
+        import torch
+
+        return str(torch.cuda.get_device_name(0)).lower().replace(" ", "-")
+
+
+def _cache_key(device: str, case: str) -> str:
+    return f"vram/{device}-{hashlib.sha256(case.encode()).hexdigest()[:16]}"
