@@ -1,4 +1,4 @@
-"""Every byte of a peak has a kind, and the kinds sum to what the card must hold: the optimised recipe and the baseline."""
+"""Every byte of a peak has a kind, and the kinds sum to what the card must hold: optimised and baseline."""
 
 from concurrent.futures import Future
 from pathlib import Path

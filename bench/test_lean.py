@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,7 @@ def test_the_ladder_ends_at_the_shipped_recipe() -> None:
     assert replace_field(steps["logits in tiles of 16 MiB (lean)"], "output_dir", shipped.run.output_dir) == shipped
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [(a[0], b[0]) for a, b in zip(IDEAS, IDEAS[1:], strict=False)], ids=[i[0] for i in IDEAS[1:]]
-)
+@pytest.mark.parametrize(("before", "after"), [(a[0], b[0]) for a, b in pairwise(IDEAS)], ids=[i[0] for i in IDEAS[1:]])
 def test_each_idea_saves(runs: dict[str, "Future[RecipeRun]"], before: str, after: str) -> None:
     if after == COSTS_MORE:
         assert peak(runs, after) > peak(runs, before)

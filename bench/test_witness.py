@@ -33,8 +33,9 @@ WORKSPACE_BYTES = {True: 8_519_680, False: 33_554_432}
 COMPARED_BY_OPERATOR = 2
 # Why an operator is in one account and not in the other, for those that have been seen there.
 _MASKED = (
-    "the virtual run had an attention mask, (1, 1, seq, seq), for a batch without padding, so attention took the masked "
-    "kernel with keys and values repeated for every query head; the ledger takes the one without a mask, as a GPU does"
+    "the virtual run had an attention mask, (1, 1, seq, seq), for a batch without padding, so attention took the "
+    "masked kernel with keys and values repeated for every query head; the ledger takes the one without a mask, as a "
+    "GPU does"
 )
 EXPLANATIONS = {
     "aten._scaled_dot_product_efficient_attention.default": _MASKED,

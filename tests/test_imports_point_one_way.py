@@ -53,7 +53,9 @@ def test_nothing_turns_back(room: str) -> None:
         assert not project_imports(path) & FORBIDDEN[room], path
 
 
-@pytest.mark.parametrize("name", ["recipe", "recipe_io", "overrides", "data", "units", "errors", "environment", "command"])
+@pytest.mark.parametrize(
+    "name", ["recipe", "recipe_io", "overrides", "data", "units", "errors", "environment", "command"]
+)
 def test_what_checks_input_imports_no_heavy_library(name: str) -> None:
     for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -24,7 +24,7 @@ def test_it_finds_the_last_length_that_fits(threshold: int, limit: int) -> None:
         return future
 
     good, bad, run = longest_sequence(
-        probe, lambda run: run.out_of_memory is None, limit=limit, step=1024, note=lambda length, fit: None
+        probe, lambda run: run.out_of_memory is None, limit=limit, step=1024, note=lambda _length, _fit: None
     )
     assert good == min(threshold // 1024 * 1024, limit) or (threshold >= limit and good == limit)
     assert bad == (0 if good == limit else good + 1024)

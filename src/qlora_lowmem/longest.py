@@ -1,9 +1,9 @@
 """The longest sequence that trains on a card, found by running: `python -m qlora_lowmem.longest --config RECIPE`.
 
-    python -m qlora_lowmem.longest --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card rtx-4050-laptop-6gb
+    python -m qlora_lowmem.longest --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card t4-16gb
 
-Each probe is a whole run on a virtual card: two optimizer steps of two micro-batches, every sample at full length. A
-step of more micro-batches takes as much, and a few bytes a token for the batches that wait.
+Each probe is a whole run on a virtual card: two optimizer steps of the recipe's micro-batches, two at most, every
+sample at full length. A step of more micro-batches takes as much, and a few bytes a token for the batches that wait.
 """
 
 import argparse
@@ -98,7 +98,9 @@ def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, 
     Raises:
         QloraLowmemError: a run fails for another reason than memory.
     """
-    short = replace_field(replace_field(recipe, "gradient_accumulation_steps", 2), "max_steps", 2)
+    # From the second micro-batch of a step on, gradients are there from the start: more would show nothing new.
+    micro_batches = min(recipe.batch.gradient_accumulation_steps, 2)
+    short = replace_field(replace_field(recipe, "gradient_accumulation_steps", micro_batches), "max_steps", 2)
     bar = tqdm(desc=recipe.name, unit="run")
 
     def probe(length: int) -> "Future[RecipeRun]":
@@ -145,7 +147,7 @@ def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any]) -
     headers = ["recipe", "longest that trains", "does not fit", "allocated GiB", "on the card GiB", "pinned host GiB"]
     markdown = (
         f"# The longest sequence on {record['device']}\n\nTokens of one sample, batch 1, found by running each length "
-        "(two optimizer steps of two micro-batches); the card's usable memory holds the CUDA context too.\n\n"
+        "(two optimizer steps of one or two micro-batches); the card's usable memory holds the CUDA context too.\n\n"
         f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
     )
     plain = [asdict(row) for row in rows]

@@ -72,8 +72,8 @@ def _of_lean(recipe: Recipe) -> Iterator[Contradiction]:
         if recipe.lean.quantised_embeddings != "none":
             yield Contradiction(
                 ("quantised_embeddings", "lean"),
-                "quantised embeddings are one of the lean implementations; set lean to true, or quantised_embeddings to "
-                "none",
+                "quantised embeddings are one of the lean implementations; "
+                "set lean to true, or quantised_embeddings to none",
             )
         return
     if not memory.gradient_checkpointing:
@@ -82,9 +82,7 @@ def _of_lean(recipe: Recipe) -> Iterator[Contradiction]:
             "lean layers keep their inputs only, which is checkpointing; set gradient_checkpointing to true",
         )
     if memory.loss == "full":
-        yield Contradiction(
-            ("lean", "loss"), "lean never holds the full logits; set loss to fused, or lean to false"
-        )
+        yield Contradiction(("lean", "loss"), "lean never holds the full logits; set loss to fused, or lean to false")
     if memory.activation_offloading:
         yield Contradiction(
             ("lean", "activation_offloading"),

@@ -236,7 +236,7 @@ class Lean:
     checkpoints: Literal["layer", "segments", "host"] = field(
         default="segments",
         metadata=knob(
-            "which layer inputs are kept for backward: all, those of about sqrt(layers) segments, or all in host memory",
+            "which layer inputs are kept for backward: all, about sqrt(layers) of them, or all in host memory",
             "(batch, seq, hidden) for each that is kept; host keeps none on the GPU and states what it takes of RAM",
         ),
     )

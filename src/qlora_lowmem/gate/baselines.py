@@ -1,8 +1,8 @@
 """Recorded peaks under version control: one JSON file a device, one block a case.
 
-A file is written whole or not at all (a temporary file, then a rename), by one process at a time (a lock on the folder),
-and each case carries a checksum: a figure that was changed by hand is told from one that was recorded. Checksums are by
-case, so that two branches that record different cases merge.
+A file is written whole or not at all (a temporary file, then a rename), by one process at a time (a lock on the
+folder), and each case carries a checksum: a figure that was changed by hand is told from one that was recorded.
+Checksums are by case, so that two branches that record different cases merge.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,11 @@ def _read_case(path: Path, name: str, case: Any) -> Record:
         raise BaselineError(f"{path}: case {name!r} is not a record: {error}. {again}") from None
 
 
-def record_baselines(path: Path, records: Mapping[str, Record], *, replace_all: bool = False) -> None:
+def record_baselines(path: Path, records: Mapping[str, Record], *, forget: Collection[str] = ()) -> None:
     """Write the records of these cases and leave the others of the file as they are.
 
     Args:
-        replace_all: forget the file's other cases.
+        forget: cases to take out.
 
     Raises:
         BaselineError: the file there cannot be read (it is left as it is), or the folder cannot be written.
@@ -89,9 +89,9 @@ def record_baselines(path: Path, records: Mapping[str, Record], *, replace_all: 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):
-            kept = {} if replace_all else read_baselines(path)
-            if replace_all and path.exists():
-                read_baselines(path)  # what cannot be read is not overwritten either
+            # Read under the lock, so that what another process has just recorded stays. What cannot be read is an
+            # error here too: it is never overwritten.
+            kept = {name: record for name, record in read_baselines(path).items() if name not in forget}
             _write(path, render({**kept, **records}))
     except OSError as error:
         raise BaselineError(

@@ -105,6 +105,10 @@ class OverBudget:
         ]
         if self.reference is not None:
             lines += ["", *self._grown(self.reference)]
+        elif self.record.modules:
+            blocks = sorted(self.record.modules.items(), key=lambda item: (-item[1], item[0]))[:_LARGEST]
+            rows = [[format_bytes(count), name or "(outside of the model)"] for name, count in blocks]
+            lines += ["", "largest modules:", *_indented(rows, ("", "module"))]
         if self.largest:
             rows = [
                 [format_bytes(count), KINDS.get(kind, kind), module, line] for count, kind, module, line in self.largest

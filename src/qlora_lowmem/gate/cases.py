@@ -12,6 +12,7 @@ from typing import Protocol
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
+from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile, Provenance
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.virtual_runs import RecipeRun, submit_recipe
@@ -55,6 +56,9 @@ class Runner(Protocol):
     def submit(self, recipe: Recipe) -> "Future[CaseResult]":
         """Queue the case."""
 
+    def attribute(self, result: CaseResult) -> Attribution | None:
+        """Run the case again where it has room, and attribute its peak; None where that cannot be done."""
+
 
 class VirtualRunner:
     """Cases on a virtual card, each a process of its own."""
@@ -96,6 +100,11 @@ class VirtualRunner:
         submit_recipe(self._server, recipe, self._card).add_done_callback(done)
         return result
 
+    def attribute(self, result: CaseResult) -> Attribution | None:
+        """Run the case again, on a roomy card if it does not fit, and attribute its peak."""
+        card = self._card if result.out_of_memory is None else self._card.with_memory(ROOMY_BYTES)
+        return submit_recipe(self._server, result.recipe, card, attribute=True).result().attribution
+
     @staticmethod
     def _needs(case: CaseResult, second: "Future[RecipeRun]", result: "Future[CaseResult]") -> None:
         try:
@@ -129,6 +138,10 @@ class GpuRunner:
             case = replace(case, profile=needs.profile if needs is not None and needs.fits else None)
         result.set_result(case)
         return result
+
+    def attribute(self, result: CaseResult) -> Attribution | None:
+        """None: `python -m qlora_lowmem.explain --device cuda` attributes on a real GPU."""
+        del result
 
     def _run(self, recipe: Recipe, limit: Sequence[str]) -> CaseResult:
         with tempfile.TemporaryDirectory() as folder:

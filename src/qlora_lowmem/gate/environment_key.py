@@ -11,7 +11,9 @@ from qlora_lowmem.gate.records import Key
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def key_of(device: str, provenance: str, allocator: str, recipe: str = "", found: Mapping[str, str] | None = None) -> Key:
+def key_of(
+    device: str, provenance: str, allocator: str, recipe: str = "", found: Mapping[str, str] | None = None
+) -> Key:
     """The key of a run in this environment.
 
     Args:

@@ -1,7 +1,5 @@
 """Measure budgeted tests in the process that runs them: a worker on a virtual card, or this one with --gpu."""
 
-import json
-import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qlora_lowmem.gate.artefacts import keep_attribution
 from qlora_lowmem.gate.budget import Budget, over_budget
 from qlora_lowmem.gate.environment_key import allocator_of_environment, key_of
 from qlora_lowmem.gate.keys import ROW
@@ -58,7 +57,7 @@ class Meter:
         if self._case_of(item) is not None:
             from qlora_lowmem.gate.plain_recorder import PlainRecorder
 
-            self._recorder = PlainRecorder()
+            self._recorder = PlainRecorder(item.config.rootpath)
             self._recorder.start()
         return (yield)
 
@@ -96,30 +95,23 @@ class Meter:
             case.name, case.budget, record, measurement.attribution, reference=reference, reference_name=name
         )
         verdict = compare(case.name, case.baseline, record, case.gate, across_versions=case.across_versions)
-        failing = failure is not None or verdict.fails
-        artefact = self._keep(case, measurement.attribution) if failing else ""
-        row = Row(case.name, str(item.path), verdict.name, record, case.baseline, case.budget, artefact=artefact)
+        regressed = verdict.fails and not case.recording
+        attribution = measurement.attribution if failure is not None or regressed else None
+        artefact = keep_attribution(case.artefacts, case.name, attribution)
+        name = "WITHIN BUDGET" if case.baseline is None else verdict.name
+        row = Row(case.name, str(item.path), name, record, case.baseline, case.budget, artefact=artefact)
         if failure is not None:
             failure = replace(failure, artefact=artefact)
             row = replace(row, verdict="OVER BUDGET", fails=True, message=failure.render())
-        elif verdict.fails and not case.recording:
+        elif case.baseline is not None and verdict.name != "PASS":
             if isinstance(verdict, Regressed):
                 verdict = replace(verdict, artefact=artefact)
-            row = replace(row, fails=not case.report_only, message=verdict.render())
+            row = replace(row, fails=regressed and not case.report_only, message=verdict.render())
         item.stash[ROW] = row
         for name, value in row.properties():
             item.user_properties.append((name, value))
         if row.fails:
             pytest.fail(row.message, pytrace=False)
-
-    @staticmethod
-    def _keep(case: Case, attribution: Any) -> str:
-        if attribution is None:
-            return ""
-        case.artefacts.mkdir(parents=True, exist_ok=True)
-        path = case.artefacts / f"attribution-{re.sub(r'[^A-Za-z0-9_.-]+', '-', case.name).strip('-')}.json"
-        path.write_text(json.dumps({"case": case.name, "attribution": attribution.to_dict()}), encoding="utf-8")
-        return str(path)
 
     def _explain_out_of_memory(self, item: pytest.Item, error: BaseException) -> None:
         """What the card held when it ran out, beside the test's own error."""

@@ -12,11 +12,25 @@ from qlora_lowmem.gate.session import GateSession
 
 # Options that say what a session runs and how it reports; the worker runs one test and reports to us.
 _OURS = frozenset(
-    "file_or_dir args plugins markexpr keyword deselect ignore ignore_glob lf failedfirst newfirst last_failed_no_failures "
-    "cacheshow cacheclear stepwise stepwise_skip stepwise_reset numprocesses maxprocesses dist tx px rsyncdir "
-    "distload looponfail testrunuid maxfail collectonly xmlpath reportlog report_log basetemp usepdb usepdb_cls trace "
-    "record vram_report gpu pastebin setuponly setupshow setupplan capture log_file reruns durations noconftest "
-    "confcutdir inifilename rootdir help version override_ini importmode pythonwarnings".split()
+    (
+        *("file_or_dir", "args", "plugins", "markexpr", "keyword", "deselect", "ignore", "ignore_glob", "lf"),
+        *("failedfirst", "newfirst", "last_failed_no_failures", "cacheshow", "cacheclear", "stepwise"),
+        *(
+            "stepwise_skip",
+            "stepwise_reset",
+            "numprocesses",
+            "maxprocesses",
+            "dist",
+            "tx",
+            "px",
+            "rsyncdir",
+            "distload",
+        ),
+        *("looponfail", "testrunuid", "maxfail", "collectonly", "xmlpath", "reportlog", "report_log", "basetemp"),
+        *("usepdb", "usepdb_cls", "trace", "record", "vram_report", "gpu", "pastebin", "setuponly", "setupshow"),
+        *("setupplan", "capture", "log_file", "reruns", "durations", "noconftest", "confcutdir", "inifilename"),
+        *("rootdir", "help", "version", "override_ini", "importmode", "pythonwarnings"),
+    )
 )
 
 
@@ -35,8 +49,7 @@ def _reports(item: pytest.Item, session: GateSession) -> list[pytest.TestReport]
         card = virtual_gpu.get_card(item.stash[BUDGET].card)
         assert case is not None
         content = dataclasses.asdict(case) | {"artefacts": str(case.artefacts)}
-        function, _, rest = item.nodeid.partition("::")
-        del function
+        rest = item.nodeid.partition("::")[2]
         arguments: dict[str, Any] = {
             "node": f"{item.path}::{rest}",
             "folder": str(config.invocation_params.dir),
@@ -45,7 +58,7 @@ def _reports(item: pytest.Item, session: GateSession) -> list[pytest.TestReport]
             "case": content,
         }
         job = session.server().submit("qlora_lowmem.gate.worker:run_test", arguments, card).result()
-    except (virtual_gpu.VirtualGPUError, ValueError, OSError, Exception) as error:
+    except Exception as error:  # whatever it is, it is this test's report
         return [_failed(item, f"{type(error).__name__}: {error}")]
     value = job.value or {"reports": [], "problems": []}
     reports = []
@@ -55,7 +68,9 @@ def _reports(item: pytest.Item, session: GateSession) -> list[pytest.TestReport]
         reports.append(report)
     if not any(report.when == "teardown" for report in reports):
         reason = "\n".join(value["problems"]) or job.error or f"it ended with exit code {job.exit_code}"
-        reports.append(_failed(item, f"on {card.name}, the process of this test did not finish: {reason}", job.output_tail))
+        reports.append(
+            _failed(item, f"on {card.name}, the process of this test did not finish: {reason}", job.output_tail)
+        )
     return reports
 
 

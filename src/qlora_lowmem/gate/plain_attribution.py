@@ -38,8 +38,12 @@ class PlainEvidence:
     at_end: Mapping[int, PlainOwner]
 
 
-def attribute(history: History, evidence: PlainEvidence, profile: MemoryProfile) -> Attribution | None:
-    """The peak of `history` by kind; None if it is higher than what torch counted, and so cannot be believed."""
+def attribute(history: History, evidence: PlainEvidence, profile: MemoryProfile, root: str = "") -> Attribution | None:
+    """The peak of `history` by kind; None if it is higher than what torch counted, and so cannot be believed.
+
+    Args:
+        root: beginning of the paths of the project's own code, left out of lines.
+    """
     phase = profile.phases[0]
     missing = phase.allocated - history.peak_bytes
     if missing < 0:
@@ -71,7 +75,7 @@ def attribute(history: History, evidence: PlainEvidence, profile: MemoryProfile)
         allocated_bytes=phase.allocated,
         reserved_bytes=phase.reserved,
         device_bytes=phase.device,
-        owners=_lines((blocks[i], kinds[i], owners[i], scopes[i]) for i in alive),
+        owners=_lines(((blocks[i], kinds[i], owners[i], scopes[i]) for i in alive), root),
         timeline=timeline(history, kinds, [scope.phase if scope else "" for scope in scopes], list(KINDS)),
         modules=dict(sorted(modules.items())),
     )
@@ -119,10 +123,10 @@ def _moment(scope: Any) -> str:
     return f"{'the test' if scope.phase == 'outside' else scope.phase}{where}{f' ({scope.node})' if scope.node else ''}"
 
 
-def _lines(rows: Iterable[tuple[Block, str, PlainOwner | None, Any]]) -> tuple[OwnerLine, ...]:
+def _lines(rows: Iterable[tuple[Block, str, PlainOwner | None, Any]], root: str) -> tuple[OwnerLine, ...]:
     groups: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
     for block, kind, owner, scope in rows:
-        line = "before the test" if block.born == BEFORE else owner_line(block.frames, scope)
+        line = "before the test" if block.born == BEFORE else owner_line(block.frames, scope).removeprefix(root)
         member = (block.requested, _module(owner, scope), owner.layout if owner else "")
         groups.setdefault((kind, line), []).append(member)
     lines = []

@@ -4,6 +4,8 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -34,9 +36,14 @@ class PlainRecorder:
     """Peaks between `start` and `stop` on one CUDA device; start before the test makes anything.
 
     Allocates nothing on the device and holds no tensor, so that the peaks are those of the test alone.
+
+    Args:
+        root: the project's folder; lines of code are named relative to it.
+        index: of the CUDA device.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, root: Path, index: int = 0) -> None:
+        self._root = f"{root}/".lstrip("/")
         self._index = index
         self._scopes = PlainScopes(self._note_owners)
         self._seen: list[tuple[int, int, PlainOwner]] = []
@@ -91,7 +98,7 @@ class PlainRecorder:
             workspaces = dict.fromkeys(self._library_workspaces(), _WORKSPACE)
             history = replay(self._before, after, self._index)
             evidence = PlainEvidence(self._scopes.scope_of, tuple(self._seen), workspaces)
-            found = attribute(history, evidence, profile) if history.faults == 0 else None
+            found = attribute(history, evidence, profile, self._root) if history.faults == 0 else None
         self._before = {}
         return Measurement(profile, found)
 
@@ -107,7 +114,7 @@ class PlainRecorder:
                 return _reset(*arguments)
 
             setattr(torch._C, name, fold_and_reset)
-            self._undo.append(lambda name=name, reset=reset: setattr(torch._C, name, reset))
+            self._undo.append(partial(setattr, torch._C, name, reset))
 
     def _fold_peaks(self) -> None:
         now = (torch.cuda.max_memory_allocated(self._index), torch.cuda.max_memory_reserved(self._index))
@@ -120,8 +127,8 @@ class PlainRecorder:
         """Weights, gradients and optimizer state as they are now, by address."""
         position = self._scopes.position
         for prefix, root in self._scopes.roots():
-            for name, parameter in root.named_parameters():
-                self._names[id(parameter)] = name = prefix + name
+            for own, parameter in root.named_parameters():
+                self._names[id(parameter)] = name = prefix + own
                 quantised = getattr(parameter, "quant_state", None)  # only bitsandbytes' Params4bit has one
                 kind = "weights_4bit" if quantised is not None else "adapters" if "lora_" in name else "weights_other"
                 self._note(position, parameter, kind, name)
@@ -129,14 +136,14 @@ class PlainRecorder:
                     self._note(position, quantised.absmax, "quantisation", name)
                 if parameter.grad is not None:
                     self._note(position, parameter.grad, "gradients", name)
-            for name, buffer in root.named_buffers():
-                self._note(position, buffer, "weights_other", prefix + name)
+            for own, buffer in root.named_buffers():
+                self._note(position, buffer, "weights_other", prefix + own)
         for reference in self._scopes.optimizers:
             optimizer = reference()
-            for parameter, state in optimizer.state.items() if optimizer is not None else ():
+            for trained, state in optimizer.state.items() if optimizer is not None else ():
                 for value in state.values() if isinstance(state, dict) else ():
                     if isinstance(value, torch.Tensor):
-                        self._note(position, value, "optimizer", self._names.get(id(parameter), ""))
+                        self._note(position, value, "optimizer", self._names.get(id(trained), ""))
 
     def _note(self, position: int, tensor: torch.Tensor, kind: str, name: str) -> None:
         if tensor.is_cuda and tensor.device.index == self._index and tensor.untyped_storage().nbytes():

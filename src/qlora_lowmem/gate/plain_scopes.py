@@ -1,9 +1,9 @@
 """Which module of anyone's model is running at every allocation, without knowing the model beforehand.
 
 Global module hooks see every `nn.Module` that is called. The outermost one is a root, and its `named_modules()` names
-the others. Autograd's nodes belong to the module that was running when they were made (their sequence numbers say when),
-and are told so as `torch.autograd.backward` begins. As in `memory.scopes`, torch's metadata carries the position in the
-log beside each allocation. Works on plain torch: neither transformers nor a trainer is needed.
+the others. Autograd's nodes belong to the module that was running when they were made (their sequence numbers say
+when), and are told so as `torch.autograd.backward` begins. As in `memory.scopes`, torch's metadata carries the position
+in the log beside each allocation. Works on plain torch: neither transformers nor a trainer is needed.
 """
 
 import weakref
@@ -59,7 +59,7 @@ class PlainScopes:
     """Hooks on every module and optimizer of this process, and the log they keep.
 
     Args:
-        on_step: called after outermost forwards, backwards and optimizer steps, when owners of tensors may have changed.
+        on_step: called after outermost forwards, backwards and optimizer steps, when tensors may have got owners.
     """
 
     def __init__(self, on_step: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from qlora_lowmem.gate.budget import Budget
 from qlora_lowmem.gate.records import Record
 
+
 @dataclass(frozen=True)
 class Row:
     """One case.

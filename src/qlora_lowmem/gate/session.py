@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from qlora_lowmem.units import parse_bytes
 if TYPE_CHECKING:
     from qlora_lowmem import virtual_gpu
     from qlora_lowmem.gate.meter import Case
+    from qlora_lowmem.gate.outputs import Finished
     from qlora_lowmem.gate.records import Record
     from qlora_lowmem.gate.rows import Row
     from qlora_lowmem.gate.verdicts import Gate, Verdict
@@ -51,7 +52,7 @@ def check_options(config: pytest.Config) -> None:
         except ValueError:
             valid = False
         if not valid:
-            raise pytest.UsageError(f"vram_tolerance_relative: {share!r} is not a share; write 0.005 for half a percent")
+            raise pytest.UsageError(f"vram_tolerance_relative: {share!r} is not a share; write 0.005 for 0.5 %")
     if gpu and (getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput")):
         raise pytest.UsageError(
             "--gpu measures one job at a time, and pytest-xdist (-n) runs several: leave -n out, or leave --gpu out "
@@ -84,12 +85,17 @@ class GateSession:
         self.rows: list[Row] = []
         self.card: str = config.getoption("card") or config.getini("vram_card") or DEFAULT_CARD
         self._limit: str | None = config.getoption("vram_budget") or config.getini("vram_budget") or None
-        folder = config.getoption("baselines") or config.getini("vram_baselines") or "bench/baselines"
-        self.baselines = config.rootpath / folder
+        given = config.getoption("baselines")
+        self.baselines = (
+            config.invocation_params.dir / given
+            if given
+            else config.rootpath / (config.getini("vram_baselines") or "bench/baselines")
+        )
         self.on_gpu = bool(config.getoption("gpu"))
         self.report_only = bool(config.getoption("report_only"))
         self.across_versions = bool(config.getoption("across_versions"))
-        self._names: list[str] = config.getoption("record") or []
+        self.record_names: list[str] = config.getoption("record") or []
+        self.finished: Finished | None = None
         self._read: dict[str, dict[str, Record]] = {}
         self._server: virtual_gpu.Server | None = None
 
@@ -122,7 +128,26 @@ class GateSession:
 
     def recording(self, case: str) -> bool:
         """Whether the case's baseline is to be written."""
-        return any(not name or case == name or case.endswith(f"::{name}") for name in self._names)
+        return any(self.matches(name, case) for name in self.record_names)
+
+    @staticmethod
+    def matches(name: str, case: str) -> bool:
+        """Whether `--record=name` means the case: all of it, a test by its last part, or any if empty."""
+        return not name or case == name or case.endswith(f"::{name}")
+
+    @property
+    def records_all(self) -> bool:
+        """Whether every case that runs is recorded, and cases that are gone are taken out."""
+        return "" in self.record_names
+
+    def recorded(self, device: str) -> set[str]:
+        """Cases that the device's baselines have.
+
+        Raises:
+            BaselineError: its file cannot be read.
+        """
+        self.baseline(device, "")
+        return set(self._read[device])
 
     def gate(self) -> "Gate":
         """The tolerances of this session's device."""
@@ -199,7 +224,7 @@ class GateSession:
         record: "Record",
         attribute: "Callable[[], Attribution | None]",
     ) -> "Verdict":
-        """Hold a case against its baseline, and note the result for the session's reports.
+        """Hold a case against its baseline, note the result for the reports, and fail the test if the verdict does.
 
         Args:
             item: the test that asks.
@@ -211,9 +236,26 @@ class GateSession:
         from qlora_lowmem.gate.check import check_case
 
         verdict, row = check_case(self, item, case, record, attribute)
+        self._take(item, row)
+        return verdict
+
+    def check_complete(self, item: pytest.Item, device: str, cases: Collection[str]) -> None:
+        """Fail if the device's baselines have a recipe that is none of `cases`.
+
+        Raises:
+            BaselineError: the device's file cannot be read.
+        """
+        from qlora_lowmem.gate.check import missing_rows
+
+        for row in missing_rows(self, item, device, set(cases)):
+            self._take(item, row)
+
+    @staticmethod
+    def _take(item: pytest.Item, row: "Row") -> None:
         item.stash[ROW] = row
         item.user_properties.extend(row.properties())
-        return verdict
+        if row.fails:
+            pytest.fail(row.message, pytrace=False)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the row of a case that was measured here or in a worker."""
@@ -224,7 +266,7 @@ class GateSession:
 
         row = Row.from_dict(content)
         self.rows.append(row)
-        if row.verdict == "WITHIN BUDGET" and row.record is not None and self._cache():
+        if row.budget is not None and not row.fails and row.record is not None and self._cache():
             self._cache().set(_cache_key(row.record.key.device, row.case), row.record.to_dict())
 
     @pytest.hookimpl(trylast=True)
@@ -232,7 +274,7 @@ class GateSession:
         """Write baselines if that was asked for and everything passed, and the reports."""
         if self._server is not None:
             self._server.close()
-        if hasattr(self.config, "workerinput") or not (self.rows or self._names):
+        if hasattr(self.config, "workerinput") or not (self.rows or self.record_names):
             return
         from qlora_lowmem.gate.outputs import finish
 
@@ -242,10 +284,9 @@ class GateSession:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """What was recorded, and what is to be done."""
-        finished = getattr(self, "finished", None)
-        if finished is not None and finished.lines:
+        if self.finished is not None and self.finished.lines:
             terminalreporter.section("gpu memory")
-            for line in finished.lines:
+            for line in self.finished.lines:
                 terminalreporter.write_line(line)
 
     def _cache(self) -> Any:

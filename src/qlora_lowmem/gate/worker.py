@@ -12,6 +12,7 @@ from qlora_lowmem.gate.meter import Case, Meter
 from qlora_lowmem.gate.records import Record
 from qlora_lowmem.gate.verdicts import Gate, Tolerance
 
+
 class WorkerPlugin:
     """Takes the outer session's options over, and keeps every report. The gate knows by it that it is in a worker."""
 
@@ -32,9 +33,7 @@ class WorkerPlugin:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep it, as pytest-xdist would send it."""
         assert self._config is not None
-        self.reports.append(
-            self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
-        )
+        self.reports.append(self._config.hook.pytest_report_to_serializable(config=self._config, report=report))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file that cannot be collected here."""

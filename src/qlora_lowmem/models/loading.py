@@ -24,7 +24,6 @@ from qlora_lowmem.models.random_weights import config_from, meta_model, random_m
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.recipe import Recipe
 
-
 EMBEDDING_BITS: dict[str, Literal[8, 4] | None] = {"none": None, "8bit": 8, "4bit": 4}
 
 
@@ -101,7 +100,9 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
     if bits is not None:
         embedding: Any = model.get_input_embeddings()
         embedding.weight.requires_grad_(False)
-        embedding.weight.data = embedding.weight.data.cpu()  # so that it is never on the device beside its quantised self
+        embedding.weight.data = (
+            embedding.weight.data.cpu()
+        )  # so that it is never on the device beside its quantised self
         quantise_embeddings(model, bits, device)
     return model
 

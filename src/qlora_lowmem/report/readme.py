@@ -1,4 +1,4 @@
-"""The README's figures, made from `results/`: `python -m qlora_lowmem.report.readme` writes them between the markers."""
+"""The README's figures, from `results/`: `python -m qlora_lowmem.report.readme` writes them between the markers."""
 
 import argparse
 import json
@@ -57,7 +57,9 @@ def _run(arguments: list[str]) -> int:
     try:
         content, text = json.loads(source.read_text(encoding="utf-8")), readme.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}; run pytest bench/ first, in the project's root") from None
+        raise UsageError(
+            f"{error.filename}: {error.strerror}; run pytest bench/ first, in the project's root"
+        ) from None
     if not _BLOCK.search(text):
         raise UsageError(f"{readme} has no <!-- matrix --> ... <!-- /matrix -->; put the markers where the table goes")
     block = readme_block(content)

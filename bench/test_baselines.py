@@ -1,0 +1,22 @@
+"""Every recipe needs what it needed when its baseline was recorded, to the byte on a virtual card."""
+
+import pytest
+
+from matrix_recipes import ORDER
+from qlora_lowmem.gate.cases import Matrix, Runner
+from qlora_lowmem.gate.recipes import recipe_record
+from qlora_lowmem.gate.session import GateSession
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_baseline(
+    matrix: Matrix, runner: Runner, vram_gate: GateSession, request: pytest.FixtureRequest, name: str
+) -> None:
+    result = matrix[name]
+    assert result.failure is None, result.failure
+    assert result.profile is not None, f"no peak: {result.out_of_memory}"
+    vram_gate.check(request.node, name, recipe_record(result), lambda: runner.attribute(result))
+
+
+def test_no_baseline_without_its_recipe(matrix: Matrix, vram_gate: GateSession, request: pytest.FixtureRequest) -> None:
+    vram_gate.check_complete(request.node, matrix[ORDER[0]].card, ORDER)
