@@ -397,12 +397,10 @@ ONE_CHANGE = {
     ("optimised", "lean"): {
         "lean": True,
         "target_modules": "all-linear",
-        "tile_length": 256,
         "loss_tile_bytes": 16777216,
     },
     ("lean", "lean-host"): {
         "checkpoints": "host",
-        "tile_length": 2048,
         "max_seq_length": 131072,
         "gradient_accumulation_steps": 1,
         "expandable_segments": True,

@@ -149,7 +149,6 @@ def lean_options(recipe: Recipe) -> LeanOptions:
     """The recipe's section `lean` as the lean implementations take it."""
     return LeanOptions(
         tile_length=recipe.lean.tile_length,
-        feed_forward_tile_length=recipe.lean.tile_length,
         scan_chunk_length=recipe.lean.scan_chunk_length,
         checkpointing=recipe.lean.checkpoints,
         loss_tile_bytes=recipe.lean.loss_tile_bytes,

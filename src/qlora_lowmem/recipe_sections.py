@@ -217,16 +217,16 @@ class Lean:
             "a layer's working set is one tile's, whatever the sequence",
         ),
     )
-    tile_length: int = field(
-        default=512,
+    tile_length: int | None = field(
+        default=None,
         metadata=knob(
-            "tokens of a tile of a decoder layer",
+            "tokens of a tile of a decoder layer; null is 512 up to 4,096 tokens, then an eighth, 2,048 at most",
             "activations of one layer grow with it; small tiles cost more launches",
             min=16,
         ),
     )
     scan_chunk_length: int = field(
-        default=128,
+        default=64,
         metadata=knob(
             "tokens of a chunk of the Mamba-2 scan; the result does not depend on it",
             "(chunk, chunk) matrices per head inside a tile",

@@ -141,8 +141,8 @@ def test_dropout_drops_the_same_elements_in_backward() -> None:
     _, gradients = step(model, inputs)
     direction = {name: g / g.norm() for name, g in gradients.items()}
     expected = sum(g.norm().item() for g in gradients.values())
-    found = (loss_at(1e-4, direction) - loss_at(-1e-4, direction)) / 2e-4
-    assert abs(found - expected) <= 2e-3 * expected
+    found = (loss_at(3e-4, direction) - loss_at(-3e-4, direction)) / 6e-4
+    assert abs(found - expected) <= 1e-2 * expected  # other masks in backward: tens of percents
 
 
 def test_evaluation_and_generation_still_work() -> None:
