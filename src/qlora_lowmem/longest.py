@@ -27,8 +27,6 @@ from qlora_lowmem.recipe_io import load_recipe, replace_field
 from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
 from qlora_lowmem.virtual_runs import RecipeRun, recipe_server, submit_recipe
 
-SHORTEST = 256
-
 
 @dataclass(frozen=True)
 class Longest:
@@ -53,43 +51,58 @@ class Longest:
 
 def longest_sequence(
     probe: Callable[[int], "Future[RecipeRun]"],
-    fits: Callable[[RecipeRun], bool],
+    room: Callable[[RecipeRun], int],
     *,
+    start: int,
     limit: int,
     step: int,
     note: Callable[[int, bool], None],
 ) -> tuple[int, int, RecipeRun | None]:
-    """The largest multiple of `step` up to `limit` at which `probe` fits, taking memory to grow with the length.
+    """The largest multiple of `step` up to `limit` at which `probe` leaves room, taking need to grow with the length.
 
-    Doubles from `SHORTEST` until one does not fit, then bisects, two probes at a time (thirds of what is open).
+    Need is nearly a line in the length, so two lengths that fit say where it will run out: the multiple below and the
+    one above are run next, side by side. Where a line says nothing new, the open interval is halved.
+
+    Args:
+        room: bytes that a run left; negative if it did not fit.
+        start: the length to begin with.
 
     Returns:
         (the longest that fits or 0, the shortest seen not to fit or 0, the run at the longest).
     """
-    good, bad, best = 0, 0, None
-    length = min(max(SHORTEST, step), limit)
-    while not bad:
-        run = probe(length).result()
-        note(length, fits(run))
-        if not fits(run):
-            bad = length
-        else:
-            good, best = length, run
-            if length == limit:
-                return good, 0, best
-            length = min(2 * length, limit)
-    while bad - good > step:
-        third = max((bad - good) // 3 // step, 1) * step
-        tries = sorted({length for length in (good + third, good + 2 * third) if good < length < bad})
+    left: dict[int, int] = {}
+    good, bad, best = 0, limit // step * step + step, None
+    tries = [min(max(start // step, 1) * step, bad - step)]
+    while tries:
         runs = {length: probe(length) for length in tries}
         for length in tries:
             run = runs[length].result()
-            note(length, fits(run))
-            if fits(run) and not good > length:
-                good, best = length, run
-            elif not fits(run):
+            left[length] = room(run)
+            note(length, left[length] >= 0)
+            if left[length] < 0:
                 bad = min(bad, length)
-    return good, bad, best
+            elif good < length < bad:
+                good, best = length, run
+        tries = _next_tries(left, good, bad, step)
+    return good, bad if bad in left else 0, best
+
+
+def _next_tries(left: dict[int, int], good: int, bad: int, step: int) -> list[int]:
+    """The lengths strictly between `good` and `bad` to run next, shortest first; none when nothing is open."""
+    if bad - good <= step:
+        return []
+    fitting = sorted(length for length in left if left[length] >= 0 and length <= good)
+    if len(fitting) == 1:
+        guess = 2 * good
+    elif len(fitting) > 1 and left[fitting[-2]] > left[good]:
+        slope = (left[fitting[-2]] - left[good]) / (good - fitting[-2])
+        guess = good + int(left[good] / slope)
+    else:
+        guess = (good + bad) // 2
+    below = guess // step * step
+    tries = [length for length in (below, below + step) if good < length < bad]
+    middle = (good + bad) // 2 // step * step
+    return tries or [middle if middle > good else good + step]
 
 
 def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
@@ -106,16 +119,17 @@ def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, 
     def probe(length: int) -> "Future[RecipeRun]":
         return submit_recipe(server, replace_field(short, "max_seq_length", length), card)
 
-    def fits(run: RecipeRun) -> bool:
+    def room(run: RecipeRun) -> int:
         if run.profile is None:
             raise QloraLowmemError(f"{recipe.name} fails: {(run.failure or '').strip().splitlines()[-1]}")
-        return run.out_of_memory is None and run.profile.peak_device_bytes <= card.usable_bytes
+        return -1 if run.out_of_memory is not None else card.usable_bytes - run.profile.peak_device_bytes
 
     def note(length: int, fit: bool) -> None:
         bar.update(1)
         bar.set_postfix_str(f"{length:,} tokens {'fit' if fit else 'do not fit'}")
 
-    good, bad, run = longest_sequence(probe, fits, limit=limit, step=step, note=note)
+    start = recipe.batch.max_seq_length
+    good, bad, run = longest_sequence(probe, room, start=start, limit=limit, step=step, note=note)
     bar.close()
     profile = run.profile if run is not None else None
     return Longest(
