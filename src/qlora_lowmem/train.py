@@ -205,6 +205,7 @@ def _summary(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
         content["floor_bytes"] = outcome.floor.total
         # A virtual GPU computes nothing: a loss of it would be a made-up figure.
         if peaks["provenance"] == "measured" and outcome.losses:
+            content["losses"] = list(outcome.losses)
             content |= {"first_loss": outcome.losses[0], "final_loss": outcome.losses[-1]}
             content |= {"tokens": outcome.tokens, "tokens_per_second": round(outcome.tokens / outcome.seconds, 1)}
     return content

@@ -141,14 +141,49 @@ def convolution() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def refused_transform() -> str:
+def refused_sparsity() -> str:
     import torch
 
     try:
-        torch.fft.fft(torch.ones(64, device="cuda"))
+        torch.sparse.to_sparse_semi_structured(torch.zeros(128, 128, dtype=torch.float16, device="cuda"))
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def attention(backend: str, batch: int, heads: int, seq: int, head_dim: int) -> dict[str, int]:
+    """What attention keeps for its backward pass, and the peak of that, in bytes beside the inputs."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    shape = (batch, heads, seq, head_dim)
+    query, key, value = (torch.empty(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    before = torch.cuda.memory_allocated()
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    kept = torch.cuda.memory_allocated() - before
+    output.backward(torch.empty_like(output))
+    return {"kept": kept, "peak": torch.cuda.max_memory_allocated() - before}
+
+
+def default_attention() -> str:
+    import torch
+
+    query = torch.empty(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    return type(torch.nn.functional.scaled_dot_product_attention(query, query, query).grad_fn).__name__
+
+
+def recurrent(kind: str) -> dict[str, int]:
+    """A network's weights in bytes, as cuDNN lays them out and as PyTorch counts them."""
+    import torch
+
+    network = getattr(torch.nn, kind)(16, 32, num_layers=2, bidirectional=True, device="cuda")
+    addresses = sorted(weight.data_ptr() for weight in network.parameters())
+    last = max(network.parameters(), key=lambda weight: weight.data_ptr())
+    return {
+        "spanned": addresses[-1] + last.numel() * 4 - addresses[0],
+        "counted": sum(weight.numel() for weight in network.parameters()) * 4,
+    }
 
 
 def managed() -> int:
@@ -218,3 +253,23 @@ def properties() -> dict[str, Any]:
 
 def not_json() -> object:
     return object()
+
+
+def evaluate(expressions: list[str]) -> dict[str, str]:
+    """What each expression gives, with the names that `vgpu_facts.py` promises."""
+    import torch
+
+    names = {
+        "torch": torch,
+        "x": torch.ones(8, device="cuda"),
+        "mask": torch.zeros(8, dtype=torch.bool, device="cuda"),
+        "ids": torch.arange(8, device="cuda"),
+        "labels": torch.full((2, 4), -100, device="cuda"),
+    }
+    answers = {}
+    for expression in expressions:
+        try:
+            answers[expression] = repr(eval(expression, names))
+        except RuntimeError as error:
+            answers[expression] = f"{type(error).__name__}: {error}"
+    return answers

@@ -121,7 +121,7 @@ def test_managed_memory_is_counted_by_itself(job):
 
 @pytest.mark.parametrize(
     ("function", "name"),
-    [("refused_graph", "cudaStreamBeginCapture"), ("refused_transform", "cufftCreate")],
+    [("refused_graph", "cudaStreamBeginCapture"), ("refused_sparsity", "cusparseLtInit")],
 )
 def test_what_is_not_implemented_is_refused_by_name(job, function, name):
     result = job(function)
@@ -137,6 +137,40 @@ def test_a_convolution_is_planned_and_counts_what_pytorch_allocates(job):
     tensors = 4 * image + 2 * weight  # image, result, gradients of both; weight and its gradient
     assert tensors <= result.value <= tensors + image
     assert result.report.missing_functions == ()
+
+
+def test_refused_graphs_say_what_to_do(job):
+    assert "torch.compile(mode=" in job("refused_graph").output_tail
+
+
+def test_cudnn_plans_attention_with_its_frontends_own_workspace(job):
+    """Its frontend asks for the queries' fp32 gradient and the softmax's sums: 4 bytes an element and a row."""
+    batch, heads, seq, head_dim = 2, 16, 1024, 128
+    options = {"batch": batch, "heads": heads, "seq": seq, "head_dim": head_dim}
+    value = job("attention", get_card("h100-80gb"), backend="CUDNN_ATTENTION", **options).value
+    tensor, row = 2 * batch * heads * seq * head_dim, 4 * batch * heads * seq
+    assert tensor + row <= value["kept"] <= tensor + row + 2048  # the output, the log of the sums, two random numbers
+    gradients = 4 * tensor  # of the output, which is passed in, and of the three inputs
+    workspace = 2 * tensor + row
+    assert 0 <= value["peak"] - value["kept"] - gradients - workspace <= 4096
+
+
+@pytest.mark.parametrize(
+    ("card", "function"),
+    [
+        ("rtx-4050-laptop-6gb", "ScaledDotProductFlashAttentionBackward0"),
+        ("a100-40gb", "ScaledDotProductFlashAttentionBackward0"),
+        ("h100-80gb", "ScaledDotProductCudnnAttentionBackward0"),
+    ],
+)
+def test_attention_is_the_cards_default(job, card, function):
+    assert job("default_attention", get_card(card)).value == function
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_recurrent_networks_weights_fill_their_buffer(job, kind):
+    value = job("recurrent", kind=kind).value
+    assert value["spanned"] == value["counted"]
 
 
 @pytest.mark.parametrize("name", ["rtx-2060-6gb", "rtx-4050-laptop-6gb", "h100-80gb"])

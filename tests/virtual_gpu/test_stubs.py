@@ -14,12 +14,26 @@ from qlora_lowmem.virtual_gpu import stubs
         ("cublasLt", "cublasLtMatmul", "product"),
         ("cublasLt", "cublasLtMatmulAlgoCheck", "missing"),
         ("cudart", "cudaGraphLaunch", "missing"),
-        ("cudnn", "cudnnCreate", "handle"),
+        ("cudnn", "cudnnCreateActivationDescriptor", "handle"),
+        ("cudnn", "cudnnBatchNormalizationForwardTrainingEx", "product"),
+        ("cudnn", "cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize", "size"),
         ("cudnn", "cudnnConvolutionForward", "missing"),
         ("nccl", "ncclGetVersion", "version"),
         ("nccl", "ncclGetErrorString", "text"),
-        ("nccl", "ncclAllReduce", "missing"),
-        ("cusolver", "cusolverDnSgetrf_bufferSize", "missing"),
+        ("nccl", "ncclDevCommCreate", "missing"),
+        ("cusolver", "cusolverDnSgetrf_bufferSize", "size"),
+        ("cusolver", "cusolverDnSgetrf", "product"),
+        ("cusolver", "cusolverDnSSgesv_bufferSize", "missing"),
+        ("cusolver", "cusolverDnCreateGesvdjInfo", "handle"),
+        ("cusparse", "cusparseCreateCsr", "handle"),
+        ("cusparse", "cusparseSpMM", "product"),
+        ("cusparse", "cusparseSpMM_bufferSize", "size"),
+        ("cusparse", "cusparseSpMM_preprocess", "product"),
+        ("cusparse", "cusparseScsrgeam2", "product"),
+        ("cusparse", "cusparseDenseToSparse_bufferSize", "missing"),
+        ("cufft", "cufftXtExec", "product"),
+        ("cufft", "cufftPlan1d", "missing"),
+        ("cusparseLt", "cusparseLtInit", "missing"),
     ],
 )
 def test_what_a_function_without_implementation_does(stem, name, kind):
@@ -48,3 +62,11 @@ CUresult CUDAAPI cuMemAlloc(CUdeviceptr *dptr, size_t bytesize);
     functions, renamings = stubs.driver_functions(header)
     assert functions == ["cuInit", "cuMemAlloc_v2"]
     assert renamings == {"cuMemAlloc": "cuMemAlloc_v2"}
+
+
+def test_a_size_is_written_where_the_argument_points():
+    """The second argument is in a register; the eighth lies on the stack, above the return address and the seventh."""
+    policy = stubs.Policy(1, sizes=((r"small", ((2, 4),)), (r"late", ((8, 8),))), notice=4)
+    text = stubs.write_assembly(policy, ["small", "late"], [], 0)
+    assert "movl $0, (%rsi)\n    movl $4, %edi\n    jmp vgpu_notice@PLT" in text
+    assert "movq 16(%rsp), %rax\n    movq $0, (%rax)" in text

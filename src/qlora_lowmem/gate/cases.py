@@ -142,6 +142,7 @@ class GpuRunner:
     def attribute(self, result: CaseResult) -> Attribution | None:
         """None: `python -m qlora_lowmem.explain --device cuda` attributes on a real GPU."""
         del result
+        return None
 
     def _run(self, recipe: Recipe, limit: Sequence[str]) -> CaseResult:
         with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ assert_at_most_share(profile("seq512"), 0.6, of=profile("seq1024"))
 assert_monotone({256: a, 512: b, 1024: c}, in_="sequence length")
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def assert_monotone(profiles: Mapping[float, Profile], *, in_: str, strictly: bo
     if len(profiles) < 2:
         raise ValueError(f"{in_}: a relation needs at least two values, and there are {len(profiles)}")
     values = sorted(profiles)
-    for small, large in zip(values, values[1:], strict=False):
+    for small, large in itertools.pairwise(values):
         less, more = peak(profiles[small]), peak(profiles[large])
         if less > more or (strictly and less == more):
             relation = f"memory should grow with {in_}, and {in_} {small:g} against {large:g} does not"

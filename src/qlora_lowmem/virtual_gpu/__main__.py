@@ -13,6 +13,7 @@ from typing import NoReturn
 from .cards import Card, all_cards, get_card
 from .errors import UnknownCardError, VirtualGPUError
 from .launch import run
+from .print_card import card_row
 from .report import Report
 
 _GIB = 2**30
@@ -59,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", metavar="SIZE", type=_size, help="how much memory it has: 8GiB, 24GB, bytes")
     parser.add_argument("--json", metavar="FILE", help="write the report there as JSON; - for standard output")
     parser.add_argument("--list-cards", action="store_true", help="show the table of cards and end")
+    parser.add_argument(
+        "--print-card", action="store_true", help="measure this machine's own GPU: its row of cards.toml"
+    )
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="the program and its arguments, after --")
     return parser
 
@@ -76,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list_cards:
         print(_card_table())
         return 0
+    if options.print_card:
+        return _print_card(parser)
     if options.card is None:
         parser.error("--card is missing; --list-cards shows the cards")
     if not options.command:
@@ -107,11 +113,21 @@ def _chosen_card(name: str, memory: int | None) -> Card:
     return card if memory is None else card.with_memory(memory)
 
 
+def _print_card(parser: argparse.ArgumentParser) -> int:
+    try:
+        print(card_row())
+    except VirtualGPUError as error:
+        parser.exit(_EXIT_USAGE, f"virtual GPU: {error}\n")
+    return 0
+
+
 def _print_summary(report: Report, card: Card) -> None:
     def gib(count: int) -> str:
         return f"{count / _GIB:.3f} GiB"
 
-    known = "" if report.complete else " (a process was killed: allocated and reserved are what was last known)"
+    known = (
+        "" if report.complete else " (a process was killed or not seen: allocated and reserved are what was last known)"
+    )
     print(
         f"virtual {card.name}: peak allocated {gib(report.peak_allocated_bytes)}, reserved "
         f"{gib(report.peak_reserved_bytes)}, device {gib(report.peak_device_bytes)} of {gib(card.total_bytes)} "

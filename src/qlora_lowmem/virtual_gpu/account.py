@@ -17,7 +17,13 @@ _MAX_PROCESSES = 256
 _MAX_MISSING = 256
 _NAME_BYTES = 96
 
-# magic; layout version, devices, missing functions, values read, two spare; pinned now and peak, managed now and peak
+# Names of the bits of Notice in account.h.
+_NOTICES = (
+    "nccl_buffers", "dnn_workspaces", "solver_workspaces", "sparse_workspaces", "fft_workspaces", "no_hooks",
+    "static_runtime",
+)  # fmt: skip
+# magic; layout version, devices, missing functions, values read, spare, notices; pinned now and peak, managed
+# now and peak
 _HEADER = struct.Struct("<8s6I4Q64x")
 # name, uuid; total, context, used, peak; capability, SMs, limits, clocks
 _DEVICE = struct.Struct(f"<{_NAME_BYTES}s16s4Q13I60x")
@@ -46,6 +52,7 @@ class AccountReading:
     managed_peak_bytes: int
     values_read: bool
     missing_functions: tuple[str, ...]
+    notices: tuple[str, ...]
 
 
 def create(path: Path, card: Card, count: int) -> None:
@@ -97,7 +104,7 @@ def read(path: Path) -> AccountReading:
     content = path.read_bytes()
     if len(content) != FILE_BYTES or not content.startswith(_MAGIC):
         raise ValueError(f"{path} is not the account of a virtual machine")
-    _, _, count, missing, values_read, _, _, _, pinned_peak, _, managed_peak = _HEADER.unpack_from(content)
+    _, _, count, missing, values_read, _, notices, _, pinned_peak, _, managed_peak = _HEADER.unpack_from(content)
     devices = []
     for device in range(count):
         row = _DEVICE.unpack_from(content, _HEADER.size + device * _DEVICE.size)
@@ -106,4 +113,5 @@ def read(path: Path) -> AccountReading:
         content[start : start + _NAME_BYTES].split(b"\0", 1)[0].decode(errors="replace")
         for start in range(_MISSING_AT, _MISSING_AT + missing * _NAME_BYTES, _NAME_BYTES)
     )
-    return AccountReading(tuple(devices), pinned_peak, managed_peak, bool(values_read), tuple(names))
+    told = tuple(name for bit, name in enumerate(_NOTICES) if notices >> bit & 1)
+    return AccountReading(tuple(devices), pinned_peak, managed_peak, bool(values_read), tuple(names), told)

@@ -19,7 +19,7 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
-from . import stubs
+from . import policies, stubs
 from .discovery import CudaInstallation, CudaLibrary, find_cuda, header_version, read_exports
 from .errors import VirtualGPUUnavailable
 
@@ -30,9 +30,19 @@ _LIBRARY_SOURCES = {
     "cudart": ("runtime_device.cpp", "runtime_launch.cpp", "runtime_memory.cpp", "runtime_stream.cpp"),
     "cublas": ("blas.cpp",),
     "cublasLt": ("blas.cpp",),
-    "cudnn": ("dnn.cpp", "dnn_backend.cpp"),
+    "cudnn": ("dnn.cpp", "dnn_backend.cpp", "dnn_rnn.cpp"),
+    "cusparse": ("sparse.cpp",),
+    "nccl": ("nccl.cpp",),
 }
-_SHARED = ("account.cpp", "attributes.cpp", "memory.cpp", "refuse.cpp", "thread_exit.cpp")
+_SHARED = (
+    "account.cpp",
+    "attributes.cpp",
+    "exchanged.cpp",
+    "memory.cpp",
+    "notices.cpp",
+    "refuse.cpp",
+    "thread_exit.cpp",
+)
 _DRIVER = ("driver.cpp", "driver_launch.cpp", "driver_memory.cpp")
 CACHE_VARIABLE = "QLORA_LOWMEM_CACHE"
 
@@ -66,11 +76,12 @@ def ensure_built() -> Build:
     for root in _cache_roots():
         folder = root / key
         _require_preloadable(folder)
-        if (folder / "build.json").exists():
+        if _is_whole(folder):
             return _load(folder)
         try:
             with _locked(root, key):
-                if not (folder / "build.json").exists():
+                if not _is_whole(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
                     _build_into(folder, cuda, compiler)
         except OSError as error:
             failures.append(f"{root} ({error.strerror or error})")
@@ -115,7 +126,7 @@ def find_compiler() -> tuple[str, ...]:
 
 def _key(cuda: CudaInstallation, compiler: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for source in sorted([*_SOURCES.rglob("*"), Path(__file__), Path(stubs.__file__)]):
+    for source in sorted([*_SOURCES.rglob("*"), Path(__file__), Path(stubs.__file__), Path(policies.__file__)]):
         if source.is_file():
             digest.update(source.name.encode() + source.read_bytes())
     digest.update(_compiler_version(compiler).encode())
@@ -145,6 +156,15 @@ def _require_preloadable(folder: Path) -> None:
             f"the virtual GPU's libraries lie in {folder}, and a preloaded library's path must not hold spaces or "
             f"colons. Set {CACHE_VARIABLE} to a folder without them."
         )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a build is there with every file as long as it was: the loader only warns of a damaged one."""
+    try:
+        files = json.loads((folder / "build.json").read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _load(folder: Path) -> Build:
@@ -186,9 +206,10 @@ class _Builder:
         preload += [_file_name(library) for library in libraries.values()]
         versions = {"cuda": str(header_version(self.cuda.headers)), "compiler": _compiler_version(self.compiler)}
         versions |= {stem: str(version) for stem, version in self.versions.items()}
-        record = {"preload": preload, "versions": versions}
         for leftover in (*self.folder.glob("*.o"), *self.folder.glob("*.S"), *self.folder.glob("*.map")):
             leftover.unlink()
+        files = {path.name: path.stat().st_size for path in self.folder.iterdir()}
+        record = {"preload": preload, "versions": versions, "files": files}
         (self.folder / "build.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def _compile(self, source: str, stem: str | None) -> Path:

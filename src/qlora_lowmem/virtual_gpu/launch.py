@@ -4,12 +4,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from . import account
+from . import account, processes
 from .build import Build, ensure_built
 from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, get_card
 from .report import ACCOUNT_FILE, Report, read_report
@@ -57,7 +58,7 @@ def card_variables(card: Card, report: Path) -> dict[str, str]:
     """The part that differs between processes of one build: which machine they are on."""
     memory = "" if get_card(card.name).total_bytes == card.total_bytes else str(card.total_bytes)
     return {
-        "VGPU_ACCOUNT": str((report / ACCOUNT_FILE).resolve()),
+        processes.ACCOUNT_VARIABLE: str((report / ACCOUNT_FILE).resolve()),
         CARD_VARIABLE: card.name,
         MEMORY_VARIABLE: memory,
     }
@@ -94,15 +95,54 @@ def run(
     with tempfile.TemporaryDirectory(prefix="vgpu-") as folder:
         report = Path(folder)
         complete = base | variables(build, card, count, report, base)
-        process = subprocess.Popen(command, env=complete, cwd=cwd, stdout=stdout, stderr=stderr, start_new_session=True)
-        with _stopping(process):
-            code = process.wait(timeout)
+        with _watchdog(report) as tell:
+            process = subprocess.Popen(
+                command, env=complete, cwd=cwd, stdout=stdout, stderr=stderr, start_new_session=True
+            )
+            tell(process.pid)
+            with _stopping(process, Path(complete[processes.ACCOUNT_VARIABLE])):
+                code = process.wait(timeout)
         return read_report(report, card, code if code >= 0 else 128 - code)
 
 
 @contextlib.contextmanager
-def _stopping(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leaves nothing of the process' session behind, however the block ends.
+def _watchdog(folder: Path) -> Iterator[Callable[[int], None]]:
+    """A process that ends the program and removes the folder should this one be killed, and cannot do it.
+
+    Yields what tells it the program's pid.
+    """
+    ours, theirs = os.pipe()
+    command = [sys.executable, "-I", "-S", processes.__file__, str(ours), str(folder.resolve())]
+    nothing = subprocess.DEVNULL
+    # Nothing of a virtual machine that this process itself may be on.
+    plain = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    watchdog = subprocess.Popen(
+        command,
+        env=plain,
+        cwd="/",
+        stdin=nothing,
+        stdout=nothing,
+        stderr=nothing,
+        pass_fds=[ours],
+        start_new_session=True,
+    )
+    os.close(ours)
+    try:
+        yield lambda pid: _say(theirs, f"{pid}\n")
+    finally:
+        _say(theirs, "\ndone")
+        os.close(theirs)
+        watchdog.wait()
+
+
+def _say(pipe: int, text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # somebody killed it
+        os.write(pipe, text.encode())
+
+
+@contextlib.contextmanager
+def _stopping(process: subprocess.Popen[bytes], account_file: Path) -> Iterator[None]:
+    """Leaves nothing of the process and its descendants behind, however the block ends.
 
     The session is its own, so an interrupt from the keyboard reaches the program only through this.
     """
@@ -110,15 +150,11 @@ def _stopping(process: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
     except BaseException as error:
         first = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-        _signal_group(process, first)
+        processes.end_group(process.pid, first)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(_GRACE_SECONDS)
         raise
     finally:
-        _signal_group(process, signal.SIGKILL)
+        processes.end_group(process.pid)
         process.wait()
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+        processes.end_members(account_file)

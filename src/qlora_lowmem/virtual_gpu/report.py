@@ -39,6 +39,9 @@ class Report:
         provenance: always `virtual`.
         versions: of torch and CUDA, where the program used them.
         values_read: the program copied data from the card; it was zeros.
+        notices: what the run's stderr said of these figures: memory that is not known here and not in them
+            (`nccl_buffers`, `dnn_workspaces`, `solver_workspaces`, `sparse_workspaces`, `fft_workspaces`), and parts of
+            the program that were not seen (`no_hooks`, `static_runtime`).
         complete: every process that used torch's allocator ended in a way that let it report. Where False (a process
             was killed), allocated and reserved are what was last known; the device's peak is exact all the same.
     """
@@ -57,10 +60,17 @@ class Report:
     complete: bool
     devices: tuple[DevicePeaks, ...]
     provenance: str = "virtual"
+    notices: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-able data; sizes are integers in bytes."""
         return asdict(self)
+
+
+def _is_complete(reading: account.AccountReading, processes: list[dict[str, Any]]) -> bool:
+    used = any(device.peak_bytes for device in reading.devices)
+    seen = bool(processes) or not used
+    return seen and "no_hooks" not in reading.notices and all(process["ended"] for process in processes)
 
 
 def read_report(folder: Path, card: Card, exit_code: int) -> Report:
@@ -96,6 +106,7 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
         device=card.name,
         versions=versions,
         values_read=reading.values_read,
-        complete=all(process["ended"] for process in processes),
+        complete=_is_complete(reading, processes),
+        notices=reading.notices,
         devices=devices,
     )

@@ -4,6 +4,7 @@ What is not implemented in `csrc/` falls into one of these kinds, by the library
 
 - *product*: computes on the device and reports nothing to the host: succeeds and does nothing;
 - *handle*: makes an object that only such functions read: hands out the address of an empty one;
+- *size*: writes 0 where it was told to (a workspace's size, which is not known here), says so once, and succeeds;
 - *version*, *text*: what the real library of this installation says;
 - everything else is *missing*: says so once, with its name, keeps the name for the report, and returns the library's
   own code for "not supported".
@@ -11,61 +12,11 @@ What is not implemented in `csrc/` falls into one of these kinds, by the library
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
+from .policies import POLICIES, Policy
 
-@dataclass(frozen=True)
-class Policy:
-    """How a library's functions without an implementation are answered.
+__all__ = ["POLICIES", "Policy", "classify", "driver_functions", "write_assembly", "write_driver_assembly"]
 
-    Attributes:
-        not_supported: its status code for an operation that it does not support.
-        products: pattern of the names that succeed and do nothing.
-        handles: pattern of the names that set `*first_argument` to an object.
-        texts: pattern of the names that return a C string.
-        version: name of the function that returns the version, or writes it to `*first_argument`.
-        version_is_returned: which of the two.
-    """
-
-    not_supported: int
-    products: str = r"(?!)"
-    handles: str = r"(?!)"
-    texts: str = r"(?!)"
-    version: str | None = None
-    version_is_returned: bool = True
-
-
-# Products of matrices have no result that the host reads; what creates, queries or measures does.
-_COMPUTES = r"(?!.*(Get|Create|Query|Alloc|Init|Check|Xt|Version)).*"
-
-POLICIES: Mapping[str, Policy] = {
-    "cudart": Policy(801),
-    "cublas": Policy(15, products=f"cublas{_COMPUTES}"),
-    "cublasLt": Policy(15, products=f"cublasLt{_COMPUTES}", version="cublasLtGetVersion"),
-    # Its graph interface is in csrc/dnn_backend.cpp; what the older one would take of the memory is not known here.
-    "cudnn": Policy(
-        3000,
-        products=r"cudnn(Destroy.*|SetStream)",
-        handles=r"cudnnCreate",
-        version="cudnnGetVersion",
-    ),
-    "cusparse": Policy(
-        10,
-        products=r"cusparse(Destroy.*|SetStream|SetPointerMode)",
-        handles=r"cusparseCreate",
-        texts=r"cusparseGetError(String|Name)",
-    ),
-    "cusolver": Policy(9, products=r"cusolverDn(Destroy.*|SetStream)", handles=r"cusolverDn(Create|CreateParams)"),
-    "cufft": Policy(16, products=r"cufft(Destroy|SetStream)"),
-    "curand": Policy(999),
-    "cusparseLt": Policy(10),
-    "nccl": Policy(
-        5,
-        texts=r"p?nccl(GetErrorString|GetLastError)",
-        version="ncclGetVersion",
-        version_is_returned=False,
-    ),
-}
 
 _STUB = """\
     .globl {name}
@@ -77,13 +28,19 @@ _STUB = """\
 
 
 def classify(policy: Policy, name: str) -> str:
-    """`product`, `handle`, `text`, `version` or `missing`."""
+    """`product`, `handle`, `text`, `version`, `size` or `missing`."""
     if name == policy.version:
         return "version"
+    if _pointers(policy, name):
+        return "size"
     for kind, pattern in (("handle", policy.handles), ("text", policy.texts), ("product", policy.products)):
         if re.fullmatch(pattern, name):
             return kind
     return "missing"
+
+
+def _pointers(policy: Policy, name: str) -> tuple[tuple[int, int], ...]:
+    return next((pointers for pattern, pointers in policy.sizes if re.fullmatch(pattern, name)), ())
 
 
 def write_assembly(policy: Policy, functions: Iterable[str], implemented: Iterable[str], version: int) -> str:
@@ -123,11 +80,28 @@ def _body(policy: Policy, name: str, version: int) -> str:
         return "    leaq vgpu_empty_object(%rip), %rax\n    movq %rax, (%rdi)\n    xorl %eax, %eax\n    ret"
     if kind == "text":
         return "    leaq .Ltext(%rip), %rax\n    ret"
+    if kind == "size":
+        return _write_zeros(_pointers(policy, name), policy.notice)
     if kind == "version" and policy.version_is_returned:
         return f"    movl ${version}, %eax\n    ret"
     if kind == "version":
         return f"    movl ${version}, (%rdi)\n    xorl %eax, %eax\n    ret"
     return f"    leaq .Lname_{name}(%rip), %rdi\n    jmp .Lmissing"
+
+
+# The System V calling convention: six arguments in registers, the others on the stack above the return address.
+_ARGUMENT_REGISTERS = ("%rdi", "%rsi", "%rdx", "%rcx", "%r8", "%r9")
+
+
+def _write_zeros(pointers: tuple[tuple[int, int], ...], notice: int) -> str:
+    lines = []
+    for position, size in pointers:
+        register = _ARGUMENT_REGISTERS[position - 1] if position <= 6 else "%rax"
+        if position > 6:
+            lines.append(f"movq {8 * (position - 6)}(%rsp), %rax")
+        lines.append(f"mov{'l' if size == 4 else 'q'} $0, ({register})")
+    lines += [f"movl ${notice}, %edi", "jmp vgpu_notice@PLT"] if notice else ["xorl %eax, %eax", "ret"]
+    return "    " + "\n    ".join(lines)
 
 
 def _wrap(stubs: list[str], not_supported: int, names: list[str]) -> str:

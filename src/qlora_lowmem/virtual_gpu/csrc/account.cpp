@@ -88,7 +88,10 @@ void find_visible_devices() {
 void map_account() {
   looked = true;
   const char* name = getenv("VGPU_ACCOUNT");
-  if (name == nullptr || strlen(name) >= sizeof path) return;
+  if (name == nullptr || strlen(name) >= sizeof path) {
+    fprintf(stderr, "virtual GPU: VGPU_ACCOUNT is gone from the environment; no device is visible\n");
+    return;
+  }
   strcpy(path, name);
   int fd = open(path, O_RDWR | O_CLOEXEC);
   struct stat status;
@@ -197,12 +200,12 @@ __attribute__((destructor)) void leave() {
   mapped = nullptr;  // looked stays true: what is freed after this point is no longer booked
 }
 
-bool quiet() {
-  const char* value = getenv("QLORA_LOWMEM_QUIET");
-  return value != nullptr && *value != 0 && strcmp(value, "0") != 0;
-}
-
 }  // namespace
+
+bool first_notice(uint32_t notice) {
+  if (account() == nullptr) return false;
+  return (__atomic_fetch_or(&mapped->notices, notice, __ATOMIC_RELAXED) & notice) == 0;
+}
 
 uint64_t round_up(uint64_t bytes, uint64_t granularity) {
   return (bytes + granularity - 1) / granularity * granularity;
@@ -225,6 +228,7 @@ bool has_context(int device) { return own != nullptr && (own->contexts >> visibl
 
 bool ensure_context(int device) {
   if (has_context(device)) return true;
+  tell_if_without_hooks();
   Lock lock;
   return mapped != nullptr && take_context(visible[device]);
 }
@@ -276,28 +280,20 @@ void give_host(HostKind kind, uint64_t bytes) {
   (pinned ? mapped->pinned_bytes : mapped->managed_bytes) -= bytes;
 }
 
-void note_value_read() {
-  if (account() == nullptr || __atomic_exchange_n(&mapped->values_read, 1, __ATOMIC_RELAXED) != 0) return;
-  if (quiet()) return;
-  fprintf(stderr,
-          "virtual GPU: this program reads values back from the card; they are not real (zeros), only the memory is. "
-          "QLORA_LOWMEM_QUIET=1 hides this line.\n");
+bool first_value_read() {
+  return account() != nullptr && __atomic_exchange_n(&mapped->values_read, 1, __ATOMIC_RELAXED) == 0;
 }
 
-void note_missing(const char* name, const char* why) {
+bool first_call_of_missing(const char* name) {
   Lock lock;
-  if (mapped != nullptr) {
-    for (uint32_t i = 0; i < mapped->missing_count; ++i) {
-      if (strncmp(mapped->missing[i], name, kNameBytes - 1) == 0) return;
-    }
-    if (mapped->missing_count < kMaxMissing) {
-      strncpy(mapped->missing[mapped->missing_count++], name, kNameBytes - 1);
-    }
+  if (mapped == nullptr) return true;
+  for (uint32_t i = 0; i < mapped->missing_count; ++i) {
+    if (strncmp(mapped->missing[i], name, kNameBytes - 1) == 0) return false;
   }
-  fprintf(stderr,
-          "virtual GPU: the program called %s, which is not implemented%s%s; report it at the project's issue tracker "
-          "with this line\n",
-          name, why == nullptr ? "" : ": ", why == nullptr ? "" : why);
+  if (mapped->missing_count < kMaxMissing) {
+    strncpy(mapped->missing[mapped->missing_count++], name, kNameBytes - 1);
+  }
+  return true;
 }
 
 namespace machine {

@@ -57,7 +57,7 @@ struct Account {
   uint32_t missing_count;
   uint32_t values_read;  // 1 once a program copied data from a device
   uint32_t quiet;
-  uint32_t reserved0;
+  uint32_t notices;  // bits of Notice that were told
   uint64_t pinned_bytes;
   uint64_t pinned_peak_bytes;
   uint64_t managed_bytes;
@@ -72,6 +72,17 @@ static_assert(offsetof(Account, devices) == 128, "account.py reads this layout")
 #define VGPU_SHARED __attribute__((visibility("default")))
 
 enum class HostKind { kPinned, kManaged };
+
+// What a user should know of a run, each told once (account.py has the names that the report gives them).
+enum Notice : uint32_t {
+  kNcclBuffers = 1,
+  kDnnWorkspaces = 2,
+  kSolverWorkspaces = 4,
+  kSparseWorkspaces = 8,
+  kFftWorkspaces = 16,
+  kNoHooks = 32,
+  kStaticRuntime = 64,
+};
 
 // The account of this process, mapped at the first call. nullptr: there is none (VGPU_ACCOUNT is not set or names no
 // account), which the caller reports as "no device".
@@ -107,6 +118,14 @@ VGPU_SHARED void note_value_read();
 
 // Says once that the program called a function that is not implemented, and keeps its name for the report.
 VGPU_SHARED void note_missing(const char* name, const char* why);
+
+// Each true the first time on this machine.
+bool first_notice(uint32_t notice);
+bool first_value_read();
+bool first_call_of_missing(const char* name);
+
+// Says once if this process uses PyTorch without the hooks in Python.
+void tell_if_without_hooks();
 
 VGPU_SHARED uint64_t round_up(uint64_t bytes, uint64_t granularity);
 

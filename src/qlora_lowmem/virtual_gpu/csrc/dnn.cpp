@@ -1,8 +1,30 @@
 // libcudnn: what it says about itself. Its older interface (RNNs, batch norm) is refused by the generated stubs.
 #include <cstddef>
 #include <cstdio>
+#include <cstdlib>
 
 #define API extern "C" __attribute__((visibility("default")))
+
+struct Handle {
+  void* stream;
+};
+
+API int cudnnCreate(Handle** handle) {
+  *handle = static_cast<Handle*>(calloc(1, sizeof(Handle)));
+  return 0;
+}
+API int cudnnDestroy(Handle* handle) {
+  free(handle);
+  return 0;
+}
+API int cudnnSetStream(Handle* handle, void* stream) {
+  handle->stream = stream;
+  return 0;
+}
+API int cudnnGetStream(Handle* handle, void** stream) {
+  *stream = handle->stream;
+  return 0;
+}
 
 API size_t cudnnGetVersion() { return VGPU_LIBRARY_VERSION; }
 API size_t cudnnGetCudartVersion() { return VGPU_CUDART_VERSION; }

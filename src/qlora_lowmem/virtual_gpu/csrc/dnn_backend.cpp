@@ -19,6 +19,7 @@ enum Attribute {
   kHeuristicsResults = 202,
   kConfigEngine = 300,
   kConfigWorkspace = 303,
+  kConfigSharedMemory = 304,
   kPlanConfig = 401,
   kPlanWorkspace = 402,
   kGraphEngineCount = 802,
@@ -99,6 +100,10 @@ API int cudnnBackendGetAttribute(
     case kPlanWorkspace:
     case kConfigWorkspace:
       return give_number(0, requested, given, elements);
+    case kConfigSharedMemory:  // int32; plans that need more than the frontend allows are left out
+      if (given != nullptr) *given = 1;
+      if (requested > 0 && elements != nullptr) memset(elements, 0, sizeof(int32_t));
+      return kSuccess;
     case kGraphEngineCount:
       return give_number(1, requested, given, elements);
     case kHeuristicsResults:  // one engine configuration, into the descriptor that the caller made for it

@@ -3,6 +3,7 @@
 #include <cuda.h>
 
 #include "account.h"
+#include "exchanged.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -12,6 +13,11 @@ const CUmodule kModule = reinterpret_cast<CUmodule>(0x20);
 const CUlibrary kLibrary = reinterpret_cast<CUlibrary>(0x28);
 const CUfunction kFunction = reinterpret_cast<CUfunction>(0x30);
 const CUkernel kKernel = reinterpret_cast<CUkernel>(0x38);
+
+CUresult launch() {
+  vgpu::forget_written();
+  return CUDA_SUCCESS;
+}
 
 }  // namespace
 
@@ -53,14 +59,10 @@ API CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return 
 API CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 
 API CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
-                            void**, void**) {
-  return CUDA_SUCCESS;
-}
-API CUresult cuLaunchKernelEx(const CUlaunchConfig*, CUfunction, void**, void**) { return CUDA_SUCCESS; }
+                            void**, void**) { return launch(); }
+API CUresult cuLaunchKernelEx(const CUlaunchConfig*, CUfunction, void**, void**) { return launch(); }
 API CUresult cuLaunchCooperativeKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                                       CUstream, void**) {
-  return CUDA_SUCCESS;
-}
+                                       CUstream, void**) { return launch(); }
 
 API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction, int, size_t) {
   *blocks = 2;

@@ -182,14 +182,28 @@ API CUresult cuMemcpyDtoH(void* target, CUdeviceptr source, size_t bytes) {
   copy(target, pointer(source), bytes);
   return CUDA_SUCCESS;
 }
-API CUresult cuMemcpyHtoD(CUdeviceptr, const void*, size_t) { return CUDA_SUCCESS; }
+API CUresult cuMemcpyHtoD(CUdeviceptr target, const void* source, size_t bytes) {
+  copy(pointer(target), source, bytes);
+  return CUDA_SUCCESS;
+}
 API CUresult cuMemcpyDtoHAsync(void* target, CUdeviceptr source, size_t bytes, CUstream) {
   return cuMemcpyDtoH(target, source, bytes);
 }
-API CUresult cuMemcpyHtoDAsync(CUdeviceptr, const void*, size_t, CUstream) { return CUDA_SUCCESS; }
-API CUresult cuMemcpyDtoDAsync(CUdeviceptr, CUdeviceptr, size_t, CUstream) { return CUDA_SUCCESS; }
-API CUresult cuMemsetD8Async(CUdeviceptr, unsigned char, size_t, CUstream) { return CUDA_SUCCESS; }
-API CUresult cuMemsetD32Async(CUdeviceptr, unsigned, size_t, CUstream) { return CUDA_SUCCESS; }
+API CUresult cuMemcpyHtoDAsync(CUdeviceptr target, const void* source, size_t bytes, CUstream) {
+  return cuMemcpyHtoD(target, source, bytes);
+}
+API CUresult cuMemcpyDtoDAsync(CUdeviceptr target, CUdeviceptr source, size_t bytes, CUstream) {
+  copy(pointer(target), pointer(source), bytes);
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char, size_t bytes, CUstream) {
+  fill(pointer(target), 0, bytes);
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemsetD32Async(CUdeviceptr target, unsigned, size_t count, CUstream) {
+  fill(pointer(target), 0, count * 4);
+  return CUDA_SUCCESS;
+}
 
 API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr address) {
   Block block;

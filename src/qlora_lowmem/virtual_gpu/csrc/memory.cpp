@@ -10,6 +10,8 @@
 #include <map>
 #include <new>
 
+#include "exchanged.h"
+
 namespace vgpu {
 namespace {
 
@@ -265,17 +267,22 @@ bool find_host_block(const void* address, HostBlock* block) {
 }
 
 void copy(void* target, const void* source, uint64_t bytes) {
-  if (bytes == 0 || is_device_address(target)) return;
-  if (!is_device_address(source)) {
-    memmove(target, source, bytes);
-    return;
-  }
+  if (bytes == 0) return;
+  bool to_device = is_device_address(target), from_device = is_device_address(source);
+  if (to_device && from_device) note_copied(target, source, bytes);
+  else if (to_device) note_written(target, source, bytes);
+  else if (!from_device) memmove(target, source, bytes);
+  if (to_device || !from_device || read_exchanged(target, source, bytes)) return;
   note_value_read();
   zero_host(target, bytes);
 }
 
 void fill(void* target, int value, uint64_t bytes) {
-  if (bytes == 0 || is_device_address(target)) return;
+  if (bytes == 0) return;
+  if (is_device_address(target)) {
+    forget_written();
+    return;
+  }
   if (value == 0) zero_host(target, bytes);
   else memset(target, value, bytes);
 }

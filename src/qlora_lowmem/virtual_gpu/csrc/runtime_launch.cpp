@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "exchanged.h"
 #include "runtime.h"
 
 using namespace vgpu;
@@ -80,6 +81,11 @@ struct CallConfiguration {
 };
 thread_local CallConfiguration pushed;
 
+cudaError_t launch() {
+  forget_written();
+  return enter();
+}
+
 }  // namespace
 
 // The handle of a module is its own wrapper: nothing is loaded.
@@ -124,10 +130,10 @@ API_NAMED(get_function_by_symbol(void** function, const void* host_function), "c
   return get_kernel(function, host_function);
 }
 
-API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return enter(); }
-API cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return enter(); }
-API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) { return enter(); }
-API_NAMED(launch_kernel(), "__cudaLaunchKernel") { return enter(); }
+API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return launch(); }
+API cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return launch(); }
+API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) { return launch(); }
+API_NAMED(launch_kernel(), "__cudaLaunchKernel") { return launch(); }
 
 API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   if (cudaError_t error = enter()) return error;

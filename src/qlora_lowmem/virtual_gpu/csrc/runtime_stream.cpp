@@ -34,7 +34,8 @@ Stream* object_of(cudaStream_t stream) {
 }
 
 cudaError_t refuse_capture(const char* name) {
-  note_missing(name, "CUDA graphs hold real kernels, and there are none here; run without graphs");
+  note_missing(name, "CUDA graphs hold real kernels, and there are none here. Run without them: no torch.cuda.graph, no "
+               "torch.compile(mode=\"reduce-overhead\" or \"max-autotune\"); without graphs the peak is not lower");
   return fail(cudaErrorNotSupported);
 }
 

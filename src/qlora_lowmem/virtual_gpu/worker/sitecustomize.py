@@ -33,7 +33,7 @@ class _HookFinder:
     """Finds the modules that have a hook, each once, and leaves the finding to the others."""
 
     def __init__(self) -> None:
-        self._waiting = {"torch", "triton.runtime.jit"}
+        self._waiting = {"torch", "torch.distributed.distributed_c10d", "triton.runtime.jit"}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

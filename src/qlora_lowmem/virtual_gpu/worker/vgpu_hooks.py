@@ -2,10 +2,12 @@
 
 Values do not exist here: copies from the device read zeros, so `.item()` is 0, `bool(tensor)` is False, `isnan` is
 False, and control flow that depends on them takes that branch. Where a *shape* depends on values, the worst case is
-taken where there is one. `FACTS` lists all of it.
+taken where there is one. `vgpu_facts.py` lists all of it.
 """
 
 import atexit
+import ctypes
+import importlib
 import json
 import os
 import sys
@@ -13,57 +15,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-# What a program is answered here: the question, the answer, the reason.
-FACTS: tuple[tuple[str, str, str], ...] = (
-    (
-        "a value copied from the device: .item(), .cpu(), bool(tensor), isnan",
-        "zero, False",
-        "nothing was computed",
-    ),
-    (
-        "aten::nonzero on CUDA, and what is made of it: boolean masks, masked_select, where with one argument",
-        "every index",
-        "a mask without values could select everything",
-    ),
-    (
-        "unique, unique_consecutive on CUDA",
-        "every element is different",
-        "the most that there can be",
-    ),
-    (
-        "Tensor.all(), torch.all() of a CUDA tensor, asked by transformers",
-        "True",
-        "it asks whether a batch has no padding; the zero would make it build an (S, S) mask that a full batch has not",
-    ),
-    (
-        "repeat_interleave, bincount and others that size their result by a value",
-        "what zeros say",
-        "there is no largest size",
-    ),
-    ("a Triton launch", "nothing happens", "a launch allocates nothing"),
-    (
-        "cuDNN attention",
-        "switched off",
-        "cuDNN's plans are not known here; flash attention is next in PyTorch's order, as on consumer cards",
-    ),
-    (
-        "a cuDNN plan (convolutions)",
-        "needs no workspace",
-        "which engine cuDNN would choose on the card is not known here: a real one may need more",
-    ),
-    (
-        "cuDNN's older interface (RNNs, batch norm), cuFFT, cuSOLVER, cuSPARSE, NCCL, CUDA graphs",
-        "refused, by name",
-        "what they would take of the memory is not known here, and a peak without it would be wrong",
-    ),
-)
-
 # Peaks in bytes, (allocated, reserved) by device, of what was counted before the last reset.
 _folded: list[list[int]] = []
 
 
-def _report_path() -> str:
-    return f"{os.path.dirname(os.environ['VGPU_ACCOUNT'])}/torch-{os.getpid()}.json"  # noqa: PTH120
+def _report_path() -> str | None:
+    """Where this process' peaks go; None if the program took the variable away."""
+    account = os.environ.get("VGPU_ACCOUNT")
+    return account and f"{os.path.dirname(account)}/torch-{os.getpid()}.json"  # noqa: PTH120
 
 
 def _fold_peaks(torch: Any) -> None:
@@ -81,15 +40,22 @@ def _write_report(torch: Any, ended: bool) -> None:
     _fold_peaks(torch)
     if not _folded:
         return
+    if ended:
+        importlib.import_module("vgpu_static").tell_of_static_runtimes()
     versions = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     text = json.dumps({"peaks": _folded, "versions": versions, "ended": ended})
     path = _report_path()
+    if path is None:
+        print("virtual GPU: VGPU_ACCOUNT is gone from the environment; this process' peaks are lost", file=sys.stderr)
+        return
     try:
         with open(f"{path}.part", "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write(text)
         os.replace(f"{path}.part", path)  # noqa: PTH105
-    except OSError:
+    except FileNotFoundError:
         return  # the launcher is gone, and nobody reads it
+    except OSError as error:
+        print(f"virtual GPU: this process' peaks could not be written to {path}: {error.strerror}", file=sys.stderr)
 
 
 def _report_at_the_end(torch: Any) -> None:
@@ -153,10 +119,24 @@ def _take_the_worst_case(torch: Any) -> None:
         count = tensor.size(dim)
         return torch.empty_like(tensor), indices(count, tensor), indices(count, tensor)
 
+    def unique_dim(
+        tensor: Any,
+        dim: int,
+        sorted: bool = True,  # noqa: ARG001
+        return_inverse: bool = False,
+        return_counts: bool = False,
+    ) -> Any:
+        return unique_consecutive(tensor, return_inverse, return_counts, dim)
+
+    def repeat_interleave(repeats: Any, *, output_size: int | None = None) -> Any:
+        return indices(repeats.numel() if output_size is None else output_size, repeats)
+
     library = torch.library.Library("aten", "IMPL")
     library.impl("nonzero", nonzero, "CUDA", allow_override=True)
     library.impl("_unique2", unique, "CUDA", allow_override=True)
     library.impl("unique_consecutive", unique_consecutive, "CUDA", allow_override=True)
+    library.impl("unique_dim", unique_dim, "CUDA", allow_override=True)
+    library.impl("repeat_interleave.Tensor", repeat_interleave, "CUDA", allow_override=True)
     _keep.append(library)  # the registration lives as long as its library
 
 
@@ -183,15 +163,28 @@ def _all_is_true_for_transformers(torch: Any) -> None:
     torch.all = all_of
 
 
+def _on_the_machine() -> bool:
+    """Whether the preloaded libraries are in this process; tells them that the hooks are, too."""
+    try:
+        ctypes.CDLL(None).vgpu_hooks_are_in()
+    except AttributeError:
+        print(
+            "virtual GPU: LD_PRELOAD was changed on the way to this process, so it is not on the virtual machine: "
+            "PyTorch finds no card here. Start it with the LD_PRELOAD that it would have inherited.",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
 def _hook_torch(torch: ModuleType) -> None:
-    if torch.version.cuda is None:
+    if torch.version.cuda is None or not _on_the_machine():
         return
     _report_at_the_end(torch)
     _report_before_resets(torch)
     _report_when_initialized(torch)
     _take_the_worst_case(torch)
     _all_is_true_for_transformers(torch)
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _hook_triton(jit: ModuleType) -> None:
@@ -201,4 +194,13 @@ def _hook_triton(jit: ModuleType) -> None:
     jit.JITFunction.run = launch_nothing
 
 
-HOOKS: dict[str, Callable[[ModuleType], None]] = {"torch": _hook_torch, "triton.runtime.jit": _hook_triton}
+def _hook_distributed(c10d: ModuleType) -> None:
+    if hasattr(c10d, "barrier"):  # not in a build without torch.distributed
+        importlib.import_module("vgpu_distributed").hook(c10d)
+
+
+HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "torch": _hook_torch,
+    "torch.distributed.distributed_c10d": _hook_distributed,
+    "triton.runtime.jit": _hook_triton,
+}

@@ -1,0 +1,78 @@
+// What a user is told of a run, each once on a virtual machine; account.cpp keeps what was told.
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "account.h"
+
+// For the generated stubs and the hooks, which are not C++.
+extern "C" VGPU_SHARED int vgpu_notice(uint32_t notice);
+extern "C" VGPU_SHARED void vgpu_hooks_are_in();
+extern "C" VGPU_SHARED bool vgpu_first_notice(uint32_t notice);
+
+namespace vgpu {
+namespace {
+
+// Set by worker/vgpu_hooks.py; a forked child has what its parent had.
+bool hooked = false;
+
+bool quiet() {
+  const char* value = getenv("QLORA_LOWMEM_QUIET");
+  return value != nullptr && *value != 0 && strcmp(value, "0") != 0;
+}
+
+const char* text_of(uint32_t notice) {
+  switch (notice) {
+    case kNcclBuffers: return "NCCL's own buffers are not known here, and not in the peak";
+    case kDnnWorkspaces: return "the workspaces of cuDNN's older functions (RNNs: an estimate) may be larger on a card";
+    case kSolverWorkspaces: return "cuSOLVER's workspaces are not known here, and not in the peak";
+    case kSparseWorkspaces: return "cuSPARSE's workspaces are not known here, and not in the peak";
+    case kFftWorkspaces: return "cuFFT's workspaces are not known here, and not in the peak";
+    case kNoHooks:
+      return "a process uses PyTorch without the hooks in PYTHONPATH (it was changed, or python got -I, -E or -S): its "
+             "masks select nothing, and its allocator's peaks are not in the report";
+    default: return "";
+  }
+}
+
+}  // namespace
+
+// A process that lost PYTHONPATH on its way is on the virtual machine, but sees zeros where the worst case should be.
+void tell_if_without_hooks() {
+  static bool asked = false;
+  if (hooked || asked) return;
+  asked = true;
+  if (void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) {
+    dlclose(torch);
+    vgpu_notice(kNoHooks);
+  }
+}
+
+void note_value_read() {
+  if (!first_value_read() || quiet()) return;
+  fprintf(stderr,
+          "virtual GPU: this program reads values back from the card; they are not real (zeros), only the memory is. "
+          "QLORA_LOWMEM_QUIET=1 hides this line.\n");
+}
+
+void note_missing(const char* name, const char* why) {
+  if (!first_call_of_missing(name)) return;
+  fprintf(stderr, "virtual GPU: the program called %s, which is not implemented%s%s\n", name,
+          why == nullptr ? "; " : ": ", why == nullptr ? "report it at the project's issue tracker with this line" : why);
+}
+
+}  // namespace vgpu
+
+using namespace vgpu;
+
+// Says what the notice says, once, and returns every library's code for success.
+int vgpu_notice(uint32_t notice) {
+  if (first_notice(notice) && !quiet()) fprintf(stderr, "virtual GPU: %s\n", text_of(notice));
+  return 0;
+}
+
+void vgpu_hooks_are_in() { hooked = true; }
+
+bool vgpu_first_notice(uint32_t notice) { return first_notice(notice); }

@@ -1,0 +1,118 @@
+"""Seeded changes: what costs memory is caught and attributed by kind; what does not passes with 0 bytes' difference."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from gate.seeds import HARMLESS, MODEL, REGRESSIONS
+from helpers import RECIPES
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.gate.cases import CaseResult
+from qlora_lowmem.gate.recipes import recipe_record
+from qlora_lowmem.gate.records import Record
+from qlora_lowmem.gate.verdicts import EXACT, Pass, Regressed, compare
+from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.models.sources import architecture
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.virtual_gpu.build import ensure_built
+from qlora_lowmem.virtual_runs import recipe_server
+
+pytestmark = pytest.mark.slow
+
+SMALL = {"max_seq_length": "256", "gradient_accumulation_steps": "2"}
+BASES = {"checkpointed": {}, "kept": {"gradient_checkpointing": "false", "loss": "full"}}
+CARD = virtual_gpu.get_card("rtx-4050-laptop-6gb")
+
+
+class Runs:
+    """Every seed's run, started at once, read when asked for."""
+
+    def __init__(self, server: virtual_gpu.Server, recipes: dict[str, Recipe]) -> None:
+        self._server, self._recipes = server, recipes
+        self._jobs: dict[tuple[str, str], Future[virtual_gpu.JobResult]] = {}
+
+    def start(self, base: str, seed: str) -> None:
+        content = self._recipes[base].to_dict()
+        self._jobs[base, seed] = self._server.submit("gate.seeds:run", {"content": content, "seed": seed}, CARD)
+
+    def record(self, base: str, seed: str) -> Record:
+        job = self._jobs[base, seed].result()
+        assert job.value is not None, job.output_tail
+        assert job.value.get("failure") is None, job.value["failure"]
+        profile = MemoryProfile.from_dict(job.value["profile"])
+        result = CaseResult(self._recipes[base], CARD.name, "virtual", fits=True, profile=profile)
+        return recipe_record(result, Attribution.from_dict(job.value["attribution"]))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Runs]:
+    """Only the seeds of the tests that run are started."""
+    try:
+        ensure_built()
+    except virtual_gpu.VirtualGPUUnavailable as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("small-hybrid")
+    (folder / "config.json").write_text(json.dumps(architecture("granite-4.0-h-350m") | MODEL))
+    recipes = {
+        base: load_recipe(RECIPES / "optimised.yaml", SMALL | {"model": str(folder)} | change)
+        for base, change in BASES.items()
+    }
+    with recipe_server(max_workers=2) as server:
+        runs = Runs(server, recipes)
+        wanted = {item.callspec.params["seed"] for item in request.session.items if "seed" in _parameters(item)}
+        for base in BASES:
+            runs.start(base, "")
+        for seed in wanted:
+            runs.start(REGRESSIONS[seed].base if seed in REGRESSIONS else "checkpointed", seed)
+        yield runs
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params if callspec is not None else {}
+
+
+def test_there_are_enough() -> None:
+    assert len(REGRESSIONS) >= 12
+    assert len(HARMLESS) >= 12
+
+
+@pytest.mark.parametrize("seed", REGRESSIONS)
+def test_regression_is_caught_and_attributed(runs: Runs, seed: str) -> None:
+    change = REGRESSIONS[seed]
+    verdict = compare(seed, runs.record(change.base, ""), runs.record(change.base, seed), EXACT)
+    assert isinstance(verdict, Regressed), verdict.render()
+    grown = verdict.difference.grown()
+    assert grown[0] in change.kinds, verdict.render()
+    assert verdict.bytes == sum(c.bytes for c in verdict.difference.kinds if c.name not in ("slack", "outside")), (
+        "the kinds' growth is the peak's"
+    )
+
+
+@pytest.mark.parametrize("seed", HARMLESS)
+def test_harmless_change_costs_nothing(runs: Runs, seed: str) -> None:
+    verdict = compare(seed, runs.record("checkpointed", ""), runs.record("checkpointed", seed), EXACT)
+    assert isinstance(verdict, Pass), verdict.render()
+    assert verdict.bytes == 0
+    assert verdict.measured.reserved == verdict.baseline.reserved
+
+
+@pytest.mark.parametrize("package", ["accelerate", "triton", "python", "qlora_lowmem"])
+def test_version_without_effect(runs: Runs, package: str) -> None:
+    """Versions outside of the key may change; the gate then still compares to the byte."""
+    baseline = runs.record("checkpointed", "")
+    changed = dataclasses.replace(baseline, versions={**baseline.versions, package: "999"})
+    verdict = compare(package, baseline, changed, EXACT)
+    assert isinstance(verdict, Pass)
+    assert verdict.bytes == 0
+
+
+def test_the_snapshot_of_a_job_is_the_same_whatever_ran_before(runs: Runs, tmp_path: Path) -> None:
+    del tmp_path
+    assert runs.record("checkpointed", "nothing") == runs.record("checkpointed", "")

@@ -1,0 +1,44 @@
+"""Values do not exist on a virtual GPU: every row of the table of what is answered instead, evaluated."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import qlora_lowmem.virtual_gpu
+
+
+def _facts() -> ModuleType:
+    path = Path(qlora_lowmem.virtual_gpu.__file__).with_name("worker") / "vgpu_facts.py"
+    spec = importlib.util.spec_from_file_location("vgpu_facts", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+VALUES = _facts().VALUES
+
+
+@pytest.fixture(scope="module")
+def answers(server, laptop):
+    expressions = [expression for expression, _, _ in VALUES]
+    result = server.submit("virtual_gpu.jobs:evaluate", {"expressions": expressions}, laptop, timeout=60).result()
+    assert result.error is None, result.output_tail
+    return result
+
+
+@pytest.mark.parametrize(("expression", "answer"), [row[:2] for row in VALUES], ids=[row[0] for row in VALUES])
+def test_the_documented_answer_is_given(answers, expression, answer):
+    assert answers.value[expression] == answer
+
+
+def test_a_program_that_reads_values_is_told_once(answers):
+    assert answers.report.values_read
+    assert answers.output_tail.count("they are not real (zeros)") == 1
+
+
+def test_every_row_has_its_reason():
+    assert all(reason for *_, reason in (*VALUES, *_facts().FACTS))
