@@ -136,30 +136,16 @@ def _full_logits() -> None:
     job.LowMemTrainer.__init__ = init  # type: ignore[method-assign]
 
 
-def _layers(model: Any) -> Any:
-    return model.get_base_model().model.layers if hasattr(model, "get_base_model") else model.model.layers
+def _one_layer_without_checkpointing(job: Any) -> None:
+    layer = job.model.get_base_model().model.layers[0]
+
+    def switch_off(_module: Any, _args: Any) -> None:
+        layer.gradient_checkpointing = False
+
+    job.model.register_forward_pre_hook(switch_off)
 
 
-def _one_layer_without_checkpointing() -> None:
-    from torch import nn
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    call = GradientCheckpointingLayer.__call__
-
-    def maybe(self: Any, *args: Any, **kwargs: Any) -> Any:
-        first = getattr(self, "layer_idx", 0) == 0 and getattr(self, "mamba", None) is not None
-        return nn.Module.__call__(self, *args, **kwargs) if first and _is_first(self) else call(self, *args, **kwargs)
-
-    GradientCheckpointingLayer.__call__ = maybe  # type: ignore[method-assign]
-
-
-_first: list[Any] = []
-
-
-def _is_first(layer: Any) -> bool:
-    if not _first:
-        _first.append(layer)
-    return _first[0] is layer
+_kept: list[Any] = []
 
 
 def _leak(job: Any) -> None:
@@ -205,6 +191,7 @@ def _masked_attention() -> None:
 
     def attention(original: Any, query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
         length = query.shape[2]
+        print("MASKED", query.shape, kwargs)
         mask = torch.ones(query.shape[0], 1, length, length, dtype=torch.bool, device=query.device)
         return original(query, key, value, **{**kwargs, "attn_mask": mask, "is_causal": False})
 
@@ -242,7 +229,7 @@ def _one_layer_unquantised() -> None:
 REGRESSIONS: dict[str, Seed] = {
     "fp32 embeddings": Seed(_with_model(_fp32_embeddings), ("weights_other",)),
     "logits kept in fp32": Seed(_full_logits, ("loss",)),
-    "checkpointing off in one layer": Seed(_one_layer_without_checkpointing, ("activations_mamba",)),
+    "checkpointing off in one layer": Seed(_with_job(_one_layer_without_checkpointing), ("activations_mamba",)),
     "a leaked reference per step": Seed(_with_job(_leak), ("unexplained", "activations_norm")),
     "adapters on more modules": Seed(_with_lora(target_modules=lambda names: [*names, "input_linear"]), TRAINED),
     "rank doubled": Seed(_with_lora(r=lambda r: 2 * r), TRAINED),
@@ -291,7 +278,7 @@ def _another_callback(job: Any) -> None:
 def _host_tensors() -> None:
     import torch
 
-    _first.append(torch.ones(2**20))
+    _kept.append(torch.ones(2**20))
 
 
 def _passing_tensor(model: Any) -> None:

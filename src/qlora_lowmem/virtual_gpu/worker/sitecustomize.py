@@ -1,11 +1,12 @@
 """Runs at the start of every Python process on a virtual GPU: arranges the hooks, and imports nothing for them."""
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 _HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib costs every process its import
@@ -14,8 +15,9 @@ _HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pat
 class _HookLoader:
     """Loads a module with its own loader, then hands it to the hooks."""
 
-    def __init__(self, loader: object) -> None:
+    def __init__(self, loader: object, begun: Callable[[], None]) -> None:
         self._loader = loader
+        self._begun = begun
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
@@ -24,6 +26,7 @@ class _HookLoader:
         return self._loader.create_module(spec)  # type: ignore[attr-defined, no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
+        self._begun()
         module.__spec__.loader = self._loader  # type: ignore[union-attr]
         self._loader.exec_module(module)  # type: ignore[attr-defined]
         importlib.import_module("vgpu_hooks").HOOKS[module.__name__](module)
@@ -33,20 +36,25 @@ class _HookFinder:
     """Finds the modules that have a hook, each once, and leaves the finding to the others."""
 
     def __init__(self) -> None:
-        self._waiting = {"torch", "torch.distributed.distributed_c10d", "triton.runtime.jit"}
+        self._waiting = {
+            "torch",
+            "torch.distributed.distributed_c10d",
+            "transformers.masking_utils",
+            "triton.runtime.jit",
+        }
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in self._waiting:
             return None
-        self._waiting.discard(name)
+        # Asking where a module is (transformers asks for torch) is not importing it: it waits until it is executed.
         for finder in sys.meta_path:
             found = finder.find_spec(name, path, target) if finder is not self else None
             if found is not None and found.loader is not None:
-                found.loader = _HookLoader(found.loader)  # type: ignore[assignment]
+                begun = functools.partial(self._waiting.discard, name)
+                found.loader = _HookLoader(found.loader, begun)  # type: ignore[assignment]
                 return found
-        self._waiting.add(name)
         return None
 
 

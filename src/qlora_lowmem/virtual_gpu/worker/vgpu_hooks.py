@@ -199,7 +199,20 @@ def _hook_distributed(c10d: ModuleType) -> None:
         importlib.import_module("vgpu_distributed").hook(c10d)
 
 
+def _hook_masking(masking: ModuleType) -> None:
+    """`fast_all` asks whether a padding mask is whole; on a card it would read zero, and an (S, S) mask be built."""
+    asked = getattr(masking, "fast_all", None)
+    if asked is None:  # transformers before 5.23 asks `Tensor.all`, which has its own hook
+        return
+
+    def fast_all(mask: Any) -> Any:
+        return True if mask.is_cuda else asked(mask)
+
+    masking.fast_all = fast_all  # type: ignore[attr-defined]
+
+
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.masking_utils": _hook_masking,
     "torch": _hook_torch,
     "torch.distributed.distributed_c10d": _hook_distributed,
     "triton.runtime.jit": _hook_triton,
