@@ -1,3 +1,6 @@
-"""Registers the plugin that gives pytest --gpu, --card and --vram-cap."""
+"""Registers the plugin that gives pytest --gpu, --card, --record, ..., and pytest's own for tests of plugins.
 
-pytest_plugins = ["qlora_lowmem.gate.plugin"]
+An installed package registers it as an entry point of the same name; then this changes nothing.
+"""
+
+pytest_plugins = ["qlora_lowmem.gate.plugin", "pytester"]

@@ -273,3 +273,60 @@ def evaluate(expressions: list[str]) -> dict[str, str]:
         except RuntimeError as error:
             answers[expression] = f"{type(error).__name__}: {error}"
     return answers
+
+
+def out_of_memory_while_loading(mib: int) -> str:
+    """Moves a state dict to the card, tensor by tensor, until it is full."""
+    import torch
+
+    state = {str(layer): torch.empty(mib * MIB, dtype=torch.uint8, device="meta") for layer in range(100)}
+    try:
+        loaded = {name: torch.empty_like(tensor, device="cuda") for name, tensor in state.items()}
+    except torch.cuda.OutOfMemoryError as error:
+        return str(error)
+    return f"{len(loaded)} tensors fit"
+
+
+def fork_after_use() -> str:
+    import torch
+
+    torch.ones(1, device="cuda")
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            torch.ones(1, device="cuda")
+        except RuntimeError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.close(write)
+    message = os.read(read, 4096).decode()
+    os.wait()
+    return message
+
+
+def remove_the_report() -> None:
+    import shutil
+
+    shutil.rmtree(os.path.dirname(os.environ["VGPU_ACCOUNT"]))  # noqa: PTH120
+
+
+def empty_the_environment() -> None:
+    import torch
+
+    torch.ones(1, device="cuda")
+    os.environ.clear()
+
+
+def load_and_use(library: str) -> None:
+    import ctypes
+
+    import torch
+
+    ctypes.CDLL(library)
+    torch.ones(1, device="cuda")
+
+
+def leave_a_process() -> int:
+    import subprocess
+
+    return subprocess.Popen(["sleep", "60"]).pid

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from qlora_lowmem.gate.records import Record
-from qlora_lowmem.memory.kinds import KINDS
+from qlora_lowmem.gate.records import MAX_LINES, Record
+from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.units import format_bytes
 
 _ROWS = 6
@@ -53,8 +53,8 @@ class Difference:
         return bool(self.kinds or self.modules or self.lines)
 
     def grown(self) -> tuple[str, ...]:
-        """The kinds that grew, most first."""
-        return tuple(change.name for change in self.kinds if change.bytes > 0)
+        """The kinds of the allocated peak that grew, most first."""
+        return tuple(c.name for c in self.kinds if c.bytes > 0 and c.name not in OUTSIDE_ALLOCATED)
 
     def render(self, rows: int = _ROWS) -> str:
         """Tables for a terminal."""
@@ -79,7 +79,7 @@ def difference(before: Record, after: Record) -> Difference:
     return Difference(
         kinds=changes(before.kinds, after.kinds) if both else (),
         modules=changes(before.modules, after.modules) if both else (),
-        lines=changes(_unnumbered(before.lines), _unnumbered(after.lines)) if both else (),
+        lines=_line_changes(before.lines, after.lines) if both else (),
         versions=versions,
     )
 
@@ -89,6 +89,13 @@ def changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Change
     names = [*after, *(name for name in before if name not in after)]
     found = [Change(name, before.get(name), after.get(name)) for name in names]
     return tuple(sorted((change for change in found if change.bytes), key=lambda change: (-change.bytes, change.name)))
+
+
+def _line_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Change, ...]:
+    """Records keep the largest lines only: a change that can be a line that came in or fell out at the end is none."""
+    doubt = 2 * max((min(side.values()) for side in (before, after) if len(side) >= MAX_LINES), default=0)
+    found = changes(_unnumbered(before), _unnumbered(after))
+    return tuple(change for change in found if abs(change.bytes) > doubt)
 
 
 def _unnumbered(lines: Mapping[str, int]) -> dict[str, int]:

@@ -65,6 +65,8 @@ def _reports(item: pytest.Item, session: GateSession) -> list[pytest.TestReport]
     for data in value["reports"]:
         report = config.hook.pytest_report_from_serializable(config=config, data=data)
         report.nodeid, report.location = item.nodeid, item.location
+        if isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)  # of a skip: (file, line, reason); JSON has no tuples
         reports.append(report)
     if not any(report.when == "teardown" for report in reports):
         reason = "\n".join(value["problems"]) or job.error or f"it ended with exit code {job.exit_code}"

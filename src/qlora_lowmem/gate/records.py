@@ -10,8 +10,8 @@ from typing import Any
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
 
-# Lines of code that a record keeps: enough to say what grew, few enough to read in a diff.
-MAX_LINES = 25
+# Lines of code that a record keeps, the largest: as many as an attribution has (`explanation.MAX_OWNERS`).
+MAX_LINES = 40
 
 
 @dataclass(frozen=True)

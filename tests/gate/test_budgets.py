@@ -1,0 +1,302 @@
+"""The vram_budget marker in a stranger's project, on the virtual card."""
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gate.stranger import TEST, run_pytest
+from helpers import ROOT
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.gate.session import GateSession
+from qlora_lowmem.virtual_gpu.build import ensure_built
+
+pytestmark = pytest.mark.slow
+
+# Every way in which a test can end, with what it prints.
+MANY = """\
+import pytest, torch
+
+pytestmark = pytest.mark.vram_budget("64 MiB", card="t4-16gb")
+
+
+@pytest.fixture
+def block():
+    print("made by a fixture")
+    return torch.empty(2**20, device="cuda")
+
+
+def test_within(block):
+    print("on", torch.cuda.get_device_name(0))
+    torch.cuda.reset_peak_memory_stats()
+
+
+def test_at_the_limit():
+    torch.empty(2**26, dtype=torch.uint8, device="cuda")
+
+
+def test_one_byte_over():
+    torch.empty(2**26 + 1, dtype=torch.uint8, device="cuda")
+
+
+def test_a_peak_that_is_reset():
+    torch.empty(2**27, dtype=torch.uint8, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+
+
+def test_fails():
+    print("before it fails")
+    assert torch.cuda.device_count() == 2, "a plain failure"
+
+
+@pytest.mark.skip(reason="not today")
+def test_skipped():
+    pass
+
+
+def test_skips_itself():
+    pytest.skip("nothing to do")
+
+
+@pytest.mark.xfail(reason="too much", strict=True)
+def test_expected_to_be_over():
+    torch.empty(2**27, dtype=torch.uint8, device="cuda")
+
+
+def test_out_of_memory():
+    kept = torch.empty(2**34 - 2**30, dtype=torch.uint8, device="cuda")
+    torch.empty(2**33, dtype=torch.uint8, device="cuda")
+
+
+def test_dies():
+    import os
+    os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_parameters(count, request, tmp_path):
+    assert request.config.getoption("--own") == "given"
+    assert torch.empty(count, device="cuda").numel() == count
+
+
+class TestInAClass:
+    def test_method(self):
+        torch.empty(1, device="cuda")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    try:
+        ensure_built()
+    except virtual_gpu.VirtualGPUUnavailable as error:
+        pytest.skip(str(error))
+
+
+def test_fresh_folder_with_pip_install(tmp_path: Path) -> None:
+    """The package installed by pip, a stranger's test: passes, and fails when the model grows by a layer."""
+    site, project = tmp_path / "site", tmp_path / "project"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(ROOT)]
+    installed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if installed.returncode != 0:
+        pytest.skip(f"pip cannot build a wheel here: {installed.stderr.strip().splitlines()[-1]}")
+    project.mkdir()
+    (project / "test_model.py").write_text(TEST)
+    env = {"PYTHONPATH": str(site), "QLORA_LOWMEM_ENTRY_POINT": "1"}
+
+    passing = run_pytest(project, **env)
+    assert passing.returncode == 0, passing.stdout + passing.stderr
+    assert "qlora-lowmem" in passing.stdout  # pytest lists it among its plugins
+
+    grown = run_pytest(project, LAYERS="5", **env)
+    assert grown.returncode == 1
+    failure = grown.stdout
+    assert "GPU memory over budget: test_model.py::test_step" in failure
+    assert re.search(r"allocated 816\.7 MiB, limit 700\.0 MiB: 116\.7 MiB over", failure), failure
+    assert "since it last passed (656.6 MiB allocated)" in failure
+    assert re.search(r"\+128\.\d MiB +layers\.4 +new", failure), failure
+    assert "test_model.py:26 test_step" in failure  # the optimizer's state
+    assert len(failure[failure.index("GPU memory over") : failure.index("attribution:")].splitlines()) < 25
+    assert run_pytest(project, **env).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[virtual_gpu.Server]:
+    """One for all sessions of this file, which saves each of them the import of torch."""
+    with virtual_gpu.Server(["torch", "qlora_lowmem.gate.plain_recorder"]) as server:
+        for card in ("rtx-4050-laptop-6gb", "t4-16gb"):  # started here, where the cache is that of the user
+            server.submit("os:getpid", {}, virtual_gpu.get_card(card)).result()
+        yield server
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a session came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_here(
+    pytester: pytest.Pytester, server: virtual_gpu.Server, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
+    """A session of pytest in this process, in an empty folder; its tests run in workers all the same."""
+    monkeypatch.setattr(GateSession, "server", lambda _self: server)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments: str) -> Run:
+        result = pytester.runpytest_inprocess("-p", "qlora_lowmem.gate.plugin", *arguments)
+        return Run(int(result.ret), str(result.stdout), str(result.stderr))
+
+    return run
+
+
+def test_everything_of_the_inner_test_comes_through(
+    pytester: pytest.Pytester, run_here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path = pytester.path
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    (tmp_path / "test_many.py").write_text(MANY)
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--own')\n")
+    run = run_here("-rA", "--own", "given", "--junitxml=junit.xml", "--vram-report=report")
+    lines = re.findall(r"^(PASSED|FAILED|XFAIL|ERROR) test_many\.py::(\S+)", run.stdout, re.MULTILINE)
+    ends = {name: how for how, name in lines}
+    assert ends == {
+        "test_within": "PASSED",
+        "test_at_the_limit": "PASSED",
+        "test_one_byte_over": "FAILED",
+        "test_a_peak_that_is_reset": "FAILED",
+        "test_fails": "FAILED",
+        "test_expected_to_be_over": "XFAIL",
+        "test_out_of_memory": "FAILED",
+        "test_dies": "FAILED",
+        "test_parameters[1]": "PASSED",
+        "test_parameters[2]": "PASSED",
+        "TestInAClass::test_method": "PASSED",
+    }, run.stdout + run.stderr
+    for said in (
+        "made by a fixture",
+        "on Tesla T4",
+        "before it fails",
+        "a plain failure",
+        "not today",
+        "nothing to do",
+        "512 B over",  # blocks are multiples of 512 bytes
+        "CUDA out of memory",
+        "the process of this test did not finish",
+        "::error file=test_many.py,title=GPU memory%3A OVER BUDGET::GPU memory over budget",
+    ):
+        assert said in run.stdout, said
+    cases = {case.get("name"): case for case in ElementTree.parse(tmp_path / "junit.xml").iter("testcase")}
+    properties = {p.get("name"): p.get("value") for p in cases["test_one_byte_over"].iter("property")}
+    assert properties["vram_allocated_bytes"] == str(2**26 + 512)
+    assert properties["vram_limit_bytes"] == str(2**26)
+    assert properties["vram_verdict"] == "OVER BUDGET"
+    report = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"gate.json", "trend.json", "summary.md", "chart.svg"} <= report
+    trend = json.loads((tmp_path / "report" / "trend.json").read_text())
+    assert {"name", "unit", "value", "extra"} == trend[0].keys()
+    assert "xychart-beta" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [
+        ('"6 Gigs"', "unknown unit"),
+        ('"6 GB", card="rtx-4050"', "rtx-4050-laptop-6gb"),
+        ("6.5", "is not a size"),
+        ("", "has no limit"),
+        ('"6 GB", of="total"', "allocated, reserved, device"),
+        ('"6 GB", crad="t4-16gb"', "unknown: crad"),
+    ],
+)
+def test_a_budget_that_cannot_be_read_stops_collection(
+    pytester: pytest.Pytester, run_here: Callable[..., Run], marker: str, said: str
+) -> None:
+    (pytester.path / "test_it.py").write_text(
+        f"import pytest\n@pytest.mark.vram_budget({marker})\ndef test_it(): raise SystemExit('ran')\n"
+    )
+    run = run_here()
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr + run.stdout
+
+
+def test_defaults_from_the_ini_file_and_the_command_line(
+    pytester: pytest.Pytester, run_here: Callable[..., Run]
+) -> None:
+    tmp_path = pytester.path
+    (tmp_path / "pytest.ini").write_text("[pytest]\nvram_budget = 1 MiB\nvram_card = t4-16gb\n")
+    (tmp_path / "test_it.py").write_text(
+        "import pytest, torch\n@pytest.mark.vram_budget\ndef test_it():\n    torch.empty(2**21, device='cuda')\n"
+    )
+    by_ini = run_here()
+    assert "limit 1.0 MiB" in by_ini.stdout
+    assert "on t4-16gb" in by_ini.stdout
+    by_flags = run_here("--vram-budget", "7MiB", "--card", "rtx-4050-laptop-6gb")
+    assert "limit 7.0 MiB" in by_flags.stdout
+    assert "on rtx-4050-laptop-6gb" in by_flags.stdout
+
+
+def test_record_compare_and_refuse(pytester: pytest.Pytester, run_here: Callable[..., Run]) -> None:
+    """--record writes baselines of a passing run; a byte more is then a regression; a failing run writes nothing."""
+    tmp_path = pytester.path
+    test = tmp_path / "test_it.py"
+    body = (
+        "import pytest, torch\n@pytest.mark.vram_budget('1 GB')\ndef test_it():\n    torch.empty({}, device='cuda')\n"
+    )
+    test.write_text(body.format("2**20"))
+    flags = ("--baselines", "peaks")
+    recorded = run_here(*flags, "--record")
+    assert recorded.returncode == 0, recorded.stdout
+    file = tmp_path / "peaks" / "rtx-4050-laptop-6gb.json"
+    assert f"recorded in {file}" in recorded.stdout
+    before = file.read_bytes()
+    assert str(tmp_path) not in file.read_text()
+    assert run_here(*flags).returncode == 0
+
+    test.write_text(body.format("2**20 + 1"))
+    regressed = run_here(*flags)
+    assert regressed.returncode == 1
+    assert "REGRESSED" in regressed.stdout
+    assert "(+512 bytes)" in regressed.stdout
+    assert run_here(*flags, "--report-only").returncode == 0
+    assert file.read_bytes() == before
+
+    test.write_text(body.format("2**18"))
+    improved = run_here(*flags)
+    assert improved.returncode == 0
+    assert "IMPROVED" in improved.stdout
+    assert "pytest --record=" in improved.stdout
+
+    test.write_text(body.format("2**18") + "def test_other(): assert False\n")
+    failing = run_here(*flags, "--record")
+    assert "no baseline was written: the run did not pass" in failing.stdout
+    assert file.read_bytes() == before
+    named = run_here(*flags, "test_it.py::test_it", "--record=test_it")
+    assert named.returncode == 0
+    assert file.read_bytes() != before
+    unknown = run_here(*flags, "test_it.py::test_it", "--record=nothing")
+    assert unknown.returncode == 1
+    assert "no case of the name nothing ran" in unknown.stdout
+
+
+def test_xdist_gives_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest, torch\n@pytest.mark.parametrize('n', range(4))\n@pytest.mark.vram_budget('1 GB')\n"
+        "def test_it(n):\n    torch.empty(2**20 * (n + 1), device='cuda')\n"
+    )
+    alone = run_pytest(tmp_path, "--baselines=peaks", "--record")
+    together = run_pytest(tmp_path, "--baselines=other", "--record", "-n", "2")
+    assert (alone.returncode, together.returncode) == (0, 0), together.stdout
+    name = "rtx-4050-laptop-6gb.json"
+    assert (tmp_path / "peaks" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
