@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from gate.stranger import TEST, run_pytest
 from helpers import ROOT
@@ -18,6 +19,9 @@ from qlora_lowmem.gate.session import GateSession
 from qlora_lowmem.virtual_gpu.build import ensure_built
 
 pytestmark = pytest.mark.slow
+
+# Sessions in this process forget the modules that they imported, and torch cannot be imported twice.
+assert torch.__version__
 
 # Every way in which a test can end, with what it prints.
 MANY = """\
@@ -121,7 +125,7 @@ def test_fresh_folder_with_pip_install(tmp_path: Path) -> None:
     assert re.search(r"allocated 816\.7 MiB, limit 700\.0 MiB: 116\.7 MiB over", failure), failure
     assert "since it last passed (656.6 MiB allocated)" in failure
     assert re.search(r"\+128\.\d MiB +layers\.4 +new", failure), failure
-    assert "test_model.py:26 test_step" in failure  # the optimizer's state
+    assert re.search(r"optimizer state .* test_model\.py:\d+ test_step", failure), failure
     assert len(failure[failure.index("GPU memory over") : failure.index("attribution:")].splitlines()) < 25
     assert run_pytest(project, **env).returncode == 0
 

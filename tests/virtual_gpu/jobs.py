@@ -330,3 +330,23 @@ def leave_a_process() -> int:
     import subprocess
 
     return subprocess.Popen(["sleep", "60"]).pid
+
+
+def host_values_through_a_collective() -> dict[str, list[int]]:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    host = torch.tensor([5, 6])
+    never_sent, sent, computed = host.cuda(), host.cuda(), host.cuda()
+    dist.broadcast(sent, src=0)
+    answers = {"sent": sent.tolist(), "part": sent[1:].tolist(), "never sent": never_sent.tolist()}
+    dist.broadcast(computed, src=0)
+    computed.add_(1)
+    answers["computed since"] = computed.tolist()
+    reduced = host.cuda()
+    dist.broadcast(reduced, src=0)
+    dist.all_reduce(reduced)
+    answers["reduced since"] = reduced.tolist()
+    dist.destroy_process_group()
+    return answers

@@ -52,19 +52,6 @@ def test_two_processes_that_build_at_once_build_once(cache):
     assert not list((cache / "virtual_gpu").glob(".build-*"))
 
 
-@pytest.mark.usefixtures("built")
-def test_an_interrupted_build_is_not_used(cache, monkeypatch):
-    def break_off(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(build._Builder, "_link_driver", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            build.ensure_built()
-    assert builds(cache) == []
-    assert not list((cache / "virtual_gpu").glob(".build-*"))
-
-
 @pytest.mark.usefixtures("built", "cache")
 def test_a_read_only_cache_gives_way_to_the_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(build.CACHE_VARIABLE, "/proc/nowhere")  # where nobody can write, root included

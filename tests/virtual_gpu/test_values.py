@@ -42,3 +42,14 @@ def test_a_program_that_reads_values_is_told_once(answers):
 
 def test_every_row_has_its_reason():
     assert all(reason for *_, reason in (*VALUES, *_facts().FACTS))
+
+
+def test_only_what_the_host_wrote_and_a_collective_passed_on_can_be_read(job):
+    """What DistributedDataParallel plans its buckets with; anything that a kernel may have changed is zero."""
+    assert job("host_values_through_a_collective").value == {
+        "sent": [5, 6],
+        "part": [6],
+        "never sent": [0, 0],
+        "computed since": [0, 0],
+        "reduced since": [0, 0],
+    }
