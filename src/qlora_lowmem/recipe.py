@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from .recipe_memory import Lean, Memory
 from .recipe_sections import (
     SYNTHETIC,
     TARGET_PRESETS,
@@ -20,9 +21,7 @@ from .recipe_sections import (
     Batch,
     Data,
     Dataloader,
-    Lean,
     Lora,
-    Memory,
     Optimizer,
     Quantization,
     Run,

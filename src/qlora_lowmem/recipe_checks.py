@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .recipe import SECTIONS, SYNTHETIC, TARGET_PRESETS, Recipe, recipe_fields
-from .recipe_sections import parse_memory_limit
+from .recipe_memory import parse_memory_limit
 from .units import MIB
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
