@@ -16,4 +16,5 @@ ORDER = [
     "seq256",
     "r4",
     "accumulation16",
+    "lean",
 ]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 TEST = """\
@@ -32,6 +33,19 @@ def test_step():
         model(torch.randn(512, 1024, device="cuda")).square().mean().backward()
         optimizer.step()
 """
+
+
+# Others cost seconds a session, and are not what is tested.
+FEW_PLUGINS = ("-p", "no:hypothesispytest", "-p", "no:benchmark", "-p", "no:anyio")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a session came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def run_pytest(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -99,7 +99,7 @@ def test_overlays_are_made_once_and_come_first(tmp_path: Path, monkeypatch: pyte
     made = Overlays(tmp_path)
     for _ in range(2):
         environment = made.environment({"package": "2", "same": "1"})
-        assert environment["PYTHONPATH"] == f"{tmp_path / 'package-2'}:/before"
+        assert environment["PYTHONPATH"] == f"{tmp_path / 'package-2' / 'site-packages'}:/before"
     assert len(calls) == 1
     assert calls[0][-1] == "package==2"
     assert "--no-deps" in calls[0]

@@ -73,9 +73,7 @@ def test_command_writes_everything(
     flags = [text for kind, path in files.items() for text in (f"--{kind}", str(path))]
     small = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", value)]
 
-    done = command(
-        "memory.explain", "--config", str(RECIPES / "optimised.yaml"), "--model", str(tiny_hybrid), *small, *flags
-    )
+    done = command("explain", "--config", str(RECIPES / "optimised.yaml"), "--model", str(tiny_hybrid), *small, *flags)
 
     assert done.returncode == 0, done.stderr
     assert "**on the card**" in done.stdout

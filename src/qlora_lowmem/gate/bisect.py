@@ -145,7 +145,8 @@ class RecipeMeasure:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             content = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
         if not content.get("fits"):
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
             print(f"{named}: does not run: {reason}", file=sys.stderr)
             return None
         peak = int(content["peak_allocated_bytes"])

@@ -88,8 +88,7 @@ def _arguments(config: pytest.Config) -> list[str]:
     for warning in config.option.pythonwarnings or ():
         found += ["-W", warning]
     for name in config.option.plugins or ():
-        if not name.startswith("no:"):
-            found += ["-p", name]
+        found += ["-p", name]
     found += ["--import-mode", str(config.getoption("importmode"))]
     # Registered by whatever way the outer session knows it, and under the same name.
     return [*found, "-p", "qlora_lowmem.gate.plugin"]

@@ -1,17 +1,21 @@
 """Environments that differ from this one in a few packages, without installing torch again.
 
-An overlay is a folder with one version of one package, without its dependencies; a process sees it before what is
-installed by having it on PYTHONPATH. Overlays are kept and used again.
+An overlay is a folder with one version of one package, and of its dependencies those alone that are not installed
+in a version that it accepts; a process sees it before what is installed by having it on PYTHONPATH. Overlays are kept
+and used again.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from qlora_lowmem.errors import UsageError
 
@@ -62,7 +66,7 @@ class Overlays:
     """Makes overlays under a folder.
 
     Args:
-        folder: where they are kept, `NAME-VERSION` each.
+        folder: where they are kept, `NAME-VERSION/site-packages` each.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,15 +83,45 @@ class Overlays:
         return dict(os.environ) | {"PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])])}
 
     def _overlay(self, name: str, version: str) -> Path:
-        target = self._folder / f"{name}-{version}"
+        # `site-packages`, so that lines of code are named as those of installed packages are (`kinds.line_of`).
+        target = self._folder / f"{name}-{version}" / "site-packages"
         if target.is_dir():
             return target
         self._folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self._folder))
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(scratch)]
-        done = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UsageError(f"{name}=={version} cannot be installed: {last}")
-        scratch.rename(target)
+        try:
+            wanted = [f"{name}=={version}"]
+            while wanted:
+                _install(scratch, wanted)
+                wanted = _absent(scratch)
+            target.parent.mkdir(exist_ok=True)
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         return target
+
+
+def _install(target: Path, requirements: list[str]) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *requirements]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
+        raise UsageError(f"{', '.join(requirements)} cannot be installed: {errors[-1]}")
+
+
+def _absent(target: Path) -> list[str]:
+    """Requirements of what is in `target` that are neither there nor installed in a version that they accept."""
+    inside = list(metadata.distributions(path=[str(target)]))
+    there = {normalised(found.name) for found in inside}
+    needed = [Requirement(text) for found in inside for text in found.requires or ()]
+    applies = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+    absent = {
+        normalised(need.name): f"{need.name}{need.specifier}"
+        for need in applies
+        if normalised(need.name) not in there and not _meets(installed(need.name), need)
+    }
+    return sorted(absent.values())
+
+
+def _meets(version: str | None, requirement: Requirement) -> bool:
+    return version is not None and requirement.specifier.contains(version, prereleases=True)

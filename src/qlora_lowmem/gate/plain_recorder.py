@@ -13,6 +13,7 @@ import torch
 from torch.cuda import memory as cuda_memory
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.gate.device import device_name
 from qlora_lowmem.gate.plain_attribution import PlainEvidence, PlainOwner, attribute
 from qlora_lowmem.gate.plain_scopes import PlainScopes
 from qlora_lowmem.memory.attribution import Attribution
@@ -22,6 +23,10 @@ from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
 # Of the allocator's history; a test with more keeps its peak and loses its attribution.
 _MAX_EVENTS = 1_000_000
 _WORKSPACE = PlainOwner("libraries", "", "cuBLAS workspace")
+
+# Bytes that other programs held on each device before this process used it. A process may measure many tests, and its
+# CUDA context is there from the first.
+_used_by_others: dict[int, int] = {}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,6 @@ class PlainRecorder:
         self._undo: list[Callable[[], None]] = []
         pynvml.nvmlInit()
         self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        self._used_by_others = 0
 
     def start(self) -> None:
         """Begin.
@@ -62,7 +66,7 @@ class PlainRecorder:
             RuntimeError: torch sees no GPU.
         """
         if not torch.cuda.is_initialized():
-            self._used_by_others = self._used()
+            _used_by_others[self._index] = self._used()
         torch.cuda.init()
         gc.collect()
         torch.cuda.empty_cache()
@@ -83,10 +87,10 @@ class PlainRecorder:
             undo()
         self._scopes.remove()
         allocated, reserved = self._peaks
-        outside = max(0, self._used() - self._used_by_others - torch.cuda.memory_reserved(self._index))
+        outside = max(0, self._used() - _used_by_others.get(self._index, 0) - torch.cuda.memory_reserved(self._index))
         card = virtual_gpu.current_card()
         profile = MemoryProfile(
-            device=card.name if card else torch.cuda.get_device_name(self._index).lower().replace(" ", "-"),
+            device=device_name(self._index),
             provenance="virtual" if card else "measured",
             total_bytes=int(torch.cuda.get_device_properties(self._index).total_memory),
             outside_allocator_bytes=outside,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qlora_lowmem.gate.verdicts import Gate, Verdict
     from qlora_lowmem.memory.attribution import Attribution
 
+# What every worker imports.
+WORKER_MODULES = ["torch", "qlora_lowmem.gate.worker", "qlora_lowmem.gate.plain_recorder", "qlora_lowmem.gate.outer"]
 # Fixtures by which a test is one of the gate's.
 _GATE_FIXTURES = {"matrix", "vram_gate", "runner"}
 
@@ -180,13 +182,14 @@ class GateSession:
 
     def case_of(self, item: pytest.Item) -> "Case | None":
         """A budgeted test and what it is held against; None for any other."""
+        from qlora_lowmem.gate.device import device_name
         from qlora_lowmem.gate.meter import Case
         from qlora_lowmem.gate.records import Record
 
         budget = item.stash.get(BUDGET, None)
         if budget is None:
             return None
-        device = self._real_device() if self.on_gpu else budget.card
+        device = device_name() if self.on_gpu else budget.card
         kept = self._cache().get(_cache_key(device, item.nodeid), None) if self._cache() else None
         return Case(
             name=item.nodeid,
@@ -205,7 +208,7 @@ class GateSession:
         from qlora_lowmem import virtual_gpu
 
         if self._server is None:
-            self._server = virtual_gpu.Server(["torch", "qlora_lowmem.gate.plain_recorder"], max_workers=1)
+            self._server = virtual_gpu.Server(WORKER_MODULES, max_workers=1)
         return self._server
 
     @property
@@ -291,11 +294,6 @@ class GateSession:
 
     def _cache(self) -> Any:
         return getattr(self.config, "cache", None)
-
-    def _real_device(self) -> str:
-        import torch
-
-        return str(torch.cuda.get_device_name(0)).lower().replace(" ", "-")
 
 
 def _cache_key(device: str, case: str) -> str:

@@ -1,0 +1,18 @@
+"""The GPU of this process by name, asked of NVML: torch would make a CUDA context, which would be counted."""
+
+import pynvml
+
+from qlora_lowmem import virtual_gpu
+
+
+def device_name(index: int = 0) -> str:
+    """The card's name: of the table for a virtual GPU, else NVIDIA's own in lower case with dashes.
+
+    Raises:
+        pynvml.NVMLError: there is no driver or no such device.
+    """
+    card = virtual_gpu.current_card()
+    if card is not None:
+        return card.name
+    pynvml.nvmlInit()
+    return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))).lower().replace(" ", "-")

@@ -1,0 +1,97 @@
+"""What of budgets and options is refused before anything runs, and that a project without budgets pays nothing."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from gate.stranger import Run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [
+        ('"6 Gigs"', "unknown unit"),
+        ('"6 GB", card="rtx-4050"', "rtx-4050-laptop-6gb"),
+        ("6.5", "is not a size"),
+        ("", "has no limit"),
+        ('"6 GB", of="total"', "allocated, reserved, device"),
+        ('"6 GB", crad="t4-16gb"', "unknown: crad"),
+    ],
+)
+def test_a_budget_that_cannot_be_read_stops_collection(
+    pytester: pytest.Pytester, run_here: Callable[..., Run], marker: str, said: str
+) -> None:
+    (pytester.path / "test_it.py").write_text(
+        f"import pytest\n@pytest.mark.vram_budget({marker})\ndef test_it(): raise SystemExit('ran')\n"
+    )
+    run = run_here()
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr + run.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--gpu", "-n", "2"), "measures one job at a time"),
+        (("--gpu", "--card", "t4-16gb"), "give one"),
+        (("--record", "test_it.py"), "is a path"),
+        (("--vram-budget", "1 Gigs"), "unknown unit"),
+        (("-o", "vram_card=rtx"), "vram_card"),
+        (("-o", "vram_tolerance_relative=half"), "is not a share"),
+    ],
+)
+def test_options_that_cannot_work(
+    pytester: pytest.Pytester, run_here: Callable[..., Run], flags: tuple[str, ...], said: str
+) -> None:
+    (pytester.path / "test_it.py").write_text("def test_it(): pass\n")
+    run = run_here(*flags)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert said in run.stderr
+
+
+@pytest.mark.parametrize("how", ["marker", "option"])
+def test_reruns_are_refused(pytester: pytest.Pytester, run_here: Callable[..., Run], how: str) -> None:
+    """As pytest-rerunfailures asks for them: by its marker, or by its option for all tests."""
+    marker = "@pytest.mark.flaky(reruns=2)\n" if how == "marker" else ""
+    (pytester.path / "test_it.py").write_text(
+        f"import pytest\n{marker}@pytest.mark.vram_budget('1 GB')\ndef test_it(): pass\n"
+    )
+    (pytester.path / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--reruns', type=int)\n"
+        "def pytest_configure(config):\n    config.addinivalue_line('markers', 'flaky: rerun')\n"
+    )
+    run = run_here(*(("--reruns", "2") if how == "option" else ()))
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "reruns hide what it measures" in run.stderr
+
+
+def test_corrupt_baselines_are_one_clear_error(pytester: pytest.Pytester, run_here: Callable[..., Run]) -> None:
+    folder = pytester.path / "peaks"
+    folder.mkdir()
+    (folder / "rtx-4050-laptop-6gb.json").write_text("{")
+    (pytester.path / "test_it.py").write_text("import pytest\n@pytest.mark.vram_budget('1 GB')\ndef test_it(): pass\n")
+    run = run_here("--baselines=peaks", "--record")
+    assert run.returncode == 1
+    assert "the baselines are not valid JSON" in run.stdout
+    assert "Traceback" not in run.stdout
+    assert (folder / "rtx-4050-laptop-6gb.json").read_text() == "{"
+
+
+def test_projects_without_budgets_pay_nothing() -> None:
+    """Loading the plugin imports nothing heavy: neither torch, nor the rest of the gate, nor tables."""
+    code = (
+        "import pytest, sys; before = set(sys.modules); import qlora_lowmem.gate.plugin; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {
+        "qlora_lowmem",
+        "qlora_lowmem.gate",
+        "qlora_lowmem.gate.keys",
+        "qlora_lowmem.gate.plugin",
+    }
