@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from helpers import RECIPES, ROOT
+from qlora_lowmem.models.sources import architecture
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -57,6 +58,18 @@ def test_summary_for_machines(command: Command, tiny_hybrid: Path, tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert content["recipe_hash"] in card
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_lean_trains_a_model_that_is_no_hybrid(command: Command, tmp_path: Path) -> None:
+    """Under TRL's trainer, with its fused head; the losses are the plain implementation's."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"intermediate_size": 64, "vocab_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(architecture("smollm2-135m-instruct") | small))
+    losses = []
+    for name, lean in (("plain", "false"), ("lean", "true")):
+        arguments = tiny(tmp_path, tmp_path / name, "--lean", lean, "--max-steps", "3", "--json", "-")
+        losses.append(summary_of(command("train", *arguments))["losses"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.slow

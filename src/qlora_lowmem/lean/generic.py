@@ -79,7 +79,9 @@ def patch_loss(causal: Any, options: LeanOptions) -> Idea:
 def _loss_forward(
     self: Any, *args: Any, plain: Callable[..., Any], options: HeadOptions, labels: Tensor | None = None, **kwargs: Any
 ) -> Any:
-    if labels is None or kwargs.get("output_router_logits") or kwargs.get("past_key_values") is not None:
+    # TRL's fused head, if it was there first, has tiles of its own and returns what its trainer reads.
+    served = not (kwargs.get("fused_lm_head") or kwargs.get("output_router_logits"))
+    if labels is None or not served or kwargs.get("past_key_values") is not None:
         return plain(*args, **kwargs, **({} if labels is None else {"labels": labels}))
     items, shifted = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
     output = getattr(self, self.base_model_prefix)(*args, **kwargs | {"use_cache": False, "return_dict": True})
