@@ -44,8 +44,9 @@ size_t element_size(int type) {
     case 5:   // double
     case 6:   // void pointer
     case 15:  // descriptor
-    case 26:  // fraction: two int64, below
-      return type == 26 ? 16 : 8;
+      return 8;
+    case 26:  // fraction: two int64
+      return 16;
     case 2:   // boolean
     case 24:  // char
       return 1;
