@@ -23,6 +23,7 @@ from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments,
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe_io import load_recipe, replace_field
 from qlora_lowmem.units import GIB
+from qlora_lowmem.virtual_runs import recipe_card
 
 _ROOMY_BYTES = 80 * GIB
 
@@ -72,10 +73,7 @@ def _check_targets(options: argparse.Namespace) -> None:
 
 def _on_virtual_card(recipe: Recipe, arguments: list[str]) -> int:
     """Start this command again as a process on the virtual card; if that is too small, on one of its kind with more."""
-    try:
-        card = virtual_gpu.get_card(recipe.run.card)
-    except virtual_gpu.UnknownCardError as error:
-        raise UsageError(f"run.card: {error}") from None
+    card = recipe_card(recipe)
     command = [sys.executable, "-m", "qlora_lowmem.explain", *arguments]
     env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
     code = virtual_gpu.run(command, card, env=env).exit_code

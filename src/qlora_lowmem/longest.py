@@ -25,7 +25,7 @@ from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments,
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe_io import load_recipe, replace_field
 from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
-from qlora_lowmem.virtual_runs import RecipeRun, recipe_server, submit_recipe
+from qlora_lowmem.virtual_runs import RecipeRun, recipe_card, recipe_server, submit_recipe
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,7 @@ def _run(arguments: list[str]) -> int:
         if getattr(options, flag) < 1:
             raise UsageError(f"--{flag}: {getattr(options, flag)} is not a number of tokens; give 1 or more")
     recipes = [load_recipe(path, overrides_from(options)) for path in options.config]
-    try:
-        card = virtual_gpu.get_card(recipes[0].run.card)
-    except virtual_gpu.UnknownCardError as error:
-        raise UsageError(f"run.card: {error}") from None
+    card = recipe_card(recipes[0])
     with recipe_server() as server:
         rows = [find(recipe, card, server, limit=options.limit, step=options.step) for recipe in recipes]
     record = provenance_record(card.name, "virtual")

@@ -19,12 +19,13 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.data import Samples, read_samples
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe_io import load_recipe
 from qlora_lowmem.units import format_bytes
+from qlora_lowmem.virtual_runs import recipe_card
 
 if TYPE_CHECKING:
     from qlora_lowmem.execute import Outcome
@@ -60,22 +61,13 @@ def _run(arguments: list[str]) -> int:
     recipe = load_recipe(options.config, overrides_from(options))
     checked = _read_data(recipe)
     resolve_model(recipe.base.model, recipe.base.weights)
-    card = _card(recipe)
+    card = recipe_card(recipe) if recipe.run.device == "virtual" else None
     if options.dry_run:
         return _dry_run(recipe, checked, options)
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
         assert card is not None
         return _on_virtual_card(recipe, card, arguments, options)
     return _train(recipe, checked, options)
-
-
-def _card(recipe: Recipe) -> virtual_gpu.Card | None:
-    if recipe.run.device != "virtual":
-        return None
-    try:
-        return virtual_gpu.get_card(recipe.run.card)
-    except virtual_gpu.UnknownCardError as error:
-        raise UsageError(f"run.card: {error}") from None
 
 
 def _read_data(recipe: Recipe) -> Samples | None:

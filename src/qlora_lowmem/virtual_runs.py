@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe import Recipe
@@ -37,6 +38,18 @@ class RecipeRun:
     floor_bytes: int = 0
     pinned_host_bytes: int = 0
     attribution: Attribution | None = None
+
+
+def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
+    """The virtual card that `recipe` names.
+
+    Raises:
+        UsageError: no card of the table has that name.
+    """
+    try:
+        return virtual_gpu.get_card(recipe.run.card)
+    except virtual_gpu.UnknownCardError as error:
+        raise UsageError(f"run.card: {error}") from None
 
 
 def recipe_server(max_workers: int = 2) -> virtual_gpu.Server:

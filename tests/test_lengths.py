@@ -1,0 +1,38 @@
+"""Peaks by sequence length, all in one worker."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from helpers import RECIPES
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+CONFIG = ("--config", str(RECIPES / "optimised.yaml"), "--weights", "random")
+
+
+def test_five_lengths_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:
+    lengths = ["512", "64", "128", "256", "1024", "64"]
+    run = command(
+        "lengths", *CONFIG, "--model", str(tiny_hybrid), "--lengths", *lengths, "--json", "-", "--table", str(tmp_path)
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert [row["tokens"] for row in found["cases"]] == [64, 128, 256, 512, 1024]
+    peaks = [row["peak_allocated_bytes"] for row in found["cases"]]
+    assert peaks == sorted(set(peaks)), "a longer sequence takes more"
+    assert found["peak_allocated_bytes"] == peaks[-1]
+    assert all(row["fits"] for row in found["cases"])
+    written = json.loads((tmp_path / "lengths.json").read_text(encoding="utf-8"))
+    assert written["cases"] == found["cases"]
+    assert written["usable_bytes"] == found["usable_bytes"]
+    # The same length by the training command: the same bytes, whichever worker ran it.
+    alone = command("train", *CONFIG, "--model", str(tiny_hybrid), "--device", "virtual", "--max-seq-length", "256",
+                    "--gradient-accumulation-steps", "2", "--max-steps", "2", "--json", "-")  # fmt: skip
+    assert json.loads(alone.stdout)["peak_allocated_bytes"] == peaks[2]
+
+
+def test_a_length_that_cannot_be_trained_is_refused(command: Command) -> None:
+    run = command("lengths", *CONFIG, "--lengths", "1024", "1")
+    assert run.returncode == 2
+    assert "--lengths: 1 is too short" in run.stderr
