@@ -15,7 +15,7 @@ def test_baseline(
     result = matrix[name]
     assert result.failure is None, result.failure
     assert result.profile is not None, f"no peak: {result.out_of_memory}"
-    vram_gate.check(request.node, name, recipe_record(result), lambda: runner.attribute(result))
+    vram_gate.check(request.node, name, recipe_record(result), lambda snapshot: runner.attribute(result, snapshot))
 
 
 def test_no_baseline_without_its_recipe(matrix: Matrix, vram_gate: GateSession, request: pytest.FixtureRequest) -> None:

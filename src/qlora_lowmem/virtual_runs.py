@@ -3,6 +3,7 @@
 import traceback
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_lowmem import virtual_gpu
@@ -63,11 +64,17 @@ def submit_recipe(
     card: virtual_gpu.Card,
     timeout: float | None = None,
     attribute: bool = False,
+    snapshot: Path | None = None,
 ) -> "Future[RecipeRun]":
-    """Queue `recipe`'s training steps on `card`; synthetic data, every sample at full length."""
+    """Queue `recipe`'s training steps on `card`; synthetic data, every sample at full length.
+
+    Args:
+        attribute: say where the bytes of the peak are.
+        snapshot: with `attribute`, write the allocator's snapshot there.
+    """
     if recipe.data.data != "synthetic":
         recipe = replace_field(recipe, "data", "synthetic")
-    arguments = {"content": recipe.to_dict(), "attribute": attribute}
+    arguments = {"content": recipe.to_dict(), "attribute": attribute, "snapshot": str(snapshot) if snapshot else None}
     job = server.submit("qlora_lowmem.virtual_runs:run_here", arguments, card, timeout=timeout)
     result: Future[RecipeRun] = Future()
     job.add_done_callback(lambda done: _pass_on(done, result))
@@ -93,10 +100,9 @@ def _pass_on(done: "Future[virtual_gpu.JobResult]", result: "Future[RecipeRun]")
     result.set_result(RecipeRun(profile=profile, attribution=attribution, pinned_host_bytes=pinned, **value))
 
 
-def run_here(content: dict[str, Any], attribute: bool = False) -> dict[str, Any]:
+def run_here(content: dict[str, Any], attribute: bool = False, snapshot: str | None = None) -> dict[str, Any]:
     """In the worker: run a recipe for its steps and return a `RecipeRun` as plain data."""
     import tempfile
-    from pathlib import Path
 
     from qlora_lowmem.execute import OutOfGpuMemoryError, execute
     from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
@@ -110,6 +116,8 @@ def run_here(content: dict[str, Any], attribute: bool = False) -> dict[str, Any]
         return {"profile": error.profile.to_dict(), "out_of_memory": error.torch_message, "phase": error.phase}
     except Exception:  # what a person reads is made of this in the parent
         return {"profile": None, "failure": traceback.format_exc()}
+    if attribution is not None and snapshot is not None and outcome.attribution is not None:
+        attribution.save_snapshot(Path(snapshot))
     assert outcome.profile is not None
     value: dict[str, Any] = {
         "profile": outcome.profile.to_dict(),

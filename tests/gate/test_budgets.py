@@ -1,6 +1,7 @@
 """The vram_budget marker in a stranger's project, on the virtual card."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_fresh_folder_with_pip_install(tmp_path: Path) -> None:
     assert "since it last passed (656.6 MiB allocated)" in failure
     assert re.search(r"\+128\.\d MiB +layers\.4 +new", failure), failure
     assert re.search(r"optimizer state .* test_model\.py:\d+ test_step", failure), failure
-    assert len(failure[failure.index("GPU memory over") : failure.index("attribution:")].splitlines()) < 25
+    assert len(failure[failure.index("GPU memory over") : failure.index("kept:")].splitlines()) < 25
 
 
 def test_everything_of_the_inner_test_comes_through(
@@ -203,6 +204,11 @@ def test_record_compare_and_refuse(pytester: pytest.Pytester, run_here: Callable
     assert regressed.returncode == 1
     assert "REGRESSED" in regressed.stdout
     assert "(+512 bytes)" in regressed.stdout
+    kept = re.search(r"kept of this run: (\S+\.json), (\S+\.pickle)", regressed.stdout)
+    assert kept is not None, regressed.stdout
+    snapshot = pickle.loads(Path(kept[2]).read_bytes())
+    assert snapshot["segments"], "what torch's memory viewer opens"
+    assert any(event["action"] == "alloc" for event in snapshot["device_traces"][0])
     assert run_here(*flags, "--report-only").returncode == 0
     assert file.read_bytes() == before
 

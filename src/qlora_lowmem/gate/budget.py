@@ -72,7 +72,7 @@ class OverBudget:
         largest: the lines that own most: (bytes, kind, module, line).
         reference: what it used when it was within its budget, if that is known.
         reference_name: `its baseline` or `it last passed`.
-        artefact: where the run's attribution was kept, or empty.
+        artefacts: files that the run left: its attribution, its snapshot.
     """
 
     case: str
@@ -82,7 +82,7 @@ class OverBudget:
     largest: tuple[tuple[int, str, str, str], ...] = ()
     reference: Record | None = None
     reference_name: str = ""
-    artefact: str = ""
+    artefacts: tuple[str, ...] = ()
 
     @property
     def measured(self) -> int:
@@ -114,8 +114,8 @@ class OverBudget:
                 [format_bytes(count), KINDS.get(kind, kind), module, line] for count, kind, module, line in self.largest
             ]
             lines += ["", "largest owners:", *_indented(rows, ("", "kind", "largest for", "line"))]
-        if self.artefact:
-            lines += ["", f"attribution: {self.artefact}"]
+        if self.artefacts:
+            lines += ["", f"kept: {', '.join(self.artefacts)}"]
         return "\n".join(lines)
 
     def _grown(self, reference: Record) -> list[str]:

@@ -56,8 +56,11 @@ class Runner(Protocol):
     def submit(self, recipe: Recipe) -> "Future[CaseResult]":
         """Queue the case."""
 
-    def attribute(self, result: CaseResult) -> Attribution | None:
-        """Run the case again where it has room, and attribute its peak; None where that cannot be done."""
+    def attribute(self, result: CaseResult, snapshot: Path | None = None) -> Attribution | None:
+        """Run the case again where it has room, and attribute its peak; None where that cannot be done.
+
+        The allocator's snapshot is written to `snapshot` if one was taken.
+        """
 
 
 class VirtualRunner:
@@ -100,10 +103,10 @@ class VirtualRunner:
         submit_recipe(self._server, recipe, self._card).add_done_callback(done)
         return result
 
-    def attribute(self, result: CaseResult) -> Attribution | None:
+    def attribute(self, result: CaseResult, snapshot: Path | None = None) -> Attribution | None:
         """Run the case again, on a roomy card if it does not fit, and attribute its peak."""
         card = self._card if result.out_of_memory is None else self._card.with_memory(ROOMY_BYTES)
-        return submit_recipe(self._server, result.recipe, card, attribute=True).result().attribution
+        return submit_recipe(self._server, result.recipe, card, attribute=True, snapshot=snapshot).result().attribution
 
     @staticmethod
     def _needs(case: CaseResult, second: "Future[RecipeRun]", result: "Future[CaseResult]") -> None:
@@ -139,9 +142,9 @@ class GpuRunner:
         result.set_result(case)
         return result
 
-    def attribute(self, result: CaseResult) -> Attribution | None:
+    def attribute(self, result: CaseResult, snapshot: Path | None = None) -> Attribution | None:
         """None: `python -m qlora_lowmem.explain --device cuda` attributes on a real GPU."""
-        del result
+        del result, snapshot
         return None
 
     def _run(self, recipe: Recipe, limit: Sequence[str]) -> CaseResult:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from qlora_lowmem.gate.artefacts import keep_attribution
+from qlora_lowmem.gate.artefacts import keep, snapshot_path
 from qlora_lowmem.gate.records import Record, attributed
 from qlora_lowmem.gate.rows import Row
 from qlora_lowmem.gate.verdicts import Missing, Regressed, Verdict, compare
@@ -21,26 +22,32 @@ def check_case(
     item: pytest.Item,
     case: str,
     record: Record,
-    attribute: "Callable[[], Attribution | None]",
+    attribute: "Callable[[Path | None], Attribution | None]",
 ) -> tuple[Verdict, Row]:
-    """The verdict on a case and its row. `attribute` runs it again, and only where the verdict fails or is recorded."""
+    """The verdict on a case and its row.
+
+    Args:
+        attribute: runs the case again with attribution, and writes the allocator's snapshot to the path that it gets;
+            called only where the verdict fails or is recorded.
+    """
     baseline = session.baseline(record.key.device, case)
     gate, recording = session.gate(), session.recording(case)
     verdict = compare(case, baseline, record, gate, across_versions=session.across_versions)
-    artefact = ""
+    left: tuple[str, ...] = ()
     if verdict.fails or recording:
-        attribution = attribute()
+        session.artefacts.mkdir(parents=True, exist_ok=True)
+        attribution = attribute(None if recording else snapshot_path(session.artefacts, case))
         if attribution is not None:
             record = attributed(record, attribution)
             verdict = compare(case, baseline, record, gate, across_versions=session.across_versions)
         if not recording:
-            artefact = keep_attribution(session.artefacts, case, attribution)
+            left = keep(session.artefacts, case, attribution)
     if isinstance(verdict, Regressed):
-        verdict = replace(verdict, artefact=artefact)
+        verdict = replace(verdict, artefacts=left)
     fails = verdict.fails and not recording and not session.report_only
     message = "" if verdict.name == "PASS" else verdict.render()
     return verdict, Row(
-        case, str(item.path), verdict.name, record, baseline, fails=fails, message=message, artefact=artefact
+        case, str(item.path), verdict.name, record, baseline, fails=fails, message=message, artefacts=left
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_lowmem.gate.artefacts import keep_attribution
+from qlora_lowmem.gate.artefacts import keep
 from qlora_lowmem.gate.budget import Budget, over_budget
 from qlora_lowmem.gate.environment_key import allocator_of_environment, key_of
 from qlora_lowmem.gate.keys import ROW
@@ -26,7 +26,7 @@ class Case:
         last_pass: what it used when it last passed here, if that is known.
         gate: tolerances against the baseline.
         recording: a baseline is about to be replaced, so it does not fail the test.
-        artefacts: a folder for the attributions of failing runs.
+        artefacts: a folder for what failing runs leave.
     """
 
     name: str
@@ -96,16 +96,17 @@ class Meter:
         )
         verdict = compare(case.name, case.baseline, record, case.gate, across_versions=case.across_versions)
         regressed = verdict.fails and not case.recording
-        attribution = measurement.attribution if failure is not None or regressed else None
-        artefact = keep_attribution(case.artefacts, case.name, attribution)
+        left: tuple[str, ...] = ()
+        if failure is not None or regressed:
+            left = keep(case.artefacts, case.name, measurement.attribution, measurement.snapshot)
         name = "WITHIN BUDGET" if case.baseline is None else verdict.name
-        row = Row(case.name, str(item.path), name, record, case.baseline, case.budget, artefact=artefact)
+        row = Row(case.name, str(item.path), name, record, case.baseline, case.budget, artefacts=left)
         if failure is not None:
-            failure = replace(failure, artefact=artefact)
+            failure = replace(failure, artefacts=left)
             row = replace(row, verdict="OVER BUDGET", fails=True, message=failure.render())
         elif case.baseline is not None and verdict.name != "PASS":
             if isinstance(verdict, Regressed):
-                verdict = replace(verdict, artefact=artefact)
+                verdict = replace(verdict, artefacts=left)
             row = replace(row, fails=regressed and not case.report_only, message=verdict.render())
         item.stash[ROW] = row
         for name, value in row.properties():

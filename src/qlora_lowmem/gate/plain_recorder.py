@@ -1,8 +1,7 @@
 """Measure and attribute the GPU memory of any test that uses torch, in the process that runs it."""
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from qlora_lowmem.gate.plain_scopes import PlainScopes
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot
 
 # Of the allocator's history; a test with more keeps its peak and loses its attribution.
 _MAX_EVENTS = 1_000_000
@@ -31,10 +31,17 @@ _used_by_others: dict[int, int] = {}
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a test used: its peaks as one phase, and where they were if the history could be followed."""
+    """What a test used.
+
+    Attributes:
+        profile: its peaks as one phase.
+        attribution: where they were, if the history could be followed.
+        snapshot: the allocator's, with its history.
+    """
 
     profile: MemoryProfile
     attribution: Attribution | None
+    snapshot: dict[str, Any]
 
 
 class PlainRecorder:
@@ -72,11 +79,11 @@ class PlainRecorder:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._index)
         self._watch_resets()
-        with _no_collection():
+        with no_collection():
             cuda_memory._record_memory_history(
                 "all", context="alloc", stacks="python", max_entries=_MAX_EVENTS, clear_history=True
             )
-            self._before = cuda_memory._snapshot()
+            self._before = take_snapshot()
         self._scopes.attach()
 
     def stop(self) -> Measurement:
@@ -96,15 +103,15 @@ class PlainRecorder:
             outside_allocator_bytes=outside,
             phases=(PhasePeak("test", allocated, reserved, reserved + outside),),
         )
-        with _no_collection():
-            after = cuda_memory._snapshot()
+        with no_collection():
+            after = take_snapshot()
             cuda_memory._record_memory_history(None)
-            workspaces = dict.fromkeys(self._library_workspaces(), _WORKSPACE)
+            workspaces = dict.fromkeys(library_workspaces(self._index), _WORKSPACE)
             history = replay(self._before, after, self._index)
             evidence = PlainEvidence(self._scopes.scope_of, tuple(self._seen), workspaces)
             found = attribute(history, evidence, profile, self._root) if history.faults == 0 else None
         self._before = {}
-        return Measurement(profile, found)
+        return Measurement(profile, found, after)
 
     def _watch_resets(self) -> None:
         """A test may reset the peaks itself; what came before counts all the same."""
@@ -153,30 +160,3 @@ class PlainRecorder:
         if tensor.is_cuda and tensor.device.index == self._index and tensor.untyped_storage().nbytes():
             owner = PlainOwner(kind, name, f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}")
             self._seen.append((position, tensor.untyped_storage().data_ptr(), owner))
-
-    def _library_workspaces(self) -> set[int]:
-        """Addresses of cuBLAS' workspaces: what torch lets go when told to; it makes new ones when it needs them."""
-        held = self._active()
-        torch._C._cuda_clearCublasWorkspaces()
-        return held - self._active()
-
-    def _active(self) -> set[int]:
-        return {
-            block["address"]
-            for segment in cuda_memory._snapshot()["segments"]
-            if segment["device"] == self._index
-            for block in segment["blocks"]
-            if block["state"] == "active_allocated"
-        }
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Many small objects are made here; a collection in their midst would free the test's garbage at another time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -21,7 +21,7 @@ class Row:
         budget: its limit, if it has one.
         fails: whether the test failed for it.
         message: the failure or the advice, rendered.
-        artefact: where the run's attribution was kept.
+        artefacts: files that a failing run left: its attribution, its snapshot.
     """
 
     case: str
@@ -32,7 +32,7 @@ class Row:
     budget: Budget | None = None
     fails: bool = False
     message: str = ""
-    artefact: str = ""
+    artefacts: tuple[str, ...] = ()
 
     def properties(self) -> list[tuple[str, object]]:
         """For JUnit, bytes as integers."""
@@ -61,4 +61,5 @@ class Row:
             Record.from_dict(content[name]) if content[name] is not None else None for name in ("record", "baseline")
         )
         budget = Budget(**content["budget"]) if content["budget"] is not None else None
-        return cls(**{**content, "record": record, "baseline": baseline, "budget": budget})
+        artefacts = tuple(content["artefacts"])
+        return cls(**{**content, "record": record, "baseline": baseline, "budget": budget, "artefacts": artefacts})

@@ -213,7 +213,7 @@ class GateSession:
 
     @property
     def artefacts(self) -> Path:
-        """A folder for the attributions of failing runs; made by whoever writes there."""
+        """A folder for what failing runs leave; made by whoever writes there."""
         report = self.config.getoption("vram_report")
         if report:
             return Path(report).resolve()
@@ -225,13 +225,14 @@ class GateSession:
         item: pytest.Item,
         case: str,
         record: "Record",
-        attribute: "Callable[[], Attribution | None]",
+        attribute: "Callable[[Path | None], Attribution | None]",
     ) -> "Verdict":
         """Hold a case against its baseline, note the result for the reports, and fail the test if the verdict does.
 
         Args:
             item: the test that asks.
-            attribute: runs the case again with attribution; called only if its verdict fails or it is recorded.
+            attribute: runs the case again with attribution and writes its snapshot to the path that it gets; called
+                only if its verdict fails or it is recorded.
 
         Raises:
             BaselineError: the device's file cannot be read.

@@ -85,14 +85,14 @@ class Regressed(_Compared):
     Attributes:
         what: the figure that is over: `allocated` or `reserved`.
         allowed: its tolerance in bytes.
-        artefact: where the failing run's attribution was kept, or empty.
+        artefacts: files that the failing run left: its attribution, its snapshot.
     """
 
     name = "REGRESSED"
     fails = True
     what: str
     allowed: int
-    artefact: str = ""
+    artefacts: tuple[str, ...] = ()
 
     @property
     def difference(self) -> Difference:
@@ -109,8 +109,8 @@ class Regressed(_Compared):
         if self.what != "allocated":
             lines.append(f"{self.what} grew by {format_bytes(over)}; allowed are {format_bytes(self.allowed)}")
         lines += ["", self.difference.render()]
-        if self.artefact:
-            lines += ["", f"this run's attribution: {self.artefact}"]
+        if self.artefacts:
+            lines += ["", f"kept of this run: {', '.join(self.artefacts)}"]
         lines += ["", f"If it is meant: pytest --record={self.case} ... writes the new baseline."]
         return "\n".join(lines)
 

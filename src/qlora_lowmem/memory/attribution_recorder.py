@@ -4,10 +4,6 @@ The allocator's history is recorded in windows of one micro-batch (the last with
 looked at only if the phase's allocated peak rose in it. Nothing is allocated on the device, and no tensor is held.
 """
 
-import gc
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.owners import Owner, gradients, optimizer_state, weights
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.memory.scopes import BETWEEN, ModuleScopes, Scope, ScopeLog
+from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot, write_snapshot
 
 _WORKSPACE = Owner("libraries", "cuBLAS workspace", "")
 
@@ -79,11 +76,11 @@ class AttributionRecorder(TrainerCallback):
         if self._kept is None:
             return None
         before, after, evidence = self._kept
-        workspaces = dict.fromkeys(self._library_workspaces(), _WORKSPACE)
+        workspaces = dict.fromkeys(library_workspaces(self._device), _WORKSPACE)
         evidence.at_start = {**workspaces, **evidence.at_start}
         evidence.at_end = {**workspaces, **evidence.at_end}
         phase = next(phase for phase in profile.phases if phase.name == self._phase)
-        with _no_collection():
+        with no_collection():
             history = replay(before, after, self._device)
             return explain(history, evidence, phase, profile.device, profile.provenance)
 
@@ -95,8 +92,7 @@ class AttributionRecorder(TrainerCallback):
         """
         if self._kept is None:
             raise RuntimeError("no step was recorded, so there is no snapshot to save")
-        with path.open("wb") as file:
-            pickle.dump(self._kept[1], file)
+        write_snapshot(self._kept[1], path)
 
     def on_step_begin(self, *event: Any, **__: Any) -> None:
         """Before the first micro-batch of an optimizer step."""
@@ -139,7 +135,7 @@ class AttributionRecorder(TrainerCallback):
         self._best = max(self._best, torch.cuda.max_memory_allocated(self._device))  # what came where none was recorded
         evidence = Evidence(self._log.begin_window(), self._alive())
         cuda_memory._record_memory_history("all", context="alloc", stacks="python", clear_history=True)
-        self._open = (_snapshot(), evidence)
+        self._open = (take_snapshot(), evidence)
 
     def _end_window(self) -> None:
         if self._open is None:
@@ -152,7 +148,7 @@ class AttributionRecorder(TrainerCallback):
         if peak > self._best:
             self._best = peak
             evidence.at_end = self._alive()
-            self._kept = before, _snapshot(), evidence
+            self._kept = before, take_snapshot(), evidence
         cuda_memory._record_memory_history(None)
 
     def _alive(self) -> dict[int, Owner]:
@@ -165,42 +161,6 @@ class AttributionRecorder(TrainerCallback):
         if self._open is not None:
             self._open[1].seen.append((position, address, Owner("checkpoints", "input of a decoder layer", "")))
 
-    def _library_workspaces(self) -> set[int]:
-        """Addresses of cuBLAS' and cuBLASLt's workspaces: what torch lets go when told to clear them.
-
-        torch makes new ones when it needs them.
-        """
-        held = self._active()
-        torch._C._cuda_clearCublasWorkspaces()
-        return held - self._active()
-
-    def _active(self) -> set[int]:
-        return {
-            block["address"]
-            for segment in _snapshot()["segments"]
-            if segment["device"] == self._device
-            for block in segment["blocks"]
-            if block["state"] == "active_allocated"
-        }
-
 
 def _note_frames() -> None:
     cuda_memory._record_memory_history("state", context="state", stacks="python", clear_history=True)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Many small objects are made here; a collection in their midst would free the job's garbage at another time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _snapshot() -> dict[str, Any]:
-    with _no_collection():
-        snapshot: dict[str, Any] = cuda_memory._snapshot()
-        return snapshot
