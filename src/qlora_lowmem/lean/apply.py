@@ -1,5 +1,6 @@
 """`apply_lean`: switch the ideas of this package on in a model, and say which."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 from . import generic, granite
 from .embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
 from .options import Idea, LeanOptions, LeanReport
+from .scan_choice import choose_scan
+from .scoring import head_of
 
 
 def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanReport:
@@ -28,7 +31,7 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
 
     Raises:
         ValueError: there is no causal language model inside, or quantised embeddings are asked for where they are
-            trained, untied or adapted.
+            trained, untied or adapted, or `scan="triton"` where it does not work.
     """
     options = options or LeanOptions()
     causal = _causal_language_model(model)
@@ -38,8 +41,10 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
         ideas.append(quantise_embeddings(causal, options.quantised_embeddings))
     refusal = _why_not_tiles(causal)
     if refusal is None:
-        granite.patch(causal, options)
-        ideas = [*_granite_ideas(causal, options), *ideas]
+        mixers = [layer.mamba for layer in causal.model.layers if layer.mamba is not None]
+        kind, scan = choose_scan(options.scan, mixers[0]) if mixers else ("plain", "")
+        granite.patch(causal, replace(options, scan=kind))
+        ideas = [*_granite_ideas(causal, options, scan), *ideas]
     else:
         ideas.append(Idea("tiles", False, refusal))
         ideas.append(Idea("scan", False, refusal))
@@ -70,17 +75,17 @@ def _why_not_tiles(causal: Any) -> str | None:
     return None
 
 
-def _granite_ideas(causal: Any, options: LeanOptions) -> list[Idea]:
+def _granite_ideas(causal: Any, options: LeanOptions, scan: str) -> list[Idea]:
     layers = causal.model.layers
     scans = sum(layer.mamba is not None for layer in layers)
-    head = granite.lean_head(causal)
+    head = head_of(causal.lm_head)
     return [
         Idea(
             "tiles",
             True,
             f"{len(layers)} layers, {options.tile_length or 'by the sequence 512 to 2,048'} tokens a tile",
         ),
-        Idea("scan", scans > 0, f"{scans} Mamba-2 layers" if scans else "the model has no Mamba-2 layer"),
+        Idea("scan", scans > 0, f"{scans} Mamba-2 layers, {scan}" if scans else "the model has no Mamba-2 layer"),
         Idea("attention", scans < len(layers), f"{len(layers) - scans} layers by tiles of queries"),
         Idea("rms_norm", True, "all norms of the decoder"),
         Idea("swiglu", True, "all shared MLPs"),

@@ -8,14 +8,16 @@ do not say how.
 import functools
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .loss import IGNORE_INDEX, DenseHead, HeadOptions, token_log_probs
+from .loss import HeadOptions
 from .norms import rms_norm
 from .options import Idea, LeanOptions
+from .scoring import head_of, score
 
 
 def patch_rms_norms(model: nn.Module) -> Idea:
@@ -58,7 +60,7 @@ def patch_loss(causal: Any, options: LeanOptions) -> Idea:
     """Compute the loss by tiles wherever labels are given and the model only scales its logits."""
     name, config, head = "loss", causal.config, causal.get_output_embeddings()
     backbone = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
-    if type(head) is not nn.Linear or head.bias is not None:
+    if head_of(head) is None:
         return Idea(name, False, f"the LM head is a {type(head).__name__}, not a plain Linear without bias")
     if backbone is None or backbone is causal:
         return Idea(name, False, f"{type(causal).__name__} has no backbone of its own to take hidden states from")
@@ -77,24 +79,29 @@ def patch_loss(causal: Any, options: LeanOptions) -> Idea:
 
 
 def _loss_forward(
-    self: Any, *args: Any, plain: Callable[..., Any], options: HeadOptions, labels: Tensor | None = None, **kwargs: Any
+    self: Any,
+    *args: Any,
+    plain: Callable[..., Any],
+    options: HeadOptions,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    fused_lm_head: bool = False,
+    **kwargs: Any,
 ) -> Any:
-    # TRL's fused head, if it was there first, has tiles of its own and returns what its trainer reads.
-    served = not (kwargs.get("fused_lm_head") or kwargs.get("output_router_logits"))
-    if labels is None or not served or kwargs.get("past_key_values") is not None:
-        return plain(*args, **kwargs, **({} if labels is None else {"labels": labels}))
-    items, shifted = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+    head = head_of(self.get_output_embeddings())
+    unlabelled = labels is None and shift_labels is None
+    if unlabelled or head is None or kwargs.get("output_router_logits") or kwargs.get("past_key_values") is not None:
+        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return plain(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
     output = getattr(self, self.base_model_prefix)(*args, **kwargs | {"use_cache": False, "return_dict": True})
-    if shifted is None:
-        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    weight = self.get_output_embeddings().weight
-    trained = weight if weight.requires_grad else None
-    log_probs, _, _ = token_log_probs(
-        output.last_hidden_state, shifted, DenseHead(weight), lambda rows: rows * 1, options, trained
-    )
-    if items is None:
-        items = (shifted != IGNORE_INDEX).sum()
-    output["loss"] = -log_probs.sum() / items
+    options = replace(options, entropy=fused_lm_head)
+    hidden = output.last_hidden_state
+    scored = score(hidden, labels, shift_labels, num_items_in_batch, head, lambda rows: rows * 1, options)
+    if fused_lm_head:
+        return scored.fused_output()
+    output["loss"] = scored.loss
     return output
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from .attention import KeyValues, rotate
 from .checkpointing import run_layers
 from .convolution import causal_conv_silu, next_tail
-from .embeddings import QuantisedHead
-from .loss import IGNORE_INDEX, DenseHead, Head, HeadOptions, token_log_probs
+from .loss import HeadOptions
 from .norms import gated_rms_norm, rms_norm
 from .options import LeanOptions
-from .scan import advance_state, mamba2_scan
+from . import scan
 from .scan_chunks import ScanOptions
+from .scoring import head_of, score
 from .swiglu import swiglu
 from .tiles import Carry, TilePlan
 
@@ -75,6 +75,15 @@ class _Layer:
         return rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
+def _scan_module(options: LeanOptions) -> Any:
+    """`scan.py`, or `scan_triton.py` where `apply_lean` has chosen it."""
+    if options.scan != "triton":
+        return scan
+    from . import scan_triton  # needs an optional package
+
+    return scan_triton
+
+
 class MambaLayer(_Layer):
     """Carry: the convolution's last d_conv - 1 inputs (batch, d_conv - 1, conv_dim) and the scan's state (batch, heads,
     head_dim, d_state)."""
@@ -82,7 +91,8 @@ class MambaLayer(_Layer):
     def __init__(self, layer: Any, inputs: SequenceInputs, options: LeanOptions) -> None:
         super().__init__(layer, inputs)
         low, high = layer.mamba.time_step_limit
-        self.scan = ScanOptions(options.scan_chunk_length, (float(low), float(high)))
+        self.scan_options = ScanOptions(options.scan_chunk_length, (float(low), float(high)))
+        self.scan: Any = _scan_module(options)
 
     def begin(self, x: Tensor) -> tuple[None, Carry]:
         mixer, batch = self.layer.mamba, x.shape[0]
@@ -120,7 +130,7 @@ class MambaLayer(_Layer):
         mixer = self.layer.mamba
         tail, state = carry
         gate, xs, dt, a, b, c, tail = self._scan_inputs(x, start, tail)
-        y, state = mamba2_scan(xs, dt, a, b, c, mixer.D, mixer.dt_bias, state, self.scan)
+        y, state = self.scan.mamba2_scan(xs, dt, a, b, c, mixer.D, mixer.dt_bias, state, self.scan_options)
         norm = mixer.norm
         # The projection receives what it receives in the plain model: the residual stream's dtype.
         y = gated_rms_norm(y.flatten(2), gate, norm.weight, norm.variance_epsilon, norm.group_size, x.dtype)
@@ -129,7 +139,7 @@ class MambaLayer(_Layer):
     def advance(self, x: Tensor, start: int, shared: Any, carry: Carry) -> Carry:
         del shared
         _, xs, dt, a, b, _, tail = self._scan_inputs(x, start, carry[0])
-        return tail, advance_state(xs, dt, a, b, self.layer.mamba.dt_bias, carry[1], self.scan)
+        return tail, self.scan.advance_state(xs, dt, a, b, self.layer.mamba.dt_bias, carry[1], self.scan_options)
 
 
 class AttentionLayer(_Layer):
@@ -254,9 +264,9 @@ def _causal_forward(
     fused_lm_head: bool = False,
     **kwargs: Any,
 ) -> Any:
-    head = lean_head(self)
-    scored = labels if shift_labels is None else shift_labels
-    if scored is None or head is None or _is_plain_call(self, attention_mask, kwargs):
+    head = head_of(self.lm_head)
+    unlabelled = labels is None and shift_labels is None
+    if unlabelled or head is None or _is_plain_call(self, attention_mask, kwargs):
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         kwargs |= {name: value for name, value in given.items() if value is not None}
         if fused_lm_head:
@@ -264,44 +274,17 @@ def _causal_forward(
         return self._lean.plain_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     backbone = self.model
     hidden = _decode(backbone, input_ids, attention_mask, owns_gradient=True, **kwargs)
-    if shift_labels is None:
-        # The last position predicts nothing. The hidden states stay whole: a slice would be a copy.
-        scored = nn.functional.pad(scored[:, 1:], (0, 1), value=IGNORE_INDEX)
-    weight = self.lm_head.weight if isinstance(head, DenseHead) and self.lm_head.weight.requires_grad else None
     options = HeadOptions(1 / self.config.logits_scaling, self._lean.options.loss_tile_bytes, entropy=fused_lm_head)
     norm = functools.partial(rms_norm, weight=backbone.norm.weight, eps=backbone.norm.variance_epsilon)
     if backbone.norm.weight.requires_grad:
         hidden = norm(hidden)
         norm = functools.partial(_as_is)
-    log_probs, entropies, is_top1 = token_log_probs(hidden, scored, head, norm, options, weight)
-    mask = scored != IGNORE_INDEX
-    items = num_items_in_batch if num_items_in_batch is not None else mask.sum()
-    loss = -log_probs.sum() / (items.to(log_probs.device) if isinstance(items, Tensor) else items)
-    if not fused_lm_head:
-        return _modeling(self).MoeCausalLMOutputWithPast(loss=loss)
-    # TRL asked: its own class, from its own module, which is loaded since only it knows the keyword.
-    columns = slice(None) if shift_labels is not None else slice(0, -1)
-    return sys.modules["trl.trainer.utils"].FusedCausalLMOutput(
-        loss=loss,
-        log_probs=log_probs[:, columns],
-        entropy=entropies[:, columns],
-        is_top1=is_top1[:, columns],
-        label_mask=mask[:, columns],
-    )
+    scored = score(hidden, labels, shift_labels, num_items_in_batch, head, norm, options)
+    return scored.fused_output() if fused_lm_head else _modeling(self).MoeCausalLMOutputWithPast(loss=scored.loss)
 
 
 def _as_is(rows: Tensor) -> Tensor:
     return rows * 1  # a new node, so that a gradient with respect to rows exists
-
-
-def lean_head(causal: Any) -> Head | None:
-    """The LM head as something to multiply by in tiles, or None where it is something else (adapted, biased)."""
-    head = causal.lm_head
-    if isinstance(head, QuantisedHead):
-        return head.table
-    if type(head) is nn.Linear and head.bias is None:
-        return DenseHead(head.weight)
-    return None
 
 
 def patch(causal: Any, options: LeanOptions) -> None:
