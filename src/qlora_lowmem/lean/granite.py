@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import scan
 from .attention import KeyValues, rotate
 from .checkpointing import run_layers
 from .convolution import causal_conv_silu, next_tail
 from .loss import HeadOptions
 from .norms import gated_rms_norm, rms_norm
 from .options import LeanOptions
-from . import scan
 from .scan_chunks import ScanOptions
 from .scoring import head_of, score
 from .swiglu import swiglu

@@ -6,6 +6,7 @@ from typing import Literal
 _SHORT_TILE, _LONG_TILE, _FEED_FORWARD_TILE = 512, 2048, 1024
 
 Checkpointing = Literal["layer", "segments", "host"]
+Scan = Literal["auto", "plain", "triton"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class LeanOptions:
             of Granite-4.0-H-1B works in about 0.1 MiB a token, so it stays small beside the checkpoints).
         feed_forward_tile_length: tokens of a tile of the feed-forward part, at most tile_length. None: up to 1,024.
         scan_chunk_length: tokens of a chunk of the Mamba-2 scan. The result does not depend on it.
+        scan: `plain` PyTorch, `triton` kernels (see `scan_triton.py`), or `auto`: Triton where it works.
         checkpointing: which layer inputs are kept: `layer`, `segments` or `host` (pinned host memory; see
             `checkpointing.py` for how much).
         loss_tile_bytes: bytes of the logits that exist at a time.
@@ -30,6 +32,7 @@ class LeanOptions:
     tile_length: int | None = None
     feed_forward_tile_length: int | None = None
     scan_chunk_length: int = 64
+    scan: Scan = "auto"
     checkpointing: Checkpointing = "segments"
     loss_tile_bytes: int = 64 * 2**20
     quantised_embeddings: Literal[8, 4] | None = None
@@ -41,6 +44,8 @@ class LeanOptions:
                 raise ValueError(f"{name}={value}: it must be at least 1; leave it out for the default")
         if self.checkpointing not in ("layer", "segments", "host"):
             raise ValueError(f"checkpointing={self.checkpointing!r}: allowed are layer, segments and host")
+        if self.scan not in ("auto", "plain", "triton"):
+            raise ValueError(f"scan={self.scan!r}: allowed are auto, plain and triton")
         if self.quantised_embeddings not in (None, 8, 4):
             raise ValueError(f"quantised_embeddings={self.quantised_embeddings!r}: allowed are 8, 4 and None")
 
