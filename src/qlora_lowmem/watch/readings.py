@@ -1,0 +1,153 @@
+"""One look at a card and a job: what NVML says of the card, what the process is, what our job says of itself."""
+
+import contextlib
+import platform
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import pynvml
+
+from qlora_lowmem.errors import QloraLowmemError, UsageError
+from qlora_lowmem.memory.live import LiveMemory
+
+System = Literal["linux", "wsl", "windows"]
+
+# A process's start as two programs read it may differ by the clock's corrections in between.
+_SAME_START_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class CardReading:
+    """A card as NVML sees it, in bytes.
+
+    Attributes:
+        processes: pid to its bytes on this card. Under Windows and WSL NVML knows no process's memory, and in a
+            container it may know other pids than ours; None is a process whose memory it does not tell.
+    """
+
+    name: str
+    uuid: str
+    total: int
+    used: int
+    free: int
+    processes: dict[int, int | None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that one look found.
+
+    Attributes:
+        time: seconds since 1970.
+        card: None where the job is on no real card (`virtual`, `cpu`) or no driver answers.
+        job: what our job last said; None for a program that is not ours.
+        process: the process's bytes on the card, by NVML; None where it does not tell.
+        resident: the process's bytes of host memory; None where no process is watched or it has ended.
+        running: whether the process is there; True where none is watched.
+    """
+
+    time: float
+    card: CardReading | None
+    job: LiveMemory | None
+    process: int | None
+    resident: int | None
+    running: bool
+
+
+class Nvml:
+    """One card of this machine, by number or by UUID.
+
+    Raises:
+        UsageError: no driver, or no such card.
+    """
+
+    def __init__(self, card: int | str) -> None:
+        try:
+            pynvml.nvmlInit()
+            count = pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError as error:
+            raise UsageError(
+                f"no NVIDIA GPU answers here (NVML: {error}). Run this on the machine with the GPU, or give "
+                "--output-dir, the output folder of a run of qlora_lowmem.train, which writes its own figures"
+            ) from None
+        if isinstance(card, int) and not 0 <= card < count:
+            raise UsageError(f"--gpu: there is no GPU {card}; this machine has {count}, numbered from 0")
+        try:
+            by_number = isinstance(card, int)
+            self._handle = (
+                pynvml.nvmlDeviceGetHandleByIndex(card) if by_number else pynvml.nvmlDeviceGetHandleByUUID(card)
+            )
+        except pynvml.NVMLError as error:
+            raise UsageError(f"the GPU {card} does not answer (NVML: {error}); choose another with --gpu") from None
+
+    def read(self) -> CardReading:
+        """The card now.
+
+        Raises:
+            QloraLowmemError: it answers no longer.
+        """
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
+            return CardReading(
+                name=str(pynvml.nvmlDeviceGetName(self._handle)),
+                uuid=str(pynvml.nvmlDeviceGetUUID(self._handle)),
+                total=int(memory.total),
+                used=int(memory.used),
+                free=int(memory.free),
+                processes=self._processes(),
+            )
+        except pynvml.NVMLError as error:
+            raise QloraLowmemError(f"the GPU answers no longer (NVML: {error})") from None
+
+    def _processes(self) -> dict[int, int | None]:
+        found: dict[int, int | None] = {}
+        for ask in (pynvml.nvmlDeviceGetGraphicsRunningProcesses, pynvml.nvmlDeviceGetComputeRunningProcesses):
+            with contextlib.suppress(pynvml.NVMLError):  # not every driver tells (WSL)
+                found |= {int(each.pid): each.usedGpuMemory for each in ask(self._handle)}
+        return found
+
+
+def is_running(pid: int, started: float | None = None) -> bool:
+    """Whether the process is there, and is the one that began at `started` (seconds since 1970; None is any)."""
+    try:
+        process = psutil.Process(pid)
+        alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return alive and (started is None or abs(process.create_time() - started) < _SAME_START_SECONDS)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True  # another user's
+
+
+def look(nvml: Nvml | None, job: LiveMemory | None, pid: int | None) -> Reading:
+    """One reading of the card, the job and the process, each where there is one.
+
+    Raises:
+        QloraLowmemError: the card answers no longer.
+    """
+    running = pid is None or is_running(pid, job.started if job else None)
+    card = nvml.read() if nvml is not None else None
+    return Reading(
+        time=time.time(),
+        card=card,
+        job=job,
+        process=card.processes.get(pid) if card is not None and pid is not None else None,
+        resident=_resident(pid) if pid is not None and running else None,
+        running=running,
+    )
+
+
+def _resident(pid: int) -> int | None:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:  # gone, or another user's
+        return None
+
+
+def system() -> System:
+    """The system whose driver decides what happens when the card is full. WSL uses Windows' driver."""
+    if platform.system() == "Windows":
+        return "windows"
+    return "wsl" if "microsoft" in platform.release().lower() else "linux"
