@@ -8,36 +8,12 @@ from pathlib import Path
 import pytest
 
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
 from qlora_lowmem.report.prediction import LIMITS, WHOLE_RUN, Figure, compare, misses, write_prediction
-
-GIB = 2**30
-MEASURED = MemoryProfile(
-    device="nvidia-geforce-rtx-4050-laptop-gpu",
-    provenance="measured",
-    total_bytes=6 * GIB,
-    outside_allocator_bytes=GIB // 2,
-    phases=(
-        PhasePeak("load", 1 * GIB, 2 * GIB, 2 * GIB + GIB // 2),
-        PhasePeak("first step", 3 * GIB, 4 * GIB, 4 * GIB + GIB // 2),
-        PhasePeak("steady", 2 * GIB, 4 * GIB, 4 * GIB + GIB // 2),
-    ),
-)
-
-
-def _predicted(allocated: float = 0.0, reserved: float = 0.0) -> MemoryProfile:
-    """The measured profile with relative errors in every phase."""
-    phases = tuple(
-        replace(
-            phase, allocated=round(phase.allocated * (1 + allocated)), reserved=round(phase.reserved * (1 + reserved))
-        )
-        for phase in MEASURED.phases
-    )
-    return replace(MEASURED, device="rtx-4050-laptop-6gb", provenance="virtual", phases=phases)
+from report.profiles import GIB, MEASURED, predicted
 
 
 def test_every_phase_and_reading_is_compared() -> None:
-    figures = compare("r", _predicted(allocated=0.5), MEASURED)
+    figures = compare("r", predicted(allocated=0.5), MEASURED)
     assert [(figure.phase, figure.reading) for figure in figures] == [
         (phase, reading)
         for phase in ("load", "first step", "steady", WHOLE_RUN)
@@ -48,12 +24,12 @@ def test_every_phase_and_reading_is_compared() -> None:
 
 
 def test_the_whole_run_is_the_highest_of_the_phases() -> None:
-    whole = {f.reading: f.measured for f in compare("r", _predicted(), MEASURED) if f.phase == WHOLE_RUN}
+    whole = {f.reading: f.measured for f in compare("r", predicted(), MEASURED) if f.phase == WHOLE_RUN}
     assert whole == {"allocated": 3 * GIB, "reserved": 4 * GIB, "device": 4 * GIB + GIB // 2}
 
 
 def test_a_phase_that_one_run_lacks_is_left_out() -> None:
-    short = replace(_predicted(), phases=_predicted().phases[:2])
+    short = replace(predicted(), phases=predicted().phases[:2])
     assert {figure.phase for figure in compare("r", short, MEASURED)} == {"load", "first step", WHOLE_RUN}
 
 
@@ -61,7 +37,7 @@ def test_profiles_must_be_virtual_and_measured() -> None:
     with pytest.raises(ValueError, match="must be virtual and measured"):
         compare("r", MEASURED, MEASURED)
     with pytest.raises(ValueError, match="no phase in common"):
-        compare("r", replace(_predicted(), phases=()), MEASURED)
+        compare("r", replace(predicted(), phases=()), MEASURED)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +59,7 @@ def test_phases_and_the_device_have_no_limit() -> None:
 
 
 def test_the_table_says_what_each_figure_is(tmp_path: Path) -> None:
-    figures = compare("optimised", _predicted(allocated=0.02), MEASURED)
+    figures = compare("optimised", predicted(allocated=0.02), MEASURED)
     record = provenance_record(MEASURED.device, "measured", "580.1")
     write_prediction(tmp_path, figures, record, "The virtual card is a twin.", {"baseline": "it does not fit"})
     markdown = (tmp_path / "prediction.md").read_text()

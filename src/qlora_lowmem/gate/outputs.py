@@ -13,8 +13,10 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.baselines import BaselineError, baseline_path, record_baselines
 from qlora_lowmem.gate.difference import signed
 from qlora_lowmem.gate.rows import Row
+from qlora_lowmem.report.charts.style import save
+from qlora_lowmem.report.charts.verdicts import Held, verdicts
 from qlora_lowmem.report.tables import markdown_table, provenance_lines
-from qlora_lowmem.units import MIB, format_bytes
+from qlora_lowmem.units import MIB
 
 if TYPE_CHECKING:
     from qlora_lowmem.gate.session import GateSession
@@ -135,17 +137,9 @@ def _escaped(text: str, in_property: bool = False) -> str:
     return text.replace(":", "%3A").replace(",", "%2C") if in_property else text
 
 
-def _held_against(row: Row) -> int | None:
-    return row.budget.limit if row.budget else row.baseline.allocated if row.baseline else None
-
-
-def _measured(row: Row) -> int:
-    return int(getattr(row.record, row.budget.of if row.budget else "allocated")) if row.record else 0
-
-
 def _cells(row: Row) -> list[str]:
-    against = _held_against(row)
-    difference = signed(_measured(row) - against) if against is not None and row.record else "-"
+    against = row.held_against
+    difference = signed(row.judged - against) if against is not None and row.record else "-"
     sizes = [_mib(getattr(row.record, what)) if row.record else "-" for what in ("allocated", "reserved", "device")]
     return [row.case, row.verdict, sizes[0], _mib(against) if against is not None else "-", difference, *sizes[1:]]
 
@@ -160,8 +154,8 @@ def _mermaid(rows: Sequence[Row]) -> str:
     if not shown:
         return ""
     names = ", ".join('"' + row.case.rpartition("::")[2].replace('"', "'") + '"' for row in shown)
-    bars = ", ".join(f"{_measured(row) / MIB:.1f}" for row in shown)
-    against = [_held_against(row) for row in shown]
+    bars = ", ".join(f"{row.judged / MIB:.1f}" for row in shown)
+    against = [row.held_against for row in shown]
     line = f"\n  line [{', '.join(f'{count / MIB:.1f}' for count in against if count is not None)}]"
     chart = (
         '```mermaid\nxychart-beta\n  title "Allocated peak, and what it is held against"\n'
@@ -171,25 +165,9 @@ def _mermaid(rows: Sequence[Row]) -> str:
 
 
 def _write_chart(path: Path, rows: Sequence[Row]) -> None:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     shown = [row for row in rows if row.record is not None]
-    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "qlora_lowmem"}):
-        figure = Figure(figsize=(9, 1 + 0.4 * len(shown)), layout="constrained")
-        axes = figure.subplots()
-        for place, row in enumerate(reversed(shown)):
-            axes.barh(place, _measured(row) / MIB, color="#CC6677" if row.fails else "#4477AA", height=0.6)
-            against = _held_against(row)
-            if against is not None:
-                axes.plot([against / MIB] * 2, [place - 0.4, place + 0.4], color="#222222", linewidth=1.5)
-            axes.text(_measured(row) / MIB, place, f" {format_bytes(_measured(row))}", va="center")
-        axes.set_yticks(range(len(shown)), [row.case.rpartition("::")[2] for row in reversed(shown)])
-        axes.set_xlabel("MiB at the allocated peak; the mark is the baseline or the limit; red fails")
-        axes.margins(x=0.12)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        figure.savefig(path, metadata={"Date": None})
+    held = [Held(row.case.rpartition("::")[2], row.judged, row.held_against, row.fails) for row in shown]
+    save(lambda style: verdicts(style, held), "Allocated peak, and what it is held against", path)
 
 
 def _summary_of_the_job(rows: Sequence[Row], record: dict[str, Any]) -> None:

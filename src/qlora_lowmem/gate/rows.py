@@ -34,6 +34,16 @@ class Row:
     message: str = ""
     artefacts: tuple[str, ...] = ()
 
+    @property
+    def judged(self) -> int:
+        """Bytes of the figure that is judged: the budget's, else what is allocated; 0 where it came to nothing."""
+        return int(getattr(self.record, self.budget.of if self.budget else "allocated")) if self.record else 0
+
+    @property
+    def held_against(self) -> int | None:
+        """Bytes of the budget's limit or of the baseline; None where there is neither."""
+        return self.budget.limit if self.budget else self.baseline.allocated if self.baseline else None
+
     def properties(self) -> list[tuple[str, object]]:
         """For JUnit, bytes as integers."""
         found: list[tuple[str, object]] = [("vram_verdict", self.verdict)]

@@ -1,1 +1,1 @@
-"""Tables for people and machines, made of profiles; nothing is computed here that a profile does not say."""
+"""Tables, charts and the page, made of what was recorded; nothing is computed here that a record does not say."""

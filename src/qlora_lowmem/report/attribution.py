@@ -1,36 +1,14 @@
 """Where a peak's bytes are, for people: a table by kind, the lines of code that own most, and a picture."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
+from qlora_lowmem.report.charts.attribution import picture
+from qlora_lowmem.report.charts.style import save
 from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
-from qlora_lowmem.units import GIB, MIB, format_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Kinds that are drawn as one, bottom to top, each with a colour that stays apart from its neighbours' in the common
-# kinds of colour blindness and in grey (Paul Tol's "muted" and "bright" schemes, reordered).
-_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("base weights, 4-bit", "#332288", ("weights_4bit", "quantisation")),
-    ("embeddings, norms", "#88CCEE", ("weights_other",)),
-    ("adapters, gradients, optimizer", "#117733", ("adapters", "gradients", "optimizer", "optimizer_step")),
-    ("checkpointed activations", "#DDCC77", ("checkpoints",)),
-    ("Mamba scan", "#CC6677", ("activations_mamba", "recomputed_mamba", "backward_mamba")),
-    ("attention", "#882255", ("activations_attention", "recomputed_attention", "backward_attention")),
-    ("MLP", "#F4A582", ("activations_mlp", "recomputed_mlp", "backward_mlp")),
-    ("norm", "#44AA99", ("activations_norm", "recomputed_norm", "backward_norm")),
-    ("other activations", "#B2ABD2", ("activations_other", "recomputed_other", "backward_other", "input")),
-    ("dequantised weights", "#999933", ("dequantised",)),
-    ("loss and logits", "#EE7733", ("loss",)),
-    ("libraries, rounding, unexplained", "#777777", ("libraries", "rounding", "unexplained")),
-    ("allocator slack", "#CFCFCF", ("slack",)),
-    ("CUDA context", "#EAEAEA", ("outside",)),
-)
-_INK = "#222222"
-_PAPER: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+from qlora_lowmem.units import MIB, format_bytes
 
 
 def kinds_table(attribution: Attribution) -> str:
@@ -94,115 +72,4 @@ def write_attribution(folder: Path, name: str, attribution: Attribution, record:
 
 def write_picture(attribution: Attribution, title: str, *paths: Path) -> None:
     """Draw the peak by kind and the step's memory over time; the paths' suffixes (.svg, .png) say the formats."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "qlora_lowmem", "text.color": _INK}):
-        figure = Figure(figsize=(10, 6.4), layout="constrained", facecolor="white")
-        peak, time = figure.subplots(2, 1, height_ratios=(1, 2.6))
-        figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
-        peak.set_title(headline(attribution), fontsize=9, loc="left", pad=10, wrap=True)
-        drawn = _draw_peak(peak, attribution)
-        _draw_timeline(time, attribution)
-        handles = [_patch(colour, text) for text, colour, _ in _GROUPS if text in drawn]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-        for path in paths:
-            # Without a date, the same figures give the same file.
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def _patch(colour: str, text: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor=colour, edgecolor="white", label=text)
-
-
-def _draw_peak(axes: "Axes", attribution: Attribution) -> set[str]:
-    """One bar, stacked by group, sized in its parts where they have room. Returns the groups that are there."""
-    left, drawn = 0.0, set()
-    for text, colour, kinds in _GROUPS:
-        count = sum(attribution.kinds.get(kind, 0) for kind in kinds)
-        if not count:
-            continue
-        drawn.add(text)
-        width = count / GIB
-        hatch = "///" if text == "allocator slack" else None
-        axes.barh(0, width, left=left, color=colour, edgecolor="white", linewidth=0.8, height=0.7, hatch=hatch)
-        if count > 0.045 * attribution.device_bytes:
-            axes.text(left + width / 2, 0, f"{width:.2f}", ha="center", va="center", color=_on(colour), fontsize=8.5)
-        left += width
-    marks = ((attribution.allocated_bytes, "allocated", 0.78), (attribution.device_bytes, "on the card", 0.44))
-    for count, text, height in marks:  # at two heights, for they may be close
-        axes.plot([count / GIB] * 2, [-0.35, height + 0.28], color=_INK, linewidth=1)
-        words = f"{text} {count / GIB:.2f}"
-        axes.annotate(
-            words,
-            (count / GIB, height),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=8.5,
-            bbox=_PAPER,
-        )
-    axes.set_ylim(-0.4, 1.1)
-    axes.set_xlim(0, attribution.device_bytes / GIB * 1.005)
-    axes.set_yticks([])
-    axes.set_xlabel("GiB at the peak")
-    _plain(axes)
-    return drawn
-
-
-def _draw_timeline(axes: "Axes", attribution: Attribution) -> None:
-    """Allocated bytes by group over the allocator's events of the recorded step."""
-    timeline = attribution.timeline
-    layers, colours = [], []
-    for _, colour, kinds in _GROUPS:
-        columns = [index for index, kind in enumerate(timeline.kinds) if kind in kinds]
-        if columns:
-            layers.append([sum(row[index] for index in columns) / GIB for row in timeline.bytes])
-            colours.append(colour)
-    axes.stackplot(timeline.events, layers, colors=colours, linewidth=0, step="post")
-    totals = [sum(row) / GIB for row in timeline.bytes]
-    top = max(range(len(totals)), key=totals.__getitem__)
-    axes.plot(timeline.events[top], totals[top], marker="v", color=_INK, markersize=6)
-    axes.annotate(
-        f"peak {totals[top]:.2f} GiB",
-        (timeline.events[top], totals[top]),
-        xytext=(6, 4),
-        textcoords="offset points",
-        fontsize=8.5,
-    )
-    _draw_phases(axes, attribution)
-    axes.set_ylim(0, max(totals) * 1.2)
-    axes.set_xlim(timeline.events[0], timeline.events[-1])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_ylabel("allocated GiB")
-    axes.set_xlabel("allocations and frees of the micro-batch in which the peak comes, in order")
-    _plain(axes)
-
-
-def _draw_phases(axes: "Axes", attribution: Attribution) -> None:
-    """A line where forward turns into backward."""
-    timeline = attribution.timeline
-    in_backward = ("backward", "recompute")
-    turn = next((e for e, phase in zip(timeline.events, timeline.phases, strict=True) if phase in in_backward), None)
-    if turn is None:
-        return
-    axes.axvline(turn, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)))
-    recomputes = any(phase == "recompute" for phase in timeline.phases)
-    behind = "backward, layers recomputed" if recomputes else "backward"
-    for text, side in (("forward ", "right"), (f" {behind}", "left")):
-        axes.text(turn, 1.0, text, transform=axes.get_xaxis_transform(), ha=side, va="top", fontsize=8.5)
-
-
-def _on(colour: str) -> str:
-    """Ink for text on `colour`: white where its luminance is low (ITU-R BT.709 weights)."""
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 140 else _INK
-
-
-def _plain(axes: "Axes") -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=3, color=_INK)
+    save(lambda style: picture(style, attribution, title, headline(attribution)), title, *paths)

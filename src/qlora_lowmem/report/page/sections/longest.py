@@ -1,0 +1,71 @@
+"""The longest sequence that trains, recipe by recipe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_lowmem.report.page.parts import (
+    Cell,
+    Provenance,
+    Section,
+    Source,
+    Table,
+    count_cell,
+    known_gib_cell,
+    size_cell,
+)
+from qlora_lowmem.report.page.reading import Fields, provenance_of
+
+
+@dataclass(frozen=True)
+class _Longest:
+    recipe: str
+    tokens: int
+    next_tokens: int
+    allocated: int
+    device: int
+    host: int
+
+
+def recognises(content: dict[str, Any]) -> bool:
+    """Cases that say what did not fit any more."""
+    cases = content.get("cases")
+    return isinstance(cases, list) and any(isinstance(case, dict) and "next_tokens" in case for case in cases)
+
+
+def read(content: Fields) -> tuple[Provenance, tuple[_Longest, ...]]:
+    """The cases of a `longest.json`."""
+    names = ("tokens", "next_tokens", "peak_allocated_bytes", "peak_device_bytes", "host_bytes")
+    cases = content.objects("cases")
+    found = tuple(_Longest(case.text("recipe"), *(case.count(name) for name in names)) for case in cases)
+    return provenance_of(content), found
+
+
+def sections(found: Sequence[tuple[Source, tuple[_Longest, ...]]]) -> list[Section]:
+    """One section a file."""
+    return [_section(source, cases, len(found) > 1) for source, cases in found]
+
+
+def _section(source: Source, cases: tuple[_Longest, ...], several: bool) -> Section:
+    best = max(cases, key=lambda case: case.tokens)
+    rows = tuple(
+        (
+            Cell(case.recipe),
+            count_cell(case.tokens),
+            count_cell(case.next_tokens) if case.next_tokens else Cell("not looked further"),
+            known_gib_cell(case.allocated),
+            known_gib_cell(case.device),
+            size_cell(case.host),
+        )
+        for case in cases
+    )
+    headers = ("recipe", "longest", "does not fit", "allocated GiB", "on the card GiB", "pinned host memory")
+    return Section(
+        name="longest",
+        title=f"The longest sequence that trains{f', {source.provenance.device}' if several else ''}",
+        text="Tokens of one sample at batch size 1, found by running each length: two optimizer steps of one or two "
+        "micro-batches.",
+        sources=(source,),
+        tables=(Table("Tokens, and peaks at the longest", headers, rows),),
+        highlights=((f"{best.tokens:,} tokens", f"the longest sequence that trains ({best.recipe})"),),
+    )

@@ -1,0 +1,104 @@
+"""One small file of every kind that the page shows, each made by the project's own writer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gate.examples import record
+from helpers import RECIPES
+from qlora_lowmem import longest, virtual_gpu
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.gate.budget import Budget
+from qlora_lowmem.gate.cases import CaseResult
+from qlora_lowmem.gate.outputs import write_report
+from qlora_lowmem.gate.rows import Row
+from qlora_lowmem.lengths import LengthRow
+from qlora_lowmem.lengths import write_table as write_lengths
+from qlora_lowmem.memory.attribution import Attribution, OwnerLine
+from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.timeline import Timeline
+from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.report.attribution import write_attribution
+from qlora_lowmem.report.charts.waterfall import Step
+from qlora_lowmem.report.matrix import write_matrix
+from qlora_lowmem.report.prediction import compare, write_prediction
+from qlora_lowmem.report.waterfall import write_waterfall
+from report.profiles import MEASURED, predicted
+
+CARD = "rtx-4050-laptop-6gb"
+MIB, GIB = 2**20, 2**30
+ENVIRONMENT = provenance_record(CARD, "virtual")
+STEPS = (
+    Step("baseline", 20 * GIB, 21 * GIB, GIB),
+    Step("checkpointing", 3 * GIB, 4 * GIB, GIB),
+    Step("all layers trained", 3 * GIB + 7, 4 * GIB, GIB),
+)
+
+
+def attribution(loss: int = 100 * MIB) -> Attribution:
+    """A step of four points whose peak holds weights, a Mamba scan and a loss."""
+    weights, scan, slack, context = 600 * MIB, 300 * MIB + 5, 64 * MIB, 450 * MIB
+    allocated = weights + scan + loss
+    rows = ((weights, 0, 0), (weights, scan, 0), (weights, scan, loss), (weights, 0, 0))
+    return Attribution(
+        device=CARD,
+        provenance="virtual",
+        phase="steady",
+        moment="backward",
+        kinds={
+            "weights_4bit": weights,
+            "activations_mamba": scan,
+            "loss": loss,
+            "slack": slack,
+            "outside": context,
+        },
+        allocated_bytes=allocated,
+        reserved_bytes=allocated + slack,
+        device_bytes=allocated + slack + context,
+        owners=(OwnerLine("weights_4bit", "model.py:7 load", "model.layers.0.weight", "uint8 (7, 1)", weights, 40),),
+        timeline=Timeline(
+            ("weights_4bit", "activations_mamba", "loss"),
+            (-1, 10, 500, 900),
+            (0, 1, 2, 3),
+            ("", "forward", "backward", "backward"),
+            rows,
+        ),
+    )
+
+
+def write_all(folder: Path, names: Sequence[str] = ("tiny",)) -> None:
+    """Every kind of file in `folder`; `names` are what recipes, ideas and cases are called."""
+    write_waterfall(folder, [*STEPS, *(Step(name, GIB, 2 * GIB, GIB) for name in names)], ENVIRONMENT)
+    write_attribution(folder, "plain", attribution(), ENVIRONMENT)
+    write_lengths(folder, _lengths(names), virtual_gpu.get_card(CARD), 1.5, ENVIRONMENT)
+    rows = [longest.Longest(name, CARD, 4096, 8192, "memory", 3 * GIB, 4 * GIB, 5 * GIB, 15) for name in names]
+    longest.write_table(folder, rows, ENVIRONMENT)
+    figures = [f for name in names for f in compare(name, predicted(allocated=0.004, reserved=0.05), MEASURED)]
+    measured = provenance_record(MEASURED.device, "measured", "580.1")
+    write_prediction(folder, figures, measured, "A twin.", dict.fromkeys(names, "it does not fit"))
+    write_report(folder, gate_rows(names), ENVIRONMENT)
+    (folder / "trend.json").unlink()
+    recipe = load_recipe(RECIPES / "optimised.yaml")
+    peaks = MemoryProfile(CARD, "virtual", 6 * GIB, 0, (PhasePeak("steady", GIB, 2 * GIB, 3 * GIB),))
+    fits = CaseResult(recipe, CARD, "virtual", fits=True, profile=peaks, floor_bytes=GIB // 2)
+    too_large = CaseResult(recipe, CARD, "virtual", fits=False, profile=None, out_of_memory="CUDA out of memory")
+    failed = CaseResult(recipe, CARD, "virtual", fits=False, profile=None, failure="ValueError: x")
+    write_matrix(folder, [fits, too_large, failed], ENVIRONMENT)
+
+
+def gate_rows(names: Sequence[str]) -> Sequence[Row]:
+    """Cases that hold, one that is over, one that is gone."""
+    over = record(5 * MIB), None, Budget(4 * MIB, "allocated", CARD)
+    return [
+        *(Row(name, "bench/test_baselines.py", "PASS", record(GIB), record(GIB)) for name in names),
+        Row("tests/t.py::over", "tests/t.py", "OVER BUDGET", *over, fails=True, message="a\nb"),
+        Row("gone", "tests/t.py", "MISSING", None, record(5), fails=True, message="gone"),
+    ]
+
+
+def _lengths(names: Sequence[str]) -> list[LengthRow]:
+    needs = {"plain": (GIB, 9 * GIB)} | dict.fromkeys(names, (GIB, 2 * GIB))
+    return [
+        LengthRow(recipe, tokens, need < 5 * GIB, need - 3, need - 2, need)
+        for recipe, sizes in needs.items()
+        for tokens, need in zip((1024, 8192), sizes, strict=True)
+    ]

@@ -1,0 +1,123 @@
+"""Colours that can be told from their ground, paths that stay what they were, and files that come out the same."""
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_lowmem.memory.kinds import KINDS
+from qlora_lowmem.report.charts import attribution, lengths, style, svg, theme, verdicts, waterfall
+from report.examples import STEPS
+from report.examples import attribution as example
+
+
+@pytest.mark.parametrize("found", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
+def test_text_and_lines_stand_out(found: theme.Theme) -> None:
+    """4.5 for text, 3 for lines and marks, as WCAG 2.2 AA asks for."""
+    for ground in (found["paper"], found["ground"]):
+        for role in ("ink", "muted", "limit", "good", "bad", "link"):
+            assert theme.contrast(found[role], ground) >= 4.5, (role, ground)
+        assert theme.contrast(found["focus"], ground) >= 3
+    for role in (*theme.SERIES, "bar", "edge"):
+        assert theme.contrast(found[role], found["paper"]) >= 3, role
+    for group in theme.GROUPS:
+        assert theme.contrast(found[f"on-{group.role}"], found[group.role]) >= 4.5, group.role
+
+
+def test_contrast_is_that_of_wcag() -> None:
+    assert theme.contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert theme.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
+
+
+def test_every_kind_has_one_colour() -> None:
+    kinds = [kind for group in theme.GROUPS for kind in group.kinds]
+    assert sorted(kinds) == sorted(KINDS)
+    assert len(set(theme.ROLE_OF)) == len(theme.LIGHT.colours) == len(theme.DARK.colours)
+
+
+steps = st.lists(st.tuples(st.integers(-40, 40), st.integers(-40, 40)), min_size=2, max_size=40)
+
+
+@given(steps, st.booleans())
+def test_a_shorter_path_goes_the_same_way(points: list[tuple[int, int]], closed: bool) -> None:
+    """Its corners are those of the path, less the points that a straight level or upright line passes."""
+    path = "M " + " \nL ".join(f"{x} {y}" for x, y in points) + (" \nz\n" if closed else "")
+    short = svg.shorter_path(path)
+    assert short.endswith("z") == closed
+    assert _corners(short.removesuffix("z")) == _without_passed([float(x), float(y)] for x, y in points)
+
+
+def _corners(short: str) -> list[list[float]]:
+    found: list[list[float]] = []
+    for command in re.findall("[MLHV][^MLHV]*", short):
+        numbers = [float(number) for number in command[1:].split()]
+        here = found[-1] if found else [0.0, 0.0]
+        found.append({"H": [*numbers, here[1]], "V": [here[0], *numbers]}.get(command[0], numbers))
+    return found
+
+
+def _without_passed(points: Iterable[list[float]]) -> list[list[float]]:
+    found: list[list[float]] = []
+    for point in points:
+        if found and found[-1] == point:
+            continue
+        if len(found) > 1:
+            (ax, ay), (bx, by), (cx, cy) = found[-2], found[-1], point
+            level = ay == by == cy and (bx - ax) * (cx - bx) > 0
+            upright = ax == bx == cx and (by - ay) * (cy - by) > 0
+            if level or upright:
+                found.pop()
+        found.append(point)
+    return found
+
+
+def test_a_path_with_other_commands_is_refused() -> None:
+    with pytest.raises(ValueError, match="other commands"):
+        svg.shorter_path("M 0 0 A 1 1 0 0 0 2 2")
+
+
+def test_a_colour_without_a_role_is_refused() -> None:
+    text = '<svg xmlns="http://www.w3.org/2000/svg"><path d="M 0 0" style="fill: #123456"/></svg>'
+    with pytest.raises(KeyError):
+        svg.inline(text, "a", "a chart", "b")
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda look: waterfall.waterfall(look, STEPS, None),
+        lambda look: waterfall.waterfall(look, STEPS[:1], 2**33),
+        lambda look: attribution.breakdown(look, example()),
+        lambda look: attribution.timeline(look, example()),
+        lambda look: attribution.peaks(look, [("_a", example()), ("b" * 300, example(1))]),
+        lambda look: lengths.lengths(look, [lengths.LengthPoint("$\\frac{", 1024, False, 0)], 2**33),
+        lambda look: verdicts.verdicts(look, []),
+    ],
+)
+def test_drawings_hold_whatever_they_are_given(draw: style.Drawing, narrow: bool) -> None:
+    """One step, one point, odd names, nothing at all: a drawing with colours by role comes out, twice the same."""
+    text = style.svg_text(draw, style.Style(theme.TOKENS, narrow))
+    found = svg.inline(text, "p", "a <name>", "d")
+    assert 'aria-label="a &lt;name&gt;"' in found
+    assert "var(--ink)" in found
+    assert "#0a00" not in found
+    assert found == svg.inline(style.svg_text(draw, style.Style(theme.TOKENS, narrow)), "p", "a <name>", "d")
+
+
+def test_files_are_the_same_each_time_and_say_what_they_are(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        paths = [tmp_path / folder / name for name in ("a.svg", "a.png")]
+        style.save(lambda look: waterfall.waterfall(look, STEPS, 2**33), "Peaks & more", *paths)
+    for name in ("a.svg", "a.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    root = ET.parse(tmp_path / "one" / "a.svg").getroot()
+    assert root[0].text == "Peaks & more"
+    words = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"baseline", "3.000 (−17.000)", "3.000 (+0.000)", "usable on the card: 8.00"} <= words
+    assert (tmp_path / "one" / "a.png").read_bytes().startswith(b"\x89PNG")
