@@ -1,0 +1,98 @@
+"""A published figure beside the plan's, and how far they are apart."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_lowmem.memory.profile import MemoryProfile
+from reality.explained import explained_bytes
+from reality.rows import PublishedPeak
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row.
+
+    Attributes:
+        plan: peaks of the recipe's run on the virtual card.
+        program: `loaded`, `allocated` and `reserved` of the measured program itself on it, where it is stated here.
+    """
+
+    row: PublishedPeak
+    plan: MemoryProfile
+    program: dict[str, int] | None = None
+
+    @property
+    def plan_bytes(self) -> int:
+        """The plan's figure of the same kind as the published one."""
+        steady = next(phase for phase in self.plan.phases if phase.name == "steady")
+        if self.row.measures == "allocated":
+            return steady.allocated
+        return self.plan.peak_reserved_bytes if self.row.measures == "reserved" else self.plan.peak_device_bytes
+
+    @property
+    def difference(self) -> float | None:
+        """The plan over the published figure, less 1; None where no peak was published."""
+        if self.row.measures == "out of memory":
+            return None
+        return self.plan_bytes / self.row.measured_bytes - 1
+
+    @property
+    def explained(self) -> int:
+        """Bytes that the measured run holds and a recipe's does not, by its description."""
+        return explained_bytes(self.row)
+
+    @property
+    def left(self) -> float | None:
+        """The difference once the explained bytes are added to the plan."""
+        if self.difference is None:
+            return None
+        return (self.plan_bytes + self.explained) / self.row.measured_bytes - 1
+
+    @property
+    def program_difference(self) -> float | None:
+        """The measured program on the virtual card over the published figure, less 1."""
+        if self.program is None:
+            return None
+        return self.program[self.row.measures] / self.row.measured_bytes - 1
+
+    @property
+    def program_growth_difference(self) -> float | None:
+        """The same of what was allocated beyond the loaded model, where that was published."""
+        if self.program is None or self.row.loaded_bytes is None:
+            return None
+        grown = self.program["allocated"] - self.program["loaded"]
+        return grown / (self.row.measured_bytes - self.row.loaded_bytes) - 1
+
+    @property
+    def agrees(self) -> bool | None:
+        """Within the bounds of a rounded figure, or out of memory on the card as published; None for other rows."""
+        if self.row.measures == "out of memory":
+            return self.plan_bytes > self.row.measured_bytes
+        if self.row.low_bytes is None or self.row.high_bytes is None:
+            return None
+        return self.row.low_bytes <= self.plan_bytes <= self.row.high_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, a column a figure."""
+        program = self.program or {}
+        return {
+            "source": self.row.source,
+            "run": self.row.run,
+            "virtual_card": self.row.card,
+            "measures": self.row.measures,
+            "measured_bytes": self.row.measured_bytes,
+            "measured_provenance": "measured by others: see source",
+            "measured_versions": self.row.versions,
+            "plan_bytes": self.plan_bytes,
+            "plan_allocated_bytes": self.plan.peak_allocated_bytes,
+            "plan_reserved_bytes": self.plan.peak_reserved_bytes,
+            "plan_device_bytes": self.plan.peak_device_bytes,
+            "plan_provenance": "virtual",
+            "difference": self.difference,
+            "explained_bytes": self.explained,
+            "left": self.left,
+            "agrees_with_its_rounding": self.agrees,
+            "program_bytes": program.get(self.row.measures),
+            "program_difference": self.program_difference,
+            "program_growth_difference": self.program_growth_difference,
+        }
