@@ -1,24 +1,56 @@
-"""Samples as the trainer takes them: which of TRL's formats, and on which tokens the loss is."""
+"""Samples as the trainer takes them: token ids and labels, on disk."""
 
-from dataclasses import dataclass
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
+from filelock import FileLock
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import has_generation_markers
+from trl import pack_dataset
 
-from qlora_lowmem.data import Samples
+from qlora_lowmem.data import CheckedData, FaultLog, FaultySampleError
+from qlora_lowmem.encoding import Encoded, Encoder
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.templates import check_templates, choose_marking, learns_to_stop
+from qlora_lowmem.token_store import TokenReport, TokenTally, open_tokens, write_tokens
+from qlora_lowmem.training.held_out import with_held_out
+
+TOKENS_FOLDER = "tokenised"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A dataset in one of TRL's formats and the two switches that say where the loss is."""
+    """A dataset of `input_ids` and `labels` (and `seq_lengths` where samples are packed).
+
+    Attributes:
+        report: what tokenising came to; None for synthetic samples.
+        notes: what a person should know though it stops nothing.
+        folder: where the tokens lie; None for synthetic samples.
+    """
 
     dataset: Dataset
-    assistant_only_loss: bool = False
-    completion_only_loss: bool = False
+    report: TokenReport | None = None
+    notes: tuple[str, ...] = ()
+    folder: Path | None = None
+    _scratch: Any = field(default=None, repr=False)  # a temporary folder lives as long as what is read from it
+
+    def discard(self) -> None:
+        """Remove the tokens from disk: the run is complete and nobody resumes it."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
 def synthetic_data(recipe: Recipe, vocabulary: int, samples: int) -> TrainingData:
@@ -26,48 +58,66 @@ def synthetic_data(recipe: Recipe, vocabulary: int, samples: int) -> TrainingDat
     generator = torch.Generator().manual_seed(recipe.schedule.seed)
     size = (samples, recipe.batch.max_seq_length)
     tokens = torch.randint(vocabulary, size, generator=generator).tolist()
-    return TrainingData(Dataset.from_dict({"input_ids": tokens, "labels": tokens}))
+    return TrainingData(_packed(recipe, Dataset.from_dict({"input_ids": tokens, "labels": tokens})))
 
 
-def training_data(recipe: Recipe, checked: Samples, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """Choose TRL's format for checked samples (`data.read_samples`).
+def training_data(
+    recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase, output_dir: Path | None
+) -> TrainingData:
+    """Tokenise checked samples into `output_dir`, or take what an interrupted run of the same data left there.
 
-    A chat template that marks the assistant's tokens is used as it is. Without such marks, a conversation that ends
-    with its only assistant message becomes prompt and completion, which gives the same loss mask.
+    A run of few steps tokenises only as many samples as it sees, chosen evenly over the data by the recipe's seed.
+
+    Args:
+        output_dir: the run's folder; None for a temporary one.
 
     Raises:
-        UsageError: no chat template; a loss on completions alone that the template cannot mark.
+        UsageError: data that do not go with the chat template, or of which nothing is left to learn.
     """
-    completions = recipe.data.train_on == "completions"
-    samples, sample_format = checked.samples, checked.report.format
-    if sample_format == "text":
-        return TrainingData(Dataset.from_list(samples))
-    conversational = sample_format == "messages" or isinstance(samples[0]["prompt"], list)
-    if conversational and not tokenizer.chat_template:
-        raise UsageError(
-            f"data.data: {recipe.data.data!r} holds conversations, and the tokenizer of {recipe.base.model!r} has no "
-            "chat template. Use an instruction-tuned model, or data with 'text'"
-        )
-    if sample_format == "prompt/completion":
-        return TrainingData(Dataset.from_list(samples), completion_only_loss=completions)
-    if not completions:
-        return TrainingData(Dataset.from_list(samples))
-    if has_generation_markers(tokenizer.chat_template):
-        return TrainingData(Dataset.from_list(samples), assistant_only_loss=True)
-    many = [
-        number
-        for number, sample in enumerate(samples, start=1)
-        if [message["role"] for message in sample["messages"]].count("assistant") != 1
-        or sample["messages"][-1]["role"] != "assistant"
-    ]
-    if many:
-        raise UsageError(
-            f"data.train_on: 'completions' cannot mask sample {many[0]} ({len(many)} such samples): it has several "
-            "assistant messages and the model's chat template does not mark them. Set data.train_on to 'all', or end "
-            "each sample with its only assistant message"
-        )
-    pairs = [{"prompt": sample["messages"][:-1], "completion": sample["messages"][-1:]} for sample in samples]
-    return TrainingData(Dataset.from_list(pairs), completion_only_loss=True)
+    encoder, notes = _encoder(recipe, checked, tokenizer)
+    scratch = None if output_dir else tempfile.TemporaryDirectory(prefix="qlora_lowmem-")
+    parent = Path(scratch.name) if scratch else Path(output_dir or "") / TOKENS_FOLDER
+    folder = parent / _key(recipe, checked, tokenizer)
+    parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(parent / ".lock"):  # of several processes, one writes
+        if not folder.is_dir():
+            for other in parent.iterdir():  # of other data, or half written by a run that was killed
+                if other.is_dir():
+                    shutil.rmtree(other, ignore_errors=True)
+            samples = _seen_samples(recipe, checked, encoder)
+            write_tokens(folder, samples, recipe.batch.max_seq_length, checked.report.samples)
+    dataset, report = open_tokens(folder)
+    _check_not_empty(recipe, report)
+    return TrainingData(_packed(recipe, dataset), report, notes, folder, scratch)
+
+
+def count_tokens(
+    recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenReport, tuple[str, ...]]:
+    """The report and the notes of `training_data`, with nothing written.
+
+    Raises:
+        UsageError: as `training_data`.
+    """
+    encoder, notes = _encoder(recipe, checked, tokenizer)
+    tally = TokenTally(recipe.batch.max_seq_length)
+    for _ in tally.cut(_seen_samples(recipe, checked, encoder)):
+        pass
+    report = tally.report(checked.report.samples)
+    _check_not_empty(recipe, report)
+    return report, notes
+
+
+def encoded_samples(
+    recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase, samples: int
+) -> Iterator[tuple[int, Encoded]]:
+    """The first `samples` samples with their line or row, tokenised as in training and not cut.
+
+    Raises:
+        UsageError: data that do not go with the chat template.
+    """
+    encoder, _ = _encoder(recipe, checked, tokenizer)
+    yield from _encoded(checked, encoder, itertools.islice(checked.samples(), samples), samples)
 
 
 def show_sample(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int = 120) -> str:
@@ -87,3 +137,92 @@ def show_sample(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
             run.append(token)
     more = "" if len(sample["input_ids"]) <= limit else f" ... ({len(sample['input_ids'])} tokens)"
     return "".join(pieces) + more
+
+
+def _encoder(
+    recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Encoder, tuple[str, ...]]:
+    model = recipe.base.model
+    check_templates(tokenizer, model)
+    marking = choose_marking(tokenizer, checked.report, recipe.data.train_on, model)
+    notes = () if learns_to_stop(tokenizer, marking) else (_NO_STOP,)
+    return Encoder(tokenizer, marking), notes
+
+
+_NO_STOP = (
+    "the chat template leaves the token that ends the assistant's turn without a loss; the model may not learn to stop"
+)
+
+
+def _seen_samples(recipe: Recipe, checked: CheckedData, encoder: Encoder) -> Iterator[tuple[int, Encoded]]:
+    """The samples that the run sees, tokenised, with their line or row."""
+    samples = checked.report.samples
+    wanted = _samples_seen(recipe, samples)
+    return _encoded(checked, encoder, _chosen(checked.samples(), wanted, samples, recipe.schedule.seed), wanted)
+
+
+def _encoded(
+    checked: CheckedData, encoder: Encoder, samples: Iterable[tuple[int, dict[str, Any]]], count: int
+) -> Iterator[tuple[int, Encoded]]:
+    faults = FaultLog(checked.report.name, checked.report.unit)
+    seen = 0
+    for number, sample in tqdm(samples, total=count, desc="tokenising", unit="sample", delay=2, disable=checked.quiet):
+        seen += 1
+        try:
+            yield number, encoder.encode(sample)
+        except FaultySampleError as fault:
+            faults.add(number, fault)
+    faults.refuse_if_any(seen)
+
+
+def _samples_seen(recipe: Recipe, samples: int) -> int:
+    """How many of `samples` the run can see; all where it is packed or counted in epochs."""
+    if recipe.schedule.max_steps is None or recipe.batch.packing:
+        return samples
+    batch = recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps * processes()
+    return min(samples, with_held_out(recipe.schedule.max_steps * batch, recipe.data.eval_fraction))
+
+
+def _chosen(
+    samples: Iterator[tuple[int, dict[str, Any]]], wanted: int, of_samples: int, seed: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`wanted` of `of_samples`, each as likely as any other: selection sampling (Knuth, vol. 2, 3.4.2, algorithm S)."""
+    chance = random.Random(seed)
+    left = wanted
+    for passed, sample in enumerate(samples):
+        if left == 0:
+            return
+        if chance.random() * (of_samples - passed) < left:
+            left -= 1
+            yield sample
+
+
+def _key(recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for equal tokens: the source as it is now, the tokenizer, and the fields that choose and cut samples."""
+    source = checked.source
+    stat = Path(source.name).stat() if source.kind != "hub" else None
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    facts = {
+        "source": [source.name, source.split, *([stat.st_size, stat.st_mtime_ns] if stat else [])],
+        "samples": [checked.report.samples, _samples_seen(recipe, checked.report.samples), recipe.schedule.seed],
+        "fields": [checked.train_on, recipe.batch.max_seq_length],
+        "tokenizer": [type(tokenizer).__name__, backend, str(tokenizer.chat_template), str(tokenizer.eos_token)],
+        "versions": [importlib.metadata.version(name) for name in ("transformers", "trl", "tokenizers")],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_not_empty(recipe: Recipe, report: TokenReport) -> None:
+    if not report.samples:
+        raise UsageError(
+            f"batch.max_seq_length: at {recipe.batch.max_seq_length} tokens nothing is left to learn of "
+            f"{report.dropped_samples} samples, of which the longest has {report.longest} tokens. Raise it, or shorten "
+            "the prompts"
+        )
+
+
+def _packed(recipe: Recipe, dataset: Dataset) -> Dataset:
+    """Samples joined until `max_seq_length` is full, best fit first, none of them split."""
+    if not recipe.batch.packing:
+        return dataset
+    return pack_dataset(dataset, recipe.batch.max_seq_length, "bfd")

@@ -1,0 +1,169 @@
+"""Every sample of a source, checked, in memory that does not grow with it."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qlora_lowmem.errors import UsageError
+
+from .duplicates import DuplicateCounter
+from .faults import FaultLog, FaultySampleError
+from .formats import FORMATS, TrainOn, check_one_format, check_sample, format_of_kind
+from .json_lines import JsonLines
+from .report import DataReport
+from .rows import Reader
+from .sources import DataSource, resolve_data
+from .tables import HubTable, ParquetTable
+
+# A control character as json.dumps escapes it, after an even number of backslashes: all but tab and line breaks.
+_CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:0[0-8be]|0f|1[0-9a-f]))|\x7f")
+_REPLACEMENT = "\ufffd"
+_PATIENCE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """A source whose every sample is sound, and what it holds. The samples themselves are read when they are used.
+
+    `quiet` says that no progress bar is wanted.
+    """
+
+    source: DataSource
+    train_on: TrainOn
+    report: DataReport
+    quiet: bool = True
+
+    def samples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every sample with its line or row, checked again: a file may have changed since.
+
+        Raises:
+            UsageError: it has, and holds faults now.
+        """
+        walk = _Walk(self.source, _open(self.source), self.train_on)
+        yield from walk.samples()
+        walk.faults.refuse_if_any(walk.rows)
+
+
+def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = True) -> CheckedData:
+    """Read all of a recipe's `data` once and check each sample.
+
+    With `train_on="completions"`, a sample of `messages` needs an assistant's message to learn from.
+
+    Args:
+        name: a `.jsonl` or `.parquet` file, or a hub id with an optional split (`owner/name:split`).
+        train_on: what the loss will be on.
+        quiet: show no progress bar, which otherwise appears after two seconds.
+
+    Raises:
+        UsageError: it cannot be read or holds no sample; or every fault with its line or row, 20 shown and all counted.
+    """
+    source = resolve_data(name)
+    reader = _open(source)
+    per_byte = source.kind == "jsonl"
+    with (
+        DuplicateCounter() as duplicates,
+        tqdm(
+            total=reader.total,
+            desc=f"checking {source.shown}",
+            unit="B" if per_byte else "row",
+            unit_scale=True,
+            delay=_PATIENCE_SECONDS,
+            disable=quiet,
+        ) as bar,
+    ):
+        walk = _Walk(source, reader, train_on, advance=bar.update)
+        replaced = controls = tools = calls = 0
+        for number, sample in walk.samples():
+            text = json.dumps(sample, sort_keys=True, ensure_ascii=False)
+            duplicates.add(number, text.encode())
+            replaced += _REPLACEMENT in text
+            controls += _holds_control(text)
+            tools += "tools" in sample
+            calls += _calls_a_tool(sample)
+        walk.faults.refuse_if_any(walk.rows)
+        if walk.first is None:
+            blank = ", all blank" if walk.rows else ""
+            write = f"; write one JSON object a line: {FORMATS}" if per_byte else ""
+            raise UsageError(f"{source.shown}: no samples ({walk.rows} {source.unit}s{blank}){write}")
+        kind, _ = walk.first
+        report = DataReport(
+            name=source.shown,
+            unit=source.unit,
+            format=format_of_kind(kind),
+            conversational="messages" in kind,
+            samples=walk.sound,
+            blank_lines=walk.blank,
+            duplicates=duplicates.count(),
+            byte_order_mark=reader.byte_order_mark,
+            replacement_characters=replaced,
+            control_characters=controls,
+            with_tools=tools,
+            with_tool_calls=calls,
+            unused_columns=reader.unused_columns,
+        )
+    return CheckedData(source, train_on, report, quiet)
+
+
+def _open(source: DataSource) -> Reader:
+    if source.kind == "jsonl":
+        return JsonLines(source.name)
+    if source.kind == "parquet":
+        return ParquetTable(source.name)
+    return HubTable(source.name, source.split)
+
+
+class _Walk:
+    """One pass over a source: yields what is sound, keeps count of the rest."""
+
+    def __init__(
+        self, source: DataSource, reader: Reader, train_on: TrainOn, advance: Callable[[int], object] | None = None
+    ) -> None:
+        self._source = source
+        self._reader = reader
+        self._train_on = train_on
+        self._advance = advance
+        self.faults = FaultLog(source.shown, source.unit)
+        self.first: tuple[str, int] | None = None  # what the first sample holds, and its line or row
+        self.rows = self.blank = self.sound = 0
+
+    def samples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for row in self._reader.rows():
+            self.rows = row.number
+            if self._advance is not None:
+                self._advance(row.size)
+            if row.fault is not None:
+                self.faults.add(row.number, row.fault)
+            elif row.value is None:
+                self.blank += 1
+            else:
+                try:
+                    sample = self._check(row.number, row.value)
+                except FaultySampleError as fault:
+                    self.faults.add(row.number, fault)
+                else:
+                    self.sound += 1
+                    yield row.number, sample
+
+    def _check(self, number: int, value: dict[str, Any]) -> dict[str, Any]:
+        sample, kind = check_sample(value, self._train_on)
+        self.first = self.first or (kind, number)
+        check_one_format(kind, self._source.unit, *self.first)
+        return sample
+
+
+def _holds_control(text: str) -> bool:
+    # Where none of these stands, which is nearly everywhere, the expression need not run.
+    return any(mark in text for mark in ("\\u00", "\\b", "\\f", "\x7f")) and _CONTROL.search(text) is not None
+
+
+def _calls_a_tool(sample: dict[str, Any]) -> bool:
+    messages = [*sample.get("messages", ()), *_listed(sample.get("prompt")), *_listed(sample.get("completion"))]
+    return any("tool_calls" in message for message in messages)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

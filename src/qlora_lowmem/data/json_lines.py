@@ -1,0 +1,130 @@
+"""JSON Lines: one object a line, strict JSON, UTF-8."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.units import MIB
+
+from .faults import FaultySampleError
+from .formats import FORMATS
+from .rows import Row
+from .values import kind_of
+
+# A sample of the longest sequence a recipe allows (2^24 tokens of about 4 bytes) still fits.
+LINE_LIMIT = 64 * MIB
+_BUFFER = MIB
+
+
+class JsonLines:
+    """A `.jsonl` file, read line by line."""
+
+    unused_columns: tuple[str, ...] = ()
+
+    def __init__(self, name: str) -> None:
+        self._path = Path(name)
+        self.byte_order_mark = False
+        try:
+            self.total = self._path.stat().st_size
+        except OSError as fault:
+            raise _cannot_read(self._path, fault) from None
+
+    def rows(self) -> Iterator[Row]:
+        """Every line.
+
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        try:
+            with self._path.open("rb", buffering=_BUFFER) as file:
+                for number, (size, raw) in enumerate(_lines(file), start=1):
+                    yield self._row(number, size, raw)
+        except (OSError, ValueError) as fault:
+            raise _cannot_read(self._path, fault) from None
+
+    def _row(self, number: int, size: int, raw: bytes | None) -> Row:
+        if raw is None:
+            limit = f"is longer than {LINE_LIMIT // MIB} MiB; write one sample a line"
+            return Row(number, size, None, FaultySampleError("too long", limit))
+        if number == 1 and raw.startswith(codecs.BOM_UTF8):
+            self.byte_order_mark, raw = True, raw.removeprefix(codecs.BOM_UTF8)
+        if not raw.strip():
+            return Row(number, size, None)
+        try:
+            return Row(number, size, parse_line(raw, first=number == 1))
+        except FaultySampleError as fault:
+            return Row(number, size, None, fault)
+
+
+def _cannot_read(path: Path, fault: Exception) -> UsageError:
+    return UsageError(f"{path}: the data file cannot be read: {fault}")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Each line's length and bytes; None for the bytes of one over the limit, which is never held whole."""
+    while raw := file.readline(LINE_LIMIT + 1):
+        if len(raw) <= LINE_LIMIT:
+            yield len(raw), raw
+            continue
+        size = len(raw)
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(_BUFFER)
+            size += len(raw)
+        yield size, None
+
+
+def parse_line(raw: bytes, *, first: bool = False) -> dict[str, Any]:
+    """The object on a line, strict JSON: no NaN, no key twice, nothing but UTF-8.
+
+    Raises:
+        FaultySampleError: it holds none.
+    """
+    if first and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise FaultySampleError("encoding", "is UTF-16; save the file as UTF-8")
+    try:
+        text = raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as fault:
+        raise FaultySampleError(
+            "encoding", f"byte {raw[fault.start]:#04x} at {fault.start + 1} is not UTF-8; save the file as UTF-8"
+        ) from None
+    try:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+    except json.JSONDecodeError as fault:
+        raise FaultySampleError(
+            "not JSON", f"is not JSON: {fault.msg} at column {fault.colno}; {_advice(text)}"
+        ) from None
+    except RecursionError:
+        raise FaultySampleError("not JSON", "is nested too deeply; write a flat object") from None
+    except ValueError:  # an integer of more digits than Python reads
+        raise FaultySampleError("not JSON", "holds a number that is too long; a sample holds text only") from None
+    if not isinstance(value, dict):
+        raise FaultySampleError(
+            "not an object", f"is {kind_of(value)}, not an object; write one object a line: {FORMATS}"
+        )
+    return value
+
+
+def _advice(text: str) -> str:
+    if text.strip() in ("[", "{"):
+        return "a whole sample stands on one line, and no brackets around the lines"
+    if text.lstrip().startswith("{'"):
+        return "quote with double quotes"
+    if text.rstrip().endswith("},"):
+        return "no comma between the lines"
+    return "write one JSON object a line"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise FaultySampleError("not JSON", f"holds {name}, which is not JSON; a sample holds text only")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FaultySampleError("not JSON", f"has the key {twice!r} twice; remove one of the two")
+    return found

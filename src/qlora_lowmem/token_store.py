@@ -1,0 +1,175 @@
+"""Tokenised samples on disk: written once, one sample at a time, and memory-mapped from there."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from qlora_lowmem.encoding import NO_LOSS, Encoded
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.training.manifest import flush
+
+TOKENS_FILE = "tokens.arrow"
+REPORT_FILE = "report.json"
+# A record batch: 4 MiB of ids and as much of labels. Reading keeps about 2 KiB of memory for each.
+_BATCH_TOKENS = 2**20
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What tokenising came to.
+
+    Attributes:
+        samples: samples that are trained on.
+        of_samples: samples that there are: a run of few steps tokenises only those that it sees.
+        tokens: kept, over all samples.
+        scored_tokens: those with a loss.
+        longest: tokens of the longest sample before anything was cut.
+        truncated_samples, truncated_tokens: samples longer than `max_seq_length`, and the tokens cut from their ends.
+        first_truncated: line or row of the first of them.
+        dropped_samples: samples left out, for all their tokens with a loss were cut.
+    """
+
+    samples: int
+    of_samples: int
+    tokens: int
+    scored_tokens: int
+    longest: int
+    truncated_samples: int
+    truncated_tokens: int
+    first_truncated: int | None
+    dropped_samples: int
+
+    def lines(self, max_seq_length: int, unit: str) -> Iterator[str]:
+        """What a person should know, in sentences."""
+        part = f" of {self.of_samples:,}: the ones that this run sees" if self.samples_seen < self.of_samples else ""
+        yield (
+            f"{self.tokens:,} tokens, {self.scored_tokens:,} of them with a loss, in {self.samples:,} samples{part}; "
+            f"the longest has {self.longest:,}"
+        )
+        if self.truncated_samples:
+            yield (
+                f"note: {self.truncated_samples:,} samples are longer than max_seq_length {max_seq_length:,} and lose "
+                f"{self.truncated_tokens:,} tokens at their ends (first {unit} {self.first_truncated}); raise "
+                "max_seq_length, or split them"
+            )
+        if self.dropped_samples:
+            yield (
+                f"note: {self.dropped_samples:,} samples are left out: all that they would teach lies beyond "
+                f"max_seq_length {max_seq_length:,}"
+            )
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples tokenised, kept or dropped."""
+        return self.samples + self.dropped_samples
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+class TokenTally:
+    """Cuts samples to their longest length and counts what that does."""
+
+    def __init__(self, max_seq_length: int) -> None:
+        self._limit = max_seq_length
+        self._samples = self._tokens = self._scored = self._longest = 0
+        self._truncated = self._lost = self._dropped = 0
+        self._first_truncated: int | None = None
+
+    def cut(self, samples: Iterable[tuple[int, Encoded]]) -> Iterator[Encoded]:
+        """Every sample that still teaches something, cut. Samples come with their line or row."""
+        for number, (ids, labels) in samples:
+            self._longest = max(self._longest, len(ids))
+            over = len(ids) - self._limit
+            if over > 0:
+                self._truncated += 1
+                self._lost += over
+                self._first_truncated = self._first_truncated or number
+                ids, labels = ids[: self._limit], labels[: self._limit]
+            scored = len(labels) - labels.count(NO_LOSS)
+            if not scored:
+                self._dropped += 1
+                continue
+            self._samples += 1
+            self._tokens += len(ids)
+            self._scored += scored
+            yield Encoded(ids, labels)
+
+    def report(self, of_samples: int) -> TokenReport:
+        """The counts so far, of a source of `of_samples`."""
+        return TokenReport(
+            self._samples,
+            of_samples,
+            self._tokens,
+            self._scored,
+            self._longest,
+            self._truncated,
+            self._lost,
+            self._first_truncated,
+            self._dropped,
+        )
+
+
+def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], max_seq_length: int, of_samples: int) -> None:
+    """Write samples and their report to `folder`, which appears whole or not at all.
+
+    Raises:
+        UsageError: the folder cannot be written, or its disk is full.
+    """
+    tally = TokenTally(max_seq_length)
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        scratch.mkdir(parents=True)
+        with pa.OSFile(str(scratch / TOKENS_FILE), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+            for batch in _batches(tally.cut(samples)):
+                writer.write_batch(batch)
+        text = json.dumps(tally.report(of_samples).to_dict(), indent=2) + "\n"
+        (scratch / REPORT_FILE).write_text(text, encoding="utf-8")
+        for path in (scratch / TOKENS_FILE, scratch / REPORT_FILE, scratch):
+            flush(path)  # a power cut after the renaming must not leave half of it
+        scratch.rename(folder)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        raise UsageError(
+            f"run.output_dir: the tokenised data cannot be written to {str(folder)!r} ({error.strerror or error}); "
+            + ("make room: they need 8 bytes a token" if full else "give another folder with --output-dir")
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def open_tokens(folder: Path) -> tuple[Dataset, TokenReport]:
+    """What `write_tokens` wrote: columns `input_ids` and `labels`, memory-mapped."""
+    content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    return Dataset.from_file(str(folder / TOKENS_FILE)), TokenReport(**content)
+
+
+def _batches(samples: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
+    columns: tuple[list[Any], list[Any]] = ([], [])
+    held = 0
+    for sample in samples:
+        for column, values in zip(columns, sample, strict=True):
+            column.append(np.asarray(values, dtype=np.int32))
+        held += len(sample.ids)
+        if held >= _BATCH_TOKENS:
+            yield _batch(columns)
+            columns, held = ([], []), 0
+    if held:
+        yield _batch(columns)
+
+
+def _batch(columns: tuple[list[Any], list[Any]]) -> pa.RecordBatch:
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in columns[0]])]).astype(np.int32)
+    lists = [pa.ListArray.from_arrays(offsets, np.concatenate(column)) for column in columns]
+    return pa.RecordBatch.from_arrays(lists, schema=_SCHEMA)
