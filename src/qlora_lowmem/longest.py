@@ -9,7 +9,7 @@ sample at full length. A step of more micro-batches takes as much, and a few byt
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError, UsageError
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.reach import reach
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe, replace_field
+from qlora_lowmem.recipe_io import load_recipe
 from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
 from qlora_lowmem.virtual_runs import RecipeRun, recipe_card, recipe_server, submit_recipe
 
@@ -49,99 +50,34 @@ class Longest:
     host_bytes: int
 
 
-def longest_sequence(
-    probe: Callable[[int], "Future[RecipeRun]"],
-    room: Callable[[RecipeRun], int],
-    *,
-    start: int,
-    limit: int,
-    step: int,
-    note: Callable[[int, bool], None],
-) -> tuple[int, int, RecipeRun | None]:
-    """The largest multiple of `step` up to `limit` at which `probe` leaves room, taking need to grow with the length.
-
-    Need is nearly a line in the length, so two lengths that fit say where it will run out: the multiple below and the
-    one above are run next, side by side. Where a line says nothing new, the open interval is halved.
-
-    Args:
-        room: bytes that a run left; negative if it did not fit.
-        start: the length to begin with.
-
-    Returns:
-        (the longest that fits or 0, the shortest seen not to fit or 0, the run at the longest).
-    """
-    left: dict[int, int] = {}
-    good, bad, best = 0, limit // step * step + step, None
-    tries = [min(max(start // step, 1) * step, bad - step)]
-    while tries:
-        runs = {length: probe(length) for length in tries}
-        for length in tries:
-            run = runs[length].result()
-            left[length] = room(run)
-            note(length, left[length] >= 0)
-            if left[length] < 0:
-                bad = min(bad, length)
-            elif good < length < bad:
-                good, best = length, run
-        tries = _next_tries(left, good, bad, step)
-    return good, bad if bad in left else 0, best
-
-
-def _next_tries(left: dict[int, int], good: int, bad: int, step: int) -> list[int]:
-    """The lengths strictly between `good` and `bad` to run next, shortest first; none when nothing is open."""
-    if bad - good <= step:
-        return []
-    fitting = sorted(length for length in left if left[length] >= 0 and length <= good)
-    if len(fitting) == 1:
-        guess = 2 * good
-    elif len(fitting) > 1 and left[fitting[-2]] > left[good]:
-        slope = (left[fitting[-2]] - left[good]) / (good - fitting[-2])
-        guess = good + int(left[good] / slope)
-    else:
-        guess = (good + bad) // 2
-    below = guess // step * step
-    tries = [length for length in (below, below + step) if good < length < bad]
-    middle = (good + bad) // 2 // step * step
-    return tries or [middle if middle > good else good + step]
-
-
 def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
     """The longest sequence of `recipe` on `card`, within what a job can count on there.
 
     Raises:
         QloraLowmemError: a run fails for another reason than memory.
     """
-    # From the second micro-batch of a step on, gradients are there from the start: more would show nothing new.
-    micro_batches = min(recipe.batch.gradient_accumulation_steps, 2)
-    short = replace_field(replace_field(recipe, "gradient_accumulation_steps", micro_batches), "max_steps", 2)
     bar = tqdm(desc=recipe.name, unit="run")
 
-    def probe(length: int) -> "Future[RecipeRun]":
-        return submit_recipe(server, replace_field(short, "max_seq_length", length), card)
+    def submit(changed: Recipe, card: virtual_gpu.Card) -> "Future[RecipeRun]":
+        return submit_recipe(server, changed, card)
 
-    def room(run: RecipeRun) -> int:
-        if run.profile is None:
-            raise QloraLowmemError(f"{recipe.name} fails: {(run.failure or '').strip().splitlines()[-1]}")
-        return -1 if run.out_of_memory is not None else card.usable_bytes - run.profile.peak_device_bytes
-
-    def note(length: int, fit: bool) -> None:
+    def note(_leaf: str, length: int, fits: bool) -> None:
         bar.update(1)
-        bar.set_postfix_str(f"{length:,} tokens {'fit' if fit else 'do not fit'}")
+        bar.set_postfix_str(f"{length:,} tokens {'fit' if fits else 'do not fit'}")
 
-    start = recipe.batch.max_seq_length
-    good, bad, run = longest_sequence(probe, room, start=start, limit=limit, step=step, note=note)
+    found = reach(recipe, "max_seq_length", card, submit, limit=limit, step=step, note=note)
     bar.close()
-    profile = run.profile if run is not None else None
+    profile = found.run.profile if found.run is not None else None
     return Longest(
         recipe.name,
         card.name,
-        good,
-        bad,
-        "memory" if bad else "limit",
+        found.value,
+        found.next_value,
+        "memory" if found.next_value else "limit",
         profile.peak_allocated_bytes if profile else 0,
         profile.peak_reserved_bytes if profile else 0,
         profile.peak_device_bytes if profile else 0,
-        run.pinned_host_bytes if run is not None else 0,
+        found.run.pinned_host_bytes if found.run is not None else 0,
     )
 
 

@@ -7,8 +7,9 @@ from qlora_lowmem.virtual_gpu.cards import CARD_VARIABLE, MEMORY_VARIABLE
 
 GIB = 2**30
 NAMES = [
-    "rtx-2060-6gb", "rtx-3050-6gb", "rtx-3060-laptop-6gb", "rtx-4050-laptop-6gb", "t4-16gb", "rtx-3060-12gb",
-    "rtx-3090-24gb", "rtx-4090-24gb", "l40s-48gb", "a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb",
+    "rtx-2060-6gb", "rtx-3050-6gb", "rtx-3060-laptop-6gb", "rtx-4050-laptop-6gb", "rtx-4060-8gb", "t4-16gb",
+    "rtx-3060-12gb", "rtx-3090-24gb", "rtx-4090-24gb", "l40s-48gb", "a100-40gb", "a100-80gb",
+    "h100-80gb", "h200-141gb", "b200-180gb",
 ]  # fmt: skip
 
 

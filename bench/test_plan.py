@@ -1,0 +1,135 @@
+"""Ten (model, card) pairs planned from an empty cache; each proposal run again in full, and the next larger length."""
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.plan.answers import Plan
+from qlora_lowmem.plan.cache import RunCache
+from qlora_lowmem.plan.model import planned_model
+from qlora_lowmem.plan.pair import Extent, Pair
+from qlora_lowmem.plan.runs import Runs
+from qlora_lowmem.plan.sweep import sweep
+from qlora_lowmem.plan.table import Again, write_plans
+from qlora_lowmem.reach import room_left
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe_io import recipe_from_dict, replace_field, replace_fields
+from qlora_lowmem.virtual_runs import RecipeRun, recipe_server, submit_recipe, two_steps
+
+pytestmark = pytest.mark.plan
+
+# (model, card, the wanted length in tokens)
+ASKED = (
+    ("granite-4.0-h-1b", "rtx-3060-laptop-6gb", 2048),
+    ("granite-4.0-h-1b", "rtx-4060-8gb", 2048),
+    ("granite-4.0-h-1b", "rtx-3060-12gb", 512),
+    ("granite-4.0-1b", "rtx-4050-laptop-6gb", 2048),
+    ("granite-4.0-h-350m", "rtx-2060-6gb", 2048),
+    ("granite-4.0-350m", "rtx-4060-8gb", 4096),
+    ("granite-4.0-h-tiny", "rtx-3090-24gb", 2048),
+    ("llama-3.2-3b", "rtx-3060-laptop-6gb", 8192),
+    ("llama-3.2-3b", "t4-16gb", 2048),
+    ("smollm2-135m-instruct", "rtx-3050-6gb", 2048),
+)
+CORES, MINUTES = 2, 10
+LIMIT = 32_768
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Ten plans in the order of `ASKED`, and what they took: wall time, and processor time of all processes."""
+
+    plans: tuple[Plan, ...]
+    wall_seconds: float
+    cpu_seconds: float
+    load_before: float
+
+
+def asked_pairs() -> list[Pair]:
+    """What `plan --model MODEL --card CARD --seq N` asks."""
+    pairs = []
+    for model, card, wanted in ASKED:
+        start = {"name": model, "model": model, "target_modules": "all-linear", "max_seq_length": wanted}
+        planned = planned_model(replace_fields(Recipe(), start))
+        pairs.append(Pair(planned, virtual_gpu.get_card(card), model, recipe_given=False))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def planned(on_gpu: bool, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """The sweep, timed with everything in it: compiling the virtual GPU's libraries, imports, all runs."""
+    if on_gpu:
+        pytest.skip("plans are made on virtual cards: pytest bench/test_plan.py without --gpu")
+    empty = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_LOWMEM_CACHE", str(empty))
+        load, before, started = os.getloadavg()[0], _cpu_seconds(), time.perf_counter()
+        pairs, extent = asked_pairs(), Extent(LIMIT, None, full=False)
+        with recipe_server(CORES) as server:
+            runs = Runs(server, RunCache(empty / "plan"))
+            found = dict(sweep(pairs, extent, runs, server, workers=CORES))
+        wall = time.perf_counter() - started
+    plans = tuple(found[number] for number in range(len(pairs)))
+    return Sweep(plans, wall, _cpu_seconds() - before, load)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended, theirs included."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+@pytest.fixture(scope="module")
+def again(planned: Sweep, request: pytest.FixtureRequest, results_folder: Path) -> Iterator[list[Again]]:
+    """Every proposal, and the next larger length, run from the proposed recipe alone; the table is written."""
+    server = request.getfixturevalue("virtual_server")
+    waiting = []
+    for plan in planned.plans:
+        proposal = plan.to_dict()["proposal"]
+        assert proposal is not None, f"{plan.subject} on {plan.card}: {plan.failure or 'nothing fits'}"
+        recipe = two_steps(planned_model(recipe_from_dict(proposal["recipe"])).recipe)
+        card = virtual_gpu.get_card(plan.card)
+        longer = replace_field(recipe, "max_seq_length", proposal["longest"]["next_value"])
+        waiting.append([submit_recipe(server, each, card) for each in (recipe, longer)])
+    checked = []
+    for plan, (proposed, longer_one) in zip(planned.plans, waiting, strict=True):
+        runs = [proposed.result(), longer_one.result()]
+        checked.append(Again(*(value for run in runs for value in _held(run, plan))))
+    yield checked
+    text = (
+        f"{len(planned.plans)} pairs planned in {planned.wall_seconds:.0f} s with {CORES} workers (load "
+        f"{planned.load_before:.1f} before), {planned.cpu_seconds:.0f} s of processor time, from an empty cache. Each "
+        "proposed recipe was then run again in full at its length, and at the next larger one."
+    )
+    write_plans(results_folder, planned.plans, checked, text, provenance_record("the cards of the table", "virtual"))
+
+
+def _held(run: RecipeRun, plan: Plan) -> tuple[int, bool]:
+    room = room_left(run, virtual_gpu.get_card(plan.card), plan.subject)
+    assert run.profile is not None
+    return run.profile.peak_device_bytes, room >= 0
+
+
+def test_ten_pairs_in_the_time_of_ten_minutes_on_two_cores(planned: Sweep) -> None:
+    """Processor time, so that what else a machine does changes nothing; the wall time is in the table."""
+    assert len({(plan.model, plan.card) for plan in planned.plans}) == 10
+    assert planned.cpu_seconds < CORES * MINUTES * 60
+    assert sum(plan.cached for plan in planned.plans) == 0
+
+
+@pytest.mark.parametrize("number", range(len(ASKED)), ids=[f"{model}-{card}" for model, card, _ in ASKED])
+def test_the_proposal_fits_and_the_next_step_does_not(planned: Sweep, again: list[Again], number: int) -> None:
+    plan, run = planned.plans[number], again[number]
+    assert plan.proposal is not None
+    assert plan.fits, "at the wanted length"
+    assert run.fits
+    assert not run.next_fits
+    assert run.device_bytes == plan.proposal.need.device_bytes
+    assert plan.proposal.longest.next_value == plan.proposal.longest.value + plan.proposal.longest.step

@@ -1,0 +1,156 @@
+"""What a plan says, as plain data. Bytes are integers; `None` and 0 mean that something was not asked for."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.advice import Knob
+from qlora_lowmem.reach import Reach
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.virtual_runs import RecipeRun
+
+LimitedBy = Literal["memory", "model", "limit"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run held at its peak.
+
+    Attributes:
+        device_bytes: with the CUDA context; that is what is held against the card's usable memory.
+        floor_bytes: what no method of training the recipe avoids (`memory/floor.py`); 0 where no step ended.
+        host_bytes: page-locked host memory.
+        fits: on the card itself, within what a job can count on there. A run that does not was made again with room
+            for it, so that the figures say what it would need.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    floor_bytes: int
+    host_bytes: int
+    trainable_parameters: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest value of a field that fits.
+
+    Attributes:
+        value: 0 where not even the smallest fits.
+        next_value: the next larger one, which was run and does not fit; 0 where `value` is the last one allowed.
+        step: both are multiples of it.
+        limited_by: `memory`; `model`, the length that the model was made for; or `limit`, the person's own.
+    """
+
+    value: int
+    next_value: int
+    step: int
+    limited_by: LimitedBy
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A rung of the ladder at the wanted length, and whether it fits there."""
+
+    rung: str
+    words: str
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The best recipe found.
+
+    Attributes:
+        recipe: with the model that the person named, at the length of their own recipe if that fits, else (and for a
+            model) at the longest.
+        need: of that recipe, its optimizer steps run in full.
+        reaches_wanted: whether that is at least the wanted length.
+        flops_ratio: FLOPs of a step over those of the fastest rung; None where they were not counted.
+        kinds: that need by kind, where it was asked for.
+    """
+
+    rung: str
+    words: str
+    recipe: Recipe
+    need: Need
+    longest: Limit
+    reaches_wanted: bool
+    flops_ratio: float | None = None
+    kinds: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to one (recipe or model, card) pair.
+
+    Attributes:
+        subject: the recipe's name, or the model's.
+        recipe_given: whether a recipe was asked about, or the best one for a model.
+        wanted_tokens: the length that was asked for.
+        fits: the recipe fits as it is; for a model, a recipe was found that reaches the wanted length.
+        need: of the recipe as it is.
+        kinds: that need by kind (`memory/kinds.py`).
+        longest, batch: of the recipe as it is.
+        knobs: single changes that save, in the order that `pair.ranked` states.
+        tried: rungs, in their order.
+        proposal: None where the recipe fits as it is, or nothing fits.
+        failure: why there is no answer.
+        runs, cached: how many runs it took, and how many of them the cache had.
+        seconds: how long it took.
+    """
+
+    subject: str
+    model: str
+    card: str
+    usable_bytes: int
+    recipe_given: bool
+    wanted_tokens: int
+    fits: bool = False
+    need: Need | None = None
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    longest: Limit | None = None
+    batch: Limit | None = None
+    knobs: tuple[Knob, ...] = ()
+    tried: tuple[Tried, ...] = ()
+    proposal: Proposal | None = None
+    failure: str | None = None
+    runs: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; the proposed recipe as its file would hold it."""
+        plain = asdict(replace(self, kinds={}, proposal=None)) | {"kinds": dict(self.kinds)}
+        found = self.proposal
+        if found is not None:
+            shell = {**vars(found), "recipe": found.recipe.to_dict(), "kinds": dict(found.kinds)}
+            plain["proposal"] = shell | {"need": asdict(found.need), "longest": asdict(found.longest)}
+        return plain
+
+
+def need_of(run: RecipeRun, *, fits: bool) -> Need:
+    """A run's peaks; zeros where it failed."""
+    peaks = run.profile
+    return Need(
+        peaks.peak_allocated_bytes if peaks else 0,
+        peaks.peak_reserved_bytes if peaks else 0,
+        peaks.peak_device_bytes if peaks else 0,
+        run.floor_bytes,
+        run.pinned_host_bytes,
+        run.trainable_parameters,
+        fits,
+    )
+
+
+def limit_of(found: Reach, step: int, last: LimitedBy) -> Limit:
+    """What a search came to; `last` says what set its limit."""
+    return Limit(found.value, found.next_value, step, "memory" if found.next_value else last)
+
+
+def default_step(card: virtual_gpu.Card) -> int:
+    """Tokens that lengths are told apart by: 256 below 10 GB of memory, 512 below 20 GB, else 1,024."""
+    return next((step for size, step in ((10**10, 256), (2 * 10**10, 512)) if card.total_bytes < size), 1024)

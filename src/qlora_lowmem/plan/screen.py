@@ -1,0 +1,169 @@
+"""An answer for a terminal: one screen, words for what a figure means."""
+
+from collections.abc import Iterator, Mapping
+
+from tabulate import tabulate
+
+from qlora_lowmem.advice import Knob
+from qlora_lowmem.memory.kinds import KINDS
+from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal
+from qlora_lowmem.plan.runs import COUNTED_TOKENS
+from qlora_lowmem.report.tables import gib
+from qlora_lowmem.units import MIB, format_bytes
+
+# Kinds of less than this share of the peak are shown as one.
+_SMALL = 0.01
+_LIMITS = {"model": "as long as the model was made for", "limit": "no longer one was tried; --limit goes on"}
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The answer, a line each."""
+    yield from _of_the_recipe(plan) if plan.recipe_given else _of_the_model(plan)
+    yield ""
+    yield _effort(plan)
+
+
+def _of_the_recipe(plan: Plan) -> Iterator[str]:
+    assert plan.need is not None
+    room = plan.usable_bytes - plan.need.device_bytes
+    verdict = f"fits, with {format_bytes(room)} of room" if plan.fits else "does not fit"
+    yield f"{plan.subject} at {plan.wanted_tokens:,} tokens on {plan.card}: {verdict}. (virtual)"
+    yield _needs(plan.need, plan.usable_bytes)
+    yield from _breakdown(plan.kinds, plan.need)
+    yield ""
+    if plan.longest is not None:
+        yield f"Longest sequence: {_longest(plan.longest)}"
+    if plan.batch is not None:
+        further = f"{plan.batch.next_value:,} does not fit" if plan.batch.next_value else "no larger one was tried"
+        largest = f"{plan.batch.value:,} samples of {plan.wanted_tokens:,} tokens" if plan.batch.value else "none"
+        yield f"Largest batch:    {largest} ({further})"
+    yield from _knobs(plan)
+    if not plan.fits:
+        yield ""
+        yield from _proposal(plan)
+
+
+def _of_the_model(plan: Plan) -> Iterator[str]:
+    found = plan.proposal
+    if found is not None and found.reaches_wanted:
+        room = plan.usable_bytes - found.need.device_bytes
+        verdict = f"fits at {found.longest.value:,} tokens, with {format_bytes(room)} of room"
+    else:
+        verdict = f"nothing fits at the wanted {plan.wanted_tokens:,} tokens"
+    yield f"{plan.model} on {plan.card}: {verdict}. (virtual)"
+    if found is not None:
+        yield _needs(found.need, plan.usable_bytes)
+        yield from _breakdown(found.kinds, found.need)
+    yield ""
+    yield from _proposal(plan)
+
+
+def _needs(need: Need, usable: int) -> str:
+    host = f"; {format_bytes(need.host_bytes)} of host memory pinned" if need.host_bytes >= MIB else ""
+    return (
+        f"Needs {gib(need.device_bytes)} GiB of {gib(usable)} usable, the CUDA context in it "
+        f"({gib(need.allocated_bytes)} allocated, {gib(need.reserved_bytes)} reserved){host}."
+    )
+
+
+def _breakdown(kinds: Mapping[str, int], need: Need) -> Iterator[str]:
+    """Bytes by kind, the largest first; the small ones together."""
+    if not kinds:
+        return
+    least = int(_SMALL * sum(kinds.values()))
+    if sum(count < least for count in kinds.values()) == 1:
+        least = 0
+    large = sorted(((count, KINDS[kind]) for kind, count in kinds.items() if count >= least), reverse=True)
+    rows = [[text, gib(count)] for count, text in large]
+    if len(large) < len(kinds):
+        rest = sum(count for count in kinds.values() if count < least)
+        rows.append([f"{len(kinds) - len(large)} smaller kinds", gib(rest)])
+    if need.floor_bytes:
+        rows.append(["(the floor: weights, adapters, two residual tensors)", gib(need.floor_bytes)])
+    yield ""
+    yield from _table(rows, ["at the peak", "GiB"], left=1)
+
+
+def _longest(limit: Limit) -> str:
+    further = f"{limit.next_value:,} does not fit" if limit.next_value else _LIMITS[limit.limited_by]
+    return f"{limit.value:,} tokens ({further})" if limit.value else f"none ({further})"
+
+
+def _knobs(plan: Plan) -> Iterator[str]:
+    if not plan.knobs:
+        return
+    assert plan.need is not None
+    rows = []
+    for knob in plan.knobs:
+        fits = "" if plan.fits else ("yes" if knob.fits else "no")
+        rows.append([knob.change, gib(knob.saves_bytes), gib(knob.peak_device_bytes), fits, cost(knob, plan.need)])
+    headers = ["one change, each one run", "saves", "needs", "" if plan.fits else "fits", "cost"]
+    if plan.fits:
+        rows, headers = [[*row[:3], row[4]] for row in rows], [*headers[:3], headers[4]]
+    yield ""
+    yield from _table(rows, headers, left=1)
+
+
+def cost(knob: Knob, base: Need) -> str:
+    """What a change costs, with the figures that were counted."""
+    text = knob.cost
+    if knob.flops_ratio is not None:
+        text += f"; {knob.flops_ratio:.2f} x the FLOPs"
+    if knob.host_bytes - base.host_bytes >= MIB:
+        text += f"; {format_bytes(knob.host_bytes)} of host memory"
+    if 0 < knob.trainable_parameters < base.trainable_parameters:
+        text += f"; {knob.trainable_parameters:,} of {base.trainable_parameters:,} parameters learn"
+    return text
+
+
+def _proposal(plan: Plan) -> Iterator[str]:
+    for tried in plan.tried:
+        yield f"  {'fits' if tried.fits else 'too much':<9} {tried.rung}: {tried.words}"
+    found = plan.proposal
+    if found is None:
+        yield f"No recipe fits {plan.card}, however short its sequence."
+        return
+    length = found.recipe.batch.max_seq_length
+    what = "Proposed" if found.reaches_wanted else "The leanest, at the longest sequence that fits"
+    yield f"{what}: {found.rung}, {length:,} tokens; longest sequence {_longest(found.longest)}."
+    yield f"  {_settings(found)}"
+    if plan.recipe_given:
+        yield f"  {_needs(found.need, plan.usable_bytes)}"
+    if found.flops_ratio is not None and found.rung != "fastest":
+        yield f"  A step takes {found.flops_ratio:.2f} x the FLOPs of one that computes nothing twice."
+
+
+def _settings(found: Proposal) -> str:
+    """What the proposed recipe sets of what rungs differ in."""
+    recipe = found.recipe
+    names = [
+        f"{recipe.lora.target_modules} targets" if isinstance(recipe.lora.target_modules, str) else "its targets",
+        f"r {recipe.lora.lora_r}",
+        f"{recipe.batch.batch_size} x {recipe.batch.gradient_accumulation_steps} samples a step",
+        recipe.optimizer.optimizer,
+    ]
+    if recipe.lean.lean:
+        names += [f"lean, checkpoints {recipe.lean.checkpoints}"]
+    elif recipe.memory.gradient_checkpointing:
+        names += ["gradient checkpointing"]
+    if recipe.lean.quantised_embeddings != "none":
+        names += [f"embeddings in {recipe.lean.quantised_embeddings}"]
+    if recipe.memory.activation_offloading:
+        names += ["activation offloading"]
+    if recipe.memory.expandable_segments:
+        names += ["expandable segments"]
+    return ", ".join(names)
+
+
+def _effort(plan: Plan) -> str:
+    if plan.runs and plan.cached == plan.runs:
+        return f"Answered from the cache (all {plan.runs} runs; --no-cache runs them again)."
+    cached = f", {plan.cached} of them from the cache" if plan.cached else ""
+    counted = any(knob.flops_ratio is not None for knob in plan.knobs) or (plan.proposal and plan.proposal.flops_ratio)
+    note = f" FLOPs: matrix products of a step of {COUNTED_TOKENS:,} tokens at most, counted." if counted else ""
+    return f"{plan.runs} runs{cached}, in {plan.seconds:.0f} s.{note}"
+
+
+def _table(rows: list[list[str]], headers: list[str], left: int) -> Iterator[str]:
+    align = ["left" if index < left or headers[index] == "cost" else "right" for index in range(len(headers))]
+    yield from tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True, colalign=align).splitlines()

@@ -1,0 +1,127 @@
+"""Runs kept by content: what changes an answer changes its key, and damage is as good as nothing."""
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import RECIPES
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.plan import cache, runs
+from qlora_lowmem.plan.cache import RunCache, run_key
+from qlora_lowmem.plan.runs import Runs, Tally
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe_io import load_recipe, replace_field, replace_fields
+from qlora_lowmem.virtual_runs import RecipeRun
+
+CARD = virtual_gpu.get_card("rtx-4050-laptop-6gb")
+RECIPE = load_recipe(RECIPES / "optimised.yaml")
+RUN = RecipeRun(
+    MemoryProfile(CARD.name, "virtual", CARD.total_bytes, 1, (PhasePeak("steady", 1, 2, 3),)), floor_bytes=4
+)
+
+
+def test_what_was_put_is_got_and_nothing_else(tmp_path: Path) -> None:
+    kept = RunCache(tmp_path)
+    assert kept.get("ab12") is None
+    kept.put("ab12", {"a": [1, None]})
+    assert RunCache(tmp_path).get("ab12") == {"a": [1, None]}
+    assert kept.get("ab13") is None
+    assert not list(tmp_path.rglob(".*")), "no scratch file stays"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, damage: bytes) -> None:
+    kept = RunCache(tmp_path)
+    kept.put("ab12", {"a": 1})
+    (tmp_path / "ab" / "ab12.json").write_bytes(damage)
+    assert kept.get("ab12") is None
+    kept.put("ab12", {"a": 2})
+    assert kept.get("ab12") == {"a": 2}
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    kept = RunCache(tmp_path / "file" / "plan")
+    kept.put("ab12", {"a": 1})
+    kept.put("ab13", {"a": 1})
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_keys_differ_where_answers_may() -> None:
+    keys = [
+        run_key("run", RECIPE, CARD),
+        run_key("attributed run", RECIPE, CARD),
+        run_key("run", RECIPE, CARD.with_memory(CARD.total_bytes + 1)),
+        run_key("run", RECIPE, virtual_gpu.get_card("rtx-3050-6gb")),
+        run_key("run", replace_field(RECIPE, "max_seq_length", 1023), CARD),
+        run_key("run", replace_field(RECIPE, "model", "granite-4.0-h-350m"), CARD),
+    ]
+    assert len(set(keys)) == len(keys)
+    renamed = replace_fields(RECIPE, {"name": "other", "output_dir": "elsewhere", "save_steps": 7})
+    assert run_key("run", renamed, CARD) == keys[0], "a name decides nothing"
+
+
+def test_a_key_knows_versions_and_this_packages_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run_key("run", RECIPE, CARD)
+    with monkeypatch.context() as changed:
+        changed.setattr(cache, "versions", lambda: {"torch": "another"})
+        assert run_key("run", RECIPE, CARD) != before
+    with monkeypatch.context() as changed:
+        changed.setattr(cache, "_source_hash", lambda: "another")
+        assert run_key("run", RECIPE, CARD) != before
+    assert run_key("run", RECIPE, CARD) == before
+
+
+def test_a_local_model_counts_by_its_content(tiny_hybrid: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((tiny_hybrid / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = replace_field(RECIPE, "model", str(folder))
+    before = run_key("run", recipe, CARD)
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    assert run_key("run", recipe, CARD) != before
+
+
+def test_a_run_survives_the_cache() -> None:
+    again = RecipeRun.from_dict(json.loads(json.dumps(RUN.to_dict())))
+    assert again == RUN
+
+
+def submissions(monkeypatch: pytest.MonkeyPatch, run: RecipeRun) -> list[Recipe]:
+    """The recipes that come to the server, each answered by `run`."""
+    asked: list[Recipe] = []
+
+    def submit(_server: Any, recipe: Recipe, _card: Any, attribute: bool = False) -> "Future[RecipeRun]":
+        del attribute
+        asked.append(recipe)
+        future: Future[RecipeRun] = Future()
+        future.set_result(run)
+        return future
+
+    monkeypatch.setattr(runs, "submit_recipe", submit)
+    return asked
+
+
+def test_a_run_is_made_once_and_then_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = submissions(monkeypatch, RUN)
+    first, tally = Runs(None, RunCache(tmp_path)), Tally()  # type: ignore[arg-type]
+    assert first.submit(RECIPE, CARD, tally).result() == RUN
+    assert first.submit(RECIPE, CARD, tally).result() == RUN
+    assert (len(asked), tally) == (1, Tally(asked=1, cached=0))
+    later = Tally()
+    assert Runs(None, RunCache(tmp_path)).submit(RECIPE, CARD, later).result() == RUN  # type: ignore[arg-type]
+    assert (len(asked), later) == (1, Tally(asked=1, cached=1))
+    Runs(None, RunCache(None)).submit(RECIPE, CARD, Tally()).result()  # type: ignore[arg-type]
+    assert len(asked) == 2, "without a cache it is run again"
+
+
+def test_a_failure_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = submissions(monkeypatch, RecipeRun(None, failure="a bad moment"))
+    for _ in range(2):
+        Runs(None, RunCache(tmp_path)).submit(RECIPE, CARD, Tally()).result()  # type: ignore[arg-type]
+    assert len(asked) == 2

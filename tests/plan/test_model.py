@@ -1,0 +1,78 @@
+"""What a model is for planning: its shapes, from wherever they are, and no download of weights."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.plan.model import planned_model
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe_io import replace_fields
+
+START = Recipe(name="start")
+
+
+@pytest.mark.parametrize(
+    ("model", "context", "tiles"),
+    [("granite-4.0-h-1b", 131_072, True), ("meta-llama/Llama-3.2-3B", 131_072, False),
+     ("smollm2-135m-instruct", 8192, False)],
+)  # fmt: skip
+def test_a_known_architecture(model: str, context: int, tiles: bool) -> None:
+    asked = replace_fields(START, {"model": model, "data": "mine.jsonl"})
+    found = planned_model(asked)
+    assert (found.context_length, found.tiles) == (context, tiles)
+    assert (found.recipe.base.weights, found.recipe.data.data) == ("random", "synthetic")
+    assert found.asked == asked
+    assert found.as_asked(found.recipe, "t4-16gb").base == asked.base
+
+
+def test_a_local_folder_without_weights(tiny_hybrid: Path) -> None:
+    found = planned_model(replace_fields(START, {"model": str(tiny_hybrid)}))
+    assert found.recipe.base.weights == "random"
+    assert found.tiles
+
+
+def test_of_a_model_on_the_hub_only_the_configuration_is_fetched(
+    tiny_hybrid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    def download(hub_id: str, name: str, revision: str | None) -> str:
+        fetched.append((hub_id, name, revision))
+        return str(tiny_hybrid / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    asked = replace_fields(START, {"model": "someone/some-model", "revision": "v2"})
+    found = planned_model(asked)
+    assert fetched == [("someone/some-model", "config.json", "v2")]
+    assert found.recipe.base.model == str(tiny_hybrid)
+    assert found.recipe.base.weights == "random"
+    back = found.as_asked(found.recipe, "t4-16gb")
+    assert (back.base.model, back.base.revision, back.base.weights) == ("someone/some-model", "v2", "pretrained")
+
+
+@pytest.mark.parametrize("fault", [OSError("no route"), ValueError("offline")])
+def test_a_hub_that_cannot_be_reached(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_arguments: object, **_options: object) -> str:
+        raise fault
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UsageError, match=rf"someone/some-model.*\({fault}\).*a local folder that holds config.json"):
+        planned_model(replace_fields(START, {"model": "someone/some-model"}))
+    assert issubclass(HfHubHTTPError, OSError), "so one is caught with the other"
+
+
+def test_a_text_models_length_inside_a_larger_one(tiny_hybrid: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_hybrid / "config.json").read_text())
+    outer = {"model_type": "some_vision_model", "text_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    found = planned_model(replace_fields(START, {"model": str(tmp_path)}))
+    assert (found.context_length, found.tiles) == (config["max_position_embeddings"], True)
+
+
+def test_no_such_model() -> None:
+    with pytest.raises(UsageError, match=r"granite-4\.0-h-2b.*Did you mean"):
+        planned_model(replace_fields(START, {"model": "granite-4.0-h-2b"}))
