@@ -14,9 +14,16 @@ from qlora_lowmem.report.matrix import write_matrix
 
 # What takes minutes: asked for by its file or by -m, not run with the matrix.
 PROOFS = {
+    "chaos": "a run killed again and again",
+    "ranks": "what each of several cards needs",
+    "phases": "every phase of a run's life on a 6 GB card",
+    "data_stream": "a file of 5 GB in constant memory",
     "published": "peaks that others measured on real cards",
     "lean": "the lean implementations, one idea a step",
     "witness": "a second method of knowing a recipe's peak",
+    "claims": "the statements that guided the set-up, put to the test",
+    "reality": "published fine-tuning peaks beside the plan's",
+    "plan": "ten (model, card) pairs planned, and each proposal run again",
 }
 
 

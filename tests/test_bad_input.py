@@ -34,6 +34,14 @@ def data(content: bytes) -> Callable[[Path], list[str]]:
     return build
 
 
+def parquet(content: bytes) -> Callable[[Path], list[str]]:
+    def build(folder: Path) -> list[str]:
+        (folder / "bad.parquet").write_bytes(content)
+        return ["--config", OPTIMISED, "--data", str(folder / "bad.parquet")]
+
+    return build
+
+
 def flags(*given: str) -> Callable[[Path], list[str]]:
     return lambda folder: ["--config", OPTIMISED, *given]
 
@@ -65,6 +73,10 @@ CASES = [
     case("random weights, unknown hub id", flags("--model", "someone/model"), "base.weights", "config.json"),
     case("data file missing", flags("--data", "nowhere.jsonl"), "nowhere.jsonl"),
     case("data empty", data(b""), "bad.jsonl"),
+    case("data of an unknown kind", flags("--data", "some.csv"), "data.data", ".parquet"),
+    case("hub data set out of reach", flags("--data", "nobody/nothing"), "nobody/nothing", "hf download"),
+    case("Parquet that is none", parquet(b"PAR1"), "bad.parquet", "Parquet"),
+    case("packing of a hybrid", flags("--packing", "--dry-run"), "batch.packing", "recurrent"),
     case("data not JSON", data(GOOD_LINE.encode() + b"{oops\n"), "bad.jsonl:2"),
     case("data not an object", data(b"[1, 2]\n"), "bad.jsonl:1"),
     case("data without a known key", data(b'{"question": "x"}\n'), "bad.jsonl:1", "messages"),

@@ -92,8 +92,8 @@ BAD_RECIPES = [
     ("base:\n  revision: 1234567", "base.revision = 1234567", "is not text", "put quotes around it"),
     ("base:\n  model: ''", "base.model = ''", "is empty", "the default (ibm-granite/"),
     ('base:\n  model: "a\\nb"', "base.model", "line break", "the default"),
-    ("data:\n  data: train.json", "data.data = train.json", "is not JSON Lines", ".jsonl"),
-    ("data:\n  data: synthetc", "data.data = synthetc", "is not JSON Lines", "did you mean synthetic?"),
+    ("data:\n  data: train.json", "data.data = train.json", "is neither JSON Lines nor Parquet", ".jsonl"),
+    ("data:\n  data: synthetc", "data.data = synthetc", "is neither JSON Lines", "did you mean synthetic?"),
     ("name: a/b", "line 1: name = a/b", "cannot name a folder", "use letters"),
     ("run:\n  output_dir: out/{recipe}", "run.output_dir", "holds a brace", "only {name} is replaced"),
     ("run:\n  device: gpu", "run.device = gpu", "is not allowed", "cuda"),
@@ -324,7 +324,7 @@ def test_the_memory_limit_in_bytes(limit: str | int, total: int, count: int) -> 
 
 
 # Fields some of whose values contradict what another field says by default.
-NEED_ANOTHER_FIELD = ("warmup_steps", "device", "adapter_dtype", "lean", "quantised_embeddings")
+NEED_ANOTHER_FIELD = ("warmup_steps", "eval_steps", "device", "adapter_dtype", "lean", "quantised_embeddings")
 
 
 @settings(deadline=None, max_examples=25)
@@ -373,7 +373,7 @@ def test_recipe_and_data_load_without_torch() -> None:
 
 # The recipes that ship.
 
-MAY_STAY_DEFAULT = {"name", "logging_steps", "save_steps", "save_total_limit"} | {
+MAY_STAY_DEFAULT = {"name", "logging_steps", "save_steps", "save_total_limit", "eval_steps"} | {
     each.name for section, each in recipe_fields() if section == "run"
 }
 ONE_CHANGE = {

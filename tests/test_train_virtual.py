@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
+from qlora_lowmem.memory.live import read_live
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 OPTIMISED = ("--config", str(RECIPES / "optimised.yaml"), "--weights", "random", "--device", "virtual")
 
 
-def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path) -> None:
+def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:
     arguments = [*OPTIMISED, "--model", str(tiny_hybrid), "--max-seq-length", "64", "--json", "-"]
+    arguments += ["--output-dir", str(tmp_path)]
     run = command("train", *arguments, "--card", "rtx-3060-laptop-6gb")
     assert run.returncode == 0, run.stderr
     content = json.loads(run.stdout)
@@ -22,10 +24,17 @@ def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path) -> None:
     assert 0 < content["peak_allocated_bytes"] <= content["peak_reserved_bytes"] < content["peak_device_bytes"]
     assert [phase["name"] for phase in content["phases"]] == ["load", "first step", "steady"]
     assert "final_loss" not in content, "a virtual GPU computes no loss"
+    # What the watch would have seen last: the same peaks, though the recorder began anew at each step.
+    live = read_live(tmp_path)
+    assert (live.phase, live.outcome, live.step) == ("ended", "done", 2)
+    assert live.peak_allocated == content["peak_allocated_bytes"]
+    assert live.peak_reserved == content["peak_reserved_bytes"]
+    assert live.outside == content["outside_allocator_bytes"]
     # A percentage is a real cap: 8 % of 6 GiB is less than the CUDA context and the workspaces.
     capped = command("train", *arguments, "--max-memory", "8%", "--no-advice")
     assert capped.returncode == 3
     assert json.loads(capped.stdout)["fits"] is False
+    assert read_live(tmp_path).outcome == "out of GPU memory"
 
 
 @pytest.mark.slow

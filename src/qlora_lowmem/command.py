@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, QloraLowmemError, UsageError
+from qlora_lowmem.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    QloraLowmemError,
+    StoppedBySignal,
+    UsageError,
+)
 
 TRACEBACK_VARIABLE = "QLORA_LOWMEM_TRACEBACK"
 
@@ -19,6 +26,9 @@ def run_command(body: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command's body and turn what it raises into one message and an exit code; no traceback reaches a user."""
     try:
         return body(arguments)
+    except StoppedBySignal as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

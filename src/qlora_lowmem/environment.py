@@ -10,7 +10,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "triton")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "triton", "fla-core")
 
 
 def versions() -> dict[str, str]:
@@ -44,11 +44,12 @@ def commit() -> str:
 
 def command() -> str:
     """The command that runs, as one would type it: `python -m qlora_lowmem.train ...`, `pytest bench/`."""
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
+    program, package = Path(sys.argv[0]), Path(__file__).parent
+    if program.suffix == ".py" and program.is_relative_to(package):
+        parts = program.relative_to(package.parent).with_suffix("").parts
+        name = "python -m " + ".".join(part for part in parts if part != "__main__")
+    elif program.name == "__main__.py":
         name = f"python -m {program.parent.name}"
-    elif program.suffix == ".py" and program.parent.name == "qlora_lowmem":
-        name = f"python -m qlora_lowmem.{program.stem}"
     else:
         name = program.name
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])

@@ -1,7 +1,7 @@
 """What a person is told when something is wrong, and the exit code that a script reads.
 
 Exit codes: 0 done, 1 a failure of ours, 2 usage, configuration or data, 3 out of GPU memory or does not fit,
-130 interrupted.
+130 interrupted, 143 ended by SIGTERM.
 """
 
 EXIT_OK = 0
@@ -30,3 +30,11 @@ class DoesNotFitError(QloraLowmemError):
     """The job needs more GPU memory than there is."""
 
     exit_code = EXIT_DOES_NOT_FIT
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """A signal ended a run between two steps. The message says where it stands, `exit_code` is 128 + the signal's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
+from qlora_lowmem import virtual_gpu
 from qlora_lowmem.dataset import TrainingData, synthetic_data
 from qlora_lowmem.lean import LeanOptions, LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
@@ -19,27 +20,12 @@ from qlora_lowmem.models.loading import EMBEDDING_BITS, assert_on_device, load_b
 from qlora_lowmem.models.precision import Precision
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.models.targets import Targets, resolve_targets
+from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.training.held_out import hold_out, with_held_out
+from qlora_lowmem.training.trainer import LowMemTrainer
 
-
-class LowMemTrainer(SFTTrainer):
-    """TRL's trainer with the recipe's choice of loss; no model card of its own (`model_card.py` writes it)."""
-
-    def __init__(self, *args: Any, full_logits: bool, **kwargs: Any) -> None:
-        self._full_logits = full_logits
-        super().__init__(*args, **kwargs)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """With full logits, the loss of transformers' `Trainer`: (batch, seq, vocabulary) logits, upcast to fp32."""
-        if not self._full_logits:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
-        inputs["use_cache"] = False
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Left to the job, which knows the recipe and the measured peak."""
+_NEVER = 2**31 - 1  # steps: transformers evaluates at the end in any case
 
 
 class PhaseCallback(TrainerCallback):
@@ -69,6 +55,7 @@ class Job:
     model: PeftModel
     trainer: LowMemTrainer
     lean: LeanReport | None
+    data: TrainingData
 
 
 def set_allocator(recipe: Recipe) -> None:
@@ -83,10 +70,11 @@ def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> int:
     more than is free now. So the job fails with an out-of-memory error where a driver would begin to spill into
     system memory (NVIDIA's Windows driver since 536.40).
     """
-    total = torch.cuda.get_device_properties(0).total_memory
+    index = recorder.index
+    total = torch.cuda.get_device_properties(index).total_memory
     limit = recipe.memory.memory_limit_bytes(total)
-    cap = min(limit - recorder.outside_allocator_bytes, recorder.room_bytes() + torch.cuda.memory_reserved(0))
-    torch.cuda.set_per_process_memory_fraction(max(cap, 0) / total, 0)
+    cap = min(limit - recorder.outside_allocator_bytes, recorder.room_bytes() + torch.cuda.memory_reserved(index))
+    torch.cuda.set_per_process_memory_fraction(max(cap, 0) / total, index)
     return cap
 
 
@@ -100,8 +88,13 @@ def build_job(
     callbacks: list[TrainerCallback],
     output_dir: Path,
     save: bool,
+    recorder: Recorder | None = None,
 ) -> Job:
     """Load the base model, add adapters and make the trainer. `data` is None for synthetic samples.
+
+    Args:
+        save: whether checkpoints are written.
+        recorder: records the phases after loading; None on a CPU.
 
     Raises:
         UsageError: target modules that the model does not have; weights that cannot be found.
@@ -113,6 +106,7 @@ def build_job(
     if data is None:
         vocabulary = int(model.config.get_text_config().vocab_size)
         data = synthetic_data(recipe, vocabulary, _samples_needed(recipe))
+    trained_on, evaluated_on = hold_out(data.dataset, recipe.data.eval_fraction, recipe.schedule.seed)
     adapted = get_peft_model(
         model,
         LoraConfig(
@@ -128,12 +122,14 @@ def build_job(
         trainer = LowMemTrainer(
             model=adapted,
             args=training_arguments(
-                recipe, precision, data, device, output_dir, model_type=model.config.model_type, save=save
+                recipe, precision, device, output_dir, model_type=model.config.model_type, save=save
             ),
-            train_dataset=data.dataset,
+            train_dataset=trained_on,
+            eval_dataset=evaluated_on,
             processing_class=tokenizer,
             callbacks=callbacks,
             full_logits=recipe.memory.loss == "full",
+            recorder=recorder,
         )
     # TRL casts a quantised model's adapters to bf16; the recipe decides.
     for parameter in adapted.parameters():
@@ -142,7 +138,7 @@ def build_job(
     lean = apply_lean(adapted, lean_options(recipe)) if recipe.lean.lean else None
     trainer.remove_callback(PrinterCallback)
     assert_on_device(adapted, device)
-    return Job(recipe, precision, targets, adapted, trainer, lean)
+    return Job(recipe, precision, targets, adapted, trainer, lean, data)
 
 
 def lean_options(recipe: Recipe) -> LeanOptions:
@@ -150,6 +146,7 @@ def lean_options(recipe: Recipe) -> LeanOptions:
     return LeanOptions(
         tile_length=recipe.lean.tile_length,
         scan_chunk_length=recipe.lean.scan_chunk_length,
+        scan=recipe.lean.scan,
         checkpointing=recipe.lean.checkpoints,
         loss_tile_bytes=recipe.lean.loss_tile_bytes,
         quantised_embeddings=EMBEDDING_BITS[recipe.lean.quantised_embeddings],
@@ -158,13 +155,13 @@ def lean_options(recipe: Recipe) -> LeanOptions:
 
 def _samples_needed(recipe: Recipe) -> int:
     steps = recipe.schedule.max_steps or 2
-    return steps * recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps
+    trained_on = steps * recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps * processes()
+    return with_held_out(trained_on, recipe.data.eval_fraction)
 
 
 def training_arguments(
     recipe: Recipe,
     precision: Precision,
-    data: TrainingData,
     device: torch.device,
     output_dir: Path,
     *,
@@ -181,8 +178,7 @@ def training_arguments(
         gradient_accumulation_steps=recipe.batch.gradient_accumulation_steps,
         max_length=recipe.batch.max_seq_length,
         packing=recipe.batch.packing,
-        assistant_only_loss=data.assistant_only_loss,
-        completion_only_loss=data.completion_only_loss,
+        dataset_kwargs={"skip_prepare_dataset": True},  # `dataset.py` made tokens, labels and packs of them
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         activation_offloading=recipe.memory.activation_offloading,
@@ -199,14 +195,20 @@ def training_arguments(
         save_strategy="steps" if save else "no",
         save_steps=recipe.schedule.save_steps,
         save_total_limit=recipe.schedule.save_total_limit,
+        # One batch of a step's size at a time, its loss alone: TRL's fused head then builds no logits.
+        eval_strategy="steps" if recipe.data.eval_fraction else "no",
+        eval_steps=recipe.schedule.eval_steps or _NEVER,
+        per_device_eval_batch_size=recipe.batch.batch_size,
+        prediction_loss_only=True,
         dataloader_num_workers=recipe.dataloader.dataloader_workers,
         dataloader_pin_memory=recipe.dataloader.pin_memory and not on_cpu,
         bf16=precision.compute is torch.bfloat16,
         fp16=precision.compute is torch.float16,
         tf32=None,
         use_cpu=on_cpu,
-        report_to="none",
+        report_to="none" if virtual_gpu.current_card() else recipe.run.report_to,  # a virtual GPU has no values
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # every adapter is used in every step
         # Granite hybrids declare a router loss but not `num_experts`, which TRL 1.16 reads: AttributeError.
         router_aux_loss_coef=0.0 if model_type == "granitemoehybrid" else None,
     )

@@ -25,6 +25,7 @@ def write_model_card(folder: Path, recipe: Recipe, outcome: Outcome, device: str
     source = resolve_model(recipe.base.model, recipe.base.weights)
     base = source.hub_id or source.name
     loss = f"{outcome.losses[0]:.4f} at first, {outcome.losses[-1]:.4f} at last" if outcome.losses else "not logged"
+    evaluation = f"{outcome.evaluations[-1][1]:.4f}" if outcome.evaluations else "no samples were held out"
     (folder / "README.md").write_text(
         f"""---
 base_model: {base}
@@ -39,6 +40,7 @@ A LoRA adapter of `{recipe.base.model}`, made with qlora_lowmem.
 - Trained parameters: {outcome.trainable_parameters:,} in {outcome.adapted_modules} modules
 - Steps: {outcome.steps}, tokens: {outcome.tokens:,}
 - Training loss: {loss}
+- Loss on held-out samples: {evaluation}
 - Memory: {memory}
 - Recipe hash: `{recipe_hash(recipe)}`
 - Made by: `{record["command"]}` at commit `{record["commit"]}` on {record["date"]}, {device}

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from .errors import UsageError
@@ -24,16 +25,20 @@ class RecipeArgumentParser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message} ({self.prog} --help lists every flag)")
 
 
-def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+def add_override_arguments(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
     """Add a flag for every field of the recipe, a group a section; a flag that is not given is None.
 
     Values stay text here: `load_recipe` reads and checks them, so that a flag and a YAML value meet the same rules.
+
+    Args:
+        without: fields that get no flag, because the command asks for them in its own way.
     """
     groups = {"": parser.add_argument_group("recipe", "Every field of the recipe, to override what its file says.")}
     for section, group in SECTIONS.items():
         groups[section] = parser.add_argument_group(f"recipe: {section}", (group.__doc__ or "").splitlines()[0])
     for spec in field_specs().values():
-        _add_flag(groups[spec.section], spec)
+        if spec.name not in without:
+            _add_flag(groups[spec.section], spec)
 
 
 def overrides_from(namespace: argparse.Namespace) -> dict[str, str]:

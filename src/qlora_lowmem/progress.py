@@ -22,7 +22,7 @@ def quiet_libraries() -> None:
 
 
 class ProgressLine(TrainerCallback):
-    """A progress bar on standard error: `loss 2.31, 410 tok/s, VRAM 1.02 GiB (peak 1.47, free 4.2)`.
+    """A progress bar on standard error, with the time left: `loss 2.31, lr 2e-04, |g| 0.81, 410 tok/s, VRAM ...`.
 
     On a virtual GPU neither losses nor speeds exist, so it shows the memory alone.
     """
@@ -32,7 +32,7 @@ class ProgressLine(TrainerCallback):
         self._quiet = quiet
         self._recorder: Recorder | None = None
         self._bar: Any = None
-        self._seen = (0.0, time.perf_counter())
+        self._seen: tuple[float, float] | None = None
 
     def watch(self, recorder: Recorder | None) -> None:
         """The recorder whose readings are shown; None on a CPU."""
@@ -43,7 +43,7 @@ class ProgressLine(TrainerCallback):
         self._bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=self._quiet
         )
-        self._seen = (float(state.num_input_tokens_seen or 0), time.perf_counter())
+        self._seen = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One optimizer step further."""
@@ -56,9 +56,12 @@ class ProgressLine(TrainerCallback):
         parts = []
         if self._real_values:
             parts.append(f"loss {logs['loss']:.3f}")
-            tokens, now = float(logs.get("num_tokens", 0)), time.perf_counter()
-            before, then = self._seen
-            if tokens > before:
+            parts.append(f"lr {logs['learning_rate']:.1e}")
+            if "grad_norm" in logs:
+                parts.append(f"|g| {logs['grad_norm']:.2f}")
+            tokens, now = float(logs["num_tokens"]), time.perf_counter()
+            if self._seen is not None:  # from the second log line on: a resumed run has tokens from before
+                before, then = self._seen
                 parts.append(f"{(tokens - before) / (now - then):,.0f} tok/s")
             self._seen = (tokens, now)
         if self._recorder is not None:

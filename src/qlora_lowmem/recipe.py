@@ -26,6 +26,7 @@ from .recipe_sections import (
     Quantization,
     Run,
     Schedule,
+    is_hub_data,
     knob,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Schedule",
+    "hashed_fields",
     "recipe_fields",
     "recipe_hash",
 ]
@@ -103,18 +105,23 @@ def recipe_fields() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
 
 
 # What says where and how often, not what is trained or what it needs.
-_OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit")
+_OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
+
+
+def hashed_fields(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The part of `Recipe.to_dict()` that the hash covers: all that affects memory or training.
+
+    Name, `run` section, logging, saving and when to evaluate stay out, and a data file counts by its name, not its
+    folder, so that a recipe has one hash in every checkout. A data set of the hub counts by its whole name.
+    """
+    kept = {section: dict(values) for section, values in plain.items() if section not in ("name", "run")}
+    for leaf in _OUTSIDE_THE_HASH:
+        kept["schedule"].pop(leaf, None)
+    data = kept["data"]["data"]
+    kept["data"]["data"] = data if is_hub_data(data) else PurePath(data).name
+    return kept
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """12 hex digits over all that affects memory or training: equal hashes are the same training job.
-
-    Name, `run` section, logging and saving stay out, and a data file counts by its name, not its folder, so that a
-    recipe has one hash in every checkout.
-    """
-    plain = recipe.to_dict()
-    del plain["name"], plain["run"]
-    for leaf in _OUTSIDE_THE_HASH:
-        del plain["schedule"][leaf]
-    plain["data"]["data"] = PurePath(recipe.data.data).name
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+    """12 hex digits over `hashed_fields`: equal hashes are the same training job."""
+    return hashlib.sha256(json.dumps(hashed_fields(recipe.to_dict()), sort_keys=True).encode()).hexdigest()[:12]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from .recipe import SECTIONS, SYNTHETIC, TARGET_PRESETS, Recipe, recipe_fields
 from .recipe_memory import parse_memory_limit
+from .recipe_sections import DATA_SUFFIXES, is_hub_data
 from .units import MIB
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -148,7 +149,7 @@ def allowed(spec: FieldSpec) -> str:
         "name": "a name without slashes or braces",
         "modules": f"one of {', '.join(TARGET_PRESETS)}, or a list such as [q_proj, v_proj]",
         "memory": '"N%" with N above 0 and up to 100, a size such as "5.5 GiB", or a number of bytes',
-        "data": f"the path of a .jsonl file, or {SYNTHETIC}",
+        "data": f"the path of a .jsonl or .parquet file, a hub id (owner/name or owner/name:split), or {SYNTHETIC}",
         "path": "a folder, in which {name} stands for the recipe's name",
     }[spec.kind]
 
@@ -272,13 +273,13 @@ def _check_memory(spec: FieldSpec, value: Any) -> str | int:
 
 def _check_data(spec: FieldSpec, value: Any) -> str:
     text = _check_str(spec, value)
-    if text == SYNTHETIC or text.lower().endswith(".jsonl"):
+    if text == SYNTHETIC or text.lower().endswith(DATA_SUFFIXES) or is_hub_data(text):
         return text
     near = closest(text, [SYNTHETIC])
     raise InvalidValueError(
-        f"is not JSON Lines; did you mean {near}?"
+        f"is neither JSON Lines nor Parquet; did you mean {near}?"
         if near
-        else f"is not JSON Lines; write {allowed(spec)} (one JSON object a line)"
+        else f"is neither JSON Lines nor Parquet; write {allowed(spec)}"
     )
 
 

@@ -49,6 +49,12 @@ def _of_the_schedule(recipe: Recipe) -> Iterator[Contradiction]:
             ("lr_scheduler", "warmup_steps"),
             "a constant learning rate has no warm-up; set lr_scheduler to constant_with_warmup, or warmup_steps to 0",
         )
+    if recipe.schedule.eval_steps is not None and not recipe.data.eval_fraction:
+        yield Contradiction(
+            ("eval_steps", "eval_fraction"),
+            "there is nothing to evaluate on; set eval_fraction above 0 (0.05 holds out one sample in twenty), or "
+            "eval_steps to null",
+        )
 
 
 def _of_the_model(recipe: Recipe) -> Iterator[Contradiction]:

@@ -11,6 +11,7 @@ from .errors import UsageError
 from .recipe import SECTIONS, SYNTHETIC, Recipe
 from .recipe_checks import FieldSpec, InvalidValueError, check_value, closest, field_specs, parse_text
 from .recipe_contradictions import contradictions
+from .recipe_sections import is_hub_data
 from .recipe_yaml import Entry, FileFault, parse_recipe_text, read_recipe_text
 
 # The names of the same knobs in TRL, transformers, PEFT and bitsandbytes.
@@ -22,6 +23,7 @@ _OTHER_NAMES = {
     "bnb_4bit_quant_type": "quant_type",
     "bnb_4bit_use_double_quant": "double_quant",
     "bnb_4bit_compute_dtype": "compute_dtype",
+    "bnb_4bit_quant_storage": "quant_storage",
     "r": "lora_r",
     "rank": "lora_r",
     "lora_rank": "lora_r",
@@ -41,6 +43,8 @@ _OTHER_NAMES = {
     "dataset": "data",
     "train_file": "data",
     "output": "output_dir",
+    "test_size": "eval_fraction",
+    "validation_split": "eval_fraction",
 }
 
 
@@ -69,7 +73,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
 
     A string among the overrides is text of the command line (`"8"`, `"true"`, `"q_proj,v_proj"`); any other value is
     taken as it is. A relative data path of the file is resolved against the file's folder, one of the overrides against
-    the working directory. `{name}` in `output_dir` is filled in.
+    the working directory. `{name}` in `output_dir` is filled in. An `output_dir` of the file lies below the working
+    directory, where a recipe that came from elsewhere can write and remove nothing else; an override may name any
+    folder. Links are followed: a recipe cannot make one.
 
     Raises:
         UsageError: the file cannot be read or is no recipe; or every unknown key, wrong value and contradiction found.
@@ -81,9 +87,11 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     except FileFault as fault:
         raise UsageError(f"{path}{fault}") from None
     _take_entries(draft, entries)
-    if "data" in draft.values and draft.values["data"] != SYNTHETIC:
-        draft.values["data"] = os.path.normpath(path.parent / Path(draft.values["data"]).expanduser())
+    data = draft.values.get("data", SYNTHETIC)
+    if data != SYNTHETIC and not is_hub_data(data):
+        draft.values["data"] = os.path.normpath(path.parent / Path(data).expanduser())
     _take_overrides(draft, overrides or {})
+    _keep_output_inside(draft)
     if "name" not in draft.values and "name" not in draft.faulty:
         draft.take("name", "the file's name", check_value, path.stem)
     return _finish(draft, str(path))
@@ -108,11 +116,20 @@ def replace_field(recipe: Recipe, leaf: str, value: Any) -> Recipe:
     Raises:
         UsageError: no such field, a value that it does not take, or a contradiction with another field.
     """
+    return replace_fields(recipe, {leaf: value})
+
+
+def replace_fields(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """`recipe` with several fields changed together, so that they may need each other; as `replace_field`.
+
+    Raises:
+        UsageError: as `replace_field`.
+    """
     draft = _Draft()
     for name, spec in field_specs().items():
         draft.values[name] = getattr(getattr(recipe, spec.section) if spec.section else recipe, name)
         draft.written_at[name] = "as it was"
-    _take_overrides(draft, {leaf: value})
+    _take_overrides(draft, changes)
     return _finish(draft, "this change")
 
 
@@ -141,6 +158,20 @@ def _take_overrides(draft: _Draft, overrides: Mapping[str, Any]) -> None:
         read = parse_text if isinstance(value, str) else check_value
         draft.faulty.discard(leaf)
         draft.take(leaf, specs[leaf].flag, read, value)
+
+
+def _keep_output_inside(draft: _Draft) -> None:
+    where = draft.written_at.get("output_dir")
+    if "output_dir" not in draft.values or where == field_specs()["output_dir"].flag:
+        return
+    given = draft.values["output_dir"]
+    path = Path(os.path.normpath(given))
+    if path.is_absolute() or path.parts[:1] in (("..",), ("~",)):
+        draft.faulty.add("output_dir")
+        draft.faults.append(
+            f"{where}: run.output_dir = {given!r} leads out of the working directory; write a folder below it, or give "
+            "this one on the command line (--output-dir)"
+        )
 
 
 def _finish(draft: _Draft, source: str) -> Recipe:

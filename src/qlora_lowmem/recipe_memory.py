@@ -78,6 +78,13 @@ class Lean:
             min=8,
         ),
     )
+    scan: Literal["auto", "plain", "triton"] = field(
+        default="auto",
+        metadata=knob(
+            "the Mamba-2 scan in plain PyTorch or by Triton kernels; auto takes Triton where it is installed and works",
+            "next to none: both make a few chunks again at a time in backward",
+        ),
+    )
     checkpoints: Literal["layer", "segments", "host"] = field(
         default="segments",
         metadata=knob(

@@ -3,10 +3,15 @@
 A field's leaf name is unique over all sections, so it is also its flag: `max_seq_length` is `--max-seq-length`.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SYNTHETIC = "synthetic"
+DATA_SUFFIXES = (".jsonl", ".parquet")
+# Names of files that are no data set's: `data/train.csv` is a wrong file, not an owner and a name.
+_FILES = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|gz|bz2|zst|zip|tar|arrow|xlsx?|ya?ml|py|pkl|pt)$", re.IGNORECASE)
+_HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.\[\]%+:-]*)?", re.ASCII)
 TARGET_PRESETS = ("attention", "attention-qv", "all-linear")
 
 Kind = Literal["auto", "name", "modules", "memory", "data", "path"]
@@ -19,6 +24,11 @@ def knob(help: str, memory: str, *, kind: Kind = "auto", **limits: float) -> dic
     `above` and `below` are not.
     """
     return {"help": help, "memory": memory, "kind": kind, **limits}
+
+
+def is_hub_data(text: str) -> bool:
+    """Whether `text` is a data set's hub id with an optional split: `owner/name`, `owner/name:split`."""
+    return bool(_HUB_DATA.fullmatch(text)) and not _FILES.search(text.partition(":")[0])
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,13 @@ class Quantization:
         default=True,
         metadata=knob(
             "quantise the quantisation constants too", "saves about 0.37 bit a parameter: 47 MB a billion parameters"
+        ),
+    )
+    quant_storage: Literal["uint8", "bf16"] = field(
+        default="uint8",
+        metadata=knob(
+            "dtype that the packed 4-bit values are stored as; FSDP2 shards them over cards only as bf16",
+            "none on one card: the same bytes",
         ),
     )
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
@@ -220,6 +237,15 @@ class Schedule:
     save_total_limit: int = field(
         default=2, metadata=knob("checkpoints kept", "none on the GPU; disk only", min=1, max=1_000_000)
     )
+    eval_steps: int | None = field(
+        default=None,
+        metadata=knob(
+            "optimizer steps between two evaluations, where eval_fraction holds samples out; null evaluates at the end",
+            "none: an evaluation takes less than a step",
+            min=1,
+            max=2**31 - 1,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -243,7 +269,8 @@ class Data:
     data: str = field(
         default=SYNTHETIC,
         metadata=knob(
-            "a .jsonl file (messages, prompt/completion or text), relative to the recipe's folder; or synthetic",
+            "a .jsonl or .parquet file (messages, prompt/completion or text), relative to the recipe's folder; a data "
+            "set of the hub: owner/name, or owner/name:split; or synthetic",
             "synthetic samples are all exactly max_seq_length tokens: the worst case",
             kind="data",
         ),
@@ -252,6 +279,15 @@ class Data:
         default="completions",
         metadata=knob(
             "loss on all tokens, or only on the assistant's and the completions where the format has them", "none"
+        ),
+    )
+    eval_fraction: float = field(
+        default=0.0,
+        metadata=knob(
+            "share of the samples that is held out of training, chosen by the seed, for the evaluation loss",
+            "an evaluation holds one batch, no gradients and never the full logits",
+            min=0,
+            below=1,
         ),
     )
 
@@ -274,9 +310,18 @@ class Run:
     output_dir: str = field(
         default="outputs/{name}",
         metadata=knob(
-            "folder of checkpoints and adapter; {name} is the recipe's name", "none on the GPU; disk only", kind="path"
+            "folder of checkpoints and adapter, below the working directory unless it is given on the command line; "
+            "{name} is the recipe's name",
+            "none on the GPU; disk only",
+            kind="path",
         ),
     )
     resume: bool = field(
         default=True, metadata=knob("go on from the last checkpoint in output_dir, if there is one", "none")
+    )
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = field(
+        default="none",
+        metadata=knob(
+            "logger that follows the run, beside log.jsonl in output_dir, through transformers' own integration", "none"
+        ),
     )

@@ -11,17 +11,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.command import add_json_argument, run_command, write_json
-from qlora_lowmem.data import Samples, read_samples
+from qlora_lowmem.data import CheckedData, check_data
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
+from qlora_lowmem.loggers import check_logger
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.ranks import is_first, processes
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe_io import load_recipe
 from qlora_lowmem.units import format_bytes
@@ -29,6 +31,8 @@ from qlora_lowmem.virtual_runs import recipe_card
 
 if TYPE_CHECKING:
     from qlora_lowmem.execute import Outcome
+    from qlora_lowmem.token_store import TokenReport
+    from qlora_lowmem.training.retreat import Retreat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-advice", action="store_true", help="on running out of memory, do not try which knobs would help"
     )
+    parser.add_argument(
+        "--retreat",
+        action="store_true",
+        help="on running out of memory, change one knob that keeps what is trained, start again from the last good "
+        "step, and so on: expandable segments, fused loss, sdpa, checkpointing, half the micro-batch with twice the "
+        "accumulation, lean, checkpoints or activations in host memory",
+    )
     add_override_arguments(parser)
     return parser
 
@@ -59,83 +70,160 @@ def parser() -> argparse.ArgumentParser:
 def _run(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     recipe = load_recipe(options.config, overrides_from(options))
-    checked = _read_data(recipe)
+    checked = _read_data(recipe, quiet=options.quiet)
     resolve_model(recipe.base.model, recipe.base.weights)
+    check_logger(recipe.run.report_to)
     card = recipe_card(recipe) if recipe.run.device == "virtual" else None
     if options.dry_run:
         return _dry_run(recipe, checked, options)
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
         assert card is not None
         return _on_virtual_card(recipe, card, arguments, options)
-    return _train(recipe, checked, options)
+    return _train(recipe, checked, options, arguments)
 
 
-def _read_data(recipe: Recipe) -> Samples | None:
+def _read_data(recipe: Recipe, *, quiet: bool) -> CheckedData | None:
     """The checked data, or None for synthetic samples."""
-    return None if recipe.data.data == SYNTHETIC else read_samples(recipe.data.data, recipe.data.train_on)
+    return None if recipe.data.data == SYNTHETIC else check_data(recipe.data.data, recipe.data.train_on, quiet=quiet)
 
 
-def _data_line(checked: Samples | None) -> str:
-    if checked is None:
-        return "synthetic, every sample at full length"
-    return f"{checked.report.count} samples of {checked.report.format} in {checked.report.path}"
+def _data_line(checked: CheckedData | None) -> str:
+    return "synthetic, every sample at full length" if checked is None else checked.report.line
 
 
-def _dry_run(recipe: Recipe, checked: Samples | None, options: argparse.Namespace) -> int:
-    from qlora_lowmem.execute import check_model
+def _data_lines(recipe: Recipe, checked: CheckedData, tokens: "TokenReport", notes: Sequence[str]) -> Iterator[str]:
+    """What was found in the data, and what is cut of them."""
+    yield from (f"note: {note}" for note in checked.report.notes)
+    yield from tokens.lines(recipe.batch.max_seq_length, checked.report.unit)
+    yield from (f"note: {note}" for note in notes)
 
+
+def _data_summary(checked: CheckedData, tokens: "TokenReport") -> dict[str, Any]:
+    return checked.report.to_dict() | {"tokens": tokens.to_dict()}
+
+
+def _dry_run(recipe: Recipe, checked: CheckedData | None, options: argparse.Namespace) -> int:
+    from qlora_lowmem.execute import check_model, check_samples
+    from qlora_lowmem.progress import quiet_libraries
+
+    quiet_libraries()
     modules, parameters = check_model(recipe)
+    summary = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "dry_run": True}
+    summary |= {"adapted_modules": modules, "trainable_parameters": parameters}
+    lines = [_data_line(checked)]
+    if checked is not None:
+        tokens, notes = check_samples(recipe, checked)
+        lines += _data_lines(recipe, checked, tokens, notes)
+        summary["data"] = _data_summary(checked, tokens)
     if options.json != "-":
         print(recipe.to_yaml())
         print(f"# would train {parameters:,} parameters in adapters of {modules} modules")
-        print(f"# data: {_data_line(checked)}")
-    summary = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "dry_run": True}
-    summary |= {"adapted_modules": modules, "trainable_parameters": parameters}
+        print("# data: " + "\n# ".join(lines))
     write_json(options.json, summary)
     return EXIT_OK
 
 
-def _train(recipe: Recipe, checked: Samples | None, options: argparse.Namespace) -> int:
+def _train(recipe: Recipe, checked: CheckedData | None, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Train in this process, on the GPU that CUDA shows (real or virtual) or on the CPU."""
-    from qlora_lowmem.checkpoints import checkpoint_to_resume
+    from qlora_lowmem.training.checkpoints import newest_whole
+    from qlora_lowmem.training.resumption import checkpoint_to_resume, held_folder
+
+    if virtual_gpu.current_card() is not None:
+        return _train_here(recipe, checked, options, arguments, None)
+    if not is_first():  # the first process holds the folder for all
+        found = newest_whole(Path(recipe.run.output_dir))
+        return _train_here(recipe, checked, options, arguments, found.checkpoint)
+    with held_folder(Path(recipe.run.output_dir)):
+        found = checkpoint_to_resume(recipe)
+        for note in found.notes:
+            _say(f"note: {note}")
+        if found.checkpoint is not None:
+            _say(f"resuming from {found.checkpoint}")
+        return _train_here(recipe, checked, options, arguments, found.checkpoint)
+
+
+def _train_here(
+    recipe: Recipe,
+    checked: CheckedData | None,
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    resume_from: Path | None,
+) -> int:
     from qlora_lowmem.execute import OutOfGpuMemoryError, execute
+    from qlora_lowmem.heartbeat import Heartbeat
     from qlora_lowmem.model_card import write_model_card
     from qlora_lowmem.progress import ProgressLine, quiet_libraries
+    from qlora_lowmem.training.interruption import Interruption
+    from qlora_lowmem.training.log_file import LogFile
 
     quiet_libraries()
-
     virtual = virtual_gpu.current_card() is not None
-    resume_from = None if virtual else checkpoint_to_resume(recipe)
-    if resume_from is not None:
-        _say(f"resuming from {resume_from}")
-    line = ProgressLine(real_values=not virtual, quiet=options.quiet)
+    output_dir = Path(recipe.run.output_dir)
+    line = ProgressLine(real_values=not virtual, quiet=options.quiet or not is_first())
+    heartbeat = Heartbeat(recipe)
+    log = LogFile(output_dir, _say)
 
     def ready(job: Any, recorder: Any) -> None:
         line.watch(recorder)
+        heartbeat.watch(recorder)
+        log.watch(job, recorder)
         if not options.quiet:
             _describe(job, checked)
 
     try:
-        outcome = execute(
-            recipe,
-            checked,
-            output_dir=Path(recipe.run.output_dir),
-            resume_from=resume_from,
-            callbacks=[line],
-            on_ready=ready,
-            save=not virtual,
-        )
+        with heartbeat, Interruption() as interruption:
+            outcome = execute(
+                recipe,
+                checked,
+                output_dir=output_dir,
+                resume_from=resume_from,
+                # On a virtual GPU there are no values to log.
+                callbacks=[line, heartbeat] if virtual else [line, heartbeat, log],
+                on_ready=ready,
+                save=not virtual,
+                warm_up=checked is not None,  # synthetic samples are all as long as the first
+                interruption=interruption,
+            )
     except OutOfGpuMemoryError as error:
-        failure = {"phase": error.phase, "message": error.torch_message}
+        if not is_first():
+            raise
+        failure: dict[str, str | None] = {"phase": error.phase, "message": error.torch_message}
+        failure["checkpoint"] = str(error.checkpoint) if error.checkpoint else None
+        # On a virtual card, the process that started this one retreats.
+        retreat = None if virtual else _next_retreat(recipe, failure, options)
+        if retreat is not None:
+            from qlora_lowmem.training.retreat import start_again
+
+            log.note({"out_of_memory": error.phase, "retreat": retreat.changes})
+            start_again(arguments, retreat)
         content = _summary(recipe, None) | error.profile.to_dict() | {"fits": False, "failure": failure}
         return _does_not_fit(recipe, content, options)
+    if not is_first():
+        return EXIT_OK
     summary = _summary(recipe, outcome)
+    if checked is not None and outcome.data is not None:
+        summary["data"] = _data_summary(checked, outcome.data)
     if not virtual:
-        write_model_card(Path(recipe.run.output_dir), recipe, outcome, str(summary["device"]))
+        write_model_card(output_dir, recipe, outcome, str(summary["device"]))
         summary["adapter"] = recipe.run.output_dir
     _report(outcome, summary)
     write_json(options.json, summary)
     return EXIT_OK
+
+
+def _next_retreat(recipe: Recipe, failure: Mapping[str, str | None], options: argparse.Namespace) -> "Retreat | None":
+    """The knob to start again with, said aloud; None where none is asked for or left."""
+    from qlora_lowmem.training.retreat import next_retreat
+
+    if not options.retreat or processes() > 1:
+        return None
+    step = next_retreat(recipe)
+    if step is None:
+        _say("retreat: no knob is left that keeps what is trained")
+        return None
+    _say(f"out of memory in phase {failure['phase']!r}: {failure['message']}")
+    _say(f"retreat: {' '.join(step.flags)}; starting again from {failure['checkpoint'] or 'the beginning'}")
+    return step
 
 
 def _on_virtual_card(recipe: Recipe, card: virtual_gpu.Card, arguments: list[str], options: argparse.Namespace) -> int:
@@ -150,21 +238,31 @@ def _on_virtual_card(recipe: Recipe, card: virtual_gpu.Card, arguments: list[str
     if content is None:
         return report.exit_code
     if report.exit_code == EXIT_DOES_NOT_FIT:
+        retreat = _next_retreat(recipe, content["failure"], options)
+        if retreat is not None:
+            return _on_virtual_card(retreat.recipe, card, [*arguments, *retreat.flags], options)
         return _does_not_fit(recipe, content, options)
     write_json(options.json, content)
     return report.exit_code
 
 
+def _say_failure(content: dict[str, Any]) -> None:
+    failure = content["failure"]
+    _say(f"does not fit: {content['device']} ran out of memory in phase {failure['phase']!r} ({content['provenance']})")
+    _say(f"torch says: {failure['message']}")
+    if failure["checkpoint"]:
+        _say(f"{failure['checkpoint']} is whole: with a change that keeps what is trained, training goes on from there")
+
+
 def _does_not_fit(recipe: Recipe, content: dict[str, Any], options: argparse.Namespace) -> int:
     """Say what was needed, what there was and which knobs would help most."""
-    if options.no_advice:
+    if virtual_gpu.current_card() is None:  # else the process that started this one says it
+        _say_failure(content)
+    if options.no_advice or processes() > 1:  # advice is for one card
         write_json(options.json, content)
         return EXIT_DOES_NOT_FIT
     from qlora_lowmem.advice import advise, card_like
 
-    failure = content["failure"]
-    _say(f"does not fit: {content['device']} ran out of memory in phase {failure['phase']!r} ({content['provenance']})")
-    _say(f"torch says: {failure['message']}")
     card = card_like(content["device"], content["total_bytes"])
     if card is None:
         _say(f"no virtual card is known for {content['device']}; shorter sequences and checkpointing save most")
@@ -195,23 +293,26 @@ def _summary(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
         content["adapted_modules"] = outcome.adapted_modules
         content["steps"] = outcome.steps
         content["floor_bytes"] = outcome.floor.total
+        if len(outcome.profiles) > 1:
+            content["ranks"] = [profile.to_dict() for profile in outcome.profiles]
         # A virtual GPU computes nothing: a loss of it would be a made-up figure.
         if peaks["provenance"] == "measured" and outcome.losses:
             content["losses"] = list(outcome.losses)
+            content["evaluations"] = [{"step": step, "loss": loss} for step, loss in outcome.evaluations]
             content |= {"first_loss": outcome.losses[0], "final_loss": outcome.losses[-1]}
-            content |= {"tokens": outcome.tokens, "tokens_per_second": round(outcome.tokens / outcome.seconds, 1)}
+            content |= {"tokens": outcome.tokens, "tokens_per_second": round(outcome.new_tokens / outcome.seconds, 1)}
     return content
 
 
-def _describe(job: Any, checked: Samples | None) -> None:
+def _describe(job: Any, checked: CheckedData | None) -> None:
     from qlora_lowmem.dataset import show_sample
 
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     _say(f"training {trained:,} parameters in adapters of {len(job.targets.modules)} modules")
     if checked is not None:
         _say(f"data: {_data_line(checked)}")
-        for note in checked.report.notes:
-            _say(f"note: {note}")
+        for text in _data_lines(job.recipe, checked, job.data.report, job.data.notes):
+            _say(text)
         _say("the first sample as the model sees it, the loss on what is between [[ and ]]:")
         _say(show_sample(job.trainer.train_dataset, job.trainer.processing_class))
 
@@ -226,11 +327,14 @@ def _report(outcome: "Outcome", summary: dict[str, Any]) -> None:
         _say(f"allocated is {over:.2f} times the floor")
     if "final_loss" in summary:
         _say(f"loss {summary['first_loss']:.4f} -> {summary['final_loss']:.4f} in {outcome.steps} steps")
+        if summary["evaluations"]:
+            _say(f"loss on the samples held out: {summary['evaluations'][-1]['loss']:.4f}")
         _say(f"adapter saved to {summary['adapter']}")
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Recipes run on virtual cards, many in one go: heavy imports are made once, then every run is a fork of its own."""
 
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import recipe_from_dict, replace_field
+from qlora_lowmem.recipe_io import recipe_from_dict, replace_field, replace_fields
 
 _HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "qlora_lowmem.execute")
 
@@ -39,6 +40,40 @@ class RecipeRun:
     floor_bytes: int = 0
     pinned_host_bytes: int = 0
     attribution: Attribution | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        profile, attribution = self.profile, self.attribution
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {
+            "profile": profile.to_dict() if profile else None,
+            "attribution": attribution.to_dict() if attribution else None,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "RecipeRun":
+        """The inverse of `to_dict`."""
+        profile, attribution = content.get("profile"), content.get("attribution")
+        made = {
+            "profile": MemoryProfile.from_dict(profile) if profile else None,
+            "attribution": Attribution.from_dict(attribution) if attribution else None,
+        }
+        return cls(**{**content, **made})
+
+
+def two_steps(recipe: Recipe) -> Recipe:
+    """`recipe` with two optimizer steps: the second has all there is, and no later one needs more."""
+    warmup = min(recipe.optimizer.warmup_steps, 2)  # a longer one would contradict
+    return replace_fields(recipe, {"max_steps": 2, "warmup_steps": warmup})
+
+
+def shortened(recipe: Recipe) -> Recipe:
+    """The two steps with two micro-batches at most: as much memory from less work.
+
+    From the second micro-batch of a step on, gradients are there from the start: more would show nothing new, but for
+    the micro-batches that wait on the card (24 bytes a token each: ids, mask and labels).
+    """
+    micro_batches = min(recipe.batch.gradient_accumulation_steps, 2)
+    return replace_field(two_steps(recipe), "gradient_accumulation_steps", micro_batches)
 
 
 def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
@@ -91,13 +126,7 @@ def _pass_on(done: "Future[virtual_gpu.JobResult]", result: "Future[RecipeRun]")
         reason = f"the run ended with exit code {job.exit_code}: {job.output_tail[-2000:]}"
         result.set_result(RecipeRun(profile=None, failure=reason))
         return
-    value = dict(job.value)
-    profile = MemoryProfile.from_dict(value.pop("profile")) if value.get("profile") else None
-    value.pop("profile", None)
-    found = value.pop("attribution", None)
-    attribution = Attribution.from_dict(found) if found else None
-    pinned = job.report.peak_pinned_host_bytes
-    result.set_result(RecipeRun(profile=profile, attribution=attribution, pinned_host_bytes=pinned, **value))
+    result.set_result(RecipeRun.from_dict({**job.value, "pinned_host_bytes": job.report.peak_pinned_host_bytes}))
 
 
 def run_here(content: dict[str, Any], attribute: bool = False, snapshot: str | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qlora_lowmem.memory.owners import quantisation_tensors
 
@@ -55,6 +56,8 @@ def floor_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, residual
 
 
 def _bytes(tensor: Tensor, seen: set[int]) -> int:
+    if isinstance(tensor, DTensor):  # FSDP2 shards it over cards: this one's part counts
+        tensor = tensor.to_local()
     storage = tensor.untyped_storage()
     if storage.data_ptr() in seen:
         return 0

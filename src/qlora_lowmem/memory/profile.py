@@ -6,12 +6,16 @@ from typing import Any, Literal
 Provenance = Literal["virtual", "measured"]
 
 
+# The life of a run, in its order. `warm-up` is the longest batch, tried before the first step.
+PHASES = ("load", "resume", "warm-up", "first step", "steady", "evaluate", "save", "merge")
+
+
 @dataclass(frozen=True)
 class PhasePeak:
     """The highest readings within one phase of a job, in bytes.
 
     Attributes:
-        name: `load`, `first step` or `steady`.
+        name: one of `PHASES`.
         allocated: `torch.cuda.max_memory_allocated()`: blocks in use by tensors.
         reserved: `torch.cuda.max_memory_reserved()`: segments that the caching allocator took from the card.
         device: what the card had to hold: reserved, plus the CUDA context and whatever bypassed the allocator.
@@ -32,7 +36,7 @@ class MemoryProfile:
         provenance: `virtual` (executed on a virtual GPU) or `measured` (on the hardware itself).
         total_bytes: the card's memory as CUDA reports it.
         outside_allocator_bytes: CUDA context, and library allocations that bypass the caching allocator.
-        phases: peaks in the order in which they happened.
+        phases: peaks in the order of `PHASES`, those that were there.
     """
 
     device: str

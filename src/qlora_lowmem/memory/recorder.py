@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pynvml
 import torch
 
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak, Provenance
+from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak, Provenance
 
 
 class Recorder:
@@ -36,15 +36,15 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Record what runs inside as (part of) the phase `name`, also when it fails."""
+        """Record what runs inside as (part of) the phase `name`. If it fails, `running_phase` says that it was here."""
         self.begin(name)
-        try:
-            yield
-        finally:
-            self.end()
+        yield
+        self.end()
 
     def begin(self, name: str) -> None:
-        """Start the phase `name`, ending the one that runs."""
+        """Start the phase `name` (one of `PHASES`), ending the one that runs."""
+        if name not in PHASES:
+            raise ValueError(f"{name!r} is no phase; there are {', '.join(PHASES)}")
         self.end()
         torch.cuda.reset_peak_memory_stats(self._index)
         self._current = name
@@ -70,6 +70,11 @@ class Recorder:
         self._current = None
 
     @property
+    def index(self) -> int:
+        """Of the CUDA device."""
+        return self._index
+
+    @property
     def running_phase(self) -> str | None:
         """The phase that has begun and not ended."""
         return self._current
@@ -90,6 +95,14 @@ class Recorder:
             torch.cuda.max_memory_reserved(self._index) + self._outside,
         )
 
+    def peak_bytes(self) -> tuple[int, int, int]:
+        """(allocated, reserved, outside the allocator) at their highest since a phase last began."""
+        return (
+            torch.cuda.max_memory_allocated(self._index),
+            torch.cuda.max_memory_reserved(self._index),
+            self._outside,
+        )
+
     def profile(self) -> MemoryProfile:
         """Everything recorded until now."""
         self.end()
@@ -98,7 +111,7 @@ class Recorder:
             provenance=self._provenance,
             total_bytes=int(torch.cuda.get_device_properties(self._index).total_memory),
             outside_allocator_bytes=self._outside,
-            phases=tuple(self._phases.values()),
+            phases=tuple(self._phases[name] for name in PHASES if name in self._phases),
         )
 
     def _info(self) -> "pynvml.c_nvmlMemory_t":

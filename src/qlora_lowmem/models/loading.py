@@ -1,13 +1,14 @@
 """Load a base model on one device in 4 bits, or fail: nothing is placed on another device or on disk."""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from qlora_lowmem.lean import quantise_embeddings
 from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.user_cache import cache_folder
 
 EMBEDDING_BITS: dict[str, Literal[8, 4] | None] = {"none": None, "8bit": 8, "4bit": 4}
 
@@ -39,35 +41,45 @@ def bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBy
         bnb_4bit_quant_type=recipe.quantization.quant_type,
         bnb_4bit_use_double_quant=recipe.quantization.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=torch.bfloat16 if recipe.quantization.quant_storage == "bf16" else torch.uint8,
     )
+
+
+def load_config(recipe: Recipe, source: ModelSource) -> Any:
+    """The model's configuration, without a byte of weights.
+
+    Raises:
+        UsageError: the hub cannot be reached, or transformers does not know the architecture.
+    """
+    if source.architecture is None:
+        location = str(source.gguf.parent if source.gguf else source.hub_id)
+        options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
+        try:
+            return AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
+        except (OSError, ValueError) as error:
+            raise _cannot_fetch(recipe, error) from error
+    try:
+        return config_from(source.architecture)
+    except ValueError as error:
+        raise UsageError(f"base.model: transformers does not know this architecture: {error}") from None
 
 
 def skeleton(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
     """The model on the meta device: what modules there are, before a byte of weights is read.
 
     Raises:
-        UsageError: the hub cannot be reached, or does not know the model.
+        UsageError: as `load_config`.
     """
-    content = source.architecture
-    if content is None:
-        location = str(source.gguf.parent if source.gguf else source.hub_id)
-        options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
-        try:
-            config = AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
-        except (OSError, ValueError) as error:
-            raise _cannot_fetch(recipe, error) from error
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=recipe.base.attention,
-                trust_remote_code=recipe.base.trust_remote_code,
-            )
-        return model
-    try:
-        config_from(content)
-    except ValueError as error:
-        raise UsageError(f"base.model: transformers does not know this architecture: {error}") from None
-    return meta_model(content, torch.bfloat16, recipe.base.attention)
+    config = load_config(recipe, source)
+    if source.architecture is not None:
+        return meta_model(source.architecture, torch.bfloat16, recipe.base.attention)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation=recipe.base.attention,
+            trust_remote_code=recipe.base.trust_remote_code,
+        )
+    return model
 
 
 def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -81,7 +93,9 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
     bits = EMBEDDING_BITS[recipe.lean.quantised_embeddings]
     if recipe.base.weights == "random":
         assert source.architecture is not None  # resolve_model refuses random weights without one
-        return random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits)
+        made = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits)
+        _keep_weights_as_they_are(made)
+        return made
     location = str(_safetensors_of(source.gguf)) if source.gguf else str(source.folder or source.hub_id)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -94,9 +108,10 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
             trust_remote_code=recipe.base.trust_remote_code,
             use_safetensors=True,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot_fetch(recipe, error) from error
     assert_on_device(model, device)
+    _keep_weights_as_they_are(model)
     if bits is not None:
         embedding: Any = model.get_input_embeddings()
         embedding.weight.requires_grad_(False)
@@ -105,6 +120,34 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
         )  # so that it is never on the device beside its quantised self
         quantise_embeddings(model, bits, device)
     return model
+
+
+def _keep_weights_as_they_are(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew, in place and less precisely, when a CPU evaluates.
+
+    On CPUs with AVX512-BF16 `Linear4bit.forward` does so without gradients (bitsandbytes/nn/modules.py), and training
+    would go on from those.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def weights_folder(recipe: Recipe, source: ModelSource) -> Path:
+    """Where the base model's 16-bit safetensors files lie; fetched from the hub if need be, loaded nowhere.
+
+    Raises:
+        UsageError: the hub cannot be reached, or does not know the model.
+    """
+    if source.gguf is not None:
+        return _safetensors_of(source.gguf)
+    if source.folder is not None:
+        return source.folder
+    try:
+        patterns = ["*.safetensors", "*.json"]
+        return Path(snapshot_download(str(source.hub_id), revision=recipe.base.revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise _cannot_fetch(recipe, error) from error
 
 
 def assert_on_device(model: torch.nn.Module, device: torch.device) -> None:
@@ -131,24 +174,28 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
     Raises:
         UsageError: the tokenizer cannot be found, or real data was asked for without one.
     """
-    if source.gguf is not None:
-        return AutoTokenizer.from_pretrained(_safetensors_of(source.gguf))
-    if source.folder is not None and (source.folder / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(source.folder)
-    if recipe.base.weights == "random":
+    has_one = source.gguf is not None or (source.folder is not None and (source.folder / "tokenizer.json").is_file())
+    if not has_one and recipe.base.weights == "random":
         if recipe.data.data != "synthetic":
             raise UsageError(
                 "data.data: text needs a tokenizer, and random weights come without one. Set data.data to 'synthetic', "
                 "put tokenizer.json into the model's folder, or set base.weights to 'pretrained'"
             )
-        return _stand_in_tokenizer()
+        return stand_in_tokenizer()
+    location = _safetensors_of(source.gguf) if source.gguf is not None else source.folder or source.hub_id
     try:
-        return AutoTokenizer.from_pretrained(str(source.folder or source.hub_id), revision=recipe.base.revision)
+        return AutoTokenizer.from_pretrained(
+            str(location),
+            revision=recipe.base.revision,
+            # Always said: left open, transformers would ask on standard input.
+            trust_remote_code=recipe.base.trust_remote_code,
+        )
     except (OSError, ValueError) as error:
         raise _cannot_fetch(recipe, error) from error
 
 
-def _stand_in_tokenizer() -> PreTrainedTokenizerBase:
+def stand_in_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer that knows no words, for samples that are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -157,18 +204,16 @@ def _stand_in_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _cannot_fetch(recipe: Recipe, error: Exception) -> UsageError:
+    if not recipe.base.trust_remote_code and "trust_remote_code" in str(error):
+        return UsageError(
+            f"base.trust_remote_code: false, and {recipe.base.model!r} needs Python code of its own repository. Set it "
+            "to true only if you trust its authors: the code may do anything"
+        )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UsageError(
         f"base.model: {recipe.base.model!r} could not be loaded ({reason}). Check the name and the connection to the "
         "hub, log in if the model is gated, or give a local folder; for memory alone, set base.weights to 'random'"
     )
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$QLORA_LOWMEM_CACHE`, or `qlora_lowmem` under the user's cache folder."""
-    if "QLORA_LOWMEM_CACHE" in os.environ:
-        return Path(os.environ["QLORA_LOWMEM_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_lowmem"
 
 
 def _safetensors_of(gguf: Path) -> Path:

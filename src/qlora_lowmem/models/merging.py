@@ -1,0 +1,185 @@
+"""An adapter added into its base model's 16-bit weights, a few rows at a time: W + scale * B A, computed in fp32.
+
+On the device lies a tile of one matrix; in host memory, one shard of the result. The base model itself is never
+loaded: its safetensors files are read tensor by tensor.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.trusted import ADAPTER_WEIGHTS, check_adapter
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TILE_BYTES = 32 * 2**20  # of fp32 rows; with their 16-bit source and result, 64 MiB on the device
+_SHARD_BYTES = 2 * 2**30
+_PREFIX = "base_model.model."
+# What of a PEFT configuration (peft/tuners/lora/config.py) changes the formula: these must be as LoRA's paper has them.
+_PLAIN = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "use_rslora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA weights by the name of the weight that they adapt: A is (r, in_features), B is (out_features, r)."""
+
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    scale: float
+
+    @classmethod
+    def read(cls, folder: Path) -> "Adapter":
+        """The adapter in a run's output folder or one of its checkpoints.
+
+        Raises:
+            UsageError: there is none, or it is more than plain LoRA on Linear modules.
+        """
+        check_adapter(folder)
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        for name, plain in _PLAIN.items():
+            if config.get(name, plain) != plain:
+                raise UsageError(
+                    f"{folder / 'adapter_config.json'}: {name} is {config[name]!r}; only plain LoRA adapters can be "
+                    "merged here. PEFT's merge_and_unload does the others"
+                )
+        halves: dict[str, dict[str, Tensor]] = {}
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                module, _, half = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+                if half not in ("lora_A", "lora_B"):
+                    raise UsageError(f"{folder / ADAPTER_WEIGHTS}: {key} belongs to no LoRA adapter of a Linear module")
+                halves.setdefault(f"{module}.weight", {})[half] = file.get_tensor(key).float()
+        pairs = {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+        return cls(pairs, config["lora_alpha"] / config["r"])
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a tensor of the base model is, and how large it will be."""
+
+    file: Path
+    shape: tuple[int, ...]
+    is_float: bool
+    bytes: int
+
+
+def merged_bytes(base: Path) -> int:
+    """Bytes of the merged weights on disk, headers left out."""
+    return sum(source.bytes for source in _sources(base).values())
+
+
+def merge(
+    base: Path, adapter: Adapter, to: Path, dtype: torch.dtype, device: torch.device, *, quiet: bool = False
+) -> None:
+    """Write the base model's weights with the adapter in them to `to`, as safetensors with an index.
+
+    Every floating-point tensor is written in `dtype`.
+
+    Raises:
+        UsageError: adapted weights that the base's files do not have by that name and shape.
+        OSError, SafetensorError: something cannot be read or written.
+    """
+    sources = _sources(base)
+    _check_fit(adapter, sources, base)
+    shards = _shards(sources)
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    with tqdm(total=len(sources), desc="merging", unit="tensor", disable=quiet) as bar:
+        for file, shard in zip(names, shards, strict=True):
+            tensors = {}
+            for name in shard:
+                tensors[name] = _merged(name, sources[name], adapter, dtype, device)
+                bar.update(1)
+            save_file(tensors, to / file, metadata={"format": "pt"})
+    total = sum(source.bytes for source in sources.values())
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+    (to / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _merged(name: str, source: _Source, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One tensor of the result, in host memory."""
+    with safe_open(source.file, framework="pt") as file:
+        if name not in adapter.pairs:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.to(dtype) if source.is_float else tensor
+        rows = file.get_slice(name)
+        a, b = (half.to(device) for half in adapter.pairs[name])
+        result = torch.empty(source.shape, dtype=dtype)
+        for first, last in _tiles(*source.shape):
+            tile = rows[first:last].to(device).float()
+            tile.addmm_(b[first:last], a, alpha=adapter.scale)
+            result[first:last] = tile.to(dtype)
+    return result
+
+
+def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    height = max(1, _TILE_BYTES // (4 * columns))
+    for first in range(0, rows, height):
+        yield first, min(first + height, rows)
+
+
+def _sources(base: Path) -> dict[str, _Source]:
+    """Every tensor of the folder's safetensors files; headers only are read."""
+    found = {}
+    for path in _weight_files(base):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part: Any = file.get_slice(name)
+                shape, kind = tuple(part.get_shape()), str(part.get_dtype())
+                is_float = kind in ("F64", "F32", "F16", "BF16")
+                width = 2 if is_float else {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}.get(kind, 1)
+                found[name] = _Source(path, shape, is_float, width * math.prod(shape))
+    return found
+
+
+def _weight_files(base: Path) -> list[Path]:
+    """The files that transformers would read: some models keep the same weights in another layout beside them."""
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({base / Path(name).name for name in weight_map.values()})
+    return [base / "model.safetensors"]
+
+
+def _shards(sources: Mapping[str, _Source]) -> list[list[str]]:
+    shards: list[list[str]] = []
+    room = 0
+    for name, source in sources.items():
+        if not shards or source.bytes > room:
+            shards.append([])
+            room = _SHARD_BYTES
+        shards[-1].append(name)
+        room -= source.bytes
+    return shards
+
+
+def _check_fit(adapter: Adapter, sources: Mapping[str, _Source], base: Path) -> None:
+    for name, (a, b) in adapter.pairs.items():
+        if name not in sources:
+            raise UsageError(
+                f"the adapter adapts {name}, which the weights in {str(base)!r} do not have by that name. PEFT's "
+                "merge_and_unload on the loaded model does it, in as much memory as the model takes"
+            )
+        if sources[name].shape != (b.shape[0], a.shape[1]):
+            raise UsageError(
+                f"the adapter's {name} is {(b.shape[0], a.shape[1])}, and the base's {sources[name].shape}: this is "
+                "an adapter of another model"
+            )

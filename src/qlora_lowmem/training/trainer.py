@@ -1,0 +1,198 @@
+"""TRL's trainer with the recipe's choice of loss, whole checkpoints, exact resuming and a peak for each phase."""
+
+import contextlib
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
+from trl import SFTTrainer
+
+from qlora_lowmem.memory.recorder import Recorder
+from qlora_lowmem.sampler import LISTED_SAMPLES, ComputedOrder
+from qlora_lowmem.training.checkpoints import CheckpointStore, newest_whole, step_of
+from qlora_lowmem.training.interruption import StopEvaluation
+from qlora_lowmem.training.random_state import RandomState, undisturbed
+from qlora_lowmem.training.running_totals import RunningTotals
+
+
+class OptimizerStep(TrainerCallback):
+    """Whether the optimizer is in its own step: what fails there leaves some weights stepped and some not."""
+
+    def __init__(self) -> None:
+        self.running = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are complete."""
+        self.running = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All weights are stepped."""
+        self.running = False
+
+
+class LowMemTrainer(SFTTrainer):
+    """What a run needs to be left alone overnight, on top of TRL's trainer.
+
+    Checkpoints are whole or not there (`checkpoints.py`), a run that goes on logs what an undisturbed one logs,
+    evaluation neither builds logits nor disturbs the random generators, and every phase is recorded.
+
+    Args:
+        full_logits: train from the full logits, as transformers' `Trainer` does, instead of TRL's fused LM head.
+        recorder: where the phases `save`, `evaluate` and `resume` are recorded; None on a CPU.
+    """
+
+    def __init__(self, *args: Any, full_logits: bool, recorder: Recorder | None, **kwargs: Any) -> None:
+        self.tokens_before = 0  # trained on before this process resumed
+        self._full_logits = full_logits
+        self._recorder = recorder
+        self._staging: Path | None = None
+        self._resumed_from: Path | None = None
+        self._good: tuple[int, RandomState, RunningTotals] | None = None
+        self._optimizer = OptimizerStep()
+        super().__init__(*args, **kwargs)
+        self.add_callback(self._optimizer)
+        self._output_dir = Path(str(self.args.output_dir))
+        self._store = CheckpointStore(self._output_dir, self.args.save_total_limit or 1)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """With full logits, the loss of transformers' `Trainer`: (batch, seq, vocabulary) logits, upcast to fp32.
+
+        Evaluation is always by TRL's fused head, or the lean one in its place: a card that trains can evaluate.
+        """
+        if not self._full_logits or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        inputs["use_cache"] = False
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if len(dataset) <= LISTED_SAMPLES:
+            return super()._get_train_sampler(train_dataset)
+        return ComputedOrder(len(dataset), self.args.seed)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Left to the job, which knows the recipe and the measured peak."""
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole training; what it goes on from is remembered."""
+        resumed_from = kwargs["resume_from_checkpoint"]
+        self._resumed_from = Path(resumed_from) if resumed_from else None
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """An epoch, with the totals of the checkpoint; a run that had reached its last step takes no further one."""
+        if self._resumed_from is not None and self.state.global_step == self._initial_global_step:
+            totals = RunningTotals.load(self._resumed_from)
+            totals.restore(self)
+            self.tokens_before = totals.tokens
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Called after each optimizer step, which is good from here on."""
+        self._mark_good()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._mark_good()
+
+    def _mark_good(self) -> None:
+        """Remember all of this moment that a later checkpoint of its step needs, besides weights and optimizer."""
+        if self.is_in_train and self.args.save_strategy != "no":
+            self._good = (self.state.global_step, RandomState.now(), RunningTotals.of(self))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The mean loss of the evaluation set; an empty result where a signal cut it short."""
+        self._mark_good()
+        with self._phase("evaluate"), undisturbed():
+            try:
+                return dict(super().evaluate(*args, **kwargs))
+            except StopEvaluation:
+                self.control.should_evaluate = False
+                return {}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter into the output folder, its files whole; into a checkpoint, as transformers does."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self._phase("save"):
+            # Sharded weights are gathered by all processes, and written by the first.
+            weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+            if self.args.should_save:
+                self._store.save_final(lambda staging: self._save(str(staging), state_dict=weights))
+
+    def rescue(self) -> Path | None:
+        """After running out of memory: a checkpoint of the last good step, or None where there is nothing to save.
+
+        What the failed step computed is let go. Adapters and optimizer are those of the last good step, unless it was
+        the optimizer's own step that failed: then the newest checkpoint stands.
+
+        Raises:
+            NotSavedError: it could not be written.
+        """
+        alone = self.accelerator.num_processes == 1  # others are still in the step, and would not come to save
+        if self._good is None or self._optimizer.running or not alone:
+            return None
+        step, random_state, totals = self._good
+        found = newest_whole(self._output_dir).checkpoint
+        if found is not None and step_of(found) == step:
+            return found
+        model: Any = self.model
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        random_state.restore()
+        totals.restore(self)
+        self.state.global_step = step
+        self._save_checkpoint(model, None)
+        return self._output_dir / f"checkpoint-{step}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Every process writes its part into the first one's staging folder."""
+
+        def write(staging: Path) -> None:
+            self.accelerator.wait_for_everyone()
+            self._write_checkpoint(staging, model, trial)
+            self.accelerator.wait_for_everyone()
+
+        with self._phase("save"):
+            if self.args.should_save:
+                self._store.save(self.state.global_step, write)
+            else:
+                write(self._store.staging)
+            self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, staging: Path, model: Any, trial: Any) -> None:
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            RunningTotals.of(self).save(staging / f"checkpoint-{self.state.global_step}")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self._output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter's weights, from safetensors only, through host memory: no second copy of them on the card."""
+        with self._phase("resume"):
+            if self.is_fsdp_enabled:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            weights = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors", device="cpu")
+            set_peft_model_state_dict(model or self.model, weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._phase("resume"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self._recorder.phase(name) if self._recorder is not None else contextlib.nullcontext()

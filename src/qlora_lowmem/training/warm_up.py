@@ -1,0 +1,89 @@
+"""The longest batch of the data, run once before the first step: a job that will not fit fails in its first seconds.
+
+Forward and backward run with room held for what does not exist yet: the optimizer's state. They run twice, for the
+second time meets what the first has left: the libraries' workspaces of both threads and, with gradient accumulation,
+the gradients. No step is taken, gradients and totals are dropped and the random generators put back, so training does
+not know of it. The allocator keeps its segments: the largest blocks are there before smaller ones can split them.
+"""
+
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from qlora_lowmem.memory.recorder import Recorder
+from qlora_lowmem.training.random_state import undisturbed
+from qlora_lowmem.training.running_totals import RunningTotals
+
+# State of a trained parameter: AdamW keeps two values in its dtype; in 8 bits two bytes with a scale for each 256, and
+# two fp32 values where the tensor is small (bitsandbytes/optim/optimizer.py). Paged state is managed memory, which no
+# allocator counts; SGD without momentum has none, and Adafactor's rows and columns are none to speak of.
+_TWO_VALUES = ("adamw_torch", "adamw_torch_fused")
+_EIGHT_BIT = 2 * (1 + 4 / 256)
+_SMALLEST_IN_8_BITS = 4096
+
+
+class WarmUp(TrainerCallback):
+    """Runs the longest batch as training begins. `recorder` is None on a CPU."""
+
+    def __init__(self, trainer: Any, recorder: Recorder | None) -> None:
+        self._trainer = trainer
+        self._recorder = recorder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Model, optimizer and checkpoint are loaded; no sample has been drawn."""
+        if state.global_step >= state.max_steps:
+            return
+        if self._recorder is None:
+            self._run()
+            return
+        with self._recorder.phase("warm-up"):
+            self._run()
+
+    def _run(self) -> None:
+        trainer = self._trainer
+        totals = RunningTotals.of(trainer)
+        with undisturbed():
+            held = torch.empty(self._coming_state_bytes(), dtype=torch.uint8, device=trainer.args.device)
+            for _ in range(2):
+                if trainer.args.gradient_accumulation_steps == 1:
+                    trainer.model_wrapped.zero_grad(set_to_none=True)
+                batches, items = trainer.get_batch_samples(iter([longest_batch(trainer)]), 1, trainer.args.device)
+                trainer.current_gradient_accumulation_steps = 1
+                trainer.training_step(trainer.model_wrapped, batches[0], items)
+            del held
+        trainer.model_wrapped.zero_grad(set_to_none=True)
+        totals.restore(trainer)
+
+    def _coming_state_bytes(self) -> int:
+        """What the optimizer's first step will allocate; nothing if a checkpoint has brought its state."""
+        if self._trainer.optimizer.state:
+            return 0
+        return optimizer_state_bytes(self._trainer.model, str(self._trainer.args.optim))
+
+
+def optimizer_state_bytes(model: nn.Module, optimizer: str) -> int:
+    """Bytes of the state that `optimizer`, by its name in a recipe, keeps for the trained parameters on the device."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if optimizer in _TWO_VALUES:
+        return sum(2 * parameter.numel() * parameter.element_size() for parameter in trained)
+    if optimizer == "adamw_8bit":
+        sizes = [parameter.numel() for parameter in trained]
+        return sum(round(_EIGHT_BIT * size) if size >= _SMALLEST_IN_8_BITS else 8 * size for size in sizes)
+    return 0
+
+
+def longest_batch(trainer: Any) -> dict[str, torch.Tensor]:
+    """The longest samples of the trainer's data as one micro-batch, (batch, seq) token ids and what goes with them."""
+    dataset = trainer.train_dataset
+    longest: list[tuple[int, int]] = []
+    position = 0
+    for rows in dataset.select_columns(["input_ids"]).with_format("arrow").iter(1000):
+        lengths = pc.list_value_length(rows["input_ids"]).to_pylist()
+        candidates = [*longest, *zip(lengths, range(position, position + len(lengths)), strict=True)]
+        longest = sorted(candidates, reverse=True)[: trainer.args.per_device_train_batch_size]
+        position += len(lengths)
+    batch: dict[str, torch.Tensor] = trainer.data_collator([dataset[index] for _, index in longest])
+    return batch

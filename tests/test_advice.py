@@ -1,0 +1,51 @@
+"""Single changes of a recipe: what the flags say is what is tried, and each has a cost in words."""
+
+from pathlib import Path
+
+import pytest
+
+from helpers import RECIPES
+from qlora_lowmem.advice import candidate_changes, knobs_of
+from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.recipe_io import load_recipe, replace_field
+from qlora_lowmem.virtual_gpu import get_card
+from qlora_lowmem.virtual_runs import RecipeRun
+
+
+@pytest.mark.parametrize("shipped", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_flags_make_the_recipe_that_is_tried(shipped: Path) -> None:
+    recipe = load_recipe(shipped)
+    changes = candidate_changes(recipe)
+    assert changes
+    assert len({change.flags for change in changes}) == len(changes)
+    for change in changes:
+        words = change.flags.split()
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        assert load_recipe(shipped, given) == change.recipe
+        assert change.recipe != recipe
+        assert change.cost
+
+
+def test_only_what_the_model_takes_is_proposed() -> None:
+    optimised = load_recipe(RECIPES / "optimised.yaml")
+    assert "--lean true" in {change.flags for change in candidate_changes(optimised)}
+    other = replace_field(optimised, "model", "llama-3.2-3b")
+    assert not any("lean" in change.flags for change in candidate_changes(other))
+    lean = {change.flags for change in candidate_changes(load_recipe(RECIPES / "lean.yaml"))}
+    assert {"--checkpoints host", "--quantised-embeddings 8bit", "--quantised-embeddings 4bit"} <= lean
+
+
+def run(needed: int | None) -> RecipeRun:
+    peaks = (PhasePeak("steady", 0, 0, needed or 0),)
+    return RecipeRun(MemoryProfile("card", "virtual", 1, 0, peaks) if needed is not None else None, failure="none")
+
+
+def test_what_saves_nothing_or_fails_is_left_out() -> None:
+    card = get_card("rtx-4050-laptop-6gb")
+    changes = candidate_changes(load_recipe(RECIPES / "optimised.yaml"))[:4]
+    usable = card.usable_bytes
+    runs = [run(usable + 1), run(usable + 9), run(None), run(usable)]
+    knobs = knobs_of(run(usable + 9), changes, runs, card)
+    assert [(knob.change, knob.saves_bytes, knob.fits) for knob in knobs] == [
+        (changes[3].flags, 9, True), (changes[0].flags, 8, False),
+    ]  # fmt: skip

@@ -1,0 +1,184 @@
+"""The documentation holds: its commands run, its examples too, its links lead somewhere, its reference is complete."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from docs_commands import AS, NOT_RUN, TINY, blocks, commands, pages, run_as
+from helpers import RECIPES, ROOT
+from qlora_lowmem.memory.live import LiveMemory, write_live
+from qlora_lowmem.recipe_checks import field_specs
+from qlora_lowmem.recipe_io import load_recipe
+
+COMMANDS = commands()
+RUN = sorted({run_as(command) for command in COMMANDS if command not in NOT_RUN})
+LANGUAGES = {"sh", "python", "text", "yaml", "json"}
+HEAVY = re.compile(r"\| +(torch|transformers|trl|peft|bitsandbytes|datasets)$", re.MULTILINE)
+
+SCRIPT = """
+import torch
+torch.nn.Linear(64, 64).cuda()(torch.zeros(8, 64, device="cuda")).sum().backward()
+"""
+MODEL = """
+import torch
+
+
+class Model(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Linear(1024, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 1024))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_hybrid: Path) -> Path:
+    """A copy of what a person has after cloning, with a script, data, a job and a small model of their own."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("bench", "tests", "results", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "reference"))
+    for name in ("conftest.py", "pyproject.toml", "constraints.txt", "README.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "my.jsonl").write_text("".join(json.dumps({"text": f"word {n} and more words"}) + "\n" for n in range(8)))
+    own = shutil.copytree(tiny_hybrid, folder / "tiny-model")
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2, "word": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(own / "tokenizer.json"))
+    (own / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "<eos>"})
+    )
+    small = {"model": str(own), "max_seq_length": 32, "max_steps": 2, "gradient_accumulation_steps": 1}
+    (folder / TINY).write_text(load_recipe(RECIPES / "optimised.yaml", small).to_yaml())
+    me = psutil.Process()
+    (folder / "outputs" / "optimised").mkdir(parents=True)
+    write_live(
+        folder / "outputs" / "optimised", LiveMemory(me.pid, me.create_time() - 3600, 0.0, "optimised", "virtual")
+    )
+    (folder / "project").mkdir()
+    (folder / "project" / "my_project.py").write_text(MODEL)
+    example = next(block for block in blocks(ROOT / "docs" / "gate.md") if block.language == "python")
+    (folder / "project" / "test_example.py").write_text("\n".join(example.lines) + "\n")
+    (folder / "project" / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, folder: Path) -> Iterator[dict[str, "Future[str]"]]:
+    """What each command said, two at a time; those that no selected test asks for are not run."""
+    wanted = {item.callspec.params["command"] for item in request.session.items if _runs_a_command(item)}
+    with ThreadPoolExecutor(2) as pool:
+        yield {command: pool.submit(run, command, folder) for command in RUN if command in wanted}
+
+
+def _runs_a_command(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and item.originalname == test_a_command_of_the_pages_runs.__name__
+
+
+def run(command: str, folder: Path) -> str:
+    """Run a command with this Python's programs first; the end of what it says where it fails."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    return "" if done.returncode == 0 else f"exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+
+
+@pytest.mark.parametrize("command", RUN, ids=str)
+def test_a_command_of_the_pages_runs(command: str, runs: dict[str, "Future[str]"]) -> None:
+    failure = runs[command].result()
+    assert not failure, f"{[page for said, page in COMMANDS.items() if run_as(said) == command]}: {failure}"
+
+
+def test_the_lists_name_no_command_that_no_page_has() -> None:
+    assert not (NOT_RUN.keys() | AS.keys()) - COMMANDS.keys()
+    assert not NOT_RUN.keys() & AS.keys()
+
+
+def test_a_reason_that_names_a_test_names_one_that_is_there() -> None:
+    for reason in NOT_RUN.values():
+        for path in re.findall(r"(?:tests|docs)/[\w/]+\.\w+", reason):
+            assert (ROOT / path).is_file(), reason
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_blocks_name_their_language_and_python_parses(page: Path) -> None:
+    for block in blocks(page):
+        if block.language.startswith("{"):
+            continue  # a directive of the site's generator
+        assert block.language in LANGUAGES, f"line {block.line}: say sh for commands, text for output"
+        if block.language == "python":
+            ast.parse("\n".join(block.lines))
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    """The site's build checks more, but neither README nor CONTRIBUTING on their own."""
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("reference/"):  # made by the build
+            assert (page.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_reference", ROOT / "docs" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_every_field(reference: ModuleType) -> None:
+    page = reference.recipe_page()
+    for spec in field_specs().values():
+        entry = page.split(f"\n### {spec.name}\n")[1].split("\n#")[0]
+        assert f"Flag: `{spec.flag}`" in entry
+        assert re.sub(r"\W", "", spec.memory) in re.sub(r"\W", "", entry)
+    assert "- Default: `8`\n- Allowed: an integer at least 1 and at most 4096\n- Flag: `--lora-r`" in page
+    for name, default in (("warmup_steps", "0"), ("max_grad_norm", "1.0"), ("packing", "false"), ("name", "(none)")):
+        assert f"- Default: `{default}`" in page.split(f"\n### {name}\n")[1].split("\n#")[0]
+    assert "- Default: `null`\n- Allowed: an integer at least 1 and at most 2147483647, or null" in page
+
+
+def test_other_pages_of_the_reference(reference: ModuleType) -> None:
+    assert "| `weights_4bit` | base weights, 4-bit | yes |" in reference.kinds_page()
+    assert "| `slack` | allocator slack (reserved, not allocated) | no |" in reference.kinds_page()
+    assert "| `granite-4.0-h-1b` | `ibm-granite/granite-4.0-h-1b` | 1,536 | 40 | 100,352 |" in reference.models_page()
+    assert "### rtx-4050-laptop-6gb\n\nNVIDIA GeForce RTX 4050 Laptop GPU" in reference.cards_page()
+    assert "| `x.sum().item()` | `0.0` |" in reference.values_page()
+
+
+def test_help_is_quick_and_the_reference_has_it(reference: ModuleType) -> None:
+    """No heavy library is imported for --help: the documentation is built without them."""
+    names = reference.commands()
+    assert {f"qlora_lowmem.{name}" for name in ("train", "explain", "watch", "virtual_gpu", "gate.bisect")} <= set(
+        names
+    )
+    for name in names:
+        help_run = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", name, "--help"], capture_output=True, text=True, check=True
+        )
+        assert HEAVY.search(help_run.stderr) is None, name
+        shown = reference._without_recipe(help_run.stdout)
+        assert "--help" in shown
+        assert "--lora-r" not in shown
+        assert ("--FIELD VALUE" in shown) == ("--lora-r" in help_run.stdout)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_modules_that_a_page_names_are_there(page: Path) -> None:
+    for name in re.findall(r"python3? -m (qlora_lowmem[\w.]*)", page.read_text(encoding="utf-8")):
+        assert importlib.util.find_spec(name.rstrip(".")) is not None, name

@@ -1,0 +1,110 @@
+"""A run goes on from its own checkpoints only, alone, and what may change between two starts is said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe_io import replace_field
+from qlora_lowmem.training.checkpoints import CheckpointStore
+from qlora_lowmem.training.resumption import checkpoint_to_resume, held_folder
+
+Make = Callable[..., Recipe]
+
+
+def begun(recipe: Recipe) -> Recipe:
+    """As if it had run to a first checkpoint."""
+    output_dir = Path(recipe.run.output_dir)
+    with held_folder(output_dir):
+        assert checkpoint_to_resume(recipe).checkpoint is None
+    CheckpointStore(output_dir, 2).save(1, lambda staging: (staging / "checkpoint-1").mkdir())
+    return recipe
+
+
+def test_the_same_recipe_goes_on(tiny_recipe: Make) -> None:
+    recipe = begun(tiny_recipe("run"))
+    found = checkpoint_to_resume(recipe)
+    assert found.checkpoint == Path(recipe.run.output_dir) / "checkpoint-1"
+    assert found.notes == ()
+
+
+def test_what_a_killed_run_was_writing_is_removed(tiny_recipe: Make) -> None:
+    recipe = begun(tiny_recipe("run"))
+    leftover = Path(recipe.run.output_dir) / ".saving" / "checkpoint-2"
+    leftover.mkdir(parents=True)
+    checkpoint_to_resume(recipe)
+    assert not leftover.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "said"),
+    [
+        ("lora_r", 4, "lora.lora_r was 8"),
+        ("learning_rate", 1e-3, "optimizer.learning_rate was 0.0002"),
+        ("batch_size", 2, "batch.batch_size was 1"),
+        ("eval_fraction", 0.5, "data.eval_fraction was 0.0"),
+        ("quantised_embeddings", "8bit", "lean.quantised_embeddings was 'none'"),
+    ],
+)
+def test_another_training_is_refused(tiny_recipe: Make, leaf: str, value: object, said: str) -> None:
+    recipe = begun(tiny_recipe("run", **({"lean": True} if leaf == "quantised_embeddings" else {})))
+    with pytest.raises(UsageError, match="another recipe") as caught:
+        checkpoint_to_resume(replace_field(recipe, leaf, value))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": False},
+        {"loss": "full", "attention": "eager"},
+        {"lean": True, "checkpoints": "host"},
+        {"batch_size": 2, "gradient_accumulation_steps": 1},
+    ],
+)
+def test_what_only_changes_memory_goes_on_aloud(tiny_recipe: Make, changes: dict[str, object]) -> None:
+    recipe = begun(tiny_recipe("run"))
+    for leaf, value in changes.items():
+        recipe = replace_field(recipe, leaf, value)
+    found = checkpoint_to_resume(recipe)
+    assert found.checkpoint is not None
+    assert len(found.notes) == len(changes)
+    assert all("the same training, up to rounding" in note for note in found.notes)
+
+
+def test_other_data_under_the_same_name_are_refused(tiny_recipe: Make, conversations: Path) -> None:
+    recipe = begun(tiny_recipe("run", data=str(conversations)))
+    with conversations.open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    with pytest.raises(UsageError, match="would train on other samples"):
+        checkpoint_to_resume(recipe)
+
+
+def test_resume_false_mixes_nothing(tiny_recipe: Make) -> None:
+    recipe = begun(tiny_recipe("run"))
+    with pytest.raises(UsageError, match=r"run\.resume: false"):
+        checkpoint_to_resume(replace_field(recipe, "resume", False))
+
+
+def test_an_unreadable_marker_is_no_licence(tiny_recipe: Make) -> None:
+    recipe = begun(tiny_recipe("run"))
+    (Path(recipe.run.output_dir) / "recipe.json").write_text("{}")
+    with pytest.raises(UsageError, match="whose checkpoints these are is unknown"):
+        checkpoint_to_resume(recipe)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(UsageError, match="another run is training")
+    with held_folder(tmp_path / "run"), refused, held_folder(tmp_path / "run"):
+        pass
+    with held_folder(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"), held_folder(tmp_path / "file" / "run"):
+        pass

@@ -1,0 +1,59 @@
+"""The order of the retreat, to its end."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from helpers import RECIPES
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.training.resumption import changes_between
+from qlora_lowmem.training.retreat import Retreat, next_retreat
+
+Make = Callable[..., Recipe]
+
+
+def steps(recipe: Recipe) -> list[str]:
+    """Every retreat of a recipe; each keeps what is trained, as resuming sees it."""
+    found = []
+    while (step := next_retreat(recipe)) is not None:
+        kept, foreign = changes_between(recipe.to_dict(), step.recipe)
+        assert kept
+        assert not foreign
+        found.append(" ".join(step.flags))
+        recipe = step.recipe
+    return found
+
+
+def test_what_costs_no_time_comes_first(tiny_recipe: Make) -> None:
+    options = {"loss": "full", "attention": "eager", "gradient_checkpointing": False, "batch_size": 4}
+    assert steps(tiny_recipe("run", device="cuda", **options)) == [
+        "--expandable-segments true",
+        "--loss fused",
+        "--attention sdpa",
+        "--gradient-checkpointing true",
+        "--batch-size 2 --gradient-accumulation-steps 4",
+        "--batch-size 1 --gradient-accumulation-steps 8",
+        "--lean true",
+        "--checkpoints host",
+    ]
+
+
+def test_a_knob_that_contradicts_another_is_passed_over(tiny_recipe: Make) -> None:
+    """Offloaded activations and lean exclude each other."""
+    assert steps(tiny_recipe("run", device="cuda", activation_offloading=True)) == ["--expandable-segments true"]
+
+
+def test_there_is_an_end(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe("run", device="cuda", lean=True, checkpoints="host", expandable_segments=True)
+    assert next_retreat(recipe) is None
+
+
+def test_starting_again_is_the_same_command_with_the_change(tiny_recipe: Make, tiny_hybrid: Path) -> None:
+    """Its own process becomes the command; a dry run shows with what."""
+    flags = ["--config", str(RECIPES / "optimised.yaml"), "--model", str(tiny_hybrid), "--dry-run", "--batch-size", "4"]
+    step = Retreat({"batch_size": 2, "gradient_accumulation_steps": 4}, tiny_recipe("run"))
+    program = f"from qlora_lowmem.training.retreat import *; start_again({flags!r}, Retreat({step.changes!r}, None))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert "batch_size: 2\n" in done.stdout
+    assert "gradient_accumulation_steps: 4\n" in done.stdout

@@ -1,0 +1,23 @@
+"""What the tests run on a virtual card, each in a fork of a worker."""
+
+from pathlib import Path
+from typing import Any
+
+
+def train(content: dict[str, Any], warm_up: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Train with checkpoints; the peaks by phase, and how it ended if memory ran out."""
+    from qlora_lowmem.data import check_data
+    from qlora_lowmem.execute import OutOfGpuMemoryError, execute
+    from qlora_lowmem.recipe_io import recipe_from_dict
+    from qlora_lowmem.training.checkpoints import newest_whole
+
+    recipe = recipe_from_dict(content)
+    output_dir = Path(recipe.run.output_dir)
+    resume_from = newest_whole(output_dir).checkpoint if resume else None
+    samples = None if recipe.data.data == "synthetic" else check_data(recipe.data.data)
+    try:
+        outcome = execute(recipe, samples, output_dir=output_dir, resume_from=resume_from, warm_up=warm_up)
+    except OutOfGpuMemoryError as error:
+        return {"phase": error.phase, "checkpoint": error.checkpoint and error.checkpoint.name}
+    assert outcome.profile is not None
+    return {"steps": outcome.steps, "phases": {peak.name: peak.allocated for peak in outcome.profile.phases}}
