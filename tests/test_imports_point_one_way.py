@@ -15,6 +15,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"}
 FORBIDDEN = {
     "memory": {"gate", "report", "train", "plan"},
     "models": {"gate", "report", "memory", "job", "execute", "train", "virtual_gpu"},
+    "training": {"gate", "report", "job", "execute", "train"},
     "report": {"job", "execute", "train", "lean"},
 }
 # room -> the only parts of the package that it may import

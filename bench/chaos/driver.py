@@ -108,7 +108,8 @@ class Chaos:
         saved = self._whole()
         # What an earlier start logged and lost is still in the log until this one has loaded.
         found |= {"exit_code": code, "saved": saved, "logged": max(self._last_logged(since=began), saved)}
-        lines = [line for line in process.said.splitlines() if line.strip()]
+        said = process.said.replace(str(self._output_dir), "RUN")
+        lines = [line for line in said.splitlines() if line.strip()]
         found["said"] = lines[-1] if lines and event.kind in ("SIGTERM", "SIGINT", "disk full") else ""
         if "checkpoint" in event.kind and found["saved"]:
             found["detail"] = self._damage(event)
