@@ -39,7 +39,7 @@ ASKED = (
     ("smollm2-135m-instruct", "rtx-3050-6gb", 2048),
 )
 CORES, MINUTES = 2, 10
-LIMIT = 32_768
+LIMIT, STEP = 32_768, 256
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def planned(on_gpu: bool, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_LOWMEM_CACHE", str(empty))
         load, before, started = os.getloadavg()[0], _cpu_seconds(), time.perf_counter()
-        pairs, extent = asked_pairs(), Extent(LIMIT, None, full=False)
+        pairs, extent = asked_pairs(), Extent(LIMIT, STEP, full=False)
         with recipe_server(CORES) as server:
             runs = Runs(server, RunCache(empty / "plan"))
             found = dict(sweep(pairs, extent, runs, server, workers=CORES))

@@ -2,18 +2,14 @@
 
 import importlib.util
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import RECIPES, ROOT
+from helpers import RECIPES
 from qlora_lowmem.models.sources import architecture
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -70,31 +66,6 @@ def test_lean_trains_a_model_that_is_no_hybrid(command: Command, tmp_path: Path)
         arguments = tiny(tmp_path, tmp_path / name, "--lean", lean, "--max-steps", "3", "--json", "-")
         losses.append(summary_of(command("train", *arguments))["losses"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_killed_and_started_again_it_ends_as_if_undisturbed(
-    command: Command, tiny_hybrid: Path, tmp_path: Path
-) -> None:
-    steps = ["--max-steps", "30", "--save-steps", "5", "--json", "-"]
-    undisturbed = summary_of(command("train", *tiny(tiny_hybrid, tmp_path / "whole", *steps)))
-    arguments = tiny(tiny_hybrid, tmp_path / "killed", *steps)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora_lowmem.train", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended before a checkpoint was there"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    resumed = command("train", *arguments)
-    assert "resuming from" in resumed.stderr
-    assert summary_of(resumed)["final_loss"] == undisturbed["final_loss"]
 
 
 def test_another_recipe_does_not_resume_from_this_ones_checkpoints(

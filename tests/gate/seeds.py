@@ -181,15 +181,15 @@ def _use_cache() -> None:
 
     Alone, `use_cache=True` costs nothing here: keys and values are what backward keeps anyway.
     """
-    import qlora_lowmem.job as job
+    from transformers import Trainer
 
-    original = job.Trainer.compute_loss
+    original = Trainer.compute_loss
 
     def compute(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         model.register_forward_hook(lambda _m, _a, output: setattr(self, "cache", output.past_key_values))
         return original(self, model, {**inputs, "use_cache": True}, *args, **kwargs)
 
-    job.Trainer.compute_loss = compute  # type: ignore[method-assign]
+    Trainer.compute_loss = compute  # type: ignore[method-assign]
 
 
 def _masked_attention() -> None:

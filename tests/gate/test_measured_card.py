@@ -59,7 +59,8 @@ def test_a_gpu_that_is_in_no_table_is_what_torch_says(tmp_path: Path) -> None:
 
 def test_the_nearest_card_is_of_the_same_generation_and_then_of_the_nearest_memory() -> None:
     ada = replace(BLACKWELL_LAPTOP, major=8, minor=9)
-    assert virtual_twin(ada, 1).name == "rtx-4050-laptop-6gb"
+    assert virtual_twin(replace(ada, total_bytes=6 * 10**9), 1).name == "rtx-4050-laptop-6gb"
+    assert virtual_twin(replace(ada, total_bytes=8 * 10**9), 1).name == "rtx-4060-8gb"
     assert virtual_twin(replace(ada, total_bytes=48 * 10**9), 1).name == "l40s-48gb"
     assert virtual_twin(replace(ada, minor=0, total_bytes=80 * 10**9), 1).name == "a100-80gb"
 

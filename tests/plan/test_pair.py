@@ -29,7 +29,7 @@ def plan(
     given: bool = True,
     card: virtual_gpu.Card = CARD,
     limit: int = 32_768,
-    step: int | None = None,
+    step: int = 256,
     full: bool = True,
 ) -> Plan:
     pair = Pair(planned_model(recipe), card, recipe.name, given)

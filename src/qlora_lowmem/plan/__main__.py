@@ -52,6 +52,7 @@ from qlora_lowmem.virtual_runs import recipe_server
 
 DEFAULT_SEQ = 2048
 DEFAULT_LIMIT = 32768
+DEFAULT_STEP = 256
 # Asked for in this command's own words.
 _OWN = ("name", "model", "weights", "max_seq_length", "data", "train_on", "device", "card", "output_dir", "resume")
 
@@ -88,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         "--limit", type=int, default=DEFAULT_LIMIT, metavar="N", help=f"no longer sequence (default: {DEFAULT_LIMIT})"
     )
     how.add_argument(
-        "--step", type=int, metavar="N", help="lengths are multiples of it (default: 256, 512 or 1024, by the card)"
+        "--step", type=int, default=DEFAULT_STEP, metavar="N", help=f"of the lengths tried (default: {DEFAULT_STEP})"
     )
     how.add_argument("--full", action="store_true", help="in a sweep: breakdown, batch and single changes of each pair")
     how.add_argument("--no-cache", action="store_true", help="run everything again, and keep nothing")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from qlora_lowmem import virtual_gpu
 from qlora_lowmem.advice import Knob
 from qlora_lowmem.reach import Reach
 from qlora_lowmem.recipe import Recipe
@@ -149,8 +148,3 @@ def need_of(run: RecipeRun, *, fits: bool) -> Need:
 def limit_of(found: Reach, step: int, last: LimitedBy) -> Limit:
     """What a search came to; `last` says what set its limit."""
     return Limit(found.value, found.next_value, step, "memory" if found.next_value else last)
-
-
-def default_step(card: virtual_gpu.Card) -> int:
-    """Tokens that lengths are told apart by: 256 below 10 GB of memory, 512 below 20 GB, else 1,024."""
-    return next((step for size, step in ((10**10, 256), (2 * 10**10, 512)) if card.total_bytes < size), 1024)

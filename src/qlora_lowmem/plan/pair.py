@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.advice import ROOMY_BYTES, Change, Knob, candidate_changes, knobs_of
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Tried, default_step, limit_of, need_of
+from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Tried, limit_of, need_of
 from qlora_lowmem.plan.ladder import Rung, ladder, rungs
 from qlora_lowmem.plan.model import PlannedModel
 from qlora_lowmem.plan.runs import Runs, Tally
@@ -45,12 +45,12 @@ class Extent:
 
     Attributes:
         limit: tokens; no longer sequence is tried.
-        step: tokens that lengths are told apart by; None chooses by the card.
+        step: tokens that lengths are told apart by.
         full: also the breakdown, the largest batch, single changes, FLOPs.
     """
 
     limit: int
-    step: int | None
+    step: int
     full: bool
 
 
@@ -63,7 +63,7 @@ class Planner:
         self._card = pair.card
         self._roomy = pair.card.with_memory(ROOMY_BYTES)
         self._full = extent.full
-        self._step = extent.step or default_step(pair.card)
+        self._step = extent.step
         self._limit, self._last = self._where_to_stop(extent.limit)
         self._runs = runs
         self._tally = Tally()
