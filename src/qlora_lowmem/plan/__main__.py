@@ -44,7 +44,7 @@ from qlora_lowmem.plan.sweep import sweep
 from qlora_lowmem.plan.table import plans_table
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, Run
 from qlora_lowmem.recipe_commented import commented_yaml
-from qlora_lowmem.recipe_io import load_recipe, replace_fields
+from qlora_lowmem.recipe_io import load_recipe, replace_field, replace_fields
 from qlora_lowmem.recipe_sections import is_hub_data
 from qlora_lowmem.units import format_bytes
 from qlora_lowmem.user_cache import cache_folder
@@ -155,7 +155,7 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
         return [replace_fields(recipe, {"model": model}) for recipe, model in itertools.product(given, options.models)]
     if not options.models:
         raise UsageError("nothing to plan: give --config RECIPE or --model MODEL (--help shows both)")
-    start = {"target_modules": "all-linear", "max_seq_length": str(DEFAULT_SEQ)}
+    start = {"target_modules": "all-linear", "max_seq_length": str(min(DEFAULT_SEQ, options.limit))}
     named = {model: {"model": model, "name": Path(model).name or model} for model in options.models}
     return [replace_fields(Recipe(), start | overrides | names) for names in named.values()]
 
@@ -180,12 +180,15 @@ def _cards(options: argparse.Namespace) -> list[virtual_gpu.Card]:
 
 def _pairs(options: argparse.Namespace, recipes: list[Recipe], cards: list[virtual_gpu.Card]) -> list[Pair]:
     fixed = frozenset(overrides_from(options))
-    models = [planned_model(recipe) for recipe in recipes]
     pairs = []
-    for recipe, model in zip(recipes, models, strict=True):
-        longest = model.context_length
-        if options.seq is not None and longest is not None and options.seq > longest:
-            raise UsageError(f"--seq: {recipe.base.model} was made for {longest} tokens at most, not {options.seq}")
+    for recipe in recipes:
+        model = planned_model(recipe)
+        context = model.context_length
+        if context is not None and context < recipe.batch.max_seq_length:
+            if options.seq is not None:
+                raise UsageError(f"--seq: {recipe.base.model} was made for {context} tokens at most, not {options.seq}")
+            if not options.config:
+                model = planned_model(replace_field(recipe, "max_seq_length", context))
         subject = recipe.name
         if options.config and options.models:
             subject += f", {recipe.base.model}"
