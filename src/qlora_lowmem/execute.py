@@ -209,6 +209,9 @@ def execute(
         profile = recorder.profile()
         saved = _rescue(job, error) if save else None
         raise OutOfGpuMemoryError(running, _first_sentences(error), profile, saved) from error
+    finally:
+        if data is not None and not save:
+            data.discard()  # here, for a process on a virtual GPU may end without Python's own cleaning up
     outcome = _outcome(job, recorder, seconds, attribution)
     if save and job.trainer.is_world_process_zero():
         job.data.discard()
