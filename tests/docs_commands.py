@@ -33,6 +33,15 @@ NOT_RUN = {
     "python -m qlora_lowmem.phases --config bench/recipes/lean.yaml --card rtx-4050-laptop-6gb": (
         "four processes; tests/training/test_out_of_memory.py runs its parts"
     ),
+    "torchrun --nproc-per-node 2 -m qlora_lowmem.train --config bench/recipes/optimised.yaml": GPU,
+    (
+        "accelerate launch --config_file bench/distributed/fsdp2.yaml -m qlora_lowmem.train "
+        "--config bench/recipes/optimised.yaml --quant-storage bf16 --adapter-dtype bf16"
+    ): f"{GPU}; tests/test_processes.py runs it on virtual ones",
+    (
+        "python -m qlora_lowmem.virtual_gpu --card rtx-4050-laptop-6gb --count 2 -- torchrun --nproc-per-node 2 "
+        "-m qlora_lowmem.train --config bench/recipes/optimised.yaml"
+    ): "two processes at full size; bench/test_ranks.py runs it",
     "python -m pip install tox": INSTALLS,
     "pip install tox": INSTALLS,
     "tox run -e tests": ENVIRONMENT,

@@ -29,6 +29,13 @@ class Hostile:
         return os.system, (f"touch {self._proof}",)
 
 
+class Reaching:
+    """An object whose unpickling takes an attribute of a class that may be named."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[type, str]]:
+        return getattr, (torch.Size, "__subclasses__")
+
+
 def as_torch(value: object, file: Path) -> None:
     torch.save(value, file)
 
@@ -81,6 +88,9 @@ def test_a_sharded_checkpoint_is_taken_and_its_index_may_not_run_code(tmp_path: 
     check_checkpoint(tmp_path / "checkpoint-1")
     as_pickle({"state": Hostile(tmp_path / "ran")}, shards / ".metadata")
     with pytest.raises(UsageError, match=r"\.metadata' is no plain state: it would import posix\.system"):
+        check_checkpoint(tmp_path / "checkpoint-1")
+    as_pickle(Reaching(), shards / ".metadata")
+    with pytest.raises(UsageError, match=r"it would take __subclasses__ of <class 'torch\.Size'>"):
         check_checkpoint(tmp_path / "checkpoint-1")
     (shards / ".metadata").write_bytes(b"torn")
     with pytest.raises(UsageError, match="cannot be read"):

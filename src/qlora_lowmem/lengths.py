@@ -26,7 +26,7 @@ from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments,
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe_io import load_recipe, replace_field
 from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
-from qlora_lowmem.virtual_runs import recipe_card, recipe_server, submit_recipe
+from qlora_lowmem.virtual_runs import recipe_card, recipe_server, shortened, submit_recipe
 
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096)
 
@@ -54,9 +54,7 @@ def measure_lengths(
     roomy = card.with_memory(ROOMY_BYTES)
     submitted = []
     for recipe in recipes:
-        # From the second micro-batch of a step on, gradients are there from the start: more would show nothing new.
-        micro_batches = min(recipe.batch.gradient_accumulation_steps, 2)
-        short = replace_field(replace_field(recipe, "gradient_accumulation_steps", micro_batches), "max_steps", 2)
+        short = shortened(recipe)
         for length in lengths:
             future = submit_recipe(server, replace_field(short, "max_seq_length", length), roomy)
             submitted.append((recipe.name, length, future))

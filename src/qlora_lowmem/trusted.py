@@ -9,6 +9,7 @@ PyTorch itself writes there.
 
 import pickle
 from collections.abc import Iterator
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,15 @@ class _IndexReader(pickle.Unpickler):
     """Finds the names of `_IN_AN_INDEX` and no other (docs.python.org/3/library/pickle.html, Restricting Globals)."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2 pickles a member of an enumeration
+            return _member
         if name not in _IN_AN_INDEX.get(module, ()):
             raise _ForeignError(f"it would import {module}.{name}")
         return super().find_class(module, name)
+
+
+def _member(owner: Any, name: str) -> Any:
+    """A member of an enumeration, and no attribute of anything else."""
+    if not isinstance(owner, EnumType) or name not in owner.__members__:
+        raise _ForeignError(f"it would take {name} of {owner!r}")
+    return owner[name]

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from qlora_lowmem.training.checkpoints import CheckpointStore, NotSavedError, newest_whole, step_of
 from qlora_lowmem.training.manifest import damage
@@ -79,11 +81,17 @@ def limited(save: Callable[..., Any]) -> Callable[..., Any]:
     return write
 
 
+def save_tokenizer(_: dict[str, torch.Tensor], file: str) -> None:
+    words = {f"word{number}": number for number in range(1000)}
+    Tokenizer(WordLevel(words, unk_token="word0")).save(file)
+
+
 @pytest.mark.parametrize(
     ("write_badly", "cause"),
     [
         (full_disk, "No space left on device"),
         (limited(save_file), "File too large"),
+        (limited(save_tokenizer), "File too large"),
         (limited(torch.save), "a file could not be written to its end"),
     ],
 )

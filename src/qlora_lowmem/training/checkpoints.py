@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.training.manifest import damage, flush, seal
 from qlora_lowmem.units import format_bytes
@@ -112,7 +110,7 @@ class CheckpointStore:
             staging.mkdir(parents=True)
             write(staging)
             place(staging)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # tokenizers raises a bare one
             cause = why_not_written(error)
             if cause is None:
                 raise
@@ -156,15 +154,15 @@ def _newest_first(output_dir: Path) -> list[Path]:
 def why_not_written(error: BaseException) -> str | None:
     """What the system said when a file could not be written; None for any other error.
 
-    safetensors gives the system's words in a message of its own (safetensors/src/tensor.rs), torch's zip writer none
-    (caffe2/serialize/inline_container.cc).
+    safetensors and tokenizers give the system's words in a message of their own (Rust's `std::io::Error`), torch's zip
+    writer none (caffe2/serialize/inline_container.cc).
     """
     text = str(error)
     if isinstance(error, OSError):
         return error.strerror or text
-    said = re.search(r"I/O error: (.+) \(os error \d+\)", text)
-    if isinstance(error, SafetensorError) and said:
-        return said.group(1)
+    said = re.search(r"([^:]+) \(os error \d+\)", text)
+    if said:
+        return said.group(1).strip()
     if isinstance(error, RuntimeError) and ("inline_container" in text or "iostream" in text):
         return "a file could not be written to its end"
     return None
