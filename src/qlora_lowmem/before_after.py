@@ -18,7 +18,7 @@ from qlora_lowmem.data import CheckedData
 from qlora_lowmem.dataset import encoded_samples
 from qlora_lowmem.encoding import NO_LOSS, Encoded
 from qlora_lowmem.errors import DoesNotFitError, UsageError
-from qlora_lowmem.execute import start_recorder
+from qlora_lowmem.execute import start_recorder, torch_message
 from qlora_lowmem.job import apply_memory_limit
 from qlora_lowmem.models.loading import assert_on_device, load_base, load_tokenizer
 from qlora_lowmem.models.precision import choose_precision
@@ -205,7 +205,7 @@ def _fits(what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = " ".join(str(error).split()).split(" If reserved but unallocated")[0]
         raise DoesNotFitError(
-            f"out of GPU memory while {what}: {said}. Shorter samples and prompts need less, and --device cpu none"
+            f"out of GPU memory while {what}: {torch_message(error)}. Shorter samples and prompts need less, "
+            "and --device cpu none"
         ) from error

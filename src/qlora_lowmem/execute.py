@@ -208,7 +208,7 @@ def execute(
         running = recorder.running_phase or phase
         profile = recorder.profile()
         saved = _rescue(job, error) if save else None
-        raise OutOfGpuMemoryError(running, _first_sentences(error), profile, saved) from error
+        raise OutOfGpuMemoryError(running, torch_message(error), profile, saved) from error
     finally:
         if data is not None and not save:
             data.discard()  # here, for a process on a virtual GPU may end without Python's own cleaning up
@@ -276,7 +276,7 @@ def _rescue(job: Job | None, error: BaseException) -> Path | None:
     return saved or newest_whole(Path(str(job.trainer.args.output_dir))).checkpoint
 
 
-def _first_sentences(error: BaseException) -> str:
+def torch_message(error: BaseException) -> str:
     """torch's message up to its advice on the allocator, on one line."""
     text = " ".join(str(error).split())
     return text.split(" If reserved but unallocated")[0]

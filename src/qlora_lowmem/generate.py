@@ -11,7 +11,6 @@ training would score, so the file should hold samples that were not trained on.
 
 import argparse
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -28,12 +27,12 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.overrides import RecipeArgumentParser
 from qlora_lowmem.recipe import Recipe, recipe_hash
-from qlora_lowmem.recipe_io import load_recipe, recipe_from_dict
+from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.training.resumption import RECIPE_FILE, recipe_of_run
 
 if TYPE_CHECKING:
     from qlora_lowmem.before_after import Answer, HeldOutLoss
 
-RECIPE_FILE = "recipe.json"
 _NARROWEST = 20
 
 
@@ -104,21 +103,7 @@ def _recipe_of(options: argparse.Namespace) -> tuple[Recipe, Path]:
         recipe = load_recipe(options.config)
         return recipe, Path(options.run or recipe.run.output_dir)
     folder = Path(options.run)
-    if not folder.is_dir():
-        raise UsageError(f"--run: there is no folder {options.run!r}; give the output folder of a run")
-    file = next(
-        (each / RECIPE_FILE for each in (folder, folder.resolve().parent) if (each / RECIPE_FILE).is_file()), None
-    )
-    if file is None:
-        raise UsageError(
-            f"--run: {options.run!r} holds no {RECIPE_FILE}, which training writes; give its recipe with --config"
-        )
-    try:
-        recipe = recipe_from_dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--run: {str(file)!r} is no recipe of this version ({error}); give the recipe with --config too"
-        ) from None
+    recipe = recipe_of_run(folder)
     base = dataclasses.replace(recipe.base, trust_remote_code=options.trust_remote_code)
     return dataclasses.replace(recipe, base=base), folder
 

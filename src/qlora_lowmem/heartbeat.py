@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import DoesNotFitError
 from qlora_lowmem.memory.live import LiveMemory, write_live
 from qlora_lowmem.memory.recorder import Recorder
+from qlora_lowmem.ranks import is_first
 from qlora_lowmem.recipe import Recipe
 
 INTERVAL_SECONDS = 0.5
@@ -35,7 +35,6 @@ class Heartbeat(TrainerCallback):
         self._folder = Path(recipe.run.output_dir)
         self._live = LiveMemory(process.pid, process.create_time(), time.time(), recipe.name, device)
         self._recorder: Recorder | None = None
-        self._first = os.environ.get("RANK", "0") == "0"  # as torchrun and Accelerate set it
         self._written = 0.0
 
     def watch(self, recorder: Recorder | None) -> None:
@@ -64,6 +63,8 @@ class Heartbeat(TrainerCallback):
         self._beat(step=state.global_step)
 
     def _beat(self, *, now: bool = False, **changes: Any) -> None:
+        if not is_first():
+            return
         clock = time.monotonic()
         due = now or clock - self._written >= INTERVAL_SECONDS
         if torch.cuda.is_initialized():
@@ -71,7 +72,7 @@ class Heartbeat(TrainerCallback):
         if due and self._recorder is not None:
             changes["outside"] = max(self._recorder.outside_allocator_bytes, 0)
         self._live = dataclasses.replace(self._live, time=time.time(), **changes)
-        if due and self._first:
+        if due:
             self._written = clock
             with contextlib.suppress(OSError):
                 self._folder.mkdir(parents=True, exist_ok=True)

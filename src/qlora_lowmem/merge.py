@@ -26,8 +26,7 @@ from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.overrides import RecipeArgumentParser
 from qlora_lowmem.recipe import Recipe, recipe_hash
-from qlora_lowmem.recipe_io import recipe_from_dict
-from qlora_lowmem.training.resumption import RECIPE_FILE
+from qlora_lowmem.training.resumption import recipe_of_run
 from qlora_lowmem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 def _run(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     run, to = Path(options.run), Path(options.to)
-    recipe = _recipe_of(run)
+    recipe = recipe_of_run(run)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(f"--to: {str(to)!r} exists already; give a new folder")
     profile = merge_run(recipe, run, to, options.dtype, options.device, quiet=options.quiet)
@@ -89,22 +88,6 @@ def _run(arguments: list[str]) -> int:
     content = {"merged": str(to), "dtype": options.dtype, "recipe_hash": recipe_hash(recipe)} | peaks
     write_json(options.json, content | {"environment": provenance_record(peaks["device"], peaks["provenance"])})
     return EXIT_OK
-
-
-def _recipe_of(run: Path) -> Recipe:
-    """The recipe that a run's folder, or the folder of a checkpoint, remembers."""
-    if not run.is_dir():
-        raise UsageError(f"--run: there is no folder {str(run)!r}; give the output folder of a run that has ended")
-    path = next((folder / RECIPE_FILE for folder in (run, run.parent) if (folder / RECIPE_FILE).is_file()), None)
-    if path is None:
-        raise UsageError(
-            f"--run: {str(run)!r} holds no {RECIPE_FILE}, so its base model is unknown; give a folder that "
-            "qlora_lowmem.train has written"
-        )
-    try:
-        return recipe_from_dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"--run: {str(path)!r} cannot be read as a recipe; restore it") from None
 
 
 def merge_run(
@@ -122,11 +105,12 @@ def merge_run(
 
     Raises:
         UsageError: random weights, another model's adapter, no room on the disk.
+        OutOfGpuMemoryError: the card has no room for a tile of rows.
     """
     import torch
     from safetensors import SafetensorError
 
-    from qlora_lowmem.execute import start_recorder
+    from qlora_lowmem.execute import OutOfGpuMemoryError, start_recorder, torch_message
     from qlora_lowmem.job import apply_memory_limit
     from qlora_lowmem.models import merging
     from qlora_lowmem.models.loading import weights_folder
@@ -154,6 +138,9 @@ def merge_run(
         if to.is_dir():
             to.rmdir()
         scratch.rename(to)
+    except torch.OutOfMemoryError as error:
+        assert recorder is not None
+        raise OutOfGpuMemoryError("merge", torch_message(error), recorder.profile()) from error
     except (OSError, SafetensorError) as error:
         raise UsageError(f"--to: {str(to)!r} cannot be written ({why_not_written(error) or error})") from None
     finally:

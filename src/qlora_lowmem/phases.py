@@ -22,15 +22,15 @@ from tqdm.auto import tqdm
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError, UsageError
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe, recipe_from_dict, replace_field
+from qlora_lowmem.recipe_io import load_recipe, recipe_from_dict, replace_fields
 from qlora_lowmem.report.tables import phase_table
 from qlora_lowmem.units import format_bytes
-from qlora_lowmem.virtual_runs import recipe_server
+from qlora_lowmem.virtual_runs import recipe_card, recipe_server
 
 PARTS = ("train", "resume", "merge")
 _EVAL_FRACTION = 0.2
@@ -59,7 +59,6 @@ def live(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server) -> 
 
     Raises:
         QloraLowmemError: a part failed for another reason than memory.
-        UsageError: the recipe's architecture is not known here.
     """
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -123,9 +122,7 @@ def _lived(recipe: Recipe, model: Path) -> Recipe:
     changes: dict[str, Any] = {"weights": "pretrained", "model": str(model), "revision": None, "data": "synthetic"}
     changes |= {"max_steps": 2, "warmup_steps": 0, "eval_fraction": _EVAL_FRACTION, "eval_steps": 1}
     changes |= {"save_steps": 1, "save_total_limit": 2, "device": "virtual"}
-    for leaf, value in changes.items():
-        recipe = replace_field(recipe, leaf, value)
-    return recipe
+    return replace_fields(recipe, changes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,10 +144,7 @@ def parser() -> argparse.ArgumentParser:
 def _run(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     recipes = [load_recipe(path, {"device": "virtual"} | overrides_from(options)) for path in options.config]
-    try:
-        cards = [virtual_gpu.get_card(recipe.run.card) for recipe in recipes]
-    except virtual_gpu.UnknownCardError as error:
-        raise UsageError(f"run.card: {error}") from None
+    cards = [recipe_card(recipe) for recipe in recipes]
     for recipe in recipes:
         resolve_model(recipe.base.model, "random")
     with recipe_server(max_workers=1) as server:

@@ -8,14 +8,13 @@ cost in memory, and what is done here against that:
   exist for one span of 128 tokens at a time, 1.5 MiB each;
 - it keeps its own inputs for backward: here only the scan's inputs are kept, and backward makes one span again at a
   time, as `scan.py` does with its blocks;
-- Triton's autotuner takes a buffer of 256 MiB to flush the card's cache with, 0.18 GiB on top of the lean recipe's
-  peak. So each kernel runs with one configuration, of those that it is offered with: 4 warps and the fewest stages,
-  which compiles to at most 32 KiB of shared memory for sm_80, sm_89, sm_90 and sm_120.
+- Triton's autotuner takes a buffer of 256 MiB to flush the card's cache with. So each kernel runs with one
+  configuration, of those that it is offered with: 4 warps and the fewest stages, which take the least shared memory.
 
 Two cases stay with `scan.py`. fp32 products on a GPU, because Triton rounds their factors to TF32. And trained A, D or
 dt's bias, which QLoRA freezes: the kernels take the gradient of a decay as a difference of two sums that share their
-diagonal, so with decays as deep as A = -48 it is exact to about 1e-5 for dt in fp32 (below the rounding of 16-bit
-products) and to 3e-4 for A, whose sum cancels again.
+diagonal. With deep decays little is left of it: for dt enough beside the rounding of 16-bit products
+(`tests/lean/test_scan_triton.py`), for A, whose sum cancels again, too little.
 """
 
 from collections.abc import Iterator

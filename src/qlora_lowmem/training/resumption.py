@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe, hashed_fields, recipe_hash
+from qlora_lowmem.recipe_io import recipe_from_dict
 from qlora_lowmem.training.checkpoints import Found, discard_unfinished, newest_whole
 from qlora_lowmem.training.manifest import flush
 
@@ -127,6 +128,28 @@ def _read(marker: Path) -> dict[str, Any]:
             "file, remove the folder, or give another --output-dir"
         ) from None
     return content
+
+
+def recipe_of_run(folder: Path) -> Recipe:
+    """The recipe that a run's output folder, or the folder of one of its checkpoints, remembers.
+
+    Raises:
+        UsageError: there is no such folder, or it remembers none that can be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--run: there is no folder {str(folder)!r}; give the output folder of a run")
+    marker = next(
+        (each / RECIPE_FILE for each in (folder, folder.resolve().parent) if (each / RECIPE_FILE).is_file()), None
+    )
+    if marker is None:
+        raise UsageError(
+            f"--run: {str(folder)!r} holds no {RECIPE_FILE}, so its base model is unknown; give a folder that "
+            "qlora_lowmem.train has written"
+        )
+    try:
+        return recipe_from_dict(json.loads(marker.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--run: {str(marker)!r} is no recipe of this version ({error}); restore it") from None
 
 
 def changes_between(before: dict[str, Any], recipe: Recipe) -> tuple[list[Change], list[Change]]:
