@@ -190,10 +190,12 @@ def _backward(
     grad_weighted = (mixing.to(dtype).transpose(-1, -2) @ grad_heads).transpose(1, 2).float()
     del mixing, grad_heads
     # dM * M, the exponent's gradient: summed over j for its later end, over i for its earlier one. On the diagonal the
-    # two cancel: left out, because with strong decay it is the largest, and its rounding would stay.
+    # two cancel: left out, because with strong decay it is the largest, and its rounding would stay. The sums are
+    # doubles (a few thousand numbers), because summed up over the tokens below they cancel again.
     _heads_by_group(grad_mixing, groups).mul_(scores)
     grad_exponent = grad_mixing.tril_(-1)
-    grad_cumulative = (grad_exponent.sum(-1) - grad_exponent.sum(-2)).transpose(1, 2)  # (b, l, h)
+    ends_here, starts_here = (grad_exponent.sum(axis, dtype=torch.float64) for axis in (-1, -2))
+    grad_cumulative = (ends_here - starts_here).transpose(1, 2)  # (b, l, h)
     del grad_exponent, grad_mixing, scores
     grad_c = grad_scores @ chunks.b
     grad_b = grad_scores.transpose(-1, -2) @ chunks.c
@@ -221,9 +223,9 @@ def _backward(
     grad_to_end = through.mul_(weighted).sum(-1)  # times its own decay: d exponent
     grad_to_end[:, -1] = 0  # the last token does not decay
     grad_cumulative -= grad_to_end
-    grad_cumulative[:, -1] += grad_to_end.sum(1) + grad_last
+    grad_cumulative[:, -1] += grad_to_end.sum(1, dtype=torch.float64) + grad_last
 
-    grad_decays = grad_cumulative.flip(1).cumsum(1).flip(1)
+    grad_decays = grad_cumulative.flip(1).cumsum(1).flip(1).float()
     grad_x = torch.addcmul(grad * d.float()[:, None], grad_weighted, chunks.dt[..., None])
     grad_dt = grad_weighted.mul_(x).sum(-1)
     return grad_x, grad_dt, grad_decays, grad_b.transpose(1, 2), grad_c.transpose(1, 2), grad_state
