@@ -9,7 +9,7 @@ from matrix_recipes import ORDER, RECIPES
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import Matrix, Runner
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.report.matrix import write_matrix
 
 # What takes minutes: asked for by its file or by -m, not run with the matrix.

@@ -10,7 +10,7 @@ from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import CaseResult, VirtualRunner
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.report.matrix import write_matrix
 
 SIX_GB_CARDS = [card.name for card in virtual_gpu.all_cards() if card.name.endswith("-6gb")]

@@ -10,10 +10,10 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.memory.profile import PHASES, PhasePeak
 from qlora_lowmem.phases import Life, live
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.probes.runs import recipe_server
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
 from qlora_lowmem.units import parse_bytes
-from qlora_lowmem.virtual_runs import recipe_server
 
 pytestmark = pytest.mark.phases
 CARD = virtual_gpu.get_card("rtx-4050-laptop-6gb")

@@ -18,10 +18,10 @@ from qlora_lowmem.plan.pair import Extent, Pair
 from qlora_lowmem.plan.runs import Runs
 from qlora_lowmem.plan.sweep import sweep
 from qlora_lowmem.plan.table import Again, write_plans
-from qlora_lowmem.reach import room_left
+from qlora_lowmem.probes.reach import room_left
+from qlora_lowmem.probes.runs import RecipeRun, recipe_server, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import recipe_from_dict, replace_field, replace_fields
-from qlora_lowmem.virtual_runs import RecipeRun, recipe_server, submit_recipe, two_steps
+from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
 
 pytestmark = pytest.mark.plan
 

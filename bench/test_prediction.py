@@ -11,7 +11,7 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import CaseResult, Matrix, VirtualRunner
 from qlora_lowmem.gate.measured_card import properties_of_this_machine, virtual_twin
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import replace_field
+from qlora_lowmem.recipe.io import replace_field
 from qlora_lowmem.report.prediction import Figure, compare, misses, write_prediction
 
 pytestmark = pytest.mark.gpu

@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 
 from published.rows import fine_tuning_runs
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.advice import ROOMY_BYTES
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.virtual_runs import submit_recipe
+from qlora_lowmem.probes.advice import ROOMY_BYTES
+from qlora_lowmem.probes.runs import submit_recipe
 from reality.comparison import Comparison
 from reality.rows import FACTORY, FITCHECK, FMS, PEFT, PublishedPeak, published_peaks
 from reality.table import SOURCES, write_reality

@@ -12,7 +12,7 @@ from qlora_lowmem.models.loading import load_tokenizer
 from qlora_lowmem.models.precision import choose_precision
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import recipe_from_dict, replace_field
+from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
 
 # Synthetic samples never end: the same ones come again.
 _STEPS_OF_DATA = 2

@@ -20,7 +20,7 @@ import qlora_lowmem
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.models.sources import architecture, known_architectures, resolve_model
 from qlora_lowmem.recipe import SECTIONS
-from qlora_lowmem.recipe_checks import FieldSpec, allowed, field_specs
+from qlora_lowmem.recipe.checks import FieldSpec, allowed, field_specs
 from qlora_lowmem.units import GIB, MIB
 from qlora_lowmem.virtual_gpu import all_cards
 

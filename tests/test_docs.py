@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from docs_commands import AS, NOT_RUN, TINY, blocks, commands, pages, run_as
 from helpers import RECIPES, ROOT
 from qlora_lowmem.memory.live import LiveMemory, write_live
-from qlora_lowmem.recipe_checks import field_specs
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.checks import field_specs
+from qlora_lowmem.recipe.io import load_recipe
 
 COMMANDS = commands()
 RUN = sorted({run_as(command) for command in COMMANDS if command not in NOT_RUN})

@@ -8,8 +8,8 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.recipe_io import load_recipe
-from qlora_lowmem.virtual_runs import recipe_server, submit_recipe
+from qlora_lowmem.probes.runs import recipe_server, submit_recipe
+from qlora_lowmem.recipe.io import load_recipe
 from speed_table import Speed, write_speed
 
 MIB = 2**20

@@ -18,8 +18,8 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.models.random_weights import meta_model
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.recipe_io import load_recipe
-from qlora_lowmem.virtual_runs import recipe_server, submit_recipe
+from qlora_lowmem.probes.runs import recipe_server, submit_recipe
+from qlora_lowmem.recipe.io import load_recipe
 
 pytestmark = pytest.mark.slow
 

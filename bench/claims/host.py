@@ -8,8 +8,8 @@ from claims.runs import DENSE_3B, HYBRID, OPTIMISED, TITLES, Runs
 from claims.verdicts import Exactly
 from claims.ways_out import saving
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.advice import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
+from qlora_lowmem.probes.advice import ROOMY_BYTES
 
 
 def submit(server: virtual_gpu.Server) -> "dict[str, Future[virtual_gpu.JobResult]]":

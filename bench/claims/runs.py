@@ -8,14 +8,14 @@ from tqdm.auto import tqdm
 
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.advice import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models.sources import architecture
+from qlora_lowmem.probes.advice import ROOMY_BYTES
+from qlora_lowmem.probes.runs import RecipeRun, submit_recipe
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe
-from qlora_lowmem.virtual_runs import RecipeRun, submit_recipe
+from qlora_lowmem.recipe.io import load_recipe
 
 HYBRID, DENSE_1B, DENSE_3B = "granite-4.0-h-1b", "granite-4.0-1b", "llama-3.2-3b"
 TITLES = {HYBRID: "Granite-4.0-H-1B", DENSE_1B: "Granite-4.0-1B (dense)", DENSE_3B: "Llama-3.2-3B (dense)"}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from matrix_recipes import RECIPES
 from qlora_lowmem.models.sources import architecture, known_architectures
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 
 HERE = Path(__file__).parent
 FITCHECK, PEFT = "fitcheck", "PEFT's method comparison"

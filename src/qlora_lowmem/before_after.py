@@ -15,18 +15,18 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_lowmem.data import CheckedData
-from qlora_lowmem.dataset import encoded_samples
-from qlora_lowmem.encoding import NO_LOSS, Encoded
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.execute import start_recorder, torch_message
 from qlora_lowmem.job import apply_memory_limit
 from qlora_lowmem.models.loading import assert_on_device, load_base, load_tokenizer
 from qlora_lowmem.models.precision import choose_precision
 from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.trusted import check_adapter
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.templates import TEMPLATE_ERRORS, check_templates
-from qlora_lowmem.token_store import TokenTally
-from qlora_lowmem.trusted import check_adapter
+from qlora_lowmem.tokens.dataset import encoded_samples
+from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
+from qlora_lowmem.tokens.store import TokenTally
+from qlora_lowmem.tokens.templates import TEMPLATE_ERRORS, check_templates
 
 # Positions whose logits exist at once: 512 x 100,352 words are 196 MiB in fp32.
 _SCORED_AT_ONCE = 512

@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.data import CheckedData
-from qlora_lowmem.dataset import TrainingData, count_tokens, training_data
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.job import Job, PhaseCallback, apply_memory_limit, build_job, set_allocator
 from qlora_lowmem.memory.attribution import Attribution
@@ -30,13 +29,14 @@ from qlora_lowmem.models.packing import why_not_packed
 from qlora_lowmem.models.precision import choose_precision
 from qlora_lowmem.models.sources import ModelSource, resolve_model
 from qlora_lowmem.models.targets import resolve_targets
+from qlora_lowmem.models.trusted import check_checkpoint
 from qlora_lowmem.ranks import local_rank, processes
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.token_store import TokenReport
+from qlora_lowmem.tokens.dataset import TrainingData, count_tokens, training_data
+from qlora_lowmem.tokens.store import TokenReport
 from qlora_lowmem.training.checkpoints import NotSavedError, newest_whole
 from qlora_lowmem.training.interruption import Interruption
 from qlora_lowmem.training.warm_up import WarmUp
-from qlora_lowmem.trusted import check_checkpoint
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.probes.runs import recipe_card
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
-from qlora_lowmem.recipe_io import load_recipe, replace_field
+from qlora_lowmem.recipe.io import load_recipe, replace_field
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.units import GIB
-from qlora_lowmem.virtual_runs import recipe_card
 
 _ROOMY_BYTES = 80 * GIB
 

@@ -25,9 +25,9 @@ from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.data import CheckedData, check_data
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.overrides import RecipeArgumentParser
 from qlora_lowmem.recipe import Recipe, recipe_hash
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 from qlora_lowmem.training.resumption import RECIPE_FILE, recipe_of_run
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def _on_device(recipe: Recipe, options: argparse.Namespace) -> Recipe:
 
 def _adapter_of(folder: Path) -> Path:
     """The folder itself, or the newest whole checkpoint in it while training has not ended."""
+    from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter
     from qlora_lowmem.training.checkpoints import newest_whole
-    from qlora_lowmem.trusted import ADAPTER_WEIGHTS, check_adapter
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         checkpoint = newest_whole(folder).checkpoint

@@ -13,7 +13,6 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.dataset import TrainingData, synthetic_data
 from qlora_lowmem.lean import LeanOptions, LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import EMBEDDING_BITS, assert_on_device, load_base
@@ -22,6 +21,7 @@ from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.models.targets import Targets, resolve_targets
 from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.tokens.dataset import TrainingData, synthetic_data
 from qlora_lowmem.training.held_out import hold_out, with_held_out
 from qlora_lowmem.training.trainer import LowMemTrainer
 

@@ -18,15 +18,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.advice import ROOMY_BYTES
 from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError, UsageError
-from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.probes.advice import ROOMY_BYTES
+from qlora_lowmem.probes.runs import recipe_card, recipe_server, shortened, submit_recipe
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe, replace_field
+from qlora_lowmem.recipe.io import load_recipe, replace_field
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
-from qlora_lowmem.virtual_runs import recipe_card, recipe_server, shortened, submit_recipe
 
 DEFAULT_LENGTHS = (256, 512, 1024, 2048, 4096)
 

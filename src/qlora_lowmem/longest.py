@@ -21,12 +21,12 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
-from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
-from qlora_lowmem.reach import reach
+from qlora_lowmem.probes.reach import reach
+from qlora_lowmem.probes.runs import RecipeRun, recipe_card, recipe_server, submit_recipe
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
-from qlora_lowmem.virtual_runs import RecipeRun, recipe_card, recipe_server, submit_recipe
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.overrides import RecipeArgumentParser
 from qlora_lowmem.recipe import Recipe, recipe_hash
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 from qlora_lowmem.training.resumption import recipe_of_run
 from qlora_lowmem.units import format_bytes
 

@@ -25,12 +25,12 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.probes.runs import recipe_card, recipe_server
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe, recipe_from_dict, replace_fields
+from qlora_lowmem.recipe.io import load_recipe, recipe_from_dict, replace_fields
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.report.tables import phase_table
 from qlora_lowmem.units import format_bytes
-from qlora_lowmem.virtual_runs import recipe_card, recipe_server
 
 PARTS = ("train", "resume", "merge")
 _EVAL_FRACTION = 0.2

@@ -20,18 +20,18 @@ from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.data import CheckedData, check_data
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
-from qlora_lowmem.loggers import check_logger
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.probes.runs import recipe_card
 from qlora_lowmem.ranks import is_first, processes
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.training.loggers import check_logger
 from qlora_lowmem.units import format_bytes
-from qlora_lowmem.virtual_runs import recipe_card
 
 if TYPE_CHECKING:
     from qlora_lowmem.execute import Outcome
-    from qlora_lowmem.token_store import TokenReport
+    from qlora_lowmem.tokens.store import TokenReport
     from qlora_lowmem.training.retreat import Retreat
 
 
@@ -150,9 +150,9 @@ def _train_here(
     resume_from: Path | None,
 ) -> int:
     from qlora_lowmem.execute import OutOfGpuMemoryError, execute
-    from qlora_lowmem.heartbeat import Heartbeat
     from qlora_lowmem.model_card import write_model_card
     from qlora_lowmem.progress import ProgressLine, quiet_libraries
+    from qlora_lowmem.training.heartbeat import Heartbeat
     from qlora_lowmem.training.interruption import Interruption
     from qlora_lowmem.training.log_file import LogFile
 
@@ -261,7 +261,7 @@ def _does_not_fit(recipe: Recipe, content: dict[str, Any], options: argparse.Nam
     if options.no_advice or processes() > 1:  # advice is for one card
         write_json(options.json, content)
         return EXIT_DOES_NOT_FIT
-    from qlora_lowmem.advice import advise, card_like
+    from qlora_lowmem.probes.advice import advise, card_like
 
     card = card_like(content["device"], content["total_bytes"])
     if card is None:
@@ -305,7 +305,7 @@ def _summary(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
 
 
 def _describe(job: Any, checked: CheckedData | None) -> None:
-    from qlora_lowmem.dataset import show_sample
+    from qlora_lowmem.tokens.dataset import show_sample
 
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     _say(f"training {trained:,} parameters in adapters of {len(job.targets.modules)} modules")

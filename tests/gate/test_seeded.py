@@ -18,10 +18,10 @@ from qlora_lowmem.gate.verdicts import EXACT, Pass, Regressed, compare
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models.sources import architecture
+from qlora_lowmem.probes.runs import recipe_server
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.virtual_gpu.build import ensure_built
-from qlora_lowmem.virtual_runs import recipe_server
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.probes.runs import recipe_server, submit_recipe
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.virtual_gpu.build import ensure_built
-from qlora_lowmem.virtual_runs import recipe_server, submit_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from helpers import RECIPES
 from qlora_lowmem.merge import main
 from qlora_lowmem.models import merging
 from qlora_lowmem.recipe import Recipe, recipe_hash
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 from tiny_chat import write_tiny_chat
 
 

@@ -12,7 +12,7 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.execute import check_packing
 from qlora_lowmem.models.packing import KEEPS_APART, why_not_packed
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

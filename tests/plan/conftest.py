@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.virtual_runs import recipe_server
+from qlora_lowmem.probes.runs import recipe_server
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from typing import Any
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
 from qlora_lowmem.plan.runs import Tally
+from qlora_lowmem.probes.runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.virtual_runs import RecipeRun
 
 MIB = 2**20
 BASE = 1500 * MIB

@@ -13,9 +13,9 @@ from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
 from qlora_lowmem.plan import cache, runs
 from qlora_lowmem.plan.cache import RunCache, run_key
 from qlora_lowmem.plan.runs import Runs, Tally
+from qlora_lowmem.probes.runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe, replace_field, replace_fields
-from qlora_lowmem.virtual_runs import RecipeRun
+from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
 
 CARD = virtual_gpu.get_card("rtx-4050-laptop-6gb")
 RECIPE = load_recipe(RECIPES / "optimised.yaml")

@@ -12,7 +12,7 @@ from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.plan.cache import RunCache
 from qlora_lowmem.plan.flops import FlopCount, product_with_4bit
 from qlora_lowmem.plan.runs import Runs, Tally
-from qlora_lowmem.recipe_io import load_recipe, replace_fields
+from qlora_lowmem.recipe.io import load_recipe, replace_fields
 from qlora_lowmem.virtual_gpu import Server, get_card
 
 CARD = get_card("rtx-3060-laptop-6gb")

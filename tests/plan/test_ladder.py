@@ -5,7 +5,7 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem.plan.ladder import ladder, rungs
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe, replace_fields
+from qlora_lowmem.recipe.io import load_recipe, replace_fields
 
 START = replace_fields(Recipe(name="start"), {"target_modules": "all-linear"})
 

@@ -16,7 +16,7 @@ from qlora_lowmem.plan.ladder import ladder
 from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, Planner, ranked
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe, replace_field, replace_fields
+from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
 
 CARD = virtual_gpu.get_card("rtx-3060-laptop-6gb")
 MODEL = replace_fields(Recipe(name="granite"), {"target_modules": "all-linear", "max_seq_length": 2048})

@@ -17,10 +17,10 @@ from qlora_lowmem.plan.cache import RunCache
 from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, Planner
 from qlora_lowmem.plan.runs import Runs
-from qlora_lowmem.reach import room_left
-from qlora_lowmem.recipe_io import load_recipe, replace_fields
+from qlora_lowmem.probes.reach import room_left
+from qlora_lowmem.probes.runs import submit_recipe, two_steps
+from qlora_lowmem.recipe.io import load_recipe, replace_fields
 from qlora_lowmem.virtual_gpu import Server, get_card
-from qlora_lowmem.virtual_runs import submit_recipe, two_steps
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CARD = "rtx-3060-laptop-6gb"

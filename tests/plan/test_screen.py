@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from helpers import RECIPES
-from qlora_lowmem.advice import Knob
 from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal, Tried
 from qlora_lowmem.plan.screen import cost, lines
 from qlora_lowmem.plan.table import plans_table, row
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.probes.advice import Knob
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.units import GIB, MIB
 
 NEED = Need(2 * GIB, 5 * GIB // 2, 3 * GIB, GIB, 0, 1000, fits=True)

@@ -31,8 +31,8 @@ else:
     from transformers import AutoTokenizer
 
     from helpers import RECIPES
-    from qlora_lowmem.dataset import training_data
-    from qlora_lowmem.recipe_io import load_recipe
+    from qlora_lowmem.recipe.io import load_recipe
+    from qlora_lowmem.tokens.dataset import training_data
 
     recipe = load_recipe(RECIPES / "demo.yaml", {"max_steps": None, "max_seq_length": 512})
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])

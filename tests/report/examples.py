@@ -16,7 +16,7 @@ from qlora_lowmem.lengths import write_table as write_lengths
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
 from qlora_lowmem.memory.timeline import Timeline
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.report.attribution import write_attribution
 from qlora_lowmem.report.charts.waterfall import Step
 from qlora_lowmem.report.matrix import write_matrix

@@ -6,7 +6,7 @@ from helpers import RECIPES
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import CaseResult
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.report.matrix import write_matrix
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe
+from qlora_lowmem.recipe.io import load_recipe
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import PHASES
 from qlora_lowmem.phases import live
-from qlora_lowmem.recipe_io import load_recipe, replace_field
+from qlora_lowmem.probes.runs import recipe_server
+from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.virtual_gpu.build import ensure_built
-from qlora_lowmem.virtual_runs import recipe_server
 from tiny_chat import write_tiny_chat
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.recipe_sections import DATA_SUFFIXES, is_hub_data
+from qlora_lowmem.recipe.sections import DATA_SUFFIXES, is_hub_data
 
 DEFAULT_SPLIT = "train"
 

@@ -125,7 +125,7 @@ def results_folder(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def virtual_server() -> "Iterator[virtual_gpu.Server]":
     """A server of virtual runs, two at a time."""
-    from qlora_lowmem.virtual_runs import recipe_server
+    from qlora_lowmem.probes.runs import recipe_server
 
     with recipe_server(max_workers=2) as server:
         yield server

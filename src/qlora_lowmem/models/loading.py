@@ -21,10 +21,11 @@ from transformers import (
 
 from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.lean import quantise_embeddings
-from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
-from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.user_cache import cache_folder
+
+from .random_weights import config_from, meta_model, random_model
+from .sources import ModelSource
 
 EMBEDDING_BITS: dict[str, Literal[8, 4] | None] = {"none": None, "8bit": 8, "4bit": 4}
 

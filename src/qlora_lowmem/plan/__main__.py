@@ -32,7 +32,6 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, UsageError
-from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.plan import screen
 from qlora_lowmem.plan.answers import Plan
 from qlora_lowmem.plan.cache import RunCache
@@ -42,13 +41,14 @@ from qlora_lowmem.plan.pair import Extent, Pair, Planner
 from qlora_lowmem.plan.runs import Runs
 from qlora_lowmem.plan.sweep import sweep
 from qlora_lowmem.plan.table import plans_table
+from qlora_lowmem.probes.runs import recipe_server
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, Run
-from qlora_lowmem.recipe_commented import commented_yaml
-from qlora_lowmem.recipe_io import load_recipe, replace_field, replace_fields
-from qlora_lowmem.recipe_sections import is_hub_data
+from qlora_lowmem.recipe.commented import commented_yaml
+from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.sections import is_hub_data
 from qlora_lowmem.units import format_bytes
 from qlora_lowmem.user_cache import cache_folder
-from qlora_lowmem.virtual_runs import recipe_server
 
 DEFAULT_SEQ = 2048
 DEFAULT_LIMIT = 32768

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from qlora_lowmem.advice import Knob
-from qlora_lowmem.reach import Reach
+from qlora_lowmem.probes.advice import Knob
+from qlora_lowmem.probes.reach import Reach
+from qlora_lowmem.probes.runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.virtual_runs import RecipeRun
 
 LimitedBy = Literal["memory", "model", "limit"]
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from qlora_lowmem.execute import execute
-from qlora_lowmem.recipe_io import recipe_from_dict, replace_field
+from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
 
 
 class FlopCount(TorchDispatchMode):

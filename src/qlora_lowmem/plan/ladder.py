@@ -18,7 +18,7 @@ from typing import Any
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import replace_fields
+from qlora_lowmem.recipe.io import replace_fields
 
 
 @dataclass(frozen=True)

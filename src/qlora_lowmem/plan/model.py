@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lowmem.advice import TILED_MODEL_TYPE
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.probes.advice import TILED_MODEL_TYPE
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
-from qlora_lowmem.recipe_io import replace_fields
+from qlora_lowmem.recipe.io import replace_fields
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.plan.cache import RunCache, run_key
+from qlora_lowmem.probes.runs import RecipeRun, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import replace_fields
-from qlora_lowmem.virtual_runs import RecipeRun, submit_recipe, two_steps
+from qlora_lowmem.recipe.io import replace_fields
 
 # FLOPs grow with the sequence in each recipe alike; a short one says how they compare.
 COUNTED_TOKENS = 1024

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 
 from tabulate import tabulate
 
-from qlora_lowmem.advice import Knob
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal
 from qlora_lowmem.plan.runs import COUNTED_TOKENS
+from qlora_lowmem.probes.advice import Knob
 from qlora_lowmem.report.tables import gib
 from qlora_lowmem.units import MIB, format_bytes
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.training.manifest import damage, flush, seal
 from qlora_lowmem.units import format_bytes
+
+from .manifest import damage, flush, seal
 
 STAGING = ".saving"
 _NAME = re.compile(r"checkpoint-([0-9]+)")

@@ -11,9 +11,10 @@ from filelock import FileLock, Timeout
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe, hashed_fields, recipe_hash
-from qlora_lowmem.recipe_io import recipe_from_dict
-from qlora_lowmem.training.checkpoints import Found, discard_unfinished, newest_whole
-from qlora_lowmem.training.manifest import flush
+from qlora_lowmem.recipe.io import recipe_from_dict
+
+from .checkpoints import Found, discard_unfinished, newest_whole
+from .manifest import flush
 
 RECIPE_FILE = "recipe.json"
 _LOCK = ".lock"

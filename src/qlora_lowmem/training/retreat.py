@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import replace_fields
+from qlora_lowmem.recipe.io import replace_fields
 
 
 @dataclass(frozen=True)

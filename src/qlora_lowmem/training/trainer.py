@@ -12,11 +12,12 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.sampler import LISTED_SAMPLES, ComputedOrder
-from qlora_lowmem.training.checkpoints import CheckpointStore, newest_whole, step_of
-from qlora_lowmem.training.interruption import StopEvaluation
-from qlora_lowmem.training.random_state import RandomState, undisturbed
-from qlora_lowmem.training.running_totals import RunningTotals
+from qlora_lowmem.tokens.sampler import LISTED_SAMPLES, ComputedOrder
+
+from .checkpoints import CheckpointStore, newest_whole, step_of
+from .interruption import StopEvaluation
+from .random_state import RandomState, undisturbed
+from .running_totals import RunningTotals
 
 
 class OptimizerStep(TrainerCallback):

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.training.random_state import undisturbed
-from qlora_lowmem.training.running_totals import RunningTotals
+
+from .random_state import undisturbed
+from .running_totals import RunningTotals
 
 # State of a trained parameter: AdamW keeps two values in its dtype; in 8 bits two bytes with a scale for each 256, and
 # two fp32 values where the tensor is small (bitsandbytes/optim/optimizer.py). Paged state is managed memory, which no

@@ -24,8 +24,8 @@ from rich.live import Live
 from qlora_lowmem.command import run_command
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.memory.live import MEMORY_FILE, LiveMemory, read_live
-from qlora_lowmem.overrides import RecipeArgumentParser
-from qlora_lowmem.recipe_memory import parse_memory_limit
+from qlora_lowmem.recipe.memory import parse_memory_limit
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 from qlora_lowmem.units import GIB
 from qlora_lowmem.watch import judgement
 from qlora_lowmem.watch.readings import Nvml, Reading, is_running, look, system

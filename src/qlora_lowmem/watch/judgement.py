@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_lowmem.memory.live import LiveMemory
-from qlora_lowmem.recipe_memory import parse_memory_limit
+from qlora_lowmem.recipe.memory import parse_memory_limit
 from qlora_lowmem.units import format_bytes
 from qlora_lowmem.watch.readings import Reading, System
 

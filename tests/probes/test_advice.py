@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.advice import candidate_changes, knobs_of
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
-from qlora_lowmem.recipe_io import load_recipe, replace_field
+from qlora_lowmem.probes.advice import candidate_changes, knobs_of
+from qlora_lowmem.probes.runs import RecipeRun
+from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.virtual_gpu import get_card
-from qlora_lowmem.virtual_runs import RecipeRun
 
 
 @pytest.mark.parametrize("shipped", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

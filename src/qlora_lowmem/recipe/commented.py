@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import yaml
 
-from .recipe import SECTIONS, Recipe
-from .recipe_checks import field_specs
+from .checks import field_specs
+from .whole import SECTIONS, Recipe
 
 _COMMENT_AT = 41
 

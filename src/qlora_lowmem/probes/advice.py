@@ -15,9 +15,10 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import replace_fields
+from qlora_lowmem.recipe.io import replace_fields
 from qlora_lowmem.units import format_bytes
-from qlora_lowmem.virtual_runs import RecipeRun, recipe_server, submit_recipe, two_steps
+
+from .runs import RecipeRun, recipe_server, submit_recipe, two_steps
 
 # Room for everything: no recipe of this project's models needs as much.
 ROOMY_BYTES = 1 << 42

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import replace_field
-from qlora_lowmem.search import largest_that_fits
-from qlora_lowmem.virtual_runs import RecipeRun, shortened, two_steps
+from qlora_lowmem.recipe.io import replace_field
+
+from .runs import RecipeRun, shortened, two_steps
+from .search import largest_that_fits
 
 Submit = Callable[[Recipe, virtual_gpu.Card], "Future[RecipeRun]"]
 Note = Callable[[str, int, bool], None]

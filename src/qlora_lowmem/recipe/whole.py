@@ -1,6 +1,6 @@
 """The recipe: what to train, said once.
 
-Nothing here checks a value (`recipe_checks`), reads a file (`recipe_io`) or a command line (`overrides`).
+Nothing here checks a value (`checks`), reads a file (`io`) or a command line (`overrides`).
 """
 
 import dataclasses
@@ -13,10 +13,8 @@ from typing import Any
 
 import yaml
 
-from .recipe_memory import Lean, Memory
-from .recipe_sections import (
-    SYNTHETIC,
-    TARGET_PRESETS,
+from .memory import Lean, Memory
+from .sections import (
     Base,
     Batch,
     Data,
@@ -29,27 +27,6 @@ from .recipe_sections import (
     is_hub_data,
     knob,
 )
-
-__all__ = [
-    "SECTIONS",
-    "SYNTHETIC",
-    "TARGET_PRESETS",
-    "Base",
-    "Batch",
-    "Data",
-    "Dataloader",
-    "Lean",
-    "Lora",
-    "Memory",
-    "Optimizer",
-    "Quantization",
-    "Recipe",
-    "Run",
-    "Schedule",
-    "hashed_fields",
-    "recipe_fields",
-    "recipe_hash",
-]
 
 
 @dataclass(frozen=True)

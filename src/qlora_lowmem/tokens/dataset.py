@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from qlora_lowmem.data import CheckedData, FaultLog, FaultySampleError
-from qlora_lowmem.encoding import Encoded, Encoder
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.templates import check_templates, choose_marking, learns_to_stop
-from qlora_lowmem.token_store import TokenReport, TokenTally, open_tokens, write_tokens
 from qlora_lowmem.training.held_out import with_held_out
+
+from .encoding import Encoded, Encoder
+from .store import TokenReport, TokenTally, open_tokens, write_tokens
+from .templates import check_templates, choose_marking, learns_to_stop
 
 TOKENS_FOLDER = "tokenised"
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem import dataset as making
 from qlora_lowmem.data import CheckedData, check_data
-from qlora_lowmem.dataset import count_tokens, show_sample, training_data
-from qlora_lowmem.encoding import NO_LOSS
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import load_recipe
-from qlora_lowmem.token_store import TokenReport
+from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.tokens import dataset as making
+from qlora_lowmem.tokens.dataset import count_tokens, show_sample, training_data
+from qlora_lowmem.tokens.encoding import NO_LOSS
+from qlora_lowmem.tokens.store import TokenReport
 from tiny_chat import tiny_tokenizer
 
 

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from helpers import RECIPES
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.trusted import check_adapter, check_checkpoint
 from qlora_lowmem.train import main
 from qlora_lowmem.training.manifest import MANIFEST, seal
-from qlora_lowmem.trusted import check_adapter, check_checkpoint
 from tiny_chat import write_tiny_chat
 
 
@@ -177,7 +177,7 @@ def test_a_recipe_writes_below_the_working_directory(
 
 
 def test_what_a_person_types_may_lead_anywhere(tmp_path: Path) -> None:
-    from qlora_lowmem.recipe_io import load_recipe
+    from qlora_lowmem.recipe.io import load_recipe
 
     (tmp_path / "r.yaml").write_text("run:\n  output_dir: ../elsewhere\n")
     typed = str(tmp_path / "x" / ".." / "y")

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from qlora_lowmem.data import FaultySampleError, check_data
-from qlora_lowmem.encoding import NO_LOSS, Encoder
-from qlora_lowmem.templates import choose_marking
+from qlora_lowmem.tokens.encoding import NO_LOSS, Encoder
+from qlora_lowmem.tokens.templates import choose_marking
 from tiny_chat import FORGETFUL, MARKED, PLAIN, WITH_TOOLS, tiny_config, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "What is NF4?"}, {"role": "assistant", "content": "A data type of 4 bits."}]

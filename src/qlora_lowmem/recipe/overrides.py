@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection
 from typing import Any, NoReturn
 
-from .errors import UsageError
-from .recipe import SECTIONS
-from .recipe_checks import FieldSpec, allowed, field_specs
+from qlora_lowmem.errors import UsageError
+
+from .checks import FieldSpec, allowed, field_specs
+from .whole import SECTIONS
 
 
 class RecipeArgumentParser(argparse.ArgumentParser):

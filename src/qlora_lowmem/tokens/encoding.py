@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from qlora_lowmem.data import FaultySampleError
-from qlora_lowmem.templates import TEMPLATE_ERRORS, Marking
+
+from .templates import TEMPLATE_ERRORS, Marking
 
 NO_LOSS = -100
 

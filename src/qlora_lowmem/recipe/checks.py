@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .recipe import SECTIONS, SYNTHETIC, TARGET_PRESETS, Recipe, recipe_fields
-from .recipe_memory import parse_memory_limit
-from .recipe_sections import DATA_SUFFIXES, is_hub_data
-from .units import MIB
+from qlora_lowmem.units import MIB
+
+from .memory import parse_memory_limit
+from .sections import DATA_SUFFIXES, SYNTHETIC, TARGET_PRESETS, is_hub_data
+from .whole import SECTIONS, Recipe, recipe_fields
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem import loggers
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.training import loggers
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

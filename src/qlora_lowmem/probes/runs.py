@@ -12,7 +12,7 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe_io import recipe_from_dict, replace_field, replace_fields
+from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
 
 _HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "qlora_lowmem.execute")
 
@@ -110,7 +110,7 @@ def submit_recipe(
     if recipe.data.data != "synthetic":
         recipe = replace_field(recipe, "data", "synthetic")
     arguments = {"content": recipe.to_dict(), "attribute": attribute, "snapshot": str(snapshot) if snapshot else None}
-    job = server.submit("qlora_lowmem.virtual_runs:run_here", arguments, card, timeout=timeout)
+    job = server.submit("qlora_lowmem.probes.runs:run_here", arguments, card, timeout=timeout)
     result: Future[RecipeRun] = Future()
     job.add_done_callback(lambda done: _pass_on(done, result))
     return result

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
-from qlora_lowmem.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.recipe import SECTIONS, Memory, Recipe, recipe_fields, recipe_hash
-from qlora_lowmem.recipe_checks import field_specs
-from qlora_lowmem.recipe_io import load_recipe, replace_field
+from qlora_lowmem.recipe.checks import field_specs
+from qlora_lowmem.recipe.io import load_recipe, replace_field
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.units import GIB
 
-RECIPES = Path(__file__).parent.parent / "bench" / "recipes"
+RECIPES = Path(__file__).parents[2] / "bench" / "recipes"
 
 
 def write(folder: Path, content: str | bytes, name: str = "mine.yaml") -> Path:
@@ -364,7 +364,7 @@ def test_the_hash_is_of_the_job_not_of_its_place() -> None:
 
 def test_recipe_and_data_load_without_torch() -> None:
     code = (
-        "import sys, qlora_lowmem.recipe_io, qlora_lowmem.overrides, qlora_lowmem.data\n"
+        "import sys, qlora_lowmem.recipe.io, qlora_lowmem.recipe.overrides, qlora_lowmem.data\n"
         "print(sorted({'torch', 'transformers', 'trl', 'peft', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .recipe import SECTIONS, SYNTHETIC, Recipe
-from .recipe_checks import FieldSpec, InvalidValueError, check_value, closest, field_specs, parse_text
-from .recipe_contradictions import contradictions
-from .recipe_sections import is_hub_data
-from .recipe_yaml import Entry, FileFault, parse_recipe_text, read_recipe_text
+from qlora_lowmem.errors import UsageError
+
+from .checks import FieldSpec, InvalidValueError, check_value, closest, field_specs, parse_text
+from .contradictions import contradictions
+from .sections import SYNTHETIC, is_hub_data
+from .whole import SECTIONS, Recipe
+from .yaml_text import Entry, FileFault, parse_recipe_text, read_recipe_text
 
 # The names of the same knobs in TRL, transformers, PEFT and bitsandbytes.
 _OTHER_NAMES = {

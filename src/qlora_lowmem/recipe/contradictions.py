@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .recipe import Recipe
+from .whole import Recipe
 
 
 @dataclass(frozen=True)

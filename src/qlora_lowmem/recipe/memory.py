@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
-from .recipe_sections import knob
-from .units import parse_bytes
+from qlora_lowmem.units import parse_bytes
+
+from .sections import knob
 
 
 @dataclass(frozen=True)
