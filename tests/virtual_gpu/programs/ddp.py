@@ -1,6 +1,7 @@
 """A plain DistributedDataParallel loop, as PyTorch's tutorial has it."""
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ model = DistributedDataParallel(model, device_ids=[rank])
 optimizer = torch.optim.AdamW(model.parameters())
 for _ in range(3):
     model(torch.randn(8 * (rank + 1), 1024, device="cuda")).sum().backward()
+    # The process group's watchdog, a thread that wakes every 100 ms, holds reduced buckets until it has looked at them:
+    # DDP makes new ones in its second forward, and without this pause both may be there.
+    time.sleep(1)
     optimizer.step()
     optimizer.zero_grad()
 if rank == 0:
