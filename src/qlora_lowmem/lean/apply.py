@@ -83,7 +83,8 @@ def _granite_ideas(causal: Any, options: LeanOptions, scan: str) -> list[Idea]:
         Idea(
             "tiles",
             True,
-            f"{len(layers)} layers, {options.tile_length or 'by the sequence 512 to 2,048'} tokens a tile",
+            f"{len(layers)} layers, {options.tile_length or 'by the sequence 512 to 2,048'} tokens a tile; packed samples, "
+            "caches and masks of one's own take the model's own forward",
         ),
         Idea("scan", scans > 0, f"{scans} Mamba-2 layers, {scan}" if scans else "the model has no Mamba-2 layer"),
         Idea("attention", scans < len(layers), f"{len(layers) - scans} layers by tiles of queries"),
