@@ -1,6 +1,8 @@
-"""One server of virtual runs for all tests of this folder: its imports are what takes long."""
+"""What tests of this folder share: a server of virtual runs, whose imports are what takes long, and a hub."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +15,15 @@ def planning_server() -> Iterator[virtual_gpu.Server]:
     """Its workers are started by the first job, one kind of card after the other."""
     with recipe_server() as server:
         yield server
+
+
+@pytest.fixture
+def hub(tiny_hybrid: Path, tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine that has fetched the config.json, and nothing else, of `someone/some-model`."""
+    model = tmp_path / "hub" / "models--someone--some-model"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots" / commit).mkdir(parents=True)
+    shutil.copy(tiny_hybrid / "config.json", model / "snapshots" / commit)
+    return {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}

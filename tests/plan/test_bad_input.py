@@ -32,6 +32,18 @@ CASES = [
         flags("--model", "smollm2-135m-instruct", *CARD, "--seq", "16384"), ("--seq", "8192 tokens at most"),
         id="length beyond the model",
     ),
+    pytest.param(
+        flags(*MODEL, *CARD, "--max-seq-length", "65536"), ("--seq: 65536", "--limit 32768"), id="by its other name"
+    ),
+    pytest.param(flags(*OPTIMISED, "--card", "all", "rtx-4050"), ("Did you mean rtx-4050-lap",), id="all and one"),
+    pytest.param(
+        flags("--model", "nosuch", "nor-this", *CARD, "t4-16gb"), ("'nosuch' is no folder", "'nor-this' is no folder"),
+        id="no model of a sweep",
+    ),
+    pytest.param(
+        flags("--model", "someone/some-model", *CARD), ("config.json could not be fetched", "a local folder"),
+        id="a hub that cannot be reached",
+    ),
     pytest.param(flags(*MODEL, *CARD, "--step", "0"), ("--step: 0", "1 or more"), id="step"),
     pytest.param(flags(*MODEL, *CARD, "--lora-r", "0"), ("lora.lora_r", "at least 1"), id="a field"),
     pytest.param(flags(*MODEL, *CARD, "--cards", "x"), ("--cards", "did you mean --card"), id="unknown flag"),
@@ -78,5 +90,6 @@ def test_without_a_gpu_the_one_of_this_machine_cannot_be_asked(capsys: pytest.Ca
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert main([*MODEL, "--gpu"]) == EXIT_USAGE
-    assert "--gpu needs a GPU that torch can use" in capsys.readouterr().err
+    for cards in (["--gpu"], ["--card", "all", "--gpu"]):
+        assert main([*MODEL, *cards]) == EXIT_USAGE
+        assert "--gpu needs a GPU that torch can use" in capsys.readouterr().err

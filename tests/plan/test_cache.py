@@ -1,6 +1,8 @@
 """Runs kept by content: what changes an answer changes its key, and damage is as good as nothing."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,29 @@ def test_a_key_knows_versions_and_this_packages_own_code(monkeypatch: pytest.Mon
         changed.setattr(cache, "_source_hash", lambda: "another")
         assert run_key("run", RECIPE, CARD) != before
     assert run_key("run", RECIPE, CARD) == before
+
+
+def test_a_key_knows_the_code_of_every_function_that_a_run_is() -> None:
+    """What the server is asked to call, and all that it imports, lies in rooms whose code is in the key."""
+    functions: list[str] = []
+
+    class Server:
+        def submit(self, function: str, *_arguments: Any, **_options: Any) -> "Future[Any]":
+            functions.append(function)
+            return Future()
+
+    asked = Runs(Server(), RunCache(None))  # type: ignore[arg-type]
+    asked.submit(RECIPE, CARD, Tally(), attribute=True)
+    asked.count_flops(RECIPE, CARD, Tally())
+    assert len(functions) == 2
+    modules = sorted({function.partition(":")[0] for function in functions} | {"qlora_lowmem.execute"})
+    code = (
+        f"import sys, {', '.join(modules)}\nprint(*(name for name in sys.modules if name.startswith('qlora_lowmem.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = done.stdout.split()
+    assert set(modules) <= set(imported)
+    assert not [name for name in imported if name.split(".")[1] in cache._NOT_RUN]
 
 
 def test_a_local_model_counts_by_its_content(tiny_hybrid: Path, tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def test_what_was_said_on_the_command_line_stays() -> None:
     assert {recipe.lora.lora_r for recipe in climb(untouched, fixed=frozenset({"lora_r"})).values()} == {64}
 
 
+def test_tiles_hold_the_same_bytes_whatever_kernels_a_machine_has() -> None:
+    assert START.lean.scan == "auto"
+    lean = [recipe for recipe in climb(START).values() if recipe.lean.lean]
+    assert lean
+    assert {recipe.lean.scan for recipe in lean} == {"plain"}
+    kernels = climb(replace_fields(START, {"scan": "triton"}), fixed=frozenset({"scan"}))
+    assert list(kernels) == [rung.name for rung in rungs(tiles=True)], "a person's own scan costs no rung"
+    assert {recipe.lean.scan for recipe in kernels.values()} == {"triton"}
+
+
 def test_a_batch_becomes_micro_batches_of_the_same_samples() -> None:
     asked = replace_fields(START, {"batch_size": 6, "gradient_accumulation_steps": 2})
     batches = {(recipe.batch.batch_size, recipe.batch.gradient_accumulation_steps) for recipe in climb(asked).values()}

@@ -8,7 +8,10 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.execute import check_model
+from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.model import planned_model
+from qlora_lowmem.probes.advice import takes_tiles
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
 
@@ -52,6 +55,28 @@ def test_of_a_model_on_the_hub_only_the_configuration_is_fetched(
     assert found.recipe.base.weights == "random"
     back = found.as_asked(found.recipe, "t4-16gb")
     assert (back.base.model, back.base.revision, back.base.weights) == ("someone/some-model", "v2", "pretrained")
+
+
+def test_random_weights_of_a_model_on_the_hub_are_asked_for_by_its_revision(
+    tiny_hybrid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trains such a recipe resolves it like a plan does; pretrained weights fetch nothing here."""
+    fetched: list[str | None] = []
+
+    def download(_hub_id: str, name: str, revision: str | None) -> str:
+        fetched.append(revision)
+        return str(tiny_hybrid / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    asked = replace_fields(START, {"model": "someone/some-model", "revision": "v2", "target_modules": "all-linear"})
+    source = resolve_model(asked.base.model, "random", "v2")
+    assert (source.name, source.hub_id, source.folder) == ("some-model", "someone/some-model", tiny_hybrid)
+    assert source.architecture == json.loads((tiny_hybrid / "config.json").read_text())
+    assert resolve_model(asked.base.model, "pretrained", "v2").architecture is None
+    modules, parameters = check_model(replace_fields(asked, {"weights": "random"}))
+    assert min(modules, parameters) > 0
+    assert takes_tiles(replace_fields(asked, {"weights": "random"}))
+    assert fetched == ["v2"] * 3
 
 
 @pytest.mark.parametrize("fault", [OSError("no route"), ValueError("offline")])

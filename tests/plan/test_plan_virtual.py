@@ -65,6 +65,27 @@ def test_the_best_for_a_model_is_written_and_trains(
     assert "fits at 512 tokens" in again.stdout
 
 
+def test_of_a_model_on_the_hub_what_is_written_runs_as_it_is_said(
+    command: Command, tmp_path: Path, cached: dict[str, str], hub: dict[str, str]
+) -> None:
+    """A model that is not shipped: plan and train take its config.json from the hub alike, and no weights."""
+    target = tmp_path / "mine.yaml"
+    asked = ("--model", "someone/some-model", "--card", CARD, "--seq", "64", "--limit", "64", "--step", "64")
+    run = command("plan", *asked, "--write", str(target), "--json", "-", **cached, **hub)
+    assert run.returncode == 0, run.stderr
+    said = run.stderr.split("Run it whole on the virtual card: ")[1]
+    start, *arguments = said.split("python -m qlora_lowmem.")[1].split()
+    assert (start, load_recipe(target).base.model) == ("train", "someone/some-model")
+    alone = command(start, *arguments, "--json", "-", **hub)
+    assert alone.returncode == 0, alone.stderr
+    need = cases(run)[0]["proposal"]["need"]
+    assert json.loads(alone.stdout)["peak_device_bytes"] == need["device_bytes"]
+    never = command(start, *arguments, "--dry-run", **(hub | {"HF_HUB_CACHE": str(tmp_path / "empty")}))
+    assert never.returncode == 2
+    assert "config.json could not be fetched" in never.stderr
+    assert "a local folder that holds config.json" in never.stderr
+
+
 def test_a_recipe_that_does_not_fit_gets_one_that_does(tiny_hybrid: Path, planning_server: Server) -> None:
     """Sixteen sequences at once with full logits: one by one they fit, and the next longer step does not."""
     asked = {"model": str(tiny_hybrid), "max_seq_length": 2048, "batch_size": 16, "gradient_accumulation_steps": 1}

@@ -1,4 +1,4 @@
-"""Where a model's name leads: a hub id, a local folder, a GGUF file or a known architecture. Nothing is loaded here.
+"""Where a model's name leads: a hub id, a local folder, a GGUF file or a known architecture. No weights are read here.
 
 The architectures under `architectures/` are the published `config.json` files' figures. Their parameter counts are
 tested. `granite-4.0-350m`'s residual_multiplier is not confirmed against the published file; no byte depends on it.
@@ -7,7 +7,7 @@ tested. `granite-4.0-350m`'s residual_multiplier is not confirmed against the pu
 import difflib
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +36,8 @@ class ModelSource:
     """What a recipe's `model` means.
 
     Pretrained weights are in `gguf`, else in `folder`, else at `hub_id`; `architecture` is the content of the
-    configuration, where it is known without asking the hub (enough for random weights).
+    configuration, enough for random weights. Of a model on the hub it is fetched only for those, and `folder` then
+    holds the `config.json`.
     """
 
     name: str
@@ -80,12 +81,17 @@ def architecture(name: str) -> dict[str, Any]:
     return content
 
 
-def resolve_model(model: str, weights: str) -> ModelSource:
-    """Say where `model` leads, and refuse what cannot work, before anything is imported or loaded.
+def resolve_model(model: str, weights: str, revision: str | None = None) -> ModelSource:
+    """Say where `model` leads, and refuse what cannot work, before anything heavy is imported or loaded.
+
+    Random weights need a model's configuration: of a hub id that is not shipped here, `config.json` alone is fetched.
+
+    Args:
+        revision: of a model on the hub; None is its main branch.
 
     Raises:
         UsageError: no such folder, file or architecture; a folder without `config.json`; pretrained weights asked of
-            a folder that holds none; random weights asked of a hub id whose architecture is not known here.
+            a folder that holds none; random weights asked of a hub id whose configuration cannot be fetched.
     """
     path = Path(model).expanduser()
     if model.endswith(".gguf"):
@@ -106,12 +112,29 @@ def resolve_model(model: str, weights: str) -> ModelSource:
             f"'ibm-granite/granite-4.0-h-1b', a folder that holds config.json, a .gguf file, or one of "
             f"{', '.join(known_architectures())}"
         )
+    name = model.split("/")[-1]
     if weights == "random":
+        return replace(_local_folder(_configuration_folder(model, revision), weights), name=name, hub_id=model)
+    return ModelSource(name=name, hub_id=model)
+
+
+def _configuration_folder(hub_id: str, revision: str | None) -> Path:
+    """A folder that holds the `config.json` of a model on the hub; fetched unless it was before.
+
+    Raises:
+        UsageError: it cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"base.weights: 'random' needs the architecture, and that of {model!r} is not shipped. Give base.model a "
-            f"local folder that holds its config.json, or one of {', '.join(known_architectures())}"
-        )
-    return ModelSource(name=model.split("/")[-1], hub_id=model)
+            f"base.model: random weights need the architecture of {hub_id!r}, and its config.json could not be fetched "
+            f"({reason}). No weights are needed: check the name and the connection to the hub, log in if the model is "
+            f"gated, or give a local folder that holds config.json, or one of {', '.join(known_architectures())}"
+        ) from None
 
 
 def _local_folder(path: Path, weights: str) -> ModelSource:

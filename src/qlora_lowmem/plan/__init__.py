@@ -4,7 +4,6 @@ model.py    what a recipe's model is, without its weights
 machine.py  the GPU of this machine as a virtual card
 cache.py    runs that were made before
 runs.py     runs, each made once
-flops.py    what a step multiplies
 ladder.py   from the fastest recipe to the leanest
 answers.py  what a plan says
 pair.py     one (recipe, card) pair planned

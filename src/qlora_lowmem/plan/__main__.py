@@ -12,17 +12,20 @@ checkpointing, this project's tiles (or offloading, for models that they do not 
 only then embeddings of fewer bits. The first that fits at the wanted length (--seq) is proposed, at the longest
 sequence that it reaches; the next longer one was run and does not fit. Of a model on the hub, config.json is fetched.
 
-Many recipes, models and cards: every combination, in one table; --full looks into each as deeply as into one. Runs are
-cached, so that an interrupted sweep goes on where it stopped.
+Many recipes, models and cards: every combination, in one table; --full looks into each as deeply as into one, and
+shows that below the table. A model that cannot be planned is a row with its reason. Runs are cached, so that an
+interrupted sweep goes on where it stopped.
 
-Exit code: 0 fits, 3 does not (or not at the wanted length), 2 bad input, 1 a pair failed, 130 interrupted.
+Exit code: 0 fits, 3 does not (or not at the wanted length), 2 bad input (in a sweep: of a pair, after the answers to
+the others), 1 a pair failed, 130 interrupted.
 """
 
 import argparse
 import itertools
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +34,12 @@ from tqdm.auto import tqdm
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.command import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, UsageError
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
 from qlora_lowmem.plan import screen
 from qlora_lowmem.plan.answers import Plan
 from qlora_lowmem.plan.cache import RunCache
 from qlora_lowmem.plan.machine import card_of_this_machine
-from qlora_lowmem.plan.model import planned_model
+from qlora_lowmem.plan.model import PlannedModel, planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, Planner
 from qlora_lowmem.plan.runs import Runs
 from qlora_lowmem.plan.sweep import sweep
@@ -80,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--gpu", action="store_true", help="the GPU of this machine, with the memory that is free now")
     what.add_argument(
         "--seq",
+        "--max-seq-length",  # as the other commands have it
         type=int,
         metavar="N",
         help=f"the length that you want, in tokens (default: the recipe's own; with --model alone {DEFAULT_SEQ})",
@@ -107,18 +111,31 @@ def _run(arguments: list[str]) -> int:
     target = _checked_target(options)
     recipes = _recipes(options)
     cards = _cards(options)
-    pairs = _pairs(options, recipes, cards)
-    if target is not None and len(pairs) > 1:
-        raise UsageError(f"--write: one file holds one recipe, and this asks for {len(pairs)} pairs; name one pair")
-    plans = _answers(pairs, options)
+    asked = _asked(options, recipes, cards)
+    if target is not None and len(asked) > 1:
+        raise UsageError(f"--write: one file holds one recipe, and this asks for {len(asked)} pairs; name one pair")
+    plans = _answers(asked, options)
     if options.json != "-":
-        print("\n".join(screen.lines(plans[0])) if len(plans) == 1 else plans_table(plans))
-    if target is not None:
-        _write_recipe(target, pairs[0], plans[0])
+        print("\n".join(_shown(plans, full=options.full)))
+    if target is not None and isinstance(asked[0], Pair):
+        _write_recipe(target, asked[0], plans[0])
     _write_json(options, plans, cards)
+    if any(plan.bad_input for plan in plans):
+        return EXIT_USAGE
     if any(plan.failure for plan in plans):
         return EXIT_FAILURE
     return EXIT_OK if all(plan.fits for plan in plans) else EXIT_DOES_NOT_FIT
+
+
+def _shown(plans: Sequence[Plan], *, full: bool) -> Iterator[str]:
+    if len(plans) == 1:
+        yield from screen.lines(plans[0])
+        return
+    yield plans_table(plans)
+    for plan in plans if full else ():
+        if not plan.failure:
+            yield ""
+            yield from screen.lines(plan)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -164,10 +181,11 @@ def _cards(options: argparse.Namespace) -> list[virtual_gpu.Card]:
     if not options.cards and not options.gpu:
         known = ", ".join(card.name for card in virtual_gpu.all_cards())
         raise UsageError(f"no card: give --card NAME (one of {known}), or --gpu for the one in this machine")
-    if options.cards == ["all"]:
-        return list(virtual_gpu.all_cards())
+    names: list[str] = []
+    for name in options.cards or ():
+        names += [card.name for card in virtual_gpu.all_cards()] if name == "all" else [name]
     try:
-        cards = [virtual_gpu.get_card(name) for name in dict.fromkeys(options.cards or ())]
+        cards = [virtual_gpu.get_card(name) for name in dict.fromkeys(names)]
     except virtual_gpu.UnknownCardError as error:
         raise UsageError(f"--card: {error}") from None
     if options.gpu:
@@ -178,33 +196,55 @@ def _cards(options: argparse.Namespace) -> list[virtual_gpu.Card]:
     return cards
 
 
-def _pairs(options: argparse.Namespace, recipes: list[Recipe], cards: list[virtual_gpu.Card]) -> list[Pair]:
+def _asked(options: argparse.Namespace, recipes: list[Recipe], cards: list[virtual_gpu.Card]) -> list[Pair | Plan]:
+    """Every combination: a pair to plan or, where its model cannot be planned, the answer that says why.
+
+    Raises:
+        UsageError: no pair can be planned.
+    """
     fixed = frozenset(overrides_from(options))
-    pairs = []
+    given = bool(options.config)
+    asked: list[Pair | Plan] = []
+    reasons: list[str] = []
     for recipe in recipes:
-        model = planned_model(recipe)
-        context = model.context_length
-        if context is not None and context < recipe.batch.max_seq_length:
-            if options.seq is not None:
-                raise UsageError(f"--seq: {recipe.base.model} was made for {context} tokens at most, not {options.seq}")
-            if not options.config:
-                model = planned_model(replace_field(recipe, "max_seq_length", context))
         subject = recipe.name
         if options.config and options.models:
             subject += f", {recipe.base.model}"
-        pairs += [Pair(model, card, subject, bool(options.config), fixed) for card in cards]
-    return pairs
+        try:
+            model = _planned(recipe, options)
+        except UsageError as error:
+            reasons.append(str(error))
+            plan = Plan(subject, recipe.base.model, "", 0, given, recipe.batch.max_seq_length)
+            refused = replace(plan, failure=str(error), bad_input=True)
+            asked += [replace(refused, card=card.name, usable_bytes=card.usable_bytes) for card in cards]
+        else:
+            asked += [Pair(model, card, subject, given, fixed) for card in cards]
+    if len(reasons) == len(recipes):
+        raise UsageError("\n".join(dict.fromkeys(reasons)))
+    return asked
 
 
-def _answers(pairs: list[Pair], options: argparse.Namespace) -> list[Plan]:
+def _planned(recipe: Recipe, options: argparse.Namespace) -> PlannedModel:
+    model = planned_model(recipe)
+    context = model.context_length
+    if context is None or context >= recipe.batch.max_seq_length:
+        return model
+    if options.seq is not None:
+        raise UsageError(f"--seq: {recipe.base.model} was made for {context} tokens at most, not {options.seq}")
+    return model if options.config else planned_model(replace_field(recipe, "max_seq_length", context))
+
+
+def _answers(asked: list[Pair | Plan], options: argparse.Namespace) -> list[Plan]:
     cache = RunCache(None if options.no_cache else cache_folder() / "plan")
-    workers = os.cpu_count() or 1
-    alone = len(pairs) == 1
+    workers = len(os.sched_getaffinity(0))  # a container's or a scheduler's share, not the machine's
+    alone = len(asked) == 1
     extent = Extent(options.limit, options.step, alone or options.full)
+    pairs = [each for each in asked if isinstance(each, Pair)]
     with recipe_server(workers) as server:
         if alone:
             return [_answer(pairs[0], extent, server, cache)]
-        return _sweep(pairs, extent, server, cache, workers)
+        planned = iter(_sweep(pairs, extent, server, cache, workers))
+    return [next(planned) if isinstance(each, Pair) else each for each in asked]
 
 
 def _answer(pair: Pair, extent: Extent, server: virtual_gpu.Server, cache: RunCache) -> Plan:
@@ -247,9 +287,16 @@ def _write_recipe(target: Path, pair: Pair, plan: Plan) -> None:
         f"{record['command']}, {record['date']}, commit {record['commit']}",
     ]
     target.write_text(commented_yaml(_moved(recipe, target), title), encoding="utf-8")
-    train = f"python -m qlora_lowmem.train --config {target}"
-    print(f"{target} is written. Train: {train} --data my.jsonl", file=sys.stderr)
-    print(f"Run it whole on the virtual card: {train} --device virtual --weights random", file=sys.stderr)
+    _say_what_next(target, pair, own_data=recipe.data.data != SYNTHETIC)
+
+
+def _say_what_next(target: Path, pair: Pair, *, own_data: bool) -> None:
+    train = f"python -m qlora_lowmem.train --config {shlex.quote(str(target))}"
+    # As it was planned: with random weights where those will do, and then there is no tokenizer for a person's data.
+    planned = " --weights random" if pair.model.recipe.base.weights == "random" else ""
+    planned += " --data synthetic" if own_data else ""
+    print(f"{target} is written. Train: {train}{'' if own_data else ' --data my.jsonl'}", file=sys.stderr)
+    print(f"Run it whole on the virtual card: {train} --device virtual{planned}", file=sys.stderr)
 
 
 def _moved(recipe: Recipe, target: Path) -> Recipe:

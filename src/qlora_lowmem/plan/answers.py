@@ -98,6 +98,7 @@ class Plan:
         tried: rungs, in their order.
         proposal: None where the recipe fits as it is, or nothing fits.
         failure: why there is no answer.
+        bad_input: that failure is of what was asked, and no run was made.
         runs, cached: how many runs it took, and how many of them the cache had.
         seconds: how long it took.
     """
@@ -117,6 +118,7 @@ class Plan:
     tried: tuple[Tried, ...] = ()
     proposal: Proposal | None = None
     failure: str | None = None
+    bad_input: bool = False
     runs: int = 0
     cached: int = 0
     seconds: float = 0.0

@@ -64,7 +64,7 @@ def run_key(question: str, recipe: Recipe, card: virtual_gpu.Card) -> str:
 
 def _model_content(recipe: Recipe) -> Any:
     """What the model's name leads to now: a folder or a file may change under its name."""
-    source = resolve_model(recipe.base.model, recipe.base.weights)
+    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
     if source.gguf is None:
         return source.architecture
     status = source.gguf.stat()

@@ -44,7 +44,11 @@ _PLAIN: dict[str, Any] = {
     "quantised_embeddings": "none",
 }
 _CHECKPOINTING = _PLAIN | {"gradient_checkpointing": True}
-_TILES = _CHECKPOINTING | {"lean": True, "checkpoints": "layer", "loss_tile_bytes": 2**24}
+# What `auto` takes for the scan depends on whether Triton kernels are installed; `plain` holds the same bytes on every
+# machine, and a proposal has only tens of MiB of room.
+_TILES = _CHECKPOINTING | {"lean": True, "checkpoints": "layer", "loss_tile_bytes": 2**24, "scan": "plain"}
+# Set by rungs but no part of what they are: a person's own value on the command line is taken instead.
+_YIELDS = frozenset({"scan"})
 _SEGMENTS = _TILES | {"checkpoints": "segments"}
 _HOST = _TILES | {"checkpoints": "host"}
 _OFFLOADING = _CHECKPOINTING | {"activation_offloading": True}
@@ -96,12 +100,13 @@ def ladder(recipe: Recipe, *, tiles: bool, fixed: Collection[str], climbing: boo
     A batch of several samples becomes as many micro-batches of one: the same samples a step.
 
     Args:
-        fixed: fields that the person has set on the command line, which no rung may change.
+        fixed: fields that the person has set on the command line, which no rung may change: a rung that would is left
+            out, but for `scan`, which it then leaves alone.
         climbing: the recipe is known not to fit, so rungs that keep more than it does are left out.
     """
     batch = recipe.batch
     for rung in rungs(tiles=tiles):
-        fields = dict(rung.fields)
+        fields = {leaf: value for leaf, value in rung.fields.items() if leaf not in _YIELDS & set(fixed)}
         if climbing and _keeps_more(fields, recipe):
             continue
         if batch.batch_size > 1 and not {"batch_size", "gradient_accumulation_steps"} & set(fixed):

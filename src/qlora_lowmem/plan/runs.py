@@ -56,7 +56,7 @@ class Runs:
         short = replace_fields(two_steps(recipe), one | {"max_steps": 1, "warmup_steps": 0})
 
         def run() -> "Future[dict[str, Any]]":
-            job = self._server.submit("qlora_lowmem.plan.flops:count_here", {"content": short.to_dict()}, card)
+            job = self._server.submit("qlora_lowmem.probes.flops:count_here", {"content": short.to_dict()}, card)
             return _mapped(job, _value_of)
 
         return _mapped(self._answer("flops", short, card, tally, run), lambda content: int(content["flops"]))

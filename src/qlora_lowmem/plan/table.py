@@ -1,6 +1,6 @@
 """Many answers as one table, on the screen and as a result."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,18 @@ def _next(longest: Limit | None) -> str:
 
 def plans_table(plans: Sequence[Plan]) -> str:
     """The answers as a Markdown table, with the reasons of those that failed below."""
-    failures = [f"{plan.subject} on {plan.card} failed: {plan.failure}" for plan in plans if plan.failure]
-    return "\n".join([markdown_table(_HEADERS, [cells(plan) for plan in plans], text_columns=2), *failures])
+    table = markdown_table(_HEADERS, [cells(plan) for plan in plans], text_columns=2)
+    return "\n".join([table, *_failures(plans)])
+
+
+def _failures(plans: Sequence[Plan]) -> Iterator[str]:
+    """A reason that is the same on many cards is said once."""
+    cards: dict[tuple[str, str], list[str]] = {}
+    for plan in plans:
+        if plan.failure:
+            cards.setdefault((plan.subject, plan.failure), []).append(plan.card)
+    for (subject, failure), names in cards.items():
+        yield f"{subject} on {', '.join(names)} failed: {failure}"
 
 
 def row(plan: Plan) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def card_like(device: str, total_bytes: int) -> virtual_gpu.Card | None:
 
 def takes_tiles(recipe: Recipe) -> bool:
     """Whether the lean implementations run this model's layers in tiles."""
-    return resolve_model(recipe.base.model, recipe.base.weights).model_type == TILED_MODEL_TYPE
+    return resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision).model_type == TILED_MODEL_TYPE
 
 
 def candidate_changes(recipe: Recipe) -> list[Change]:

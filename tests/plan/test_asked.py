@@ -1,0 +1,127 @@
+"""From a command line to pairs, and their answers to the screen; runs are a formula."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import RECIPES
+from plan.fakes import FakeRuns
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE
+from qlora_lowmem.plan import __main__ as command
+from qlora_lowmem.recipe.io import load_recipe
+
+ALL = [card.name for card in virtual_gpu.all_cards()]
+TWO = ["--card", "t4-16gb", "rtx-3050-6gb"]
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """No server and no runs; the numbers of workers that were asked for."""
+    asked: list[int] = []
+
+    @contextlib.contextmanager
+    def server(workers: int) -> Iterator[None]:
+        asked.append(workers)
+        yield
+
+    monkeypatch.setattr(command, "recipe_server", server)
+    monkeypatch.setattr(command, "Runs", lambda *_: FakeRuns())
+    return asked
+
+
+def cards(monkeypatch: pytest.MonkeyPatch, *asked: str) -> list[str]:
+    own = dataclasses.replace(virtual_gpu.get_card("t4-16gb"), name="own", title="A GPU")
+    monkeypatch.setattr(command, "card_of_this_machine", lambda: own)
+    return [card.name for card in command._cards(command.parser().parse_args(list(asked)))]
+
+
+def test_all_cards_are_every_one_once_beside_what_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cards(monkeypatch, "--card", "all") == ALL
+    assert cards(monkeypatch, "--card", "all", "--gpu") == [*ALL, "own"]
+    assert cards(monkeypatch, "--card", "all", "t4-16gb") == ALL
+    assert cards(monkeypatch, "--card", "t4-16gb", "all", "all")[0] == "t4-16gb"
+    assert sorted(cards(monkeypatch, "--card", "t4-16gb", "all")) == sorted(ALL)
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("flag", ["--seq", "--max-seq-length"])
+def test_the_length_is_asked_as_here_or_as_in_the_other_commands(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--config", str(RECIPES / "optimised.yaml"), "--card", "t4-16gb", flag, "512"]) == EXIT_OK
+    assert "optimised at 512 tokens on t4-16gb: fits" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("workers")
+def test_one_bad_model_of_a_sweep_is_a_row_and_the_others_are_planned(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    summary = tmp_path / "summary.json"
+    asked = ["--model", "granite-4.0-350m", "nosuch", *TWO, "--json", str(summary)]
+    assert command.main(asked) == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert "error" not in printed.err
+    *table, reason = printed.out.splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:5]] for line in table[2:]] == [
+        ["granite-4.0-350m", "t4-16gb", "2,048", "yes"],
+        ["granite-4.0-350m", "rtx-3050-6gb", "2,048", "yes"],
+        ["nosuch", "t4-16gb", "2,048", "failed"],
+        ["nosuch", "rtx-3050-6gb", "2,048", "failed"],
+    ]
+    assert reason.startswith("nosuch on t4-16gb, rtx-3050-6gb failed: base.model: 'nosuch' is no folder")
+    content = json.loads(summary.read_text())
+    assert [case["bad_input"] for case in content["cases"]] == [False, False, True, True]
+    assert not content["fits"]
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_model_that_is_too_short_for_the_wanted_length_is_a_row_too(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", "smollm2-135m-instruct", "granite-4.0-h-350m", "--card", "t4-16gb", "--seq", "16384"]
+    assert command.main(asked) == EXIT_USAGE
+    table = capsys.readouterr().out
+    assert "smollm2-135m-instruct on t4-16gb failed: --seq: smollm2-135m-instruct was made for 8192 tokens" in table
+    assert "| granite-4.0-h-350m" in table
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_full_sweep_shows_each_pairs_screen_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES / "baseline.yaml")
+    asked = ["--config", recipe, "--model", "granite-4.0-h-1b", "nosuch", *TWO]
+    assert command.main(asked) == EXIT_USAGE
+    table = capsys.readouterr().out
+    assert "Largest batch" not in table
+    assert command.main([*asked, "--full"]) == EXIT_USAGE
+    printed = capsys.readouterr().out
+    assert printed.startswith(table.rstrip("\n").splitlines()[0])
+    for card in ("t4-16gb", "rtx-3050-6gb"):
+        assert f"\nbaseline, granite-4.0-h-1b at 2,048 tokens on {card}: " in printed
+    assert printed.count("Largest batch:") == 2
+    assert printed.count("one change, each one run") == 2
+    assert command.main(["--config", recipe, *TWO]) == EXIT_DOES_NOT_FIT
+
+
+def test_as_many_workers_as_cores_may_be_used(workers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: {2, 5, 7})
+    assert command.main(["--model", "granite-4.0-350m", "--card", "t4-16gb"]) == EXIT_OK
+    assert workers == [3]
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("own_data", [False, True])
+def test_what_is_to_be_run_next_is_what_was_planned(
+    own_data: bool, tmp_path: Path, conversations: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights have no tokenizer, so a person's own data stay out."""
+    asked, target = tmp_path / "asked.yaml", tmp_path / "the best.yaml"
+    fields = {"model": "granite-4.0-h-1b"} | ({"data": str(conversations)} if own_data else {})
+    asked.write_text(load_recipe(RECIPES / "optimised.yaml", fields).to_yaml())
+    assert command.main(["--config", str(asked), "--card", "t4-16gb", "--write", str(target)]) == EXIT_OK
+    train, whole = (line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines()[-2:])
+    start = ["python", "-m", "qlora_lowmem.train", "--config", str(target)]
+    assert shlex.split(train.removeprefix("Train: ")) == start + ([] if own_data else ["--data", "my.jsonl"])
+    planned = ["--device", "virtual", "--weights", "random"] + (["--data", "synthetic"] if own_data else [])
+    assert shlex.split(whole) == start + planned
