@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from claims import adapters, host, placement, sequence, totals, ways_out
-from claims.rows import Row
-from claims.runs import CASES, HYBRID, TITLES, WITHOUT_FLASH, Runs, run_all
-from claims.table import write_claims
+from claims.rows import Row, differences_told
+from claims.runs import CASES, HYBRID, TITLES, Runs, run_all
+from claims.table import summary_table, write_claims
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
@@ -20,12 +20,12 @@ from qlora_lowmem.models.sources import architecture
 
 pytestmark = pytest.mark.claims
 
-# Every statement has a row of its own; those on bytes have one on every model.
+# Every statement has a row of its own; those on bytes have one on every model, those on libraries on the first.
 TOPICS = {
     "rank": 3,
     "adapter bytes": 6,
     "half the sequence": 6,
-    "attention": 7,
+    "attention": 9,
     "checkpointing": 3,
     "all together": 3,
     "base": 3,
@@ -33,12 +33,12 @@ TOPICS = {
     "total": 6,
     "max_memory": 3,
     "device_map": 3,
-    "pinned memory and workers": 1,
-    "packing": 2,
-    "fewer modules": 2,
-    "shorter sequences": 2,
-    "lower rank": 1,
-    "more accumulation": 2,
+    "pinned memory and workers": 3,
+    "packing": 4,
+    "fewer modules": 6,
+    "shorter sequences": 6,
+    "lower rank": 3,
+    "more accumulation": 6,
 }
 
 
@@ -60,22 +60,27 @@ def _values(jobs: "Mapping[str, Future[virtual_gpu.JobResult]]") -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def kernels(server: virtual_gpu.Server) -> dict[str, str]:
-    """The kernel that SDPA picks for the hybrid's attention, by the name of the implementation."""
-    content = architecture(HYBRID)
+def kernels(server: virtual_gpu.Server) -> dict[tuple[str, str], str]:
+    """The kernel that SDPA picks for each model's attention, by model and name of the implementation."""
+    jobs = {
+        (model, name): server.submit(
+            "claims.kernels:attention_kernel", _attention_shape(model), virtual_gpu.get_card(card), timeout=120
+        )
+        for model in TITLES
+        for name, card in sequence.SDPA_CARDS.items()
+    }
+    return {key: str(job.result().value) for key, job in jobs.items()}
+
+
+def _attention_shape(model: str) -> dict[str, Any]:
+    content = architecture(model)
     heads = int(content["num_attention_heads"])
-    shape = {
+    return {
         "heads": heads,
         "key_value_heads": content["num_key_value_heads"],
-        "head_dim": content["hidden_size"] // heads,
+        "head_dim": content.get("head_dim") or content["hidden_size"] // heads,
         "length": 2048,
     }
-    cards = {"SDPA, on a card without flash": WITHOUT_FLASH, "SDPA, which is flash here": DEFAULT_CARD}
-    jobs = {
-        name: server.submit("claims.kernels:attention_kernel", shape, virtual_gpu.get_card(card), timeout=120)
-        for name, card in cards.items()
-    }
-    return {name: str(job.result().value) for name, job in jobs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -84,29 +89,33 @@ def runs(server: virtual_gpu.Server) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def rows(server: virtual_gpu.Server, runs: Runs, kernels: dict[str, str], results_folder: Path) -> Iterator[list[Row]]:
-    """Every statement's rows; the table is written once all of them are there."""
+def rows(
+    server: virtual_gpu.Server,
+    runs: Runs,
+    kernels: dict[tuple[str, str], str],
+    results_folder: Path,
+    printed_at_the_end: list[str],
+) -> Iterator[list[Row]]:
+    """Every statement's rows; the table is written and printed once all of them are there."""
     placed = _values(placement.submit(server))
-    packed = {model: value["error"] for model, value in _values(host.submit(server)).items()}
     families = (
         adapters.rows(runs),
         sequence.rows(runs, kernels),
         totals.rows(runs),
         placement.rows(placed),
-        host.rows(runs, packed),
+        host.rows(runs, _values(host.submit(server))),
         ways_out.rows(runs),
     )
-    rows = list(chain.from_iterable(families))
+    rows = differences_told(list(chain.from_iterable(families)))
     yield rows
     write_claims(results_folder, rows, provenance_record(DEFAULT_CARD, "virtual"))
+    printed_at_the_end.append(summary_table(rows))
 
 
-def test_sdpa_ran_two_kernels(kernels: dict[str, str]) -> None:
-    """What the rows on attention are named after."""
-    assert kernels == {
-        "SDPA, on a card without flash": "memory-efficient",
-        "SDPA, which is flash here": "flash",
-    }
+def test_sdpa_ran_two_kernels(kernels: dict[tuple[str, str], str]) -> None:
+    """What the rows on attention are named after, on every model."""
+    of_names = {"SDPA, on a card without flash": "memory-efficient", "SDPA, which is flash here": "flash"}
+    assert kernels == {(model, name): kernel for model in TITLES for name, kernel in of_names.items()}
 
 
 @pytest.mark.parametrize(("model", "name"), CASES, ids=[f"{model}: {name}" for model, name in CASES])

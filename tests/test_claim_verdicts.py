@@ -1,15 +1,17 @@
 """Verdicts on statements: at each criterion's limit and just beyond it, with synthetic figures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from claims.rows import Row, Side, judged
+from claims.rows import Row, Side, differences_told, judged
 from claims.runs import CASES, HYBRID, TITLES, attention_layers, recipe_of
-from claims.table import write_claims
+from claims.table import summary_table, write_claims
 from claims.verdicts import (
     LEAST_SAVING,
+    NO_SAVING,
     Criterion,
     Differs,
     Exactly,
@@ -56,7 +58,8 @@ from qlora_lowmem.recipe import recipe_hash
         (Differs(), 0, "false"),
         (Saves(), LEAST_SAVING, "true"),
         (Saves(), LEAST_SAVING - 1e-9, "partly"),
-        (Saves(), 1e-9, "partly"),
+        (Saves(), NO_SAVING, "partly"),
+        (Saves(), NO_SAVING - 1e-9, "false"),
         (Saves(), 0.0, "false"),
         (Saves(), -0.1, "false"),
     ],
@@ -88,6 +91,28 @@ def test_the_table_has_both_figures(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "claims.json").read_text())
     assert [row["after_value"] for row in content["rows"]] == [500, 990]
     assert (tmp_path / "claims.csv").read_text().count("\n") == 3
+
+
+def test_the_summary_has_statement_figures_and_verdict_and_no_reason() -> None:
+    text = summary_table([_row(0.5, {"true": "much of it."}), _row(0.01, {"partly": "some of it."})])
+    cells = [cell.strip() for cell in text.split("|")]
+    assert {"it saves memory", "a model", "saves memory", "50%", "1%", "true", "partly"} <= set(cells)
+    assert "much of it." not in text
+    assert text.endswith("2 rows: 1 true, 1 partly, 0 false.")
+
+
+def test_a_reason_says_where_a_model_differs_from_the_first() -> None:
+    small = _row(0.01, {"partly": "some of it."})
+    large = _row(0.5, {"true": "much of it."})
+    told = differences_told(
+        [small, replace(large, model="b"), replace(small, model="c"), replace(large, statement="d")]
+    )
+    assert [row.reason for row in told] == [
+        "some of it.",
+        "much of it; on a model it is partly: 1%.",
+        "some of it.",
+        "much of it.",
+    ]
 
 
 def test_every_case_is_a_recipe_of_its_own() -> None:

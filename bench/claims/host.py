@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 
 from claims.rows import Row, Side, judged
-from claims.runs import DENSE_3B, HYBRID, OPTIMISED, TITLES, Runs
+from claims.runs import OPTIMISED, TITLES, Runs
 from claims.verdicts import Exactly
 from claims.ways_out import saving
 from qlora_lowmem import virtual_gpu
@@ -13,55 +13,59 @@ from qlora_lowmem.probes.advice import ROOMY_BYTES
 
 
 def submit(server: virtual_gpu.Server) -> "dict[str, Future[virtual_gpu.JobResult]]":
-    """Queue a packed row on the hybrid and on a dense model, with as much memory as it takes."""
+    """Queue a packed row on each model, with as much memory as it takes."""
     card = virtual_gpu.get_card(DEFAULT_CARD).with_memory(ROOMY_BYTES)
     row = {"length": 1024, "samples": 4}
     return {
         model: server.submit("claims.packed:packed_forward", {"name": model, **row}, card, timeout=120)
-        for model in (HYBRID, DENSE_3B)
+        for model in TITLES
     }
 
 
-def rows(runs: Runs, errors: Mapping[str, str | None]) -> Iterator[Row]:
-    """What lies on the host, and whether packed rows run at all: `errors` of the jobs of `submit`."""
-    yield _pinned(runs)
-    yield _packing_runs(errors)
+def rows(runs: Runs, packed: Mapping[str, Mapping[str, str | None]]) -> Iterator[Row]:
+    """What lies on the host, and whether packed rows run at all: `packed` has a result for every job of `submit`."""
+    for model in TITLES:
+        yield _pinned(runs, model)
+    for model in TITLES:
+        yield _packing_runs(packed, model)
 
 
-def _pinned(runs: Runs) -> Row:
-    pinned = runs.run(HYBRID, "pinned, 2 workers").pinned_host_bytes
-    plain = runs.run(HYBRID, OPTIMISED).pinned_host_bytes
+def _pinned(runs: Runs, model: str) -> Row:
+    pinned = runs.run(model, "pinned, 2 workers").pinned_host_bytes
+    plain = runs.run(model, OPTIMISED).pinned_host_bytes
     why = (
         f"both are of the host: {pinned:,} bytes page-locked there at most (without: {plain:,}), and worker processes "
         "never touch the card"
     )
     return saving(
         runs,
-        HYBRID,
+        model,
         "pinned memory and workers",
         "no pinned memory and no dataloader workers (against pinned and 2 workers) save GPU memory",
         "pinned, 2 workers",
         OPTIMISED,
-        {"false": f"{why}.", "partly": f"{why}."},
+        {"false": f"{why}."},
     )
 
 
-def _packing_runs(errors: Mapping[str, str | None]) -> Row:
-    refusal = errors[HYBRID]
-    packed = 0 if refusal else 1
-    dense = "runs" if errors[DENSE_3B] is None else "is refused"
-    told = (refusal or "it ran").partition(". ")[0]
+def _packing_runs(found: Mapping[str, Mapping[str, str | None]], model: str) -> Row:
+    refusal, mixed = found[model]["error"], found[model]["mixed"]
+    fit = 0 if refusal or mixed else 1
+    if refusal:
+        why = f"a Mamba layer's state runs on from sample to sample, so transformers refuses ({refusal.split('. ')[0]})"
+    else:
+        why = f"{mixed}, and runs such a row without a word"
     return judged(
         "packing",
         "packing has to be off",
-        TITLES[HYBRID],
+        TITLES[model],
         Exactly(0),
-        "no packed row runs",
-        packed,
-        f"{packed} of 1 rows",
-        (Side("packed rows tried", 1, "count"), Side("that ran", packed, "count")),
+        "no packed row trains its samples apart",
+        fit,
+        f"{fit} of 1 rows",
+        (Side("packed rows tried", 1, "count"), Side("that ran with their samples apart", fit, "count")),
         {
-            "true": f"a Mamba layer's state runs on from sample to sample, so transformers refuses ({told}), while the "
-            f"same packed row {dense} on {TITLES[DENSE_3B]}: off is no saving here but the only way.",
+            "true": f"{why}: off is no saving here but the only way.",
+            "false": "transformers ran it, and its attention masks keep the samples apart.",
         },
     )

@@ -4,6 +4,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qlora_lowmem.models.packing import why_not_packed
 from qlora_lowmem.models.random_weights import random_model
 from qlora_lowmem.models.sources import architecture
 
@@ -12,7 +13,8 @@ def packed_forward(name: str, length: int, samples: int) -> dict[str, str | None
     """`samples` of equal length in one (1, length) row, with what TRL's collator says of where each begins.
 
     Returns:
-        `error`: what transformers refused it with; None if it ran.
+        `error`: what transformers refused it with; None if it ran. `mixed`: why a sample would see another one; None
+        if none does.
     """
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = random_model(architecture(name), torch.bfloat16, "sdpa", quantization, torch.device("cuda", 0))
@@ -23,5 +25,5 @@ def packed_forward(name: str, length: int, samples: int) -> dict[str, str | None
         with torch.no_grad():
             model(**tensors, use_cache=False)
     except ValueError as error:
-        return {"error": f"ValueError: {' '.join(str(error).split())}"}
-    return {"error": None}
+        return {"error": f"ValueError: {' '.join(str(error).split())}", "mixed": why_not_packed(model.config)}
+    return {"error": None, "mixed": why_not_packed(model.config)}

@@ -1,7 +1,7 @@
 """A tested statement: what was claimed, what was found, the verdict, and why."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from claims.verdicts import Criterion, Verdict
@@ -21,6 +21,11 @@ class Side:
     def text(self) -> str:
         """The figure as a person reads it."""
         return f"{self.what}: {self.value:,}{' B' if self.unit == 'bytes' else ''}"
+
+    @property
+    def short(self) -> str:
+        """The figure alone, bytes in MB (10^6)."""
+        return megabytes_text(self.value) if self.unit == "bytes" else f"{self.value:,}"
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,19 @@ def judged(
         )
     before, after = sides
     return Row(topic, statement, model, claimed, found, before, after, criterion.text, verdict, reasons[verdict])
+
+
+def differences_told(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each reason ending with the first model's verdict on the same statement where that is another one."""
+    firsts: dict[str, Row] = {}
+    told = []
+    for row in rows:
+        first = firsts.setdefault(row.statement, row)
+        if row.verdict != first.verdict:
+            more = f"; on {first.model} it is {first.verdict}: {first.found}."
+            row = replace(row, reason=row.reason.removesuffix(".") + more)
+        told.append(row)
+    return told
 
 
 def percent(share: float) -> str:

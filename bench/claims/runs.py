@@ -52,8 +52,6 @@ _COMMON = {
     OPTIMISED: Case(OPTIMISED, {}, attribute=True),
     "all-linear": Case(OPTIMISED, {"target_modules": "all-linear"}, attribute=True),
     "optimised, seq 2048": Case(OPTIMISED, {"max_seq_length": 2048}),
-}
-_OF_THE_FIRST = {
     "no flash": Case(BASELINE, {}, WITHOUT_FLASH, attribute=True),
     "no flash, seq 1024": Case(BASELINE, {"max_seq_length": 1024}, WITHOUT_FLASH, attribute=True),
     "q and v": Case(OPTIMISED, {"target_modules": "attention-qv"}),
@@ -65,12 +63,24 @@ _OF_THE_FIRST = {
     "batch 8": Case(OPTIMISED, {"batch_size": 8, "gradient_accumulation_steps": 1}),
     "pinned, 2 workers": Case(OPTIMISED, {"pin_memory": True, "dataloader_workers": 2}),
 }
-# Of a model whose attention keeps packed samples apart, which no Mamba layer does.
-_PACKED = {"packing": Case(OPTIMISED, {"packing": True}), "seq 256": _OF_THE_FIRST["seq 256"]}
+# The least that trains: one adapter of rank 1, on the first module that has one in the case beside it.
+_FIRST_OF_ATTENTION = {HYBRID: "layers.5.self_attn.q_proj"}
+_FIRST_OF_ALL = {HYBRID: "layers.0.mamba.in_proj"}
+_FIRST = "layers.0.self_attn.q_proj"
+ONE_ADAPTER, OPTIMISED_ONE_ADAPTER = "one adapter", "optimised, one adapter"
+
+
+def _one_adapter(recipe: str, module: str) -> Case:
+    return Case(recipe, {"lora_r": 1, "lora_alpha": 2, "target_modules": [module]}, attribute=True)
+
+
+# Of a model whose attention keeps packed samples apart: the others' recipes refuse it.
+_PACKED = Case(OPTIMISED, {"packing": True})
 CASES: dict[tuple[str, str], Case] = {
     **{(model, name): case for model in TITLES for name, case in _COMMON.items()},
-    **{(HYBRID, name): case for name, case in _OF_THE_FIRST.items()},
-    **{(DENSE_3B, name): case for name, case in _PACKED.items()},
+    **{(model, ONE_ADAPTER): _one_adapter(BASELINE, _FIRST_OF_ATTENTION.get(model, _FIRST)) for model in TITLES},
+    **{(model, OPTIMISED_ONE_ADAPTER): _one_adapter(OPTIMISED, _FIRST_OF_ALL.get(model, _FIRST)) for model in TITLES},
+    (DENSE_3B, "packing"): _PACKED,
 }
 
 

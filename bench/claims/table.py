@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from claims.rows import Row
-from claims.verdicts import LEAST_SAVING, SLACK
+from claims.verdicts import LEAST_SAVING, NO_SAVING, SLACK
 from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
 
 _HEADERS = ("statement", "model", "claimed", "found", "before", "after", "verdict", "why")
+_SUMMARY = ("statement", "model", "before", "after", "claimed", "found", "verdict")
 
 
 def write_claims(folder: Path, rows: Sequence[Row], record: dict[str, Any]) -> None:
@@ -28,8 +29,8 @@ def write_claims(folder: Path, rows: Sequence[Row], record: dict[str, Any]) -> N
         "memory as the run asked for; where it says so, another). Peaks are allocated bytes of the second optimizer "
         "step at two micro-batches a step, unless a row says otherwise; MB are 10^6 and GB 10^9 bytes. A verdict is "
         f"computed from its criterion: a range allows {SLACK:.0%} of its nearer limit for *partly*, and a saving is "
-        f"*true* from {LEAST_SAVING:.0%} of the peak on.\n\n"
-        f"{len(rows)} rows: {verdicts['true']} true, {verdicts['partly']} partly, {verdicts['false']} false.\n\n"
+        f"*true* from {LEAST_SAVING:.0%} of the peak on and *partly* from {NO_SAVING:.1%} on.\n\n"
+        f"{_count(rows)}\n\n"
         f"{chr(10).join(sections)}\n{provenance_lines(record)}\n"
     )
     plain = [row.to_dict() for row in rows]
@@ -41,6 +42,21 @@ def write_claims(folder: Path, rows: Sequence[Row], record: dict[str, Any]) -> N
         "rows": plain,
     }
     write_result(folder, "claims", content, markdown, plain)
+
+
+def summary_table(rows: Sequence[Row]) -> str:
+    """What a terminal has room for: each statement, its figures and the verdict, topic by topic."""
+    topics = list(dict.fromkeys(row.topic for row in rows))
+    cells = [
+        [row.statement, row.model, row.before.short, row.after.short, row.claimed, row.found, row.verdict]
+        for row in sorted(rows, key=lambda row: topics.index(row.topic))
+    ]
+    return f"{markdown_table(_SUMMARY, cells, text_columns=len(_SUMMARY))}\n\n{_count(rows)}"
+
+
+def _count(rows: Sequence[Row]) -> str:
+    verdicts = Counter(row.verdict for row in rows)
+    return f"{len(rows)} rows: {verdicts['true']} true, {verdicts['partly']} partly, {verdicts['false']} false."
 
 
 def _cells(row: Row) -> list[str]:

@@ -7,8 +7,9 @@ Verdict = Literal["true", "partly", "false"]
 
 # A figure outside of a claimed range by less than this share of the nearer limit makes the statement partly true.
 SLACK = 0.2
-# What is called a saving saves at least this share of the peak.
+# What is called a saving saves at least this share of the peak; what saves less than the smaller share saves nothing.
 LEAST_SAVING = 0.05
+NO_SAVING = 0.005
 
 
 class Criterion(Protocol):
@@ -107,10 +108,10 @@ class Saves:
     @property
     def text(self) -> str:
         """How much is a saving."""
-        return f"true: saves at least {LEAST_SAVING:.0%} of the peak; partly: saves less, but something"
+        return f"true: saves at least {LEAST_SAVING:.0%} of the peak; partly: less, but at least {NO_SAVING:.1%}"
 
     def judge(self, found: float) -> Verdict:
-        """True from the least saving on, partly above zero."""
+        """True from the least saving on, partly from the share on that is more than nothing."""
         if found >= LEAST_SAVING:
             return "true"
-        return "partly" if found > 0 else "false"
+        return "partly" if found >= NO_SAVING else "false"

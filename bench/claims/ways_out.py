@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from claims.rows import Row, Side, judged, megabytes_text, percent
-from claims.runs import DENSE_3B, HYBRID, OPTIMISED, TITLES, Runs, attention_layers
+from claims.runs import DENSE_3B, OPTIMISED, TITLES, Runs, attention_layers
 from claims.verdicts import Saves, Verdict
 
 _SAVES = Saves()
@@ -29,55 +29,61 @@ def saving(
 
 
 def rows(runs: Runs) -> Iterator[Row]:
-    """One way out after the other, from the optimised recipe."""
-    yield _fewer_modules(runs)
-    yield _from_all_linear(runs)
-    yield _shorter(runs, OPTIMISED, "seq 512")
-    yield _shorter(runs, "seq 512", "seq 256")
-    yield _lower_rank(runs)
-    yield _more_accumulation(runs)
-    yield _accumulation_for_batch(runs)
+    """One way out after the other, from the optimised recipe, each on every model that has it."""
+    for model in TITLES:
+        yield _fewer_modules(runs, model)
+    for model in TITLES:
+        yield _from_all_linear(runs, model)
+    for before, after in ((OPTIMISED, "seq 512"), ("seq 512", "seq 256")):
+        for model in TITLES:
+            yield _shorter(runs, model, before, after)
+    for model in TITLES:
+        yield _lower_rank(runs, model)
+    for model in TITLES:
+        yield _more_accumulation(runs, model)
+    for model in TITLES:
+        yield _accumulation_for_batch(runs, model)
     yield _packing_off(runs)
 
 
-def _parameters(runs: Runs, *names: str) -> list[int]:
-    return [runs.run(HYBRID, name).trainable_parameters for name in names]
+def _fewer_parameters(runs: Runs, model: str, more: str, fewer: str) -> str:
+    many, few = (runs.run(model, name).trainable_parameters for name in (more, fewer))
+    attention, layers = attention_layers(model)
+    return f"{many - few:,} adapter parameters fewer, in the {attention} of {layers} layers that have attention"
 
 
-def _fewer_modules(runs: Runs) -> Row:
-    four, two = _parameters(runs, OPTIMISED, "q and v")
-    attention, layers = attention_layers(HYBRID)
-    why = f"{four - two:,} adapter parameters fewer, in the {attention} of {layers} layers that have attention"
+def _fewer_modules(runs: Runs, model: str) -> Row:
+    why = _fewer_parameters(runs, model, OPTIMISED, "q and v")
     return saving(
         runs,
-        HYBRID,
+        model,
         "fewer modules",
         "adapters on q and v instead of q, k, v and o save memory",
         OPTIMISED,
         "q and v",
-        {"partly": f"{why}: next to nothing."},
+        {"partly": f"{why}: a little.", "false": f"{why}: next to nothing."},
     )
 
 
-def _from_all_linear(runs: Runs) -> Row:
-    every, four = _parameters(runs, "all-linear", OPTIMISED)
+def _from_all_linear(runs: Runs, model: str) -> Row:
+    every, four = (runs.run(model, name).trainable_parameters for name in ("all-linear", OPTIMISED))
     why = f"{every - four:,} adapter parameters fewer, with their gradients and moments"
     return saving(
         runs,
-        HYBRID,
+        model,
         "fewer modules",
         "adapters on q, k, v and o instead of all linear layers save memory",
         "all-linear",
         OPTIMISED,
-        {"partly": f"{why}: a little, for {every / four:.0f} times fewer trained weights.", "true": f"{why}."},
+        {"partly": f"{why}: a little, for {every / four:.1f} times fewer trained weights.", "true": f"{why}."},
     )
 
 
-def _shorter(runs: Runs, before: str, after: str) -> Row:
-    base = runs.steady(HYBRID, after) / runs.steady(HYBRID, before)
+def _shorter(runs: Runs, model: str, before: str, after: str) -> Row:
+    base = runs.steady(model, after) / runs.steady(model, before)
     return saving(
         runs,
-        HYBRID,
+        model,
         "shorter sequences",
         f"half the sequence saves memory ({'1024 to 512' if before == OPTIMISED else '512 to 256'} tokens)",
         before,
@@ -90,24 +96,24 @@ def _shorter(runs: Runs, before: str, after: str) -> Row:
     )
 
 
-def _lower_rank(runs: Runs) -> Row:
-    eight, four = _parameters(runs, OPTIMISED, "r 4")
+def _lower_rank(runs: Runs, model: str) -> Row:
+    why = _fewer_parameters(runs, model, OPTIMISED, "r 4")
     return saving(
         runs,
-        HYBRID,
+        model,
         "lower rank",
         "r 4 instead of r 8 saves memory",
         OPTIMISED,
         "r 4",
-        {"partly": f"{eight - four:,} parameters fewer are of no account beside the activations."},
+        {"partly": f"{why}: a little.", "false": f"{why}: next to nothing."},
     )
 
 
-def _more_accumulation(runs: Runs) -> Row:
-    more = runs.steady(HYBRID, "accumulation 16") - runs.steady(HYBRID, "accumulation 8")
+def _more_accumulation(runs: Runs, model: str) -> Row:
+    more = runs.steady(model, "accumulation 16") - runs.steady(model, "accumulation 8")
     return saving(
         runs,
-        HYBRID,
+        model,
         "more accumulation",
         "16 accumulation steps instead of 8 save memory",
         "accumulation 8",
@@ -119,10 +125,10 @@ def _more_accumulation(runs: Runs) -> Row:
     )
 
 
-def _accumulation_for_batch(runs: Runs) -> Row:
+def _accumulation_for_batch(runs: Runs, model: str) -> Row:
     return saving(
         runs,
-        HYBRID,
+        model,
         "more accumulation",
         "batch 1 with 8 accumulation steps instead of batch 8 saves memory",
         "batch 8",
@@ -142,7 +148,7 @@ def _packing_off(runs: Runs) -> Row:
         "packing",
         OPTIMISED,
         {
-            "partly": f"a packed row is as long as a full sample, and only its position ids ({packed - plain:,} B) are "
+            "false": f"a packed row is as long as a full sample, and only its position ids ({packed - plain:,} B) are "
             f"more; where every sample has 256 tokens or fewer, packing costs {megabytes_text(packed - short)}, for "
             "its rows are full all the same.",
         },
