@@ -12,13 +12,18 @@ from qlora_lowmem.memory.profile import PHASES, PhasePeak
 from qlora_lowmem.phases import Life, live
 from qlora_lowmem.probes.runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.report.phases import write_phases
 from qlora_lowmem.units import parse_bytes
 
 pytestmark = pytest.mark.phases
 CARD = virtual_gpu.get_card("rtx-4050-laptop-6gb")
 ON_THE_CARD = parse_bytes("6 GB")
 BUDGETS: dict[str, dict[str, str]] = yaml.safe_load((Path(__file__).parent / "phase-budgets.yaml").read_text())
+ABOUT = (
+    "From a checkpoint of Granite-4.0-H-1B at full size: loaded in 4 bits, the longest batch tried, two steps with an "
+    "evaluation and a checkpoint after each, gone on from the first checkpoint in another process, merged into the "
+    "16-bit weights in a third."
+)
 CASES = [(name, phase) for name in BUDGETS for phase in PHASES]
 
 
@@ -36,30 +41,9 @@ def _peak(life: Life, phase: str) -> PhasePeak:
 
 
 def _write(folder: Path, lives: dict[str, Life]) -> None:
-    record = provenance_record(CARD.name, "virtual")
-    rows = [
-        {
-            "recipe": name,
-            "phase": peak.name,
-            "allocated_bytes": peak.allocated,
-            "allocated_budget_bytes": parse_bytes(BUDGETS[name][peak.name]),
-            "reserved_bytes": peak.reserved,
-            "device_bytes": peak.device,
-            "device_budget_bytes": ON_THE_CARD,
-        }
-        for name, life in lives.items()
-        for peak in life.profile.phases
-    ]
-    cells = [[str(row["recipe"]), str(row["phase"]), *(gib(int(row[key])) for key in list(row)[2:])] for row in rows]
-    headings = ["recipe", "phase", "allocated", "budget", "reserved", "on the card", "budget on the card"]
-    markdown = (
-        f"# Every phase of a run on {CARD.name}, in GiB\n\nFrom a checkpoint of Granite-4.0-H-1B at full size: loaded "
-        "in 4 bits, the longest batch tried, two steps with an evaluation and a checkpoint after each, gone on from "
-        "the first checkpoint in another process, merged into the 16-bit weights in a third. Reserved does not fall "
-        "within a process: the allocator keeps what it has.\n\n"
-        f"{markdown_table(headings, cells, text_columns=2)}\n\n{provenance_lines(record)}\n"
-    )
-    write_result(folder, "phases", {"environment": record, "cases": rows}, markdown, rows)
+    budgets = {name: {phase: parse_bytes(size) for phase, size in found.items()} for name, found in BUDGETS.items()}
+    phases = {name: life.phases(ON_THE_CARD, budgets[name]) for name, life in lives.items()}
+    write_phases(folder, phases, provenance_record(CARD.name, "virtual"), ABOUT)
 
 
 @pytest.mark.parametrize(("name", "phase"), CASES, ids=[f"{name}-{phase}" for name, phase in CASES])

@@ -5,7 +5,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from helpers import RECIPES
+from qlora_lowmem import lengths
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CONFIG = ("--config", str(RECIPES / "optimised.yaml"), "--weights", "random")
@@ -36,3 +39,22 @@ def test_a_length_that_cannot_be_trained_is_refused(command: Command) -> None:
     run = command("lengths", *CONFIG, "--lengths", "1024", "1")
     assert run.returncode == 2
     assert "--lengths: 1 is too short" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("longest", "asked", "code"),
+    [(8192, [], 0), (4096, [], 0), (256, [], 3), (8192, ["--lengths", "8192"], 0), (4096, ["--lengths", "8192"], 3)],
+)
+def test_the_exit_code_says_whether_it_fits(
+    longest: int, asked: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default lengths go past the card's end: there it is enough that one fits."""
+    seen: list[int] = []
+
+    def measure(_: object, tokens: list[int], *__: object) -> list[lengths.LengthRow]:
+        seen.extend(tokens)
+        return [lengths.LengthRow("r", count, count <= longest, 1, 2, 3) for count in tokens]
+
+    monkeypatch.setattr(lengths, "measure_lengths", measure)
+    assert lengths.main([*CONFIG, *asked]) == code
+    assert seen == ([8192] if asked else [512, 1024, 2048, 4096, 8192])

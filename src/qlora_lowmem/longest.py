@@ -36,6 +36,7 @@ class Longest:
     Attributes:
         limited_by: `memory`, or `limit` where the longest length asked for fits.
         next_tokens: the shortest length that was seen not to fit; 0 where none was.
+        floor_bytes: what no method avoids at the longest length (`memory.floor`).
         host_bytes: page-locked host memory at the longest length.
     """
 
@@ -47,6 +48,7 @@ class Longest:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     peak_device_bytes: int
+    floor_bytes: int
     host_bytes: int
 
 
@@ -77,31 +79,42 @@ def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, 
         profile.peak_allocated_bytes if profile else 0,
         profile.peak_reserved_bytes if profile else 0,
         profile.peak_device_bytes if profile else 0,
+        found.run.floor_bytes if found.run is not None else 0,
         found.run.pinned_host_bytes if found.run is not None else 0,
     )
 
 
-def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any]) -> None:
-    """Write the table as JSON, Markdown and CSV."""
+def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any], changes: dict[str, str]) -> None:
+    """Write the table as JSON, Markdown and CSV.
+
+    Args:
+        changes: fields of every recipe that were given on the command line.
+    """
     cells = [
         [
             row.recipe,
             f"{row.tokens:,}",
             f"{row.next_tokens:,}" if row.next_tokens else "(not looked further)",
             gib(row.peak_allocated_bytes),
+            gib(row.floor_bytes),
+            f"{row.peak_allocated_bytes / row.floor_bytes:.2f}" if row.floor_bytes else "-",
             gib(row.peak_device_bytes),
             gib(row.host_bytes),
         ]
         for row in rows
     ]
-    headers = ["recipe", "longest that trains", "does not fit", "allocated GiB", "on the card GiB", "pinned host GiB"]
+    headers = ["recipe", "longest that trains", "does not fit", "allocated", "floor", "x floor", "on the card", "host"]
+    changed = ", ".join(f"`{name}: {value}`" for name, value in changes.items())
     markdown = (
         f"# The longest sequence on {record['device']}\n\nTokens of one sample, batch 1, found by running each length "
-        "(two optimizer steps of one or two micro-batches); the card's usable memory holds the CUDA context too.\n\n"
+        "(two optimizer steps of one or two micro-batches). Peaks in GiB; what a job can use of the card holds the "
+        "CUDA context too; host is page-locked memory. The floor is what no method avoids: weights as stored, adapters "
+        f"with their state, two residual tensors.{f' Changed in every recipe: {changed}.' if changed else ''}\n\n"
         f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
     )
     plain = [asdict(row) for row in rows]
-    content = {"environment": record, "device": record["device"], "provenance": "virtual", "cases": plain}
+    content = {"environment": record, "device": record["device"], "provenance": "virtual", "changes": changes}
+    content["cases"] = plain
     write_result(folder, "longest", content, markdown, plain)
 
 
@@ -129,7 +142,8 @@ def _run(arguments: list[str]) -> int:
     for flag in ("limit", "step"):
         if getattr(options, flag) < 1:
             raise UsageError(f"--{flag}: {getattr(options, flag)} is not a number of tokens; give 1 or more")
-    recipes = [load_recipe(path, overrides_from(options)) for path in options.config]
+    changes = overrides_from(options)
+    recipes = [load_recipe(path, changes) for path in options.config]
     card = recipe_card(recipes[0])
     with recipe_server() as server:
         rows = [find(recipe, card, server, limit=options.limit, step=options.step) for recipe in recipes]
@@ -142,7 +156,7 @@ def _run(arguments: list[str]) -> int:
             file=sys.stderr,
         )
     if options.table:
-        write_table(Path(options.table), rows, record)
+        write_table(Path(options.table), rows, record, changes)
     peaks = {key: max(getattr(row, key) for row in rows) for key in ("peak_allocated_bytes", "peak_reserved_bytes")}
     peaks["peak_device_bytes"] = max(row.peak_device_bytes for row in rows)
     cases = json.loads(json.dumps([asdict(row) for row in rows]))

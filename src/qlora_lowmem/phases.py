@@ -5,13 +5,13 @@
 
 Runs on a virtual card, from a checkpoint of the recipe's architecture at full size: load it, try the longest batch,
 train two steps, evaluate and save after each, go on from the first checkpoint in a fresh process, merge the adapter
-into the 16-bit weights in another.
+into the 16-bit weights in another. `qlora_lowmem.report.page` shows what `--json` writes.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from qlora_lowmem.probes.runs import recipe_card, recipe_server
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, recipe_from_dict, replace_fields
 from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.report.charts.phases import PhaseBytes
+from qlora_lowmem.report.phases import phase_bytes, phases_content
 from qlora_lowmem.report.tables import phase_table
 from qlora_lowmem.units import format_bytes
 
@@ -52,6 +54,10 @@ class Life:
     def fits(self, card: virtual_gpu.Card) -> bool:
         """Whether every phase stays within what a job can count on there."""
         return not self.out_of_memory and self.profile.peak_device_bytes <= card.usable_bytes
+
+    def phases(self, device_budget: int, allocated_budgets: Mapping[str, int] | None = None) -> tuple[PhaseBytes, ...]:
+        """Its phases beside their budgets in bytes, as `report.phases.phase_bytes` says."""
+        return phase_bytes(self.profile.phases, device_budget, allocated_budgets, self.out_of_memory)
 
 
 def live(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server) -> Life:
@@ -116,7 +122,7 @@ def _lived(recipe: Recipe, model: Path) -> Recipe:
     from qlora_lowmem.models.hollow import write_hollow_checkpoint
 
     if not model.is_dir():
-        architecture = resolve_model(recipe.base.model, "random").architecture
+        architecture = resolve_model(recipe.base.model, "random", recipe.base.revision).architecture
         assert architecture is not None
         write_hollow_checkpoint(architecture, model)
     changes: dict[str, Any] = {"weights": "pretrained", "model": str(model), "revision": None, "data": "synthetic"}
@@ -146,10 +152,10 @@ def _run(arguments: list[str]) -> int:
     recipes = [load_recipe(path, {"device": "virtual"} | overrides_from(options)) for path in options.config]
     cards = [recipe_card(recipe) for recipe in recipes]
     for recipe in recipes:
-        resolve_model(recipe.base.model, "random")
+        resolve_model(recipe.base.model, "random", recipe.base.revision)
     with recipe_server(max_workers=1) as server:
-        pairs = zip(recipes, cards, strict=True)
-        lives = [live(recipe, card, server) for recipe, card in tqdm(list(pairs), desc="phases", unit="recipe")]
+        asked = list(zip(recipes, cards, strict=True))
+        lives = [live(recipe, card, server) for recipe, card in tqdm(asked, desc="phases", unit="recipe")]
     for found, card in zip(lives, cards, strict=True):
         print(f"\n{found.recipe.name}", file=sys.stderr)
         print(phase_table(found.profile), file=sys.stderr)
@@ -157,19 +163,17 @@ def _run(arguments: list[str]) -> int:
             print(f"out of memory in phase {phase!r}: {message}", file=sys.stderr)
         verdict = "every phase fits" if found.fits(card) else "does not fit"
         print(f"{verdict}: {card.name} has {format_bytes(card.usable_bytes)} usable", file=sys.stderr)
-    write_json(options.json, _content(lives, cards))
+    named = zip(_names(lives), lives, cards, strict=True)
+    phases = {name: found.phases(card.usable_bytes) for name, found, card in named}
+    devices = ", ".join(dict.fromkeys(card.name for card in cards))
+    write_json(options.json, phases_content(phases, provenance_record(devices, "virtual")))
     return EXIT_OK if all(map(Life.fits, lives, cards)) else EXIT_DOES_NOT_FIT
 
 
-def _content(lives: Sequence[Life], cards: Sequence[virtual_gpu.Card]) -> dict[str, Any]:
-    return {
-        "environment": provenance_record(cards[0].name, "virtual"),
-        "lives": [
-            {"recipe": each.recipe.name, "fits": each.fits(card), "out_of_memory": each.out_of_memory}
-            | each.profile.to_dict()
-            for each, card in zip(lives, cards, strict=True)
-        ],
-    }
+def _names(lives: Sequence[Life]) -> list[str]:
+    """The recipes' names; those that are there several times with their place in the command."""
+    names = [life.recipe.name for life in lives]
+    return [f"{name} ({place})" if names.count(name) > 1 else name for place, name in enumerate(names, start=1)]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,11 @@
-"""One small file of every kind that the page shows, each made by the project's own writer."""
+"""One small file of every kind that the page shows, made by the project's own writers.
 
+The writers of `reality.json` and of `train --json` are `bench/reality/table.py` and the command; what the first wrote
+is read by `test_page_published.py`, what the second writes by `test_page_runs.py`.
+"""
+
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +20,14 @@ from qlora_lowmem.gate.rows import Row
 from qlora_lowmem.lengths import LengthRow
 from qlora_lowmem.lengths import write_table as write_lengths
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak
 from qlora_lowmem.memory.timeline import Timeline
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.report.attribution import write_attribution
+from qlora_lowmem.report.charts.phases import PhaseBytes
 from qlora_lowmem.report.charts.waterfall import Step
 from qlora_lowmem.report.matrix import write_matrix
+from qlora_lowmem.report.phases import write_phases
 from qlora_lowmem.report.prediction import compare, write_prediction
 from qlora_lowmem.report.waterfall import write_waterfall
 from report.profiles import MEASURED, predicted
@@ -69,9 +77,12 @@ def write_all(folder: Path, names: Sequence[str] = ("tiny",)) -> None:
     """Every kind of file in `folder`; `names` are what recipes, ideas and cases are called."""
     write_waterfall(folder, [*STEPS, *(Step(name, GIB, 2 * GIB, GIB) for name in names)], ENVIRONMENT)
     write_attribution(folder, "plain", attribution(), ENVIRONMENT)
+    write_phases(folder, _phases(names), ENVIRONMENT, "Of an example.")
+    (folder / "train.json").write_text(json.dumps(trained(names[-1])))
+    (folder / "reality.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": published(names)}))
     write_lengths(folder, _lengths(names), virtual_gpu.get_card(CARD), 1.5, ENVIRONMENT)
-    rows = [longest.Longest(name, CARD, 4096, 8192, "memory", 3 * GIB, 4 * GIB, 5 * GIB, 15) for name in names]
-    longest.write_table(folder, rows, ENVIRONMENT)
+    rows = [longest.Longest(name, CARD, 4096, 8192, "memory", 3 * GIB, 4 * GIB, 5 * GIB, GIB, 15) for name in names]
+    longest.write_table(folder, rows, ENVIRONMENT, {"target_modules": "all-linear"})
     figures = [f for name in names for f in compare(name, predicted(allocated=0.004, reserved=0.05), MEASURED)]
     measured = provenance_record(MEASURED.device, "measured", "580.1")
     write_prediction(folder, figures, measured, "A twin.", dict.fromkeys(names, "it does not fit"))
@@ -93,6 +104,35 @@ def gate_rows(names: Sequence[str]) -> Sequence[Row]:
         Row("tests/t.py::over", "tests/t.py", "OVER BUDGET", *over, fails=True, message="a\nb"),
         Row("gone", "tests/t.py", "MISSING", None, record(5), fails=True, message="gone"),
     ]
+
+
+def _phases(names: Sequence[str]) -> dict[str, list[PhaseBytes]]:
+    """A life within its budgets, and lives that memory ends at `steady`, after a warm-up that took too much."""
+    whole = [PhaseBytes(phase, GIB + n, 2 * GIB, 4 * GIB + n, 5 * GIB + n, 6 * GIB) for n, phase in enumerate(PHASES)]
+    ended = [*whole[:2], dataclasses.replace(whole[2], allocated=3 * GIB), whole[3]]
+    ended.append(dataclasses.replace(whole[4], device=6 * GIB + 4, out_of_memory="CUDA out of memory."))
+    return {"whole": whole} | dict.fromkeys(names, ended)
+
+
+def trained(name: str, **changes: object) -> dict[str, object]:
+    """What `train --json` writes, as far as a page shows it."""
+    phases = tuple(PhasePeak(phase, GIB + n, 2 * GIB, 3 * GIB + n) for n, phase in enumerate(("load", "steady")))
+    peaks = MemoryProfile(CARD, "virtual", 6 * GIB, 0, phases).to_dict()
+    return peaks | {"fits": True, "recipe": {"name": name}, "environment": ENVIRONMENT} | changes
+
+
+def published(names: Sequence[str]) -> list[dict[str, object]]:
+    """A row of every figure and each name: a peak with something explained, without, rounded; none at all."""
+    plain = {"virtual_card": "t4-16gb", "measured_versions": "", "explained_bytes": 0, "program_bytes": None}
+    plain |= {"agrees_with_its_rounding": None, "measured_bytes": 8 * GIB}
+    rows: list[dict[str, object]] = [
+        {"measures": "allocated", "plan_bytes": 6 * GIB, "explained_bytes": GIB, "program_bytes": 8 * GIB},
+        {"measures": "reserved", "plan_bytes": 9 * GIB, "measured_versions": "torch 2.4"},
+        {"measures": "device", "plan_bytes": 8 * GIB + 7, "agrees_with_its_rounding": True},
+        {"measures": "limit", "plan_bytes": 8 * GIB},
+        {"measures": "out of memory", "plan_bytes": 7 * GIB, "agrees_with_its_rounding": False},
+    ]
+    return [plain | {"source": f"by {name}", "run": name} | row for name in names for row in rows]
 
 
 def _lengths(names: Sequence[str]) -> list[LengthRow]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lowmem.memory.kinds import KINDS
-from qlora_lowmem.report.charts import attribution, lengths, style, svg, theme, verdicts, waterfall
+from qlora_lowmem.report.charts import attribution, lengths, phases, style, svg, theme, verdicts, waterfall
 from report.examples import STEPS
 from report.examples import attribution as example
 
@@ -86,6 +86,10 @@ def test_a_colour_without_a_role_is_refused() -> None:
         svg.inline(text, "a", "a chart", "b")
 
 
+def phase(name: str, device: int = 2**32) -> phases.PhaseBytes:
+    return phases.PhaseBytes(name, 2**30, 2**31, 2**31, device, 6 * 2**30)
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(
     "draw",
@@ -96,6 +100,10 @@ def test_a_colour_without_a_role_is_refused() -> None:
         lambda look: attribution.timeline(look, example()),
         lambda look: attribution.peaks(look, [("_a", example()), ("b" * 300, example(1))]),
         lambda look: lengths.lengths(look, [lengths.LengthPoint("$\\frac{", 1024, False, 0)], 2**33),
+        lambda look: phases.phases(look, {"$\\frac{": [phase("merge", 0)]}),
+        lambda look: phases.phases(
+            look, {"_a": [phase("load")], "b" * 300: [phase("save", 2**34)], "": [phase("save")]}
+        ),
         lambda look: verdicts.verdicts(look, []),
     ],
 )
@@ -107,6 +115,21 @@ def test_drawings_hold_whatever_they_are_given(draw: style.Drawing, narrow: bool
     assert "var(--ink)" in found
     assert "#0a00" not in found
     assert found == svg.inline(style.svg_text(draw, style.Style(theme.TOKENS, narrow)), "p", "a <name>", "d")
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_phase_without_figures_keeps_its_row(narrow: bool) -> None:
+    """In each recipe's panel stand the phases that any has, in the order of a run's life, and what the card holds."""
+    lives = {"a": [phase("save"), phase("load")], "b": [phase("resume", 7 * 2**30)]}
+    look = style.Style(theme.LIGHT, narrow)
+    text = style.svg_text(lambda found: phases.phases(found, lives), look)
+    root = ET.fromstring(text)
+    words = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    names = [word for word in words if word in {"load", "resume", "save"}]
+    assert names == ["load", "resume", "save"] * (2 if narrow else 1)
+    assert words.count("no figures") == 3
+    assert words.count("4.000") == 2
+    assert {"7.000, over", "striped: over budget", "budget on the card: 6.00"} <= set(words)
 
 
 def test_files_are_the_same_each_time_and_say_what_they_are(tmp_path: Path) -> None:

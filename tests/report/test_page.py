@@ -5,38 +5,18 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bs4 import BeautifulSoup, Tag
 
-from helpers import ROOT
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.report.attribution import write_attribution
 from qlora_lowmem.report.page.__main__ import main
 from qlora_lowmem.report.page.document import named
 from qlora_lowmem.report.page.kinds import sections_of
-from report.examples import CARD, ENVIRONMENT, attribution, write_all
-
-SECTIONS = ["waterfall", "bytes", "lengths", "longest", "prediction", "verdicts", "matrix"]
-
-
-def parsed(path: Path) -> BeautifulSoup:
-    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-
-
-def table(soup: Tag, name: str) -> list[list[Tag]]:
-    """The cells of the body of the table whose caption has that id."""
-    caption = soup.find(id=name)
-    assert isinstance(caption, Tag), name
-    return [row.find_all(["th", "td"]) for row in caption.find_parent("table").tbody.find_all("tr")]
-
-
-def values(soup: Tag, name: str) -> list[list[int | float]]:
-    """The figures of that table, as machines read them."""
-    rows = [[cell.data["value"] for cell in row if cell.find("data")] for row in table(soup, name)]
-    return [[float(value) if "." in value or "e" in value else int(value) for value in row] for row in rows]
+from report.examples import ENVIRONMENT, attribution, write_all
+from report.pages import SECTIONS, parsed, table, values
 
 
 def test_every_kind_of_file_has_its_section(soup: BeautifulSoup) -> None:
@@ -93,7 +73,7 @@ def test_landmarks_and_the_way_past_them(soup: BeautifulSoup) -> None:
 
 def test_every_chart_has_a_name_a_summary_and_its_figures(soup: BeautifulSoup) -> None:
     figures = soup.find_all("figure")
-    assert len(figures) == 1 + 1 + 3 * 2 + 1 + 1 + 1
+    assert len(figures) == 1 + 1 + 3 * 2 + 1 + 1 + 1 + 1 + 1 + 1
     for figure in figures:
         drawings = figure.find_all("svg")
         assert [svg.find_parent("div")["class"] for svg in drawings] == [["chart", "wide"], ["chart", "narrow"]]
@@ -174,7 +154,7 @@ def test_lengths_longest_and_matrix_are_those_of_their_files(soup: BeautifulSoup
     ]
     fits = [row[-1].get_text() for row in table(soup, "chart-lengths-table-1")]
     assert fits == ["fits" if case["fits"] else "does not fit" for case in content["lengths"]["cases"]]
-    names = ["tokens", "next_tokens", "peak_allocated_bytes", "peak_device_bytes", "host_bytes"]
+    names = ["tokens", "next_tokens", "peak_allocated_bytes", "floor_bytes", "peak_device_bytes", "host_bytes"]
     assert values(soup, "longest-table-1") == [[case[name] for name in names] for case in content["longest"]["cases"]]
     known, *unknown = values(soup, "matrix-table-1")
     case = content["matrix"]["cases"][0]
@@ -240,6 +220,10 @@ def test_names_stay_names(tmp_path: Path) -> None:
         assert [row[0].get_text() for row in table(soup, name)] == shown
     for name in shown:
         assert name in soup.find(id="chart-lengths-summary").get_text()
+        assert name in soup.find(id="chart-phases-summary").get_text()
+        assert any(row[0].get_text() == name for row in table(soup, "phases-table-1"))
+    captions = [soup.find(id=f"chart-published-table-{number}") for number, _ in enumerate(shown, start=1)]
+    assert [caption.get_text() for caption in captions] == [f"by {name}, GiB." for name in shown]
 
 
 def test_what_is_absent_is_left_out(results: Path, tmp_path: Path) -> None:
@@ -256,9 +240,12 @@ def test_what_is_absent_is_left_out(results: Path, tmp_path: Path) -> None:
 
 def test_a_folder_s_other_files_are_named(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(written / "matrix.json", tmp_path)
-    (tmp_path / "strange.json").write_text('{"rows": []}')
+    for name, text in (("strange.json", '{"rows": []}'), ("trend.json", "[]")):
+        (tmp_path / name).write_text(text)
     assert main([str(tmp_path), "--output", str(tmp_path / "report.html")]) == 0
-    assert f"not shown, for no section shows its kind: {tmp_path / 'strange.json'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for name in ("strange.json", "trend.json"):
+        assert f"not shown, for no section shows its kind: {tmp_path / name}" in said
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["by name", "by folder"])
@@ -302,114 +289,11 @@ def test_charts_are_written_as_files(results: Path, tmp_path: Path) -> None:
     charts = tmp_path / "charts"
     arguments = [str(results), "--output", str(tmp_path / "report.html"), "--charts", str(charts)]
     assert main(arguments) == 0
-    names = ["breakdown-plain", "lengths", "prediction", "timeline-plain", "verdicts", "waterfall"]
-    assert sorted(path.name for path in charts.iterdir()) == [f"{n}{x}" for n in names for x in (".png", ".svg")]
+    names = ["breakdown-plain", "lengths", "phases", "prediction", "published", "runs", "timeline-plain", "verdicts"]
+    expected = [f"{name}{suffix}" for name in (*names, "waterfall") for suffix in (".png", ".svg")]
+    assert sorted(path.name for path in charts.iterdir()) == expected
     for path in charts.glob("*.svg"):
         assert "--ink" not in path.read_text(encoding="utf-8")
-
-
-def damaged(folder: Path, name: str, change: dict[str, Any]) -> None:
-    """Set fields of a file, each by its path with dots."""
-    content = json.loads((folder / name).read_text())
-    for place, value in change.items():
-        *parents, last = [int(part) if part.isdigit() else part for part in place.split(".")]
-        found = content
-        for part in parents:
-            found = found[part]
-        found[last] = value
-    (folder / name).write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("waterfall.json", {"cases.0.peak_allocated_bytes": -1}, "cases[0].peak_allocated_bytes: -1"),
-        ("waterfall.json", {"cases.0.peak_allocated_bytes": True}, "cases[0].peak_allocated_bytes: True"),
-        ("waterfall.json", {"cases.0.floor_bytes": 10**400}, "is not a whole number"),
-        ("waterfall.json", {"cases.0": {"idea": "x"}}, "cases[0].peak_allocated_bytes is missing"),
-        ("waterfall.json", {"environment": None}, "environment: None is not an object"),
-        ("attribution-plain.json", {"attribution.kinds.loss": 7}, "kinds sum to"),
-        ("attribution-plain.json", {"attribution.kinds": [7]}, "attribution.kinds: [7] is not an object"),
-        ("attribution-plain.json", {"attribution.timeline.bytes": [[1]]}, "attribution.timeline"),
-        ("attribution-plain.json", {"attribution.timeline.events": [3, 2, 1, 0]}, "attribution.timeline.events"),
-        ("attribution-plain.json", {"attribution.timeline.phases": [1, 2, 3, 4]}, "attribution.timeline"),
-        ("attribution-plain.json", {"attribution.owners.0.kind": "gold"}, "'gold' is not a kind"),
-        ("attribution-plain.json", {"attribution.surplus": 1}, "surplus"),
-        ("lengths.json", {"cases.1.fits": "yes"}, "cases[1].fits: 'yes' is not true or false"),
-        ("lengths.json", {"cases.1.tokens": 0}, "tokens is 0"),
-        ("lengths.json", {"cases": []}, "cases is not a list of at least one object"),
-        ("longest.json", {"cases.0.host_bytes": 1.5}, "cases[0].host_bytes: 1.5"),
-        ("prediction.json", {"figures.0.reading": "guessed"}, "'guessed' is not one of"),
-        ("prediction.json", {"figures.0.measured_bytes": 0}, "is 0 bytes"),
-        ("gate.json", {"cases.0.record.kinds": [1]}, "gate.json"),
-        ("gate.json", {"cases.0.record.allocated": "5"}, "not an integer"),
-        ("gate.json", {"cases.1.budget.of": "everything"}, "a budget of 'everything'"),
-        ("matrix.json", {"cases.0.phases": 5}, "cases[0].phases: 5 is not a list"),
-    ],
-)
-def test_a_damaged_file_is_named(
-    name: str, change: dict[str, Any], message: str, results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damaged(results, name, change)
-    output = results / "report.html"
-    assert main([str(results), "--output", str(output)]) == 2
-    error = capsys.readouterr().err
-    assert str(results / name) in error
-    assert message in error
-    assert "fault of qlora_lowmem" not in error
-    assert not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "No such file"),
-        (b"{", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
-        (b'{"cases": NaN}', "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"[1]", "holds no object"),
-        (b'{"rows": []}', "is nothing that a page shows"),
-        (b'{"cases": 5}', "is nothing that a page shows"),
-    ],
-)
-def test_what_is_no_result_is_refused(
-    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "a.json"
-    if content is not None:
-        path.write_bytes(content)
-    assert main([str(path), "--output", str(tmp_path / "report.html")]) == 2
-    error = capsys.readouterr().err
-    assert str(path) in error
-    assert message in error
-
-
-def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 2
-    assert f"{tmp_path}: nothing in it that a page shows" in capsys.readouterr().err
-
-
-def test_places_that_are_not_there_are_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(results), "--output", str(results / "no" / "report.html")]) == 2
-    assert "--output: the folder of" in capsys.readouterr().err
-    assert main([str(results), "--output", str(results / "a.html"), "--charts", str(results / "matrix.json")]) == 2
-    assert "--charts: " in capsys.readouterr().err
-
-
-def test_the_committed_page_shows_the_committed_results() -> None:
-    """Figures only: what a page was made with changes with every run that recorded them again."""
-    folder = ROOT / "results" / CARD
-    soup = parsed(folder / "report.html")
-    advice = f"run: python -m qlora_lowmem.report.page results/{CARD} --output results/{CARD}/report.html"
-    found = named(sections_of([folder]).sections)
-    assert [tag["id"] for tag in soup.main.find_all("h2")] == [section.name for section in found], advice
-    for section in found:
-        groups = [(section.name, section.tables), *((f"chart-{chart.name}", chart.tables) for chart in section.charts)]
-        for name, tables in groups:
-            for number, expected in enumerate(tables, start=1):
-                cells = [[cell.get_text() for cell in row] for row in table(soup, f"{name}-table-{number}")]
-                assert cells == [[cell.text for cell in row] for row in expected.rows], advice
 
 
 def test_an_attribution_of_explain_is_read(tmp_path: Path) -> None:

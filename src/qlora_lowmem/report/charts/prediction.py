@@ -37,11 +37,7 @@ def prediction(style: Style, figures: Sequence[Reading]) -> "Figure":
 
 
 def _scatter(axes: "Axes", style: Style, figures: Sequence[Reading]) -> None:
-    sizes = [size / GIB for figure in figures for size in (figure.predicted, figure.measured) if size]
-    low, high = math.floor(math.log2(min(sizes))), math.ceil(math.log2(max(sizes)))
-    high = max(high, low + 1)
-    ends = (2.0**low, 2.0**high)
-    axes.plot(ends, ends, color=style.theme["edge"], linewidth=1, linestyle="--")
+    equals(axes, style, [size / GIB for figure in figures for size in (figure.predicted, figure.measured)])
     for figure in figures:
         marker, role = _MARKS[figure.reading]
         axes.plot(
@@ -53,6 +49,17 @@ def _scatter(axes: "Axes", style: Style, figures: Sequence[Reading]) -> None:
             markeredgecolor=style.theme[role],
             markeredgewidth=1.4,
         )
+    axes.set_xlabel("measured GiB")
+    axes.set_ylabel("predicted GiB")
+
+
+def equals(axes: "Axes", style: Style, sizes: Sequence[float]) -> None:
+    """Two logarithmic scales, each with room for all sizes in GiB, and the line on which both are equal."""
+    found = [size for size in sizes if size]
+    low, high = math.floor(math.log2(min(found))), math.ceil(math.log2(max(found)))
+    high = max(high, low + 1)
+    ends = (2.0**low, 2.0**high)
+    axes.plot(ends, ends, color=style.theme["edge"], linewidth=1, linestyle="--")
     ticks = [2.0**power for power in range(low, high + 1)]
     for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         scale("log", base=2)
@@ -61,8 +68,6 @@ def _scatter(axes: "Axes", style: Style, figures: Sequence[Reading]) -> None:
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
     axes.set_box_aspect(0.8 if style.narrow else 1)
-    axes.set_xlabel("measured GiB")
-    axes.set_ylabel("predicted GiB")
     muted = style.theme["muted"]
     axes.text(0.97, 0.05, "dashed: equal", transform=axes.transAxes, ha="right", fontsize=SMALL, color=muted)
     plain(axes, style, keep=("bottom", "left"), grid="y")

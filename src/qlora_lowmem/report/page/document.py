@@ -51,6 +51,7 @@ def render(title: str, sections: Sequence[Section], note: Callable[[], object]) 
         sources=sources,
         versions=dict(versions.pop()) if len(versions) == 1 else None,
         highlights=[highlight for section in sections for highlight in section.highlights],
+        quoted=any(section.quoted for section in sections),
         provenances=sorted({source.provenance.provenance for _, source in sources}),
         release=qlora_lowmem.__version__,
         light=Markup(css_variables(LIGHT)),
@@ -60,9 +61,10 @@ def render(title: str, sections: Sequence[Section], note: Callable[[], object]) 
 
 
 def title_of(sections: Sequence[Section]) -> str:
-    """A title that names the cards."""
-    devices = dict.fromkeys(source.provenance.device for section in sections for source in section.sources)
-    return f"GPU memory on {', '.join(devices)}"
+    """A title that names the cards, but for those of others."""
+    own = (section for section in sections if not section.quoted)
+    devices = dict.fromkeys(source.provenance.device for section in own for source in section.sources)
+    return f"GPU memory on {', '.join(devices)}" if devices else "GPU memory, predicted and published"
 
 
 def save_charts(folder: Path, sections: Sequence[Section], note: Callable[[], object]) -> list[Path]:

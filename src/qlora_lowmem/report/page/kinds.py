@@ -7,8 +7,19 @@ from typing import Any
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.report.page.parts import Section, Source
-from qlora_lowmem.report.page.reading import Fields, read_json
-from qlora_lowmem.report.page.sections import attribution, lengths, longest, matrix, prediction, verdicts, waterfall
+from qlora_lowmem.report.page.reading import Fields, NoObjectError, read_json
+from qlora_lowmem.report.page.sections import (
+    attribution,
+    lengths,
+    longest,
+    matrix,
+    phases,
+    prediction,
+    published,
+    runs,
+    verdicts,
+    waterfall,
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +43,12 @@ class Kind:
 KINDS: tuple[Kind, ...] = (
     Kind("a waterfall (pytest bench/test_lean.py)", waterfall.recognises, waterfall.read, waterfall.sections),
     Kind("an attribution (explain --json)", attribution.recognises, attribution.read, attribution.sections),
+    Kind("peaks by phase (phases --json)", phases.recognises, phases.read, phases.sections),
+    Kind("a training run (train --json)", runs.recognises, runs.read, runs.sections),
     Kind("peaks by length (lengths --table)", lengths.recognises, lengths.read, lengths.sections),
     Kind("the longest sequences (longest --table)", longest.recognises, longest.read, longest.sections),
     Kind("a prediction (pytest bench/ --gpu)", prediction.recognises, prediction.read, prediction.sections),
+    Kind("published peaks (pytest bench/test_reality.py)", published.recognises, published.read, published.sections),
     Kind("verdicts (pytest --vram-report)", verdicts.recognises, verdicts.read, verdicts.sections),
     Kind("a matrix (pytest bench/)", matrix.recognises, matrix.read, matrix.sections),
 )
@@ -64,7 +78,13 @@ def sections_of(paths: Sequence[Path]) -> Made:
     found: dict[int, list[tuple[Source, Any]]] = {}
     left_out = []
     for path in files:
-        content = read_json(path)
+        try:
+            content = read_json(path)
+        except NoObjectError:
+            if path not in from_folders:
+                raise
+            left_out.append(path)
+            continue
         number = next((number for number, kind in enumerate(KINDS) if kind.recognises(content)), None)
         if number is None:
             if path not in from_folders:

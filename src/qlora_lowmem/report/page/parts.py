@@ -97,6 +97,7 @@ class Section:
         charts: in their order.
         tables: those that stand beside no chart.
         highlights: (figure, what it is) for the head of the page.
+        quoted: the figures in it that others measured and whose they are; empty where there are none.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Section:
     charts: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
     highlights: tuple[tuple[str, str], ...] = ()
+    quoted: str = ""
 
 
 def gib_cell(count: int, tone: str = "") -> Cell:

@@ -15,6 +15,10 @@ _LARGEST = 2**60  # bytes, tokens or whatever is counted: no card and no run has
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]")
 
 
+class NoObjectError(UsageError):
+    """JSON that is a list or a value of its own: no result of this project's that a page shows."""
+
+
 class Fields:
     """A JSON object that knows where it stands.
 
@@ -74,7 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, with what no page can show replaced in its texts.
 
     Raises:
-        UsageError: the file cannot be read, is not JSON, or holds something else than an object.
+        NoObjectError: the file holds something else than an object.
+        UsageError: it cannot be read or is not JSON.
     """
     try:
         content = json.loads(path.read_bytes(), parse_constant=_refuse)
@@ -83,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON ({error}); write it again with the command that made it") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no object; give a file that a command of this project wrote")
+        raise NoObjectError(f"{path} holds no object; give a file that a command of this project wrote")
     found: dict[str, Any] = _printable(content)
     return found
 

@@ -24,7 +24,16 @@ class _Longest:
     next_tokens: int
     allocated: int
     device: int
+    floor: int
     host: int
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The content of a `longest.json`; `changes` are fields of every recipe."""
+
+    changes: str
+    cases: tuple[_Longest, ...]
 
 
 def recognises(content: dict[str, Any]) -> bool:
@@ -33,20 +42,23 @@ def recognises(content: dict[str, Any]) -> bool:
     return isinstance(cases, list) and any(isinstance(case, dict) and "next_tokens" in case for case in cases)
 
 
-def read(content: Fields) -> tuple[Provenance, tuple[_Longest, ...]]:
-    """The cases of a `longest.json`."""
-    names = ("tokens", "next_tokens", "peak_allocated_bytes", "peak_device_bytes", "host_bytes")
+def read(content: Fields) -> tuple[Provenance, Longest]:
+    """Its cases, in bytes and tokens."""
+    names = ("tokens", "next_tokens", "peak_allocated_bytes", "peak_device_bytes", "floor_bytes", "host_bytes")
     cases = content.objects("cases")
     found = tuple(_Longest(case.text("recipe"), *(case.count(name) for name in names)) for case in cases)
-    return provenance_of(content), found
+    changes = content.object("changes")
+    given = ", ".join(f"{name} {changes.text(name)}" for name in changes.raw)
+    return provenance_of(content), Longest(given, found)
 
 
-def sections(found: Sequence[tuple[Source, tuple[_Longest, ...]]]) -> list[Section]:
+def sections(found: Sequence[tuple[Source, Longest]]) -> list[Section]:
     """One section a file."""
-    return [_section(source, cases, len(found) > 1) for source, cases in found]
+    return [_section(source, data, len(found) > 1) for source, data in found]
 
 
-def _section(source: Source, cases: tuple[_Longest, ...], several: bool) -> Section:
+def _section(source: Source, data: Longest, several: bool) -> Section:
+    cases = data.cases
     best = max(cases, key=lambda case: case.tokens)
     rows = tuple(
         (
@@ -54,17 +66,26 @@ def _section(source: Source, cases: tuple[_Longest, ...], several: bool) -> Sect
             count_cell(case.tokens),
             count_cell(case.next_tokens) if case.next_tokens else Cell("not looked further"),
             known_gib_cell(case.allocated),
+            known_gib_cell(case.floor),
             known_gib_cell(case.device),
             size_cell(case.host),
         )
         for case in cases
     )
-    headers = ("recipe", "longest", "does not fit", "allocated GiB", "on the card GiB", "pinned host memory")
+    headers = (
+        "recipe",
+        "longest",
+        "does not fit",
+        "allocated GiB",
+        "floor GiB",
+        "on the card GiB",
+        "pinned host memory",
+    )
     return Section(
         name="longest",
         title=f"The longest sequence that trains{f', {source.provenance.device}' if several else ''}",
         text="Tokens of one sample at batch size 1, found by running each length: two optimizer steps of one or two "
-        "micro-batches.",
+        "micro-batches." + (f" Changed in every recipe: {data.changes}." if data.changes else ""),
         sources=(source,),
         tables=(Table("Tokens, and peaks at the longest", headers, rows),),
         highlights=((f"{best.tokens:,} tokens", f"the longest sequence that trains ({best.recipe})"),),
