@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from matrix_recipes import ORDER, RECIPES
+from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.gate.cases import Matrix, Runner
+from qlora_lowmem.gate.cases import GpuRunner, Matrix, Runner, VirtualRunner
+from qlora_lowmem.gate.plugin import DEFAULT_CARD
+from qlora_lowmem.gate.session import GateSession
+from qlora_lowmem.probes.runs import recipe_server
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.report.matrix import write_matrix
@@ -17,6 +21,7 @@ PROOFS = {
     "chaos": "a run killed again and again",
     "ranks": "what each of several cards needs",
     "phases": "every phase of a run's life on a 6 GB card",
+    "newcomer": "from clone to an answer, and the demo's skill, timed",
     "data_stream": "a file of 5 GB in constant memory",
     "published": "peaks that others measured on real cards",
     "lean": "the lean implementations, one idea a step",
@@ -27,14 +32,24 @@ PROOFS = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what the benchmark has beyond the gate's own options."""
+    group = parser.getgroup("gpu memory")
+    group.addoption("--results", metavar="DIR", default="results", help="where tables are written (default: results)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers of the proofs."""
+    """Register the markers of the proofs, and of what only a GPU can tell."""
+    config.addinivalue_line("markers", "gpu: needs a real GPU; runs with --gpu only")
     for name, what in PROOFS.items():
         config.addinivalue_line("markers", f"{name}: {what}; runs with `pytest bench/test_{name}.py` or `-m {name}`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the proofs out unless the command names their file or their marker."""
+    """Skip what needs a GPU, without --gpu; leave the proofs out unless the command names their file or marker."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not config.getoption("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a real GPU: pytest bench/ --gpu"))
     named = {Path(argument.partition("::")[0]).name for argument in config.args}
     expression = config.getoption("markexpr") or ""
     left_out = [
@@ -50,12 +65,49 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 _LEFT_OUT = pytest.StashKey[list[str]]()
+_PRINTED = pytest.StashKey[list[str]]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was left out and how it is run."""
+    """Print what tests asked for, and say what was left out and how it is run."""
+    for text in config.stash.get(_PRINTED, []):
+        terminalreporter.write_line(f"\n{text}\n")
     for name in config.stash.get(_LEFT_OUT, []):
         terminalreporter.write_line(f"left out, for it takes minutes: pytest bench/{name}.py")
+
+
+@pytest.fixture(scope="session")
+def on_gpu(request: pytest.FixtureRequest) -> bool:
+    """Whether figures are measured on a real GPU."""
+    return bool(request.config.getoption("gpu"))
+
+
+@pytest.fixture(scope="session")
+def results_folder(request: pytest.FixtureRequest) -> Path:
+    """Where tables are written."""
+    return Path(request.config.getoption("results"))
+
+
+@pytest.fixture(scope="session")
+def printed_at_the_end(request: pytest.FixtureRequest) -> list[str]:
+    """Markdown that is printed when all tests are through: append to it what people should see without a file."""
+    return request.config.stash.setdefault(_PRINTED, [])
+
+
+@pytest.fixture(scope="session")
+def virtual_server() -> Iterator[virtual_gpu.Server]:
+    """A server of virtual runs, two at a time."""
+    with recipe_server(max_workers=2) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def runner(request: pytest.FixtureRequest, on_gpu: bool) -> Runner:
+    """Runs cases on the device that the options name."""
+    if on_gpu:
+        return GpuRunner(request.config.getoption("vram_cap"))
+    card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD)
+    return VirtualRunner(request.getfixturevalue("virtual_server"), card)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +117,13 @@ def recipes() -> list[Recipe]:
 
 
 @pytest.fixture(scope="session")
-def matrix(runner: Runner, recipes: list[Recipe], results_folder: Path, on_gpu: bool) -> Iterator[Matrix]:
+def matrix(
+    runner: Runner,
+    recipes: list[Recipe],
+    results_folder: Path,
+    on_gpu: bool,
+    vram_gate: GateSession,  # noqa: ARG001 - makes its tests the gate's, which refuses reruns of them
+) -> Iterator[Matrix]:
     """All results; the tables are written at the end, whatever the verdicts."""
     matrix = Matrix(runner, recipes)
     yield matrix

@@ -52,8 +52,10 @@ NOT_RUN = {
     "python -m qlora_lowmem.virtual_gpu --print-card": GPU,
     "python -m qlora_lowmem.watch": f"{GPU}; docs/watch.md has it inside a virtual one too, and that is run",
     "pytest --record": "tests/gate/test_baselines.py runs it",
-    "pytest --record=test_training_step_fits": "tests/gate/test_baselines.py runs it",
+    "pytest --record=test_step": "tests/gate/test_baselines.py runs it",
     "pytest --vram-report outputs/gate": "tests/gate/test_outputs.py runs it",
+    "tox run -e gate": ENVIRONMENT,
+    "cp outputs/gate/gate.json results/rtx-4050-laptop-6gb/": "needs the report of that run",
     "git add bench/baselines": "a person's own commit",
     "python -m qlora_lowmem.gate.bisect --good before.txt --bad after.txt --config bench/recipes/optimised.yaml": (
         "installs packages; tests/gate/test_bisect.py runs it"
@@ -63,6 +65,13 @@ NOT_RUN = {
 AS = {
     "python -m qlora_lowmem.plan --model granite-4.0-h-1b --card rtx-3060-laptop-6gb --write mine.yaml": (
         "python -m qlora_lowmem.plan --model tiny-model --card rtx-3060-laptop-6gb --write mine.yaml "
+        "--seq 64 --limit 64 --step 64 --no-cache"
+    ),
+    (
+        "python -m qlora_lowmem.plan --model granite-4.0-h-1b granite-4.0-1b --card rtx-3060-laptop-6gb t4-16gb "
+        "--seq 4096"
+    ): (
+        "python -m qlora_lowmem.plan --model tiny-model --card rtx-3060-laptop-6gb t4-16gb "
         "--seq 64 --limit 64 --step 64 --no-cache"
     ),
     "pytest bench/": "pytest bench/ --collect-only -q",

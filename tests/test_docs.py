@@ -32,14 +32,6 @@ SCRIPT = """
 import torch
 torch.nn.Linear(64, 64).cuda()(torch.zeros(8, 64, device="cuda")).sum().backward()
 """
-MODEL = """
-import torch
-
-
-class Model(torch.nn.Sequential):
-    def __init__(self):
-        super().__init__(torch.nn.Linear(1024, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 1024))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_hybrid: Path) -> Path:
         folder / "outputs" / "optimised", LiveMemory(me.pid, me.create_time() - 3600, 0.0, "optimised", "virtual")
     )
     (folder / "project").mkdir()
-    (folder / "project" / "my_project.py").write_text(MODEL)
     example = next(block for block in blocks(ROOT / "docs" / "gate.md") if block.language == "python")
     (folder / "project" / "test_example.py").write_text("\n".join(example.lines) + "\n")
-    (folder / "project" / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
+    (folder / "project" / "pytest.ini").write_text("[pytest]\n")
     return folder
 
 

@@ -265,6 +265,23 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsy
     assert "--output-dir" in printed
 
 
+SECOND = """
+import os, subprocess, sys, torch
+kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda:1")
+watch = [sys.executable, "-m", "qlora_lowmem.watch", "--once", "--json", "--pid", str(os.getpid())]
+sys.exit(subprocess.run(watch).returncode)
+"""
+
+
+def test_a_process_is_found_on_the_card_that_it_is_on(
+    command: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    card = get_card("rtx-4050-laptop-6gb")
+    run = command("virtual_gpu", "--card", card.name, "--count", "2", "--", sys.executable, "-c", SECOND)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["process_bytes"] == card.context_bytes + 64 * MIB
+
+
 def test_an_interrupt_ends_it_with_130(tmp_path: Path) -> None:
     write_live(tmp_path, job(device="cpu"))
     command = [sys.executable, "-m", "qlora_lowmem.watch", "--output-dir", str(tmp_path), "--interval", "0.1"]

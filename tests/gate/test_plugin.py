@@ -1,11 +1,28 @@
-"""The plugin's options: what contradicts is refused before anything runs."""
+"""The plugin: options that contradict are refused before anything runs; what a project has of its own stays so."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from gate.stranger import FEW_PLUGINS, run_pytest
 from helpers import ROOT
+
+OWN = """
+import pytest
+
+@pytest.fixture
+def matrix(): return "a matrix of mine"
+
+@pytest.fixture
+def runner(): return "a runner of mine"
+
+@pytest.mark.gpu
+@pytest.mark.flaky
+def test_of_a_project_with_names_like_ours(matrix, runner):
+    assert (matrix, runner) == ("a matrix of mine", "a runner of mine")
+"""
 
 
 def collect(*options: str) -> subprocess.CompletedProcess[str]:
@@ -34,3 +51,11 @@ def test_every_recipe_is_in_the_matrix() -> None:
     for recipe in (ROOT / "bench" / "recipes").glob("*.yaml"):
         if recipe.stem not in ("demo", "lean-host"):  # one trains on a CPU, one takes minutes (bench/test_lean.py)
             assert f"test_budget[{recipe.stem}]" in listed
+
+
+def test_a_project_keeps_its_own_markers_fixtures_and_options(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: ours\n    flaky: ours\n")
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--results')\n")
+    (tmp_path / "test_own.py").write_text(OWN)
+    run = run_pytest(tmp_path, *FEW_PLUGINS, "--strict-markers", "--results=mine", "-q")
+    assert "1 passed" in run.stdout, run.stdout + run.stderr

@@ -47,7 +47,7 @@ def check_case(
     fails = verdict.fails and not recording and not session.report_only
     message = "" if verdict.name == "PASS" else verdict.render()
     return verdict, Row(
-        case, str(item.path), verdict.name, record, baseline, fails=fails, message=message, artefacts=left
+        case, item.location[0], verdict.name, record, baseline, fails=fails, message=message, artefacts=left
     )
 
 
@@ -60,5 +60,5 @@ def missing_rows(session: "GateSession", item: pytest.Item, device: str, cases: 
             continue
         fails = not session.report_only and not session.records_all
         verdict = Missing(name, baseline)
-        rows.append(Row(name, str(item.path), verdict.name, None, baseline, fails=fails, message=verdict.render()))
+        rows.append(Row(name, item.location[0], verdict.name, None, baseline, fails=fails, message=verdict.render()))
     return rows

@@ -3,6 +3,7 @@
 import pynvml
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.memory.nvml import device_handle
 
 
 def device_name(index: int = 0) -> str:
@@ -14,5 +15,4 @@ def device_name(index: int = 0) -> str:
     card = virtual_gpu.current_card()
     if card is not None:
         return card.name
-    pynvml.nvmlInit()
-    return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))).lower().replace(" ", "-")
+    return str(pynvml.nvmlDeviceGetName(device_handle(index))).lower().replace(" ", "-")

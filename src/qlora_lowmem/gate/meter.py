@@ -100,7 +100,7 @@ class Meter:
         if failure is not None or regressed:
             left = keep(case.artefacts, case.name, measurement.attribution, measurement.snapshot)
         name = "WITHIN BUDGET" if case.baseline is None else verdict.name
-        row = Row(case.name, str(item.path), name, record, case.baseline, case.budget, artefacts=left)
+        row = Row(case.name, item.location[0], name, record, case.baseline, case.budget, artefacts=left)
         if failure is not None:
             failure = replace(failure, artefacts=left)
             row = replace(row, verdict="OVER BUDGET", fails=True, message=failure.render())

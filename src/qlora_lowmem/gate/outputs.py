@@ -39,7 +39,7 @@ def finish(session: "GateSession", exit_status: int) -> Finished:
     loud = [row for row in rows if row.verdict not in _QUIET and not row.fails and not session.recording(row.case)]
     lines += [row.message or f"{row.case}: {row.verdict}" for row in loud]
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        lines += annotations(rows, session.config.rootpath)
+        lines += annotations(rows)
     if rows:
         record = provenance_record(*_device(rows))
         _summary_of_the_job(rows, record)
@@ -117,16 +117,14 @@ def summary(rows: Sequence[Row], record: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def annotations(rows: Sequence[Row], root: Path) -> list[str]:
+def annotations(rows: Sequence[Row]) -> list[str]:
     """Workflow commands of GitHub: an error for what fails, a warning for what asks for something."""
     lines = []
     for row in rows:
         if row.verdict in _QUIET:
             continue
-        file = Path(row.file)
-        place = file.relative_to(root) if file.is_relative_to(root) else file
         level = "error" if row.fails else "warning"
-        properties = f"file={_escaped(str(place), True)},title={_escaped(f'GPU memory: {row.verdict}', True)}"
+        properties = f"file={_escaped(row.file, True)},title={_escaped(f'GPU memory: {row.verdict}', True)}"
         lines.append(f"::{level} {properties}::{_escaped(row.message or row.case)}")
     return lines
 

@@ -17,6 +17,7 @@ from qlora_lowmem.gate.plain_attribution import PlainEvidence, PlainOwner, attri
 from qlora_lowmem.gate.plain_scopes import PlainScopes
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.history import replay
+from qlora_lowmem.memory.nvml import device_handle
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
 from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot
 
@@ -63,8 +64,7 @@ class PlainRecorder:
         self._before: dict[str, Any] = {}
         self._peaks = (0, 0)
         self._undo: list[Callable[[], None]] = []
-        pynvml.nvmlInit()
-        self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        self._handle = device_handle(index)
 
     def start(self) -> None:
         """Begin.

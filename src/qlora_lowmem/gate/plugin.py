@@ -4,8 +4,7 @@ It is an entry point, so every pytest run on a machine with this package loads i
 is imported where it is used.
 """
 
-from collections.abc import Generator, Iterator
-from pathlib import Path
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +12,6 @@ import pytest
 from qlora_lowmem.gate.keys import BUDGET, REPORT_ATTRIBUTE, ROW, SESSION
 
 if TYPE_CHECKING:
-    from qlora_lowmem import virtual_gpu
-    from qlora_lowmem.gate.cases import Runner
     from qlora_lowmem.gate.session import GateSession
 
 DEFAULT_CARD = "rtx-4050-laptop-6gb"
@@ -35,7 +32,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--card", metavar="NAME", help=f"the virtual card (default: vram_card, or {DEFAULT_CARD})")
     group.addoption("--vram-cap", metavar="SIZE", help="with --gpu: cap the allocator, as in --vram-cap 6GB")
     group.addoption("--vram-budget", metavar="SIZE", help="limit of a vram_budget marker without one")
-    group.addoption("--results", metavar="DIR", default="results", help="where tables are written (default: results)")
     group.addoption("--baselines", metavar="DIR", help="folder of recorded peaks (default: vram_baselines)")
     group.addoption(
         "--record",
@@ -54,7 +50,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Check the options before anything runs; register the markers."""
-    config.addinivalue_line("markers", "gpu: needs a real GPU; runs with --gpu only")
     config.addinivalue_line(
         "markers", 'vram_budget(limit, card=NAME, of="allocated"): GPU memory that the test may use, as in "6 GB"'
     )
@@ -73,10 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Check every budget; without --gpu, tests that need a real one are skipped and say so."""
-    for item in items:
-        if item.get_closest_marker("gpu") and not config.getoption("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a real GPU: pytest bench/ --gpu"))
+    """Check every budget."""
     session = config.stash.get(SESSION, None)
     if session is not None:
         session.check_items(items)
@@ -111,39 +103,6 @@ def _in_worker(config: pytest.Config) -> bool:
 
 
 @pytest.fixture(scope="session")
-def on_gpu(request: pytest.FixtureRequest) -> bool:
-    """Whether figures are measured on a real GPU."""
-    return bool(request.config.getoption("gpu"))
-
-
-@pytest.fixture(scope="session")
-def results_folder(request: pytest.FixtureRequest) -> Path:
-    """Where tables are written."""
-    return Path(request.config.getoption("results"))
-
-
-@pytest.fixture(scope="session")
-def virtual_server() -> "Iterator[virtual_gpu.Server]":
-    """A server of virtual runs, two at a time."""
-    from qlora_lowmem.probes.runs import recipe_server
-
-    with recipe_server(max_workers=2) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def runner(request: pytest.FixtureRequest) -> "Runner":
-    """Runs cases on the device that the options name."""
-    from qlora_lowmem import virtual_gpu
-    from qlora_lowmem.gate.cases import GpuRunner, VirtualRunner
-
-    if request.config.getoption("gpu"):
-        return GpuRunner(request.config.getoption("vram_cap"))
-    card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD)
-    return VirtualRunner(request.getfixturevalue("virtual_server"), card)
-
-
-@pytest.fixture
 def vram_gate(request: pytest.FixtureRequest) -> "GateSession":
     """Holds cases against their baselines: `vram_gate.check(request.node, case, record, attribute)`."""
     return request.config.stash[SESSION]

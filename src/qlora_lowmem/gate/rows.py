@@ -14,7 +14,7 @@ class Row:
 
     Attributes:
         case: the recipe's name, or the test's node id.
-        file: the file that states it, for annotations.
+        file: the file that states it, from the project's root on, for annotations.
         verdict: a name of `verdicts.Name`, `WITHIN BUDGET` or `OVER BUDGET`.
         record: what it used; None if it came to nothing.
         baseline: what it is held against, if there is any.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pynvml
 import torch
 
+from qlora_lowmem.memory.nvml import device_handle
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak, Provenance
 
 
@@ -27,8 +28,7 @@ class Recorder:
         self._phases: dict[str, PhasePeak] = {}
         self._current: str | None = None
         self._outside = 0
-        pynvml.nvmlInit()
-        self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        self._handle = device_handle(index)
         self._used_by_others = self._used()
         torch.cuda.init()
         torch.empty(1, device=f"cuda:{index}")  # creates the context and the first segment

@@ -28,7 +28,7 @@ from qlora_lowmem.recipe.memory import parse_memory_limit
 from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 from qlora_lowmem.units import GIB
 from qlora_lowmem.watch import judgement
-from qlora_lowmem.watch.readings import Nvml, Reading, is_running, look, system
+from qlora_lowmem.watch.readings import Nvml, Reading, card_of, is_running, look, system
 from qlora_lowmem.watch.view import Frame, card_bytes, line, render
 
 _HISTORY = 60
@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--output-dir", metavar="DIR", help=f"the output folder of a run: its {MEMORY_FILE} is read")
     what.add_argument("--pid", type=int, metavar="PID", help="a process: its part of the card, and it ends with it")
-    parser.add_argument("--gpu", type=int, metavar="N", help="NVML's number of the GPU (default: the job's, else 0)")
+    parser.add_argument(
+        "--gpu", type=int, metavar="N", help="NVML's number of the GPU (default: where the job or process is, else 0)"
+    )
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (default 1)")
     parser.add_argument(
         "--warn",
@@ -137,8 +139,10 @@ class Watch:
         """Open the card as soon as it is known which: a job says so once it has one."""
         if self._nvml is not None:
             return
-        if self._job is None or self._gpu is not None:
-            self._nvml = Nvml(self._gpu or 0)
+        if self._gpu is not None:
+            self._nvml = Nvml(self._gpu)
+        elif self._job is None:
+            self._nvml = Nvml(card_of(self._pid) if self._pid is not None else 0)
         elif self._job.gpu and is_running(self._job.pid, self._job.started):
             with contextlib.suppress(UsageError):  # the driver may not answer in a container; the job still does
                 self._nvml = Nvml(self._job.gpu)

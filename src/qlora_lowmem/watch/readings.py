@@ -57,7 +57,7 @@ class Reading:
 
 
 class Nvml:
-    """One card of this machine, by number or by UUID.
+    """One card of this machine, by number or by UUID; `count` is how many there are.
 
     Raises:
         UsageError: no driver, or no such card.
@@ -66,14 +66,14 @@ class Nvml:
     def __init__(self, card: int | str) -> None:
         try:
             pynvml.nvmlInit()
-            count = pynvml.nvmlDeviceGetCount()
+            self.count = int(pynvml.nvmlDeviceGetCount())
         except pynvml.NVMLError as error:
             raise UsageError(
                 f"no NVIDIA GPU answers here (NVML: {error}). Run this on the machine with the GPU, or give "
                 "--output-dir, the output folder of a run of qlora_lowmem.train, which writes its own figures"
             ) from None
-        if isinstance(card, int) and not 0 <= card < count:
-            raise UsageError(f"--gpu: there is no GPU {card}; this machine has {count}, numbered from 0")
+        if isinstance(card, int) and not 0 <= card < self.count:
+            raise UsageError(f"--gpu: there is no GPU {card}; this machine has {self.count}, numbered from 0")
         try:
             by_number = isinstance(card, int)
             self._handle = (
@@ -107,6 +107,19 @@ class Nvml:
             with contextlib.suppress(pynvml.NVMLError):  # not every driver tells (WSL)
                 found |= {int(each.pid): each.usedGpuMemory for each in ask(self._handle)}
         return found
+
+
+def card_of(pid: int) -> int:
+    """The number of the first GPU of this machine that has the process; 0 where no driver tells of it.
+
+    Raises:
+        UsageError: no driver.
+    """
+    first = Nvml(0)
+    for number in range(first.count):
+        if pid in (first if number == 0 else Nvml(number)).read().processes:
+            return number
+    return 0
 
 
 def is_running(pid: int, started: float | None = None) -> bool:

@@ -1,0 +1,25 @@
+"""Which of NVML's cards is which of CUDA's: NVML counts every card of the machine, CUDA those that are visible."""
+
+import os
+from typing import Any
+
+import pynvml
+
+
+def device_handle(index: int = 0) -> Any:
+    """NVML's handle of CUDA device `index` of this process, without making a CUDA context, which would be counted.
+
+    `CUDA_VISIBLE_DEVICES` is followed, by numbers or whole UUIDs. Numbers are in the order of the bus, NVML's own; CUDA
+    counts so with `CUDA_DEVICE_ORDER=PCI_BUS_ID`, and by default where all cards are of one kind.
+
+    Raises:
+        pynvml.NVMLError: there is no driver or no such device.
+    """
+    pynvml.nvmlInit()
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if not visible:
+        return pynvml.nvmlDeviceGetHandleByIndex(index)
+    if index >= len(visible):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+    name = visible[index]
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)

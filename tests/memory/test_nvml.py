@@ -1,0 +1,38 @@
+"""Which card is asked: a job that sees one of several reads the memory of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from qlora_lowmem.virtual_gpu import get_card
+
+PROGRAM = """
+import json, os, subprocess, sys, torch
+from qlora_lowmem.memory.recorder import Recorder
+if len(sys.argv) == 1:  # another program fills the first card; the job, in a process of its own, sees the second
+    other = torch.empty(512 << 20, dtype=torch.uint8, device="cuda:0")
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ["SEES"]}
+    sys.exit(subprocess.run([sys.executable, "-c", os.environ["PROGRAM"], "job"], env=env).returncode)
+recorder = Recorder("a card", "virtual")
+with recorder.phase("load"):
+    kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+profile = recorder.profile()
+print(json.dumps([profile.outside_allocator_bytes, profile.phases[0].reserved]))
+"""
+
+
+@pytest.mark.parametrize("sees", ["0", "1"])
+def test_a_job_reads_the_card_that_it_sees(
+    command: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch, sees: str
+) -> None:
+    monkeypatch.setenv("SEES", sees)
+    monkeypatch.setenv("PROGRAM", PROGRAM)
+    run = command("virtual_gpu", "--card", "rtx-4050-laptop-6gb", "--count", "2", "--", sys.executable, "-c", PROGRAM)
+    assert run.returncode == 0, run.stderr
+    outside, reserved = json.loads(run.stdout)
+    context = get_card("rtx-4050-laptop-6gb").context_bytes
+    assert outside == context, "the CUDA context of this process, and nothing of the other"
+    assert reserved == 66 << 20
