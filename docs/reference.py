@@ -165,7 +165,7 @@ def models_page() -> str:
         rows.append((f"`{name}`", f"`{resolve_model(name, 'random').hub_id}`", *(f"{size:,}" for size in sizes)))
     return (
         "# Known models\n\nArchitectures whose figures ship with the package: with `weights: random` they need no "
-        "download. Any other needs a folder with its `config.json`, or `weights: pretrained` and its hub id.\n\n"
+        "download. Of any other, its hub id or a folder with its `config.json`.\n\n"
         f"{_table(('name', 'on the hub', 'hidden size', 'layers', 'vocabulary'), rows)}\n"
     )
 
