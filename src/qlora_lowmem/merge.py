@@ -18,9 +18,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qlora_lowmem.command import add_json_argument, run_command, write_json
+from qlora_lowmem.command import (
+    add_json_argument,
+    check_json_target,
+    check_new_folder,
+    run_command,
+    write_json,
+)
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.models.sources import resolve_model
@@ -65,17 +71,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="where it computes; auto is the GPU if any"
     )
-    add_json_argument(parser)
+    add_json_argument(parser, checked=False)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
 def _run(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    run, to = Path(options.run), Path(options.to)
+    run, to = Path(options.run), check_new_folder("--to", options.to)
+    check_json_target(options.json, coming=to)
     recipe = recipe_of_run(run)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(f"--to: {str(to)!r} exists already; give a new folder")
     profile = merge_run(recipe, run, to, options.dtype, options.device, quiet=options.quiet)
     print(
         f"merged model in {to}: {options.dtype}, for AutoModelForCausalLM.from_pretrained({str(to)!r})", file=sys.stderr
@@ -104,16 +109,18 @@ def merge_run(
         The peak of the phase `merge`; None on a CPU.
 
     Raises:
-        UsageError: random weights, another model's adapter, no room on the disk.
+        UsageError: random weights, another model's adapter, a file that cannot be read, no room on the disk.
         OutOfGpuMemoryError: the card has no room for a tile of rows.
+        OutOfHostMemoryError: the machine has none for a shard.
     """
     import torch
     from safetensors import SafetensorError
 
-    from qlora_lowmem.execute import OutOfGpuMemoryError, start_recorder, torch_message
+    from qlora_lowmem.execute import OutOfGpuMemoryError, OutOfHostMemoryError, start_recorder
     from qlora_lowmem.job import apply_memory_limit
     from qlora_lowmem.models import merging
     from qlora_lowmem.models.loading import weights_folder
+    from qlora_lowmem.out_of_memory import first_words, whose_memory
     from qlora_lowmem.training.checkpoints import why_not_written
 
     if recipe.base.weights == "random":
@@ -121,7 +128,7 @@ def merge_run(
             "base.weights: the run trained on random weights, which were not kept; there is nothing to merge"
         )
     adapter = merging.Adapter.read(run)
-    base = weights_folder(recipe, resolve_model(recipe.base.model, recipe.base.weights))
+    base = weights_folder(recipe, resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision))
     _check_room(to, merging.merged_bytes(base))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     recorder = start_recorder(recipe) if on_gpu else None
@@ -138,9 +145,13 @@ def merge_run(
         if to.is_dir():
             to.rmdir()
         scratch.rename(to)
-    except torch.OutOfMemoryError as error:
-        assert recorder is not None
-        raise OutOfGpuMemoryError("merge", torch_message(error), recorder.profile()) from error
+    except (RuntimeError, MemoryError) as error:
+        whose = whose_memory(error)
+        if whose == "host":
+            raise OutOfHostMemoryError(recipe, "merge", first_words(error)) from error
+        if whose is None or recorder is None:
+            raise
+        raise OutOfGpuMemoryError("merge", first_words(error), recorder.profile()) from error
     except (OSError, SafetensorError) as error:
         raise UsageError(f"--to: {str(to)!r} cannot be written ({why_not_written(error) or error})") from None
     finally:
@@ -160,7 +171,9 @@ def _check_room(to: Path, needed: int) -> None:
 
 def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str) -> None:
     """Configuration from the base, tokenizer as it was trained with, and a word on what this is."""
-    config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    from qlora_lowmem.models.damage import read_json
+
+    config = read_json(base / "config.json", "Copy or fetch the base model's file again")
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[dtype]
@@ -170,7 +183,7 @@ def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str) -> N
     for name in _TOKENIZER:
         if (run / name).is_file():
             shutil.copyfile(run / name, to / name)
-    source = resolve_model(recipe.base.model, recipe.base.weights)
+    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
     text = (
         f"---\nbase_model: {source.hub_id or source.name}\ntags: [qlora, qlora_lowmem]\n---\n\n"
         f"# {recipe.name}, merged\n\n"

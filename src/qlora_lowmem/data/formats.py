@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .faults import FaultySampleError
 from .messages import check_messages, check_tools
-from .values import check_text, kind_of
+from .values import check_text, is_nothing, kind_of
 
 DataFormat = Literal["messages", "prompt/completion", "text"]
 TrainOn = Literal["all", "completions"]
@@ -24,11 +24,14 @@ FORMATS = 'one of {"messages": [...]}, {"prompt": ..., "completion": ...} or {"t
 def check_sample(value: dict[str, Any], train_on: TrainOn) -> tuple[dict[str, Any], str]:
     """A sound sample from an object, and what it holds, in words that all samples of a file share.
 
-    A tool call's arguments become an object and its empty content "", as chat templates read them.
+    A tool call's arguments become an object and its empty content "", as chat templates read them. Tools and calls that
+    are null or empty, as many programs write them where there are none, are left out.
 
     Raises:
         FaultySampleError: it is no sample.
     """
+    if is_nothing(value.get(TOOLS)):
+        value = {key: each for key, each in value.items() if key != TOOLS}
     form = _format_of(value)
     if form == "text":
         check_text("text", value["text"])

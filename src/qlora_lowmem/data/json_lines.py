@@ -60,7 +60,11 @@ class JsonLines:
 
 
 def _cannot_read(path: Path, fault: Exception) -> UsageError:
-    return UsageError(f"{path}: the data file cannot be read: {fault}")
+    reason = getattr(fault, "strerror", None) or fault
+    return UsageError(
+        f"data.data: {str(path)!r} cannot be read ({reason}). Make it readable for this user, or copy it to a disk "
+        "that answers and name the copy with data.data or --data"
+    )
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:

@@ -4,6 +4,8 @@
     {"role": "assistant", "content": "", "tool_calls": [CALL, ...]}
     {"role": "tool", "name": "...", "tool_call_id": "...", "content": "..."}
 
+A key that need not be there may be null, and tool_calls empty: that is as if it were not.
+
 CALL is {"type": "function", "function": {"name": "...", "arguments": {...}}}, as chat templates read it; arguments
 that are JSON in a text become an object. Tools are {"type": "function", "function": {"name": "...", "parameters":
 a JSON schema}}.
@@ -13,11 +15,12 @@ import difflib
 from typing import Any
 
 from .faults import FaultySampleError
-from .values import check_json, check_text, kind_of, parse_json
+from .values import check_json, check_text, is_nothing, kind_of, parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 # Keys beside role and content.
 _MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
+_OPTIONAL = {key for keys in _MORE_KEYS.values() for key in keys}
 _MESSAGE = '[{"role": "user", "content": "..."}]'
 _CALL = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
 _TOOL = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
@@ -46,7 +49,8 @@ def _check_message(place: str, message: Any) -> dict[str, Any]:
     role = message["role"]
     if role not in ROLES:
         raise FaultySampleError("messages", f"{place} has the role {role!r}; allowed: {', '.join(ROLES)}")
-    calls = role == "assistant" and message.get("tool_calls") is not None
+    message = {key: value for key, value in message.items() if not (key in _OPTIONAL and _is_absent(key, value))}
+    calls = role == "assistant" and "tool_calls" in message
     if "content" not in message and not calls:
         raise FaultySampleError("messages", f"{place} has no 'content'; write {_MESSAGE}")
     _check_keys(place, role, message)
@@ -55,12 +59,16 @@ def _check_message(place: str, message: Any) -> dict[str, Any]:
         content = "" if content is None else content
         found = {"role": role, "content": content, "tool_calls": _check_calls(place, message["tool_calls"])}
     else:
-        found = {key: value for key, value in message.items() if key != "tool_calls"}
+        found = message
     check_text(f"{place}.content", content, may_be_empty=calls)
     for key in ("name", "tool_call_id"):
         if key in found:
             check_text(f"{place}.{key}", found[key])
     return found
+
+
+def _is_absent(key: str, value: Any) -> bool:
+    return is_nothing(value) if key == "tool_calls" else value is None
 
 
 def _check_keys(place: str, role: str, message: dict[str, Any]) -> None:
@@ -80,9 +88,10 @@ def _check_keys(place: str, role: str, message: dict[str, Any]) -> None:
 
 def _check_calls(place: str, calls: Any) -> list[dict[str, Any]]:
     name = f"{place}.tool_calls"
-    if not isinstance(calls, list) or not calls:
-        found = "an empty list" if calls == [] else f"{kind_of(calls)}, not a list of calls"
-        raise FaultySampleError("tools", f"{name!r} is {found}; write [{_CALL}], or leave it out")
+    if not isinstance(calls, list):
+        raise FaultySampleError(
+            "tools", f"{name!r} is {kind_of(calls)}, not a list of calls; write [{_CALL}], or leave it out"
+        )
     return [_check_call(f"{name}[{index}]", call) for index, call in enumerate(calls)]
 
 
@@ -107,9 +116,10 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
         FaultySampleError: they are none.
     """
     found = parse_json("tools", tools) if isinstance(tools, str) else tools
-    if not isinstance(found, list) or not found:
-        kind = "an empty list" if found == [] else f"{kind_of(found)}, not a list of tools"
-        raise FaultySampleError("tools", f"'tools' is {kind}; write [{_TOOL}], or leave it out")
+    if not isinstance(found, list):
+        raise FaultySampleError(
+            "tools", f"'tools' is {kind_of(found)}, not a list of tools; write [{_TOOL}], or leave it out"
+        )
     for index, tool in enumerate(found):
         function = _function_of(f"tools[{index}]", tool, _TOOL)
         parameters = function.get("parameters")

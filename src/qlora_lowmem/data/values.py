@@ -22,6 +22,11 @@ def kind_of(value: Any) -> str:
     return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether a list that need not be there is not: null, or empty, as a list or as the text that tables hold."""
+    return value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "null", "[]"))
+
+
 def check_text(name: str, value: Any, *, may_be_empty: bool = False) -> None:
     """`value` is a text that says something, whole in UTF-8.
 

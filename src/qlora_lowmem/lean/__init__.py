@@ -3,7 +3,16 @@
 `apply_lean` switches them on in a model. The arithmetic that justifies an idea stands at the top of its file.
 """
 
-from .apply import apply_lean, quantise_embeddings
-from .options import Checkpointing, Idea, LeanOptions, LeanReport
+from .apply import apply_lean, foresee_lean, quantise_embeddings
+from .options import Checkpointing, Idea, LeanOptions, LeanReport, RefusedOptionError
 
-__all__ = ["Checkpointing", "Idea", "LeanOptions", "LeanReport", "apply_lean", "quantise_embeddings"]
+__all__ = [
+    "Checkpointing",
+    "Idea",
+    "LeanOptions",
+    "LeanReport",
+    "RefusedOptionError",
+    "apply_lean",
+    "foresee_lean",
+    "quantise_embeddings",
+]

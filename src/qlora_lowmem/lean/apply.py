@@ -8,9 +8,11 @@ from torch import nn
 
 from . import generic, granite
 from .embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
-from .options import Idea, LeanOptions, LeanReport
-from .scan_choice import choose_scan
+from .options import Idea, LeanOptions, LeanReport, RefusedOptionError
+from .scan_choice import choose_scan, refused_triton, why_never_triton
 from .scoring import head_of
+
+_OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
 
 
 def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanReport:
@@ -30,8 +32,8 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
         Which ideas the model took, and which not, with the cause.
 
     Raises:
-        ValueError: there is no causal language model inside, or quantised embeddings are asked for where they are
-            trained, untied or adapted, or `scan="triton"` where it does not work.
+        RefusedOptionError (a ValueError): there is no causal language model inside, or quantised embeddings are asked
+            for where they are trained, untied or adapted, or `scan="triton"` where it does not work.
     """
     options = options or LeanOptions()
     causal = _causal_language_model(model)
@@ -46,14 +48,38 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
         granite.patch(causal, replace(options, scan=kind))
         ideas = [*_granite_ideas(causal, options, scan), *ideas]
     else:
-        ideas.append(Idea("tiles", False, refusal))
-        ideas.append(Idea("scan", False, refusal))
-        ideas.append(Idea("attention", False, refusal))
-        ideas.append(Idea("swiglu", False, refusal))
+        ideas += (Idea(each, False, refusal) for each in _OF_TILES)
         ideas.append(generic.patch_rms_norms(causal))
         ideas.append(generic.enable_checkpointing(causal, options))
         ideas.append(generic.patch_loss(causal, options))
     return LeanReport(name, tuple(ideas))
+
+
+def foresee_lean(model: nn.Module, options: LeanOptions | None = None, device: str = "cuda") -> LeanReport:
+    """What `apply_lean` will say of a model, from its modules and its configuration alone: nothing runs or is changed.
+
+    For a model on the meta device, before any weights are read. Left out is what only a trial tells: whether a norm
+    computes what ours does. Which scan runs is chosen on the device itself.
+
+    Args:
+        device: the type of the device on which the model will train.
+
+    Raises:
+        RefusedOptionError: as `apply_lean`, where it can be known.
+    """
+    options = options or LeanOptions()
+    causal = _causal_language_model(model)
+    if options.quantised_embeddings is not None:
+        _check_quantisable(causal, options.quantised_embeddings)
+    refusal = _why_not_tiles(causal)
+    if refusal is not None:
+        general = generic.foresee_checkpointing(causal, options), generic.foresee_loss(causal, options)
+        return LeanReport(type(causal).__name__, (*(Idea(each, False, refusal) for each in _OF_TILES), *general))
+    mixers = [layer.mamba for layer in causal.model.layers if layer.mamba is not None]
+    never = why_never_triton(mixers[0], device) if mixers and options.scan == "triton" else None
+    if never is not None:
+        raise refused_triton(never)
+    return LeanReport(type(causal).__name__, tuple(_granite_ideas(causal, options, "chosen on the device")))
 
 
 def _causal_language_model(model: nn.Module) -> Any:
@@ -61,7 +87,8 @@ def _causal_language_model(model: nn.Module) -> Any:
         # PEFT's wrapper is a PeftModelForCausalLM; the model inside is what is meant.
         if type(module).__name__.endswith("ForCausalLM") and not type(module).__name__.startswith("Peft"):
             return module
-    raise ValueError(f"{type(model).__name__} contains no ...ForCausalLM; lean works on causal language models")
+    reason = f"{type(model).__name__} contains no ...ForCausalLM, and lean works on causal language models"
+    raise RefusedOptionError("lean", True, reason, "leave the model as it is")
 
 
 def _why_not_tiles(causal: Any) -> str | None:
@@ -83,8 +110,8 @@ def _granite_ideas(causal: Any, options: LeanOptions, scan: str) -> list[Idea]:
         Idea(
             "tiles",
             True,
-            f"{len(layers)} layers, {options.tile_length or 'by the sequence 512 to 2,048'} tokens a tile; packed samples, "
-            "caches and masks of one's own take the model's own forward",
+            f"{len(layers)} layers, {options.tile_length or 'by the sequence 512 to 2,048'} tokens a tile; packed "
+            "samples, caches and masks of one's own take the model's own forward",
         ),
         Idea("scan", scans > 0, f"{scans} Mamba-2 layers, {scan}" if scans else "the model has no Mamba-2 layer"),
         Idea("attention", scans < len(layers), f"{len(layers) - scans} layers by tiles of queries"),
@@ -107,24 +134,34 @@ def quantise_embeddings(causal: Any, bits: int, device: torch.device | None = No
     Done while a model loads, it saves the 16-bit table: move the weight to host memory and name the `device`.
 
     Raises:
-        ValueError: embeddings that are trained, untied or adapted.
+        RefusedOptionError: embeddings that are trained, untied or adapted; 4 bits of an odd width.
     """
-    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    embedding = causal.get_input_embeddings()
     if isinstance(embedding, QuantisedEmbedding) and embedding.table.bits == bits:
         return _quantised(embedding.table)
-    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
-        raise ValueError(
-            f"quantised_embeddings={bits}: the embeddings are {type(embedding).__name__} and {type(head).__name__}, "
-            "already quantised or adapted; leave them out of target_modules and modules_to_save"
-        )
-    if embedding.weight is not head.weight:
-        raise ValueError(f"quantised_embeddings={bits}: the model's embedding and LM head are not tied")
+    _check_quantisable(causal, bits)
     if embedding.weight.requires_grad:
-        raise ValueError(f"quantised_embeddings={bits}: the embedding is trained; freeze it (PEFT does) or use None")
+        reason = "the embedding is trained"
+        raise RefusedOptionError("quantised_embeddings", bits, reason, "freeze it (PEFT does) or use None")
     table = QuantisedTable(embedding.weight, bits, device)
     causal.set_input_embeddings(QuantisedEmbedding(table))
     causal.set_output_embeddings(QuantisedHead(table))
     return _quantised(table)
+
+
+def _check_quantisable(causal: Any, bits: int) -> None:
+    """Refuse what `quantise_embeddings` cannot replace; whether it is trained is not asked."""
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
+        kinds = f"{type(embedding).__name__} and {type(head).__name__}"
+        reason, advice = f"the embeddings are {kinds}, already quantised or adapted", "leave them as they are"
+    elif embedding.weight is not head.weight:
+        reason, advice = "the model's embedding and LM head are not tied", "use None"
+    elif bits == 4 and embedding.weight.shape[1] % 2:
+        reason, advice = f"4 bits need an even hidden size, and this is {embedding.weight.shape[1]}", "use 8"
+    else:
+        return
+    raise RefusedOptionError("quantised_embeddings", bits, reason, advice)
 
 
 def _quantised(table: QuantisedTable) -> Idea:

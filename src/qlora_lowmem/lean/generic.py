@@ -58,6 +58,19 @@ def _computes_rms_norm(module: Any, eps: float) -> bool:
 
 def patch_loss(causal: Any, options: LeanOptions) -> Idea:
     """Compute the loss by tiles wherever labels are given and the model only scales its logits."""
+    idea = foresee_loss(causal, options)
+    if not idea.applied:
+        return idea
+    scaling = getattr(causal.config, "logits_scaling", None)
+    head_options = HeadOptions(1.0 if scaling is None else 1 / scaling, options.loss_tile_bytes)
+    plain = causal.forward
+    forward = functools.partial(_loss_forward, plain=plain, options=head_options)
+    causal.forward = types.MethodType(functools.wraps(type(causal).forward)(forward), causal)
+    return idea
+
+
+def foresee_loss(causal: Any, options: LeanOptions) -> Idea:
+    """What `patch_loss` will say; nothing is changed."""
     name, config, head = "loss", causal.config, causal.get_output_embeddings()
     backbone = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
     if head_of(head) is None:
@@ -68,13 +81,8 @@ def patch_loss(causal: Any, options: LeanOptions) -> Idea:
                if getattr(config, k, None) is not None]  # fmt: skip
     if unknown:
         return Idea(name, False, f"the config transforms logits in a way that is not known here: {', '.join(unknown)}")
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None and "granite" not in config.model_type:
+    if getattr(config, "logits_scaling", None) is not None and "granite" not in config.model_type:
         return Idea(name, False, f"logits_scaling of model type {config.model_type!r} may multiply or divide")
-    head_options = HeadOptions(1.0 if scaling is None else 1 / scaling, options.loss_tile_bytes)
-    plain = causal.forward
-    forward = functools.partial(_loss_forward, plain=plain, options=head_options)
-    causal.forward = types.MethodType(functools.wraps(type(causal).forward)(forward), causal)
     return Idea(name, True, f"logits in tiles of at most {options.loss_tile_bytes} bytes")
 
 
@@ -107,10 +115,17 @@ def _loss_forward(
 
 def enable_checkpointing(model: Any, options: LeanOptions) -> Idea:
     """One checkpoint a layer, as the model itself offers it."""
+    idea = foresee_checkpointing(model, options)
+    if idea.applied:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return idea
+
+
+def foresee_checkpointing(model: Any, options: LeanOptions) -> Idea:
+    """What `enable_checkpointing` will say; nothing is changed."""
     name = "checkpointing"
     if not getattr(model, "supports_gradient_checkpointing", False):
         return Idea(name, False, f"{type(model).__name__} does not support gradient checkpointing")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if options.checkpointing == "layer":
         return Idea(name, True, "one a layer, by the model's own gradient_checkpointing_enable")
     return Idea(

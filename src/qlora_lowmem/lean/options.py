@@ -1,12 +1,26 @@
 """What can be switched on, and what a model took of it."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 _SHORT_TILE, _LONG_TILE, _FEED_FORWARD_TILE = 512, 2048, 1024
 
 Checkpointing = Literal["layer", "segments", "host"]
 Scan = Literal["auto", "plain", "triton"]
+
+
+class RefusedOptionError(ValueError):
+    """An option that this model, or the device it is on, cannot take.
+
+    Attributes:
+        option: the field of `LeanOptions`; `lean` where the model takes nothing of it.
+        reason: why.
+    """
+
+    def __init__(self, option: str, value: object, reason: str, advice: str) -> None:
+        super().__init__(f"{option}={value!r}: {reason}; {advice}")
+        self.option = option
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,10 @@ class LeanReport:
     @property
     def not_applied(self) -> tuple[Idea, ...]:
         return tuple(idea for idea in self.ideas if not idea.applied)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the model's class, and each idea with whether it is applied and where or why not."""
+        return asdict(self)
 
     def __str__(self) -> str:
         lines = [f"lean on {self.model_class}:"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import scan
-from .options import Scan
+from .options import RefusedOptionError, Scan
 from .scan_chunks import ScanOptions
 
 _CAPABILITY = (8, 0)  # bf16 products
@@ -26,7 +26,7 @@ def choose_scan(asked: Scan, mixer: Any) -> tuple[Scan, str]:
         mixer: one Mamba-2 mixer of the model, on the device where it will train.
 
     Raises:
-        ValueError: `triton` is asked for and cannot be.
+        RefusedOptionError: `triton` is asked for and cannot be.
     """
     if asked == "plain":
         return "plain", "in PyTorch, as asked"
@@ -34,22 +34,20 @@ def choose_scan(asked: Scan, mixer: Any) -> tuple[Scan, str]:
     if refusal is None:
         return "triton", "16-bit products by Triton kernels of flash-linear-attention"
     if asked == "triton":
-        raise ValueError(f"scan='triton': {refusal}; set scan to auto or plain")
+        raise refused_triton(refusal)
     return "plain", f"in PyTorch: {refusal}"
 
 
 def why_not_triton(mixer: Any) -> str | None:
     """Why the kernels cannot serve this mixer, from what is cheapest to ask to a trial run; None if they can."""
     device = mixer.D.device
-    if device.type != "cuda":
-        return f"Triton needs a CUDA device, the model is on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below {_CAPABILITY[0]}.{_CAPABILITY[1]}"
-    if mixer.head_dim not in _SIZES or mixer.ssm_state_size not in _SIZES:
-        return f"head_dim={mixer.head_dim} and state={mixer.ssm_state_size}: the kernels take {_SIZES}"
-    if importlib.util.find_spec("fla") is None:
-        return "the package fla-core is not installed (pip install 'qlora-lowmem[triton]')"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]} is below {_CAPABILITY[0]}.{_CAPABILITY[1]}"
+    refusal = why_never_triton(mixer, device.type)
+    if refusal is not None:
+        return refusal
     try:
         difference = _difference(mixer, device)
     except Exception as error:  # no C compiler for Triton's launcher, a card that it does not know, an API that moved
@@ -58,6 +56,25 @@ def why_not_triton(mixer: Any) -> str | None:
         )
     if not difference <= _TOLERANCE:
         return f"on this card its kernels differ from PyTorch's by {difference:.1e} of the norm"
+    return None
+
+
+def refused_triton(reason: str) -> RefusedOptionError:
+    """The error of `triton` asked for where it cannot be."""
+    return RefusedOptionError("scan", "triton", reason, "set scan to auto or plain")
+
+
+def why_never_triton(mixer: Any, device: str) -> str | None:
+    """Why the kernels cannot serve this mixer on any device of the type `device`; None if a trial must tell.
+
+    The mixer may be on the meta device.
+    """
+    if device != "cuda":
+        return f"Triton needs a CUDA device, the model is on {device}"
+    if mixer.head_dim not in _SIZES or mixer.ssm_state_size not in _SIZES:
+        return f"head_dim={mixer.head_dim} and state={mixer.ssm_state_size}: the kernels take {_SIZES}"
+    if importlib.util.find_spec("fla") is None:
+        return "the package fla-core is not installed (pip install 'qlora-lowmem[triton]')"
     return None
 
 

@@ -18,7 +18,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What cannot hold together in `recipe`, whose single values are all allowed.
 
     A combination that only does nothing (pinned memory on a CPU, say) is not one. One that would break a promise is:
-    a cap that caps nothing, a warm-up that never warms up.
+    a cap that caps nothing, a warm-up that never ends (where `max_steps` says how long the run is).
     """
     yield from _of_dtypes(recipe)
     yield from _of_the_schedule(recipe)
@@ -26,6 +26,19 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _of_lean(recipe)
     if recipe.run.device == "cpu":
         yield from _of_the_cpu(recipe)
+
+
+def warm_up_beyond(warmup: int, steps: int) -> str | None:
+    """Why a warm-up does not go with a run of so many steps, and what to do; None where it does.
+
+    Without `max_steps`, their number is known only once the samples are counted: the run asks again then.
+    """
+    if warmup <= steps:
+        return None
+    return (
+        f"the warm-up of {warmup} steps is longer than the run of {steps}, so the learning rate is never reached; "
+        f"set warmup_steps to {steps} or less"
+    )
 
 
 def _of_dtypes(recipe: Recipe) -> Iterator[Contradiction]:
@@ -38,12 +51,9 @@ def _of_dtypes(recipe: Recipe) -> Iterator[Contradiction]:
 
 def _of_the_schedule(recipe: Recipe) -> Iterator[Contradiction]:
     warmup, steps = recipe.optimizer.warmup_steps, recipe.schedule.max_steps
-    if warmup and steps is not None and warmup > steps:
-        yield Contradiction(
-            ("warmup_steps", "max_steps"),
-            f"the warm-up of {warmup} steps is longer than the run of {steps}, so the learning rate is never reached; "
-            f"set warmup_steps to {steps} or less, or raise max_steps",
-        )
+    too_long = warm_up_beyond(warmup, steps) if steps is not None else None
+    if too_long is not None:
+        yield Contradiction(("warmup_steps", "max_steps"), f"{too_long}, or raise max_steps")
     if warmup and recipe.optimizer.lr_scheduler == "constant":
         yield Contradiction(
             ("lr_scheduler", "warmup_steps"),

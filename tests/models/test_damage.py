@@ -1,0 +1,116 @@
+"""Files of a model, an adapter or a tokenizer that are not whole: exit code 2, the file's name, what to do."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers import RECIPES
+from qlora_lowmem import merge, train
+from qlora_lowmem.errors import EXIT_USAGE
+from tiny_chat import write_tiny_chat
+
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+Check = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, `data.jsonl` and the run `out`."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_tiny_chat(folder / "model")
+    (folder / "data.jsonl").write_text(json.dumps(CHAT) + "\n")
+    assert train.main(flags(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """Of the same, to be damaged."""
+    shutil.copytree(trained, tmp_path / "copy")
+    recipe = tmp_path / "copy" / "out" / "recipe.json"
+    recipe.write_text(recipe.read_text().replace(str(trained), str(tmp_path / "copy")))
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Check:
+    def check(exit_code: int, *said: str) -> None:
+        printed = capsys.readouterr().err
+        assert exit_code == EXIT_USAGE, printed
+        assert printed.count("error: ") == 1
+        for words in said:
+            assert words in printed, printed
+        assert "--to" not in printed
+        assert "hub" not in printed
+
+    return check
+
+
+def flags(folder: Path, output: str = "out") -> list[str]:
+    recipe = ["--config", str(RECIPES / "demo.yaml"), "--model", str(folder / "model"), "--max-steps", "1", "--quiet"]
+    return [*recipe, "--data", str(folder / "data.jsonl"), "--output-dir", str(folder / output)]
+
+
+def merged(folder: Path) -> int:
+    return merge.main(["--run", str(folder / "out"), "--to", str(folder / "merged"), "--device", "cpu", "--quiet"])
+
+
+def cut(path: Path) -> Path:
+    """The first two thirds of a file are left."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    return path
+
+
+def test_base_weights_to_train(copy: Path, refused: Check) -> None:
+    path = cut(copy / "model" / "model.safetensors")
+    refused(train.main(flags(copy, "new")), f"damaged file: '{path}'", "copy it again")
+
+
+def test_base_weights_to_merge(copy: Path, refused: Check) -> None:
+    path = cut(copy / "model" / "model.safetensors")
+    refused(merged(copy), f"'{path}' cannot be read", "Fetch or copy the base model's file again")
+    path.unlink()
+    (copy / "model" / "other.safetensors").touch()
+    refused(merged(copy), f"'{path}' cannot be read (No such file")
+
+
+def test_base_index_to_merge(copy: Path, refused: Check) -> None:
+    path = copy / "model" / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {')
+    refused(merged(copy), f"'{path}' cannot be read", "it is no JSON")
+    path.write_text("{}")
+    refused(merged(copy), f"'{path}' cannot be read", "it has no 'weight_map'")
+
+
+def test_adapter(copy: Path, refused: Check) -> None:
+    path = cut(copy / "out" / "adapter_model.safetensors")
+    refused(merged(copy), f"'{path}' cannot be read", "another checkpoint")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"r": 8}', '{"r": 0, "lora_alpha": 8}', '{"r": "x", "lora_alpha": 8}'])
+def test_adapter_configuration(copy: Path, refused: Check, content: str) -> None:
+    path = copy / "out" / "adapter_config.json"
+    path.write_text(content)
+    refused(merged(copy), f"'{path}' cannot be read", "another checkpoint")
+
+
+def test_no_adapter_configuration(copy: Path, refused: Check) -> None:
+    path = copy / "out" / "adapter_config.json"
+    path.unlink()
+    refused(merged(copy), f"'{path}' cannot be read (No such file")
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_tokenizer(copy: Path, refused: Check, dry: bool) -> None:
+    path = cut(copy / "model" / "tokenizer.json")
+    refused(train.main([*flags(copy, "new"), *(["--dry-run"] if dry else [])]), f"damaged file: '{path}'", "copy it")
+
+
+def test_a_tokenizer_that_is_json_and_none(copy: Path, refused: Check) -> None:
+    """The package tokenizers raises a bare Exception here."""
+    (copy / "model" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    refused(train.main(flags(copy, "new")), f"from '{copy / 'model'}'", "copy the folder again")
