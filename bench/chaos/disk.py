@@ -34,8 +34,8 @@ class SmallDisk:
         """What a full disk is here."""
         return "a full tmpfs (ENOSPC)" if self._mounted else "a limit on the size of files (EFBIG)"
 
-    def fill(self, pid: int, room: int) -> None:
-        """Leave `room` bytes to the process `pid`: on the disk, or in each of its files.
+    def fill(self, pid: int | None, room: int) -> None:
+        """Leave `room` bytes to the process `pid`: on the disk, or in each of its files (then None leaves all).
 
         What the process removes is room again, so call it until the process has ended.
         """
@@ -44,7 +44,7 @@ class SmallDisk:
             if too_much > 0:
                 with contextlib.suppress(OSError), self._ballast.open("ab") as file:  # the process may be faster
                     file.write(b"\0" * too_much)
-        else:
+        elif pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, room))
 

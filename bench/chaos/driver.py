@@ -15,6 +15,7 @@ from chaos.process import Training, logged
 from qlora_lowmem.training.checkpoints import newest_whole, step_of
 
 _PATIENCE = 300.0
+_ROOM_AT_START = 2000  # bytes: for the last words of a process whose standard error is a file under the same limit
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Chaos:
         before: dict[str, Any] | None = None
         for event in [*events, None]:
             self._starts += 1
+            if event is not None and _full_at_start(event):
+                self._disk.fill(None, _ROOM_AT_START)
             process = self._start(self._notes / f"start-{self._starts}.txt")
             if event is None:
                 code = process.wait(_PATIENCE)
@@ -88,7 +91,9 @@ class Chaos:
         # A step is logged before it is saved: to have a new checkpoint to damage, the step after it is waited for.
         target = self._whole() + event.after_steps + ("checkpoint" in event.kind)
         began = time.time()
-        if event.after_steps:
+        if _full_at_start(event):
+            pass
+        elif event.after_steps:
             self._wait(process, lambda: self._last_logged(since=began) >= target)
         else:
             self._wait(process, lambda: any(words in process.said for words in ("in adapters of", "resuming from")))
@@ -97,7 +102,7 @@ class Chaos:
         if event.kind in ("SIGTERM", "SIGINT"):
             os.kill(process.pid, getattr(signal, event.kind))
         elif event.kind == "disk full":
-            room = int(event.choice * self._checkpoint_bytes())
+            room = _ROOM_AT_START if _full_at_start(event) else int(event.choice * self._checkpoint_bytes())
             while process.running:
                 self._disk.fill(process.pid, room)
                 time.sleep(0.05)
@@ -152,6 +157,10 @@ class Chaos:
 def starter(made: ForkServerContext, arguments: Sequence[str]) -> Callable[[Path], Training]:
     """Starts the command with these arguments."""
     return lambda log: Training(made, arguments, log)
+
+
+def _full_at_start(event: Event) -> bool:
+    return event.kind == "disk full" and not event.after_steps
 
 
 def _resumed_from(said: str) -> int:

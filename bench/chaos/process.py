@@ -9,14 +9,18 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-_HEAVY = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"]
-_OURS = ["execute", "train", "heartbeat", "model_card", "progress", "training.log_file", "training.resumption"]
+# A module that is not there is left out in silence (multiprocessing/forkserver.py): a test asks for each.
+PRELOADED = [
+    *("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"),
+    *(f"qlora_lowmem.{name}" for name in ("execute", "train", "model_card", "progress", "report.tables")),
+    *(f"qlora_lowmem.training.{name}" for name in ("heartbeat", "interruption", "log_file", "resumption")),
+]
 
 
 def context() -> ForkServerContext:
     """Where processes come from; the first pays for the imports."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload([*_HEAVY, *(f"qlora_lowmem.{name}" for name in _OURS)])
+    made.set_forkserver_preload(PRELOADED)
     return made
 
 

@@ -16,12 +16,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_lowmem.data import CheckedData
 from qlora_lowmem.errors import DoesNotFitError, UsageError
-from qlora_lowmem.execute import start_recorder, torch_message
+from qlora_lowmem.execute import start_recorder
 from qlora_lowmem.job import apply_memory_limit
 from qlora_lowmem.models.loading import assert_on_device, load_base, load_tokenizer
 from qlora_lowmem.models.precision import choose_precision
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.models.trusted import check_adapter
+from qlora_lowmem.out_of_memory import first_words, is_out_of_memory, whose_memory
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.tokens.dataset import encoded_samples
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
@@ -80,7 +81,7 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
         DoesNotFitError: out of GPU memory.
     """
     check_adapter(adapter)
-    source = resolve_model(recipe.base.model, recipe.base.weights)
+    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
     on_cpu = recipe.run.device == "cpu"
     recorder = None if on_cpu else start_recorder(recipe)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)
@@ -95,8 +96,8 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
         base = load_base(recipe, source, precision.compute, device)
         try:
             model = PeftModel.from_pretrained(base, str(adapter))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, SafetensorError) as error:
+            if is_out_of_memory(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
@@ -204,8 +205,12 @@ def _listed(value: Any) -> Iterable[Any]:
 def _fits(what: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        whose = whose_memory(error)
+        if whose is None:
+            raise
+        other = ", and --device cpu none" if whose == "card" else "; or end other programs"
         raise DoesNotFitError(
-            f"out of GPU memory while {what}: {torch_message(error)}. Shorter samples and prompts need less, "
-            "and --device cpu none"
+            f"out of {'GPU' if whose == 'card' else 'host'} memory while {what}: {first_words(error)}. Shorter samples "
+            f"and prompts need less{other}"
         ) from error

@@ -57,7 +57,7 @@ def _run(arguments: list[str]) -> int:
         raise UsageError("run.device: 'cpu' has no GPU memory to explain; use --device virtual or --device cuda")
     if recipe.data.data != SYNTHETIC:
         recipe = replace_field(recipe, "data", SYNTHETIC)
-    resolve_model(recipe.base.model, recipe.base.weights)
+    resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
     _check_targets(options)
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
         return _on_virtual_card(recipe, arguments)

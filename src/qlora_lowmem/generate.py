@@ -133,14 +133,10 @@ def _adapter_of(folder: Path) -> Path:
 def _compare(
     recipe: Recipe, adapter: Path, checked: CheckedData | None, options: argparse.Namespace
 ) -> "tuple[list[Answer], HeldOutLoss | None]":
-    from transformers.utils.logging import disable_progress_bar
-
     from qlora_lowmem.before_after import answer, held_out_loss, load_adapted
     from qlora_lowmem.progress import quiet_libraries
 
-    quiet_libraries()
-    if options.quiet:
-        disable_progress_bar()
+    quiet_libraries(bars=not options.quiet)
     adapted = load_adapted(recipe, adapter)
     answers = answer(adapted, options.prompt, options.max_new_tokens, quiet=options.quiet)
     loss = held_out_loss(adapted, recipe, checked, options.samples) if checked is not None else None

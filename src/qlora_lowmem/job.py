@@ -1,5 +1,6 @@
 """A recipe made real: the 4-bit base, its adapters, the data, the optimizer and TRL's trainer, on one device."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.lean import LeanOptions, LeanReport, apply_lean
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.lean import LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.models.loading import EMBEDDING_BITS, assert_on_device, load_base
+from qlora_lowmem.models.lean_recipe import lean_options, lean_refusals
+from qlora_lowmem.models.loading import assert_on_device, load_base
 from qlora_lowmem.models.precision import Precision
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.models.targets import Targets, resolve_targets
 from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.contradictions import warm_up_beyond
 from qlora_lowmem.tokens.dataset import TrainingData, synthetic_data
 from qlora_lowmem.training.held_out import hold_out, with_held_out
 from qlora_lowmem.training.trainer import LowMemTrainer
@@ -43,6 +47,15 @@ class PhaseCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called after the optimizer step."""
         self._recorder.end()
+
+
+class LastStepLogged(TrainerCallback):
+    """Log the last step too, where `logging_steps` does not divide the number of steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the optimizer step."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 @dataclass
@@ -97,7 +110,8 @@ def build_job(
         recorder: records the phases after loading; None on a CPU.
 
     Raises:
-        UsageError: target modules that the model does not have; weights that cannot be found.
+        UsageError: target modules that the model does not have; weights that cannot be found; an option of the
+            section `lean` that the model cannot take.
         torch.cuda.OutOfMemoryError: it does not fit.
     """
     transformers.set_seed(recipe.schedule.seed)
@@ -127,7 +141,7 @@ def build_job(
             train_dataset=trained_on,
             eval_dataset=evaluated_on,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*callbacks, LastStepLogged()],
             full_logits=recipe.memory.loss == "full",
             recorder=recorder,
         )
@@ -135,22 +149,40 @@ def build_job(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(precision.adapter)
-    lean = apply_lean(adapted, lean_options(recipe)) if recipe.lean.lean else None
+    with lean_refusals(recipe):
+        lean = apply_lean(adapted, lean_options(recipe)) if recipe.lean.lean else None
     trainer.remove_callback(PrinterCallback)
     assert_on_device(adapted, device)
     return Job(recipe, precision, targets, adapted, trainer, lean, data)
 
 
-def lean_options(recipe: Recipe) -> LeanOptions:
-    """The recipe's section `lean` as the lean implementations take it."""
-    return LeanOptions(
-        tile_length=recipe.lean.tile_length,
-        scan_chunk_length=recipe.lean.scan_chunk_length,
-        scan=recipe.lean.scan,
-        checkpointing=recipe.lean.checkpoints,
-        loss_tile_bytes=recipe.lean.loss_tile_bytes,
-        quantised_embeddings=EMBEDDING_BITS[recipe.lean.quantised_embeddings],
-    )
+def check_warm_up(recipe: Recipe, samples: int) -> None:
+    """Refuse a warm-up that is longer than the run over so many samples or packs: its learning rate is never reached.
+
+    Raises:
+        UsageError: it is.
+    """
+    steps = steps_over(recipe, samples)
+    reason = warm_up_beyond(recipe.optimizer.warmup_steps, steps)
+    if reason is not None:
+        raise UsageError(
+            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps}, and {samples} samples in "
+            f"{recipe.schedule.num_epochs:g} epochs are {steps} optimizer steps: {reason}, or raise schedule.num_epochs"
+        )
+
+
+def steps_over(recipe: Recipe, samples: int) -> int:
+    """Optimizer steps of the run, as transformers' `Trainer.set_initial_training_values` counts them.
+
+    Args:
+        samples: all of them, or packs; those held out are among them.
+    """
+    if recipe.schedule.max_steps is not None:
+        return recipe.schedule.max_steps
+    trained_on = samples - math.ceil(recipe.data.eval_fraction * samples)
+    batches = math.ceil(math.ceil(trained_on / recipe.batch.batch_size) / processes())
+    in_an_epoch = math.ceil(batches / recipe.batch.gradient_accumulation_steps)
+    return math.ceil(recipe.schedule.num_epochs * max(in_an_epoch, 1))
 
 
 def _samples_needed(recipe: Recipe) -> int:
@@ -192,6 +224,7 @@ def training_arguments(
         num_train_epochs=recipe.schedule.num_epochs,
         seed=recipe.schedule.seed,
         logging_steps=recipe.schedule.logging_steps,
+        logging_nan_inf_filter=False,  # it would log 0 for a loss that is not finite; the trainer stops instead
         save_strategy="steps" if save else "no",
         save_steps=recipe.schedule.save_steps,
         save_total_limit=recipe.schedule.save_total_limit,

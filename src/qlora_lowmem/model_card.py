@@ -4,13 +4,20 @@ from pathlib import Path
 
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.execute import Outcome
+from qlora_lowmem.lean import LeanReport
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe, recipe_hash
+from qlora_lowmem.run_report import losses_in_words
+from qlora_lowmem.training.files import replace_text
 from qlora_lowmem.units import format_bytes
 
 
 def write_model_card(folder: Path, recipe: Recipe, outcome: Outcome, device: str) -> None:
-    """Write `folder/README.md` in the hub's model card format."""
+    """Write `folder/README.md` in the hub's model card format, whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     record = provenance_record(device, "measured")
     packages = ", ".join(f"{name} {version}" for name, version in dict(record["versions"]).items())  # type: ignore[call-overload]
     if outcome.profile is None:
@@ -22,12 +29,11 @@ def write_model_card(folder: Path, recipe: Recipe, outcome: Outcome, device: str
             f"{format_bytes(peaks.peak_reserved_bytes)} reserved, {format_bytes(peaks.peak_device_bytes)} on the card "
             "with the CUDA context."
         )
-    source = resolve_model(recipe.base.model, recipe.base.weights)
+    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
     base = source.hub_id or source.name
-    loss = f"{outcome.losses[0]:.4f} at first, {outcome.losses[-1]:.4f} at last" if outcome.losses else "not logged"
+    loss = " at first, at last ".join(losses_in_words(outcome)) or "not logged"
     evaluation = f"{outcome.evaluations[-1][1]:.4f}" if outcome.evaluations else "no samples were held out"
-    (folder / "README.md").write_text(
-        f"""---
+    text = f"""---
 base_model: {base}
 library_name: peft
 tags: [lora, qlora, qlora_lowmem]
@@ -42,7 +48,7 @@ A LoRA adapter of `{recipe.base.model}`, made with qlora_lowmem.
 - Training loss: {loss}
 - Loss on held-out samples: {evaluation}
 - Memory: {memory}
-- Recipe hash: `{recipe_hash(recipe)}`
+{_lean_lines(outcome.lean)}- Recipe hash: `{recipe_hash(recipe)}`
 - Made by: `{record["command"]}` at commit `{record["commit"]}` on {record["date"]}, {device}
 - Versions: {packages}
 
@@ -56,6 +62,13 @@ model = AutoPeftModelForCausalLM.from_pretrained("{folder.name}")
 
 ```yaml
 {recipe.to_yaml()}```
-""",
-        encoding="utf-8",
-    )
+"""
+    replace_text(folder / "README.md", text, "the model card")
+
+
+def _lean_lines(report: LeanReport | None) -> str:
+    """Which lean implementations the run had, a list item each; nothing where they were not asked for."""
+    if report is None:
+        return ""
+    ideas = (f"  - {idea.name}: {'' if idea.applied else 'left out, '}{idea.detail}\n" for idea in report.ideas)
+    return f"- Lean implementations:\n{''.join(ideas)}"

@@ -14,11 +14,17 @@ from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.units import GIB
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' own notes off the screen: what matters of them is said once, by us."""
+def quiet_libraries(*, bars: bool = True) -> None:
+    """Keep the libraries' own notes off the screen: what matters of them is said once, by us.
+
+    Args:
+        bars: False for no progress bars of theirs either.
+    """
     warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|torch|accelerate)\b")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    if not bars:
+        transformers.logging.disable_progress_bar()
 
 
 class ProgressLine(TrainerCallback):

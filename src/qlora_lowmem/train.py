@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.command import add_json_argument, run_command, write_json
+from qlora_lowmem.command import add_json_argument, check_json_target, run_command, write_json
 from qlora_lowmem.data import CheckedData, check_data
-from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.probes.runs import recipe_card
@@ -26,11 +25,10 @@ from qlora_lowmem.ranks import is_first, processes
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.run_report import last_lines, summary_of
 from qlora_lowmem.training.loggers import check_logger
-from qlora_lowmem.units import format_bytes
 
 if TYPE_CHECKING:
-    from qlora_lowmem.execute import Outcome
     from qlora_lowmem.tokens.store import TokenReport
     from qlora_lowmem.training.retreat import Retreat
 
@@ -51,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and what would be trained; train nothing"
     )
-    add_json_argument(parser)
+    add_json_argument(parser, checked=False)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no sample")
     parser.add_argument(
         "--no-advice", action="store_true", help="on running out of memory, do not try which knobs would help"
@@ -70,8 +68,10 @@ def parser() -> argparse.ArgumentParser:
 def _run(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     recipe = load_recipe(options.config, overrides_from(options))
+    makes_folder = recipe.run.device != "virtual" and not options.dry_run
+    check_json_target(options.json, coming=Path(recipe.run.output_dir) if makes_folder else None)
     checked = _read_data(recipe, quiet=options.quiet)
-    resolve_model(recipe.base.model, recipe.base.weights)
+    resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
     check_logger(recipe.run.report_to)
     card = recipe_card(recipe) if recipe.run.device == "virtual" else None
     if options.dry_run:
@@ -103,13 +103,17 @@ def _data_summary(checked: CheckedData, tokens: "TokenReport") -> dict[str, Any]
 
 
 def _dry_run(recipe: Recipe, checked: CheckedData | None, options: argparse.Namespace) -> int:
-    from qlora_lowmem.execute import check_model, check_samples
+    from qlora_lowmem.execute import check_lean, check_model, check_samples
+    from qlora_lowmem.models.lean_recipe import what_is_left_out
     from qlora_lowmem.progress import quiet_libraries
 
-    quiet_libraries()
+    quiet_libraries(bars=not options.quiet)
     modules, parameters = check_model(recipe)
+    lean = check_lean(recipe)
     summary = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "dry_run": True}
     summary |= {"adapted_modules": modules, "trainable_parameters": parameters}
+    if lean is not None:
+        summary["lean"] = lean.to_dict()
     lines = [_data_line(checked)]
     if checked is not None:
         tokens, notes = check_samples(recipe, checked)
@@ -118,6 +122,8 @@ def _dry_run(recipe: Recipe, checked: CheckedData | None, options: argparse.Name
     if options.json != "-":
         print(recipe.to_yaml())
         print(f"# would train {parameters:,} parameters in adapters of {modules} modules")
+        for text in what_is_left_out(lean) if lean is not None else ():
+            print(f"# note: {text}")
         print("# data: " + "\n# ".join(lines))
     write_json(options.json, summary)
     return EXIT_OK
@@ -151,12 +157,14 @@ def _train_here(
 ) -> int:
     from qlora_lowmem.execute import OutOfGpuMemoryError, execute
     from qlora_lowmem.model_card import write_model_card
+    from qlora_lowmem.models.lean_recipe import what_is_left_out
     from qlora_lowmem.progress import ProgressLine, quiet_libraries
+    from qlora_lowmem.training.files import json_values
     from qlora_lowmem.training.heartbeat import Heartbeat
     from qlora_lowmem.training.interruption import Interruption
     from qlora_lowmem.training.log_file import LogFile
 
-    quiet_libraries()
+    quiet_libraries(bars=not options.quiet)
     virtual = virtual_gpu.current_card() is not None
     output_dir = Path(recipe.run.output_dir)
     line = ProgressLine(real_values=not virtual, quiet=options.quiet or not is_first())
@@ -167,6 +175,8 @@ def _train_here(
         line.watch(recorder)
         heartbeat.watch(recorder)
         log.watch(job, recorder)
+        for text in what_is_left_out(job.lean) if job.lean is not None else ():
+            _say(f"note: {text}")
         if not options.quiet:
             _describe(job, checked)
 
@@ -196,18 +206,19 @@ def _train_here(
 
             log.note({"out_of_memory": error.phase, "retreat": retreat.changes})
             start_again(arguments, retreat)
-        content = _summary(recipe, None) | error.profile.to_dict() | {"fits": False, "failure": failure}
+        content = summary_of(recipe, None) | error.profile.to_dict() | {"fits": False, "failure": failure}
         return _does_not_fit(recipe, content, options)
     if not is_first():
         return EXIT_OK
-    summary = _summary(recipe, outcome)
+    summary = summary_of(recipe, outcome)
     if checked is not None and outcome.data is not None:
         summary["data"] = _data_summary(checked, outcome.data)
     if not virtual:
         write_model_card(output_dir, recipe, outcome, str(summary["device"]))
         summary["adapter"] = recipe.run.output_dir
-    _report(outcome, summary)
-    write_json(options.json, summary)
+    for text in last_lines(outcome, summary):
+        _say(text)
+    write_json(options.json, json_values(summary))
     return EXIT_OK
 
 
@@ -278,58 +289,19 @@ def _does_not_fit(recipe: Recipe, content: dict[str, Any], options: argparse.Nam
     return EXIT_DOES_NOT_FIT
 
 
-def _summary(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
-    profile = outcome.profile if outcome else None
-    if profile is None:
-        peaks: dict[str, Any] = dict.fromkeys(
-            ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes"), 0
-        ) | {"device": "cpu", "provenance": "measured"}
-    else:
-        peaks = profile.to_dict()
-    content = peaks | {"fits": True, "recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe)}
-    content["environment"] = provenance_record(peaks["device"], peaks["provenance"])
-    if outcome is not None:
-        content["trainable_parameters"] = outcome.trainable_parameters
-        content["adapted_modules"] = outcome.adapted_modules
-        content["steps"] = outcome.steps
-        content["floor_bytes"] = outcome.floor.total
-        if len(outcome.profiles) > 1:
-            content["ranks"] = [profile.to_dict() for profile in outcome.profiles]
-        # A virtual GPU computes nothing: a loss of it would be a made-up figure.
-        if peaks["provenance"] == "measured" and outcome.losses:
-            content["losses"] = list(outcome.losses)
-            content["evaluations"] = [{"step": step, "loss": loss} for step, loss in outcome.evaluations]
-            content |= {"first_loss": outcome.losses[0], "final_loss": outcome.losses[-1]}
-            content |= {"tokens": outcome.tokens, "tokens_per_second": round(outcome.new_tokens / outcome.seconds, 1)}
-    return content
-
-
 def _describe(job: Any, checked: CheckedData | None) -> None:
     from qlora_lowmem.tokens.dataset import show_sample
 
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     _say(f"training {trained:,} parameters in adapters of {len(job.targets.modules)} modules")
+    if job.lean is not None:
+        _say(f"lean: {', '.join(job.lean.applied) or 'nothing'}")
     if checked is not None:
         _say(f"data: {_data_line(checked)}")
         for text in _data_lines(job.recipe, checked, job.data.report, job.data.notes):
             _say(text)
         _say("the first sample as the model sees it, the loss on what is between [[ and ]]:")
         _say(show_sample(job.trainer.train_dataset, job.trainer.processing_class))
-
-
-def _report(outcome: "Outcome", summary: dict[str, Any]) -> None:
-    from qlora_lowmem.report.tables import phase_table
-
-    if outcome.profile is not None:
-        _say(phase_table(outcome.profile))
-        over = outcome.profile.peak_allocated_bytes / outcome.floor.total
-        _say(f"floor {format_bytes(outcome.floor.total)} (weights, adapters with their state, two residual tensors)")
-        _say(f"allocated is {over:.2f} times the floor")
-    if "final_loss" in summary:
-        _say(f"loss {summary['first_loss']:.4f} -> {summary['final_loss']:.4f} in {outcome.steps} steps")
-        if summary["evaluations"]:
-            _say(f"loss on the samples held out: {summary['evaluations'][-1]['loss']:.4f}")
-        _say(f"adapter saved to {summary['adapter']}")
 
 
 def _say(text: str) -> None:

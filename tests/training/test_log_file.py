@@ -31,6 +31,15 @@ def test_the_log_is_cut_to_the_step_that_a_run_goes_on_from(tmp_path: Path, cont
     assert path.read_text() == kept
 
 
+def test_an_evaluation_that_comes_again_goes_from_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    evaluation = json.dumps({"step": 2, "eval_loss": 1.0}) + "\n"
+    for evaluated, kept in ((True, lines(1, 2) + evaluation), (False, lines(1, 2))):
+        path.write_text(lines(1, 2) + evaluation + lines(3))
+        keep_until(path, 2, evaluated=evaluated)
+        assert path.read_text() == kept
+
+
 def test_no_log_is_no_fault(tmp_path: Path) -> None:
     keep_until(tmp_path / "log.jsonl", 2)
     assert not (tmp_path / "log.jsonl").exists()

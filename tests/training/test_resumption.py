@@ -1,6 +1,7 @@
 """A run goes on from its own checkpoints only, alone, and what may change between two starts is said."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,11 +76,56 @@ def test_what_only_changes_memory_goes_on_aloud(tiny_recipe: Make, changes: dict
     assert all("the same training, up to rounding" in note for note in found.notes)
 
 
-def test_other_data_under_the_same_name_are_refused(tiny_recipe: Make, conversations: Path) -> None:
+@pytest.mark.parametrize("change", ["longer", "as long"])
+def test_other_data_under_the_same_name_are_refused(tiny_recipe: Make, conversations: Path, change: str) -> None:
     recipe = begun(tiny_recipe("run", data=str(conversations)))
-    with conversations.open("a") as file:
-        file.write(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    content = conversations.read_text()
+    if change == "longer":
+        conversations.write_text(content + json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    else:
+        conversations.write_text(content.replace("It is 2.", "It is 5."))
     with pytest.raises(UsageError, match="would train on other samples"):
+        checkpoint_to_resume(recipe)
+    conversations.write_text(content)
+    assert checkpoint_to_resume(recipe).checkpoint is not None
+
+
+def test_another_revision_of_a_hub_data_set_is_refused(
+    tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load_dataset` itself, on a folder that stands for a repository."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / "owner" / "name" / "train.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"text": "one"}\n')
+    recipe = begun(tiny_recipe("run", data="owner/name"))
+    assert checkpoint_to_resume(recipe).checkpoint is not None
+    file.write_text('{"text": "two"}\n')
+    os.utime(file, (1, 1))
+    with pytest.raises(UsageError, match="would train on other samples"):
+        checkpoint_to_resume(recipe)
+
+
+def test_another_number_of_processes_goes_on_with_the_same_samples_a_step(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = begun(tiny_recipe("run"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="the number of processes was 1"):
+        checkpoint_to_resume(recipe)
+    with pytest.raises(UsageError, match=r"batch\.gradient_accumulation_steps was 2"):
+        checkpoint_to_resume(replace_field(recipe, "gradient_accumulation_steps", 4))
+    found = checkpoint_to_resume(replace_field(recipe, "gradient_accumulation_steps", 1))
+    assert found.checkpoint is not None
+    assert "the number of processes was 1 and is now 2" in found.notes[1]
+
+
+def test_a_checkpoint_of_another_run_put_here_is_refused(tiny_recipe: Make) -> None:
+    recipe, other = begun(tiny_recipe("run")), begun(tiny_recipe("other", learning_rate=1e-2))
+    theirs = Path(other.run.output_dir) / "checkpoint-1"
+    theirs.rename(Path(recipe.run.output_dir) / "checkpoint-2")
+    with pytest.raises(UsageError, match=r"optimizer\.learning_rate was 0\.01"):
         checkpoint_to_resume(recipe)
 
 
@@ -89,10 +135,15 @@ def test_resume_false_mixes_nothing(tiny_recipe: Make) -> None:
         checkpoint_to_resume(replace_field(recipe, "resume", False))
 
 
-def test_an_unreadable_marker_is_no_licence(tiny_recipe: Make) -> None:
+@pytest.mark.parametrize("old", [True, False])
+def test_an_unreadable_marker_is_no_licence(tiny_recipe: Make, old: bool) -> None:
+    """Nor is one of an earlier version, which did not remember its data."""
     recipe = begun(tiny_recipe("run"))
-    (Path(recipe.run.output_dir) / "recipe.json").write_text("{}")
-    with pytest.raises(UsageError, match="whose checkpoints these are is unknown"):
+    marker = Path(recipe.run.output_dir) / "recipe.json"
+    content = {name: value for name, value in json.loads(marker.read_text()).items() if old and name != "data"}
+    marker.write_text(json.dumps(content))
+    said = "whose checkpoints these are is unknown" if old else r"its recipe\.json is none of this command's"
+    with pytest.raises(UsageError, match=said):
         checkpoint_to_resume(recipe)
 
 

@@ -109,6 +109,61 @@ def test_a_signal_does_not_wait_for_an_evaluation(tiny_recipe: Make) -> None:
     assert newest_whole(Path(recipe.run.output_dir)).checkpoint == Path(recipe.run.output_dir) / "checkpoint-2"
 
 
+@pytest.mark.parametrize(
+    ("step", "event"), [(2, "on_prediction_step"), (1, "on_step_begin"), (4, "on_prediction_step")]
+)
+def test_an_evaluation_that_a_signal_cut_short_comes_when_it_goes_on(tiny_recipe: Make, step: int, event: str) -> None:
+    """In the midst of one, in the step before it, and in the last one, after which no step is left."""
+    options = {"max_steps": 4, "save_steps": 2, "eval_fraction": 0.4, "eval_steps": 2}
+    whole, recipe = tiny_recipe("whole", **options), tiny_recipe("run", **options)
+    expected = run(whole)
+    strike = At(step, lambda: os.kill(os.getpid(), signal.SIGINT), event)
+    stopped = pytest.raises(StoppedBySignal, match=rf"after step {max(step, 2)} of 4, before its evaluation: saved in")
+    with stopped as caught, Interruption() as interruption:
+        run(recipe, [strike], interruption=interruption)
+    assert caught.value.exit_code == 130
+    assert not (Path(recipe.run.output_dir) / "adapter_model.safetensors").exists()
+    found = run(recipe)
+    assert found.evaluations == expected.evaluations
+    assert [step for step, _ in found.evaluations] == [2, 4]
+    assert found.losses == expected.losses
+    keys = ("step", "loss", "tokens", "eval_loss")
+    assert history(recipe, *keys) == history(whole, *keys)
+
+
+def test_an_evaluation_made_up_for_is_logged_once(tiny_recipe: Make) -> None:
+    """The run is killed after it, so it comes a third time."""
+    recipe = tiny_recipe("run", max_steps=4, save_steps=2, eval_fraction=0.4, eval_steps=2)
+    strike = At(2, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_prediction_step")
+    with pytest.raises(StoppedBySignal), Interruption() as interruption:
+        run(recipe, [strike], interruption=interruption)
+    with pytest.raises(PowerCut):
+        run(recipe, [At(2, cut)])
+    assert [step for step, loss in history(recipe, "step", "eval_loss") if loss] == [2]
+    found = run(recipe)
+    assert [step for step, _ in found.evaluations] == [2, 4]
+    assert [step for step, loss in history(recipe, "step", "eval_loss") if loss] == [2, 4]
+
+
+def test_a_signal_ends_an_evaluation_that_is_made_up_for(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe("run", max_steps=4, save_steps=2, eval_fraction=0.4, eval_steps=2)
+    for _ in range(2):
+        strike = At(2, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_prediction_step")
+        with pytest.raises(StoppedBySignal, match="after step 2 of 4"), Interruption() as interruption:
+            run(recipe, [strike], interruption=interruption)
+    assert [step for step, _ in run(recipe).evaluations] == [2, 4]
+
+
+def test_how_often_to_save_may_change_between_two_starts(tiny_recipe: Make) -> None:
+    """It is outside the recipe's hash."""
+    recipe = tiny_recipe("run", max_steps=5, save_steps=2)
+    with pytest.raises(PowerCut):
+        run(recipe, [At(3, cut)])
+    run(tiny_recipe("run", max_steps=5, save_steps=1))
+    found = {path.name for path in Path(recipe.run.output_dir).glob("checkpoint-*")}
+    assert found == {"checkpoint-3", "checkpoint-4", "checkpoint-5"}
+
+
 def test_the_warm_up_leaves_no_trace(tiny_recipe: Make, tmp_path: Path) -> None:
     """Real samples of many lengths, a model in 16 bits so that the optimizer's state is as large as it gets."""
     model = write_tiny_chat(tmp_path / "model")

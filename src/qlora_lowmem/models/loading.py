@@ -4,11 +4,12 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,10 +25,10 @@ from qlora_lowmem.lean import quantise_embeddings
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.user_cache import cache_folder
 
+from .damage import damaged_file
+from .lean_recipe import EMBEDDING_BITS, lean_refusals
 from .random_weights import config_from, meta_model, random_model
 from .sources import ModelSource
-
-EMBEDDING_BITS: dict[str, Literal[8, 4] | None] = {"none": None, "8bit": 8, "4bit": 4}
 
 
 def bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -58,7 +59,7 @@ def load_config(recipe: Recipe, source: ModelSource) -> Any:
         try:
             return AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
         except (OSError, ValueError) as error:
-            raise _cannot_fetch(recipe, error) from error
+            raise _cannot_load(recipe, source, error) from error
     try:
         return config_from(source.architecture)
     except ValueError as error:
@@ -87,14 +88,15 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
     """The base model on `device`, Linear modules in 4 bits, the rest in `dtype`.
 
     Raises:
-        UsageError: weights that cannot be found.
+        UsageError: weights that cannot be found; embeddings that cannot be quantised.
         torch.cuda.OutOfMemoryError: it does not fit.
     """
     quantization = bitsandbytes_config(recipe, dtype)
     bits = EMBEDDING_BITS[recipe.lean.quantised_embeddings]
     if recipe.base.weights == "random":
         assert source.architecture is not None  # resolve_model refuses random weights without one
-        made = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits)
+        with lean_refusals(recipe):
+            made = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits)
         _keep_weights_as_they_are(made)
         return made
     location = str(_safetensors_of(source.gguf)) if source.gguf else str(source.folder or source.hub_id)
@@ -109,8 +111,8 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
             trust_remote_code=recipe.base.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
-        raise _cannot_fetch(recipe, error) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _cannot_load(recipe, source, error) from error
     assert_on_device(model, device)
     _keep_weights_as_they_are(model)
     if bits is not None:
@@ -119,7 +121,8 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
         embedding.weight.data = (
             embedding.weight.data.cpu()
         )  # so that it is never on the device beside its quantised self
-        quantise_embeddings(model, bits, device)
+        with lean_refusals(recipe):
+            quantise_embeddings(model, bits, device)
     return model
 
 
@@ -148,7 +151,7 @@ def weights_folder(recipe: Recipe, source: ModelSource) -> Path:
         patterns = ["*.safetensors", "*.json"]
         return Path(snapshot_download(str(source.hub_id), revision=recipe.base.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise _cannot_fetch(recipe, error) from error
+        raise _cannot_load(recipe, source, error) from error
 
 
 def assert_on_device(model: torch.nn.Module, device: torch.device) -> None:
@@ -173,7 +176,7 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
     """The model's tokenizer; without pretrained weights and tokenizer files, a stand-in for synthetic data.
 
     Raises:
-        UsageError: the tokenizer cannot be found, or real data was asked for without one.
+        UsageError: the tokenizer cannot be found or read, or real data was asked for without one.
     """
     has_one = source.gguf is not None or (source.folder is not None and (source.folder / "tokenizer.json").is_file())
     if not has_one and recipe.base.weights == "random":
@@ -191,8 +194,10 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
             # Always said: left open, transformers would ask on standard input.
             trust_remote_code=recipe.base.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise _cannot_fetch(recipe, error) from error
+    except (MemoryError, RecursionError, ImportError):
+        raise
+    except Exception as error:  # tokenizers raises a bare one for a file that is no tokenizer
+        raise _cannot_load(recipe, source, error) from error
 
 
 def stand_in_tokenizer() -> PreTrainedTokenizerBase:
@@ -204,17 +209,43 @@ def stand_in_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def _cannot_fetch(recipe: Recipe, error: Exception) -> UsageError:
+def _cannot_load(recipe: Recipe, source: ModelSource, error: Exception) -> UsageError:
+    """Why the model or its tokenizer does not load: the damaged file, else the library's words."""
     if not recipe.base.trust_remote_code and "trust_remote_code" in str(error):
         return UsageError(
             f"base.trust_remote_code: false, and {recipe.base.model!r} needs Python code of its own repository. Set it "
             "to true only if you trust its authors: the code may do anything"
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    folder = source.folder or _fetched(recipe, source)
+    damage = damaged_file(folder) if folder is not None else None
+    if damage is not None:
+        path, why = damage
+        # In the hub's cache a file is a link to its content, which would be linked again.
+        path, again = (path, "copy it again from its source") if source.folder else (path.resolve(), "remove that file")
+        return UsageError(
+            f"base.model: {recipe.base.model!r} has a damaged file: {str(path)!r} ({why}). To repair it, {again}"
+            f"{'' if source.folder else ', and it is fetched again'}"
+        )
+    if source.folder is not None:
+        return UsageError(
+            f"base.model: {recipe.base.model!r} could not be loaded from {str(source.folder)!r} ({reason}). Its files "
+            "can be read but are not what they should be: copy the folder again from its source"
+        )
     return UsageError(
         f"base.model: {recipe.base.model!r} could not be loaded ({reason}). Check the name and the connection to the "
         "hub, log in if the model is gated, or give a local folder; for memory alone, set base.weights to 'random'"
     )
+
+
+def _fetched(recipe: Recipe, source: ModelSource) -> Path | None:
+    """Where a model of the hub lies in the cache, if it does; the hub is not asked."""
+    if source.hub_id is None:
+        return None
+    try:
+        return Path(snapshot_download(source.hub_id, revision=recipe.base.revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def _safetensors_of(gguf: Path) -> Path:

@@ -19,12 +19,15 @@ from tqdm.auto import tqdm
 
 from qlora_lowmem.errors import UsageError
 
+from .damage import read_json, reading
 from .trusted import ADAPTER_WEIGHTS, check_adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TILE_BYTES = 32 * 2**20  # of fp32 rows; with their 16-bit source and result, 64 MiB on the device
 _SHARD_BYTES = 2 * 2**30
 _PREFIX = "base_model.model."
+_ADAPTER_ADVICE = "Give the folder of another checkpoint of the run, or train again"
+_BASE_ADVICE = "Fetch or copy the base model's file again"
 # What of a PEFT configuration (peft/tuners/lora/config.py) changes the formula: these must be as LoRA's paper has them.
 _PLAIN = {
     "peft_type": "LORA",
@@ -51,10 +54,13 @@ class Adapter:
         """The adapter in a run's output folder or one of its checkpoints.
 
         Raises:
-            UsageError: there is none, or it is more than plain LoRA on Linear modules.
+            UsageError: there is none, it cannot be read, or it is more than plain LoRA on Linear modules.
         """
         check_adapter(folder)
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config_file, weights_file = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
+        config = read_json(config_file, _ADAPTER_ADVICE)
+        with reading(config_file, _ADAPTER_ADVICE):
+            scale = config["lora_alpha"] / config["r"]
         for name, plain in _PLAIN.items():
             if config.get(name, plain) != plain:
                 raise UsageError(
@@ -62,14 +68,14 @@ class Adapter:
                     "merged here. PEFT's merge_and_unload does the others"
                 )
         halves: dict[str, dict[str, Tensor]] = {}
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        with reading(weights_file, _ADAPTER_ADVICE), safe_open(weights_file, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
                 module, _, half = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
                 if half not in ("lora_A", "lora_B"):
-                    raise UsageError(f"{folder / ADAPTER_WEIGHTS}: {key} belongs to no LoRA adapter of a Linear module")
+                    raise UsageError(f"{weights_file}: {key} belongs to no LoRA adapter of a Linear module")
                 halves.setdefault(f"{module}.weight", {})[half] = file.get_tensor(key).float()
-        pairs = {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
-        return cls(pairs, config["lora_alpha"] / config["r"])
+            pairs = {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+        return cls(pairs, scale)
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,9 @@ def merge(
     Every floating-point tensor is written in `dtype`.
 
     Raises:
-        UsageError: adapted weights that the base's files do not have by that name and shape.
-        OSError, SafetensorError: something cannot be read or written.
+        UsageError: adapted weights that the base's files do not have by that name and shape; a file of the base that
+            cannot be read.
+        OSError, SafetensorError: something cannot be written.
     """
     sources = _sources(base)
     _check_fit(adapter, sources, base)
@@ -117,7 +124,7 @@ def merge(
 
 def _merged(name: str, source: _Source, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One tensor of the result, in host memory."""
-    with safe_open(source.file, framework="pt") as file:
+    with reading(source.file, _BASE_ADVICE), safe_open(source.file, framework="pt") as file:
         if name not in adapter.pairs:
             tensor: Tensor = file.get_tensor(name)
             return tensor.to(dtype) if source.is_float else tensor
@@ -141,7 +148,7 @@ def _sources(base: Path) -> dict[str, _Source]:
     """Every tensor of the folder's safetensors files; headers only are read."""
     found = {}
     for path in _weight_files(base):
-        with safe_open(path, framework="pt") as file:
+        with reading(path, _BASE_ADVICE), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part: Any = file.get_slice(name)
                 shape, kind = tuple(part.get_shape()), str(part.get_dtype())
@@ -155,8 +162,9 @@ def _weight_files(base: Path) -> list[Path]:
     """The files that transformers would read: some models keep the same weights in another layout beside them."""
     index = base / "model.safetensors.index.json"
     if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({base / Path(name).name for name in weight_map.values()})
+        content = read_json(index, _BASE_ADVICE)
+        with reading(index, _BASE_ADVICE):
+            return sorted({base / Path(name).name for name in content["weight_map"].values()})
     return [base / "model.safetensors"]
 
 

@@ -1,10 +1,12 @@
 """Samples as the trainer takes them: token ids and labels, on disk."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,13 +25,16 @@ from qlora_lowmem.data import CheckedData, FaultLog, FaultySampleError
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.training.held_out import with_held_out
+from qlora_lowmem.training.files import writing
+from qlora_lowmem.training.held_out import folder_of, with_held_out
 
 from .encoding import Encoded, Encoder
 from .store import TokenReport, TokenTally, open_tokens, write_tokens
 from .templates import check_templates, choose_marking, learns_to_stop
 
 TOKENS_FOLDER = "tokenised"
+_LOCK = ".lock"
+_OURS = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.[0-9]+")  # whole; being written by the process of that number
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ class TrainingData:
     def discard(self) -> None:
         """Remove the tokens from disk: the run is complete and nobody resumes it."""
         if self.folder is not None:
-            shutil.rmtree(self.folder.parent, ignore_errors=True)
+            _remove_ours(self.folder.parent)
+            with contextlib.suppress(OSError):  # holds what is not ours
+                if [path.name for path in self.folder.parent.iterdir()] == [_LOCK]:
+                    (self.folder.parent / _LOCK).unlink()
+                self.folder.parent.rmdir()
 
 
 def synthetic_data(recipe: Recipe, vocabulary: int, samples: int) -> TrainingData:
@@ -76,20 +85,27 @@ def training_data(
         UsageError: data that do not go with the chat template, or of which nothing is left to learn.
     """
     encoder, notes = _encoder(recipe, checked, tokenizer)
-    scratch = None if output_dir else tempfile.TemporaryDirectory(prefix="qlora_lowmem-")
-    parent = Path(scratch.name) if scratch else Path(output_dir or "") / TOKENS_FOLDER
-    folder = parent / _key(recipe, checked, tokenizer)
-    parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(parent / ".lock"):  # of several processes, one writes
-        if not folder.is_dir():
-            for other in parent.iterdir():  # of other data, or half written by a run that was killed
-                if other.is_dir():
-                    shutil.rmtree(other, ignore_errors=True)
-            samples = _seen_samples(recipe, checked, encoder)
-            write_tokens(folder, samples, recipe.batch.max_seq_length, checked.report.samples)
+    place = Path(output_dir or tempfile.gettempdir())
+    with writing("the tokenised data", place):
+        scratch = None if output_dir else tempfile.TemporaryDirectory(prefix="qlora_lowmem-")
+        parent = Path(scratch.name) if scratch else place / TOKENS_FOLDER
+        folder = parent / _key(recipe, checked, tokenizer)
+        parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(parent / _LOCK):  # of several processes, one writes
+            if not folder.is_dir():
+                _remove_ours(parent)  # of other data, or half written by a run that was killed
+                samples = _seen_samples(recipe, checked, encoder)
+                write_tokens(folder, samples, recipe.batch.max_seq_length, checked.report.samples)
     dataset, report = open_tokens(folder)
     _check_not_empty(recipe, report)
     return TrainingData(_packed(recipe, dataset), report, notes, folder, scratch)
+
+
+def _remove_ours(parent: Path) -> None:
+    """Remove the tokens in a folder, whole or half written (`store.py`), and nothing else."""
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if path.is_dir() and _OURS.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def count_tokens(
@@ -226,4 +242,5 @@ def _packed(recipe: Recipe, dataset: Dataset) -> Dataset:
     """Samples joined until `max_seq_length` is full, best fit first, none of them split."""
     if not recipe.batch.packing:
         return dataset
-    return pack_dataset(dataset, recipe.batch.max_seq_length, "bfd")
+    with writing("the packed samples", folder_of(dataset)):
+        return pack_dataset(dataset, recipe.batch.max_seq_length, "bfd")

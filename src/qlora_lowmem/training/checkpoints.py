@@ -4,6 +4,7 @@ A checkpoint is written into `.saving` beside its place, flushed to the disk, se
 process that is killed, a full disk or a power cut leaves the one before it untouched.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from pathlib import Path
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.units import format_bytes
 
+from .belongings import is_our_checkpoint
 from .manifest import damage, flush, seal
+from .marker import RECIPE_FILE
 
 STAGING = ".saving"
 _NAME = re.compile(r"checkpoint-([0-9]+)")
@@ -54,11 +57,16 @@ def newest_whole(output_dir: Path) -> Found:
 
 
 class CheckpointStore:
-    """The checkpoints of one output folder, of which the newest `keep` whole ones stay."""
+    """The checkpoints of one output folder, of which the newest `keep` whole ones stay.
+
+    Each holds a copy of the run's `recipe.json`. What is no checkpoint of ours is neither replaced nor removed.
+    """
 
     def __init__(self, output_dir: Path, keep: int) -> None:
         self._output_dir = output_dir
         self._keep = keep
+        marker = output_dir / RECIPE_FILE
+        self._marker = marker.read_bytes() if marker.is_file() else None  # as the run began
 
     @property
     def staging(self) -> Path:
@@ -76,9 +84,11 @@ class CheckpointStore:
         def place(staging: Path) -> None:
             made = staging / target.name
             (made / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            if self._marker is not None:
+                (made / RECIPE_FILE).write_bytes(self._marker)
             seal(made)
-            if target.exists():  # a damaged one of an earlier run
-                target.rename(staging / "replaced")
+            if target.exists():  # a damaged one of an earlier run, or another tool's
+                target.rename(staging / "replaced" if is_our_checkpoint(target) else _free_name(target))
             made.rename(target)
             flush(self._output_dir)
 
@@ -113,9 +123,9 @@ class CheckpointStore:
             place(staging)
         except Exception as error:  # tokenizers raises a bare one
             cause = why_not_written(error)
+            shutil.rmtree(staging, ignore_errors=True)
             if cause is None:
                 raise
-            shutil.rmtree(staging, ignore_errors=True)
             raise NotSavedError(self._message(what, cause)) from error
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -138,13 +148,20 @@ class CheckpointStore:
         for folder in _newest_first(self._output_dir):
             if step_of(folder) <= step and kept < self._keep and (step_of(folder) == step or damage(folder) is None):
                 kept += 1
-            else:
+            elif is_our_checkpoint(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def discard_unfinished(output_dir: Path) -> None:
     """Remove what a killed run was writing."""
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+
+def _free_name(path: Path) -> Path:
+    """Beside `path`, to move it to."""
+    return next(
+        free for number in itertools.count(1) if not (free := path.with_name(f"{path.name}.not-ours-{number}")).exists()
+    )
 
 
 def _newest_first(output_dir: Path) -> list[Path]:

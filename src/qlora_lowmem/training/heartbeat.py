@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import DoesNotFitError
-from qlora_lowmem.memory.live import LiveMemory, write_live
+from qlora_lowmem.memory.live import LiveMemory, read_live, write_live
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.ranks import is_first
 from qlora_lowmem.recipe import Recipe
@@ -27,6 +27,9 @@ class Heartbeat(TrainerCallback):
     The counters are the allocator's own on the host: nothing waits for the GPU. Peaks are kept here, since the
     recorder resets torch's at each step. Use it as a context around the run: its end tells how the job ended. A file
     that cannot be written (a full disk) stops no training. Of several processes, the one of rank 0 writes.
+
+    On a virtual card it is a trial, which writes nothing else into the folder: the file of a run that really trains or
+    has trained there stays as it is, and so does that of another trial as long as it runs.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -75,8 +78,25 @@ class Heartbeat(TrainerCallback):
         if due:
             self._written = clock
             with contextlib.suppress(OSError):
+                if self._live.device == "virtual" and self._is_another_runs():
+                    return
                 self._folder.mkdir(parents=True, exist_ok=True)
                 write_live(self._folder, self._live)
+
+    def _is_another_runs(self) -> bool:
+        """Whether the file in the folder is a real run's, or another trial's that still runs."""
+        try:
+            found = read_live(self._folder)
+        except (OSError, ValueError):
+            return False
+        if found.device != "virtual":
+            return True
+        if (found.pid, found.started) == (self._live.pid, self._live.started) or found.phase == "ended":
+            return False
+        try:
+            return psutil.Process(found.pid).create_time() == found.started
+        except psutil.Error:
+            return False
 
     def _allocator(self) -> dict[str, Any]:
         stats = torch.cuda.memory_stats(0)

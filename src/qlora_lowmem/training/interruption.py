@@ -28,6 +28,7 @@ class Interruption(TrainerCallback):
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._evaluation_missing = False
 
     def __enter__(self) -> "Interruption":
         return self
@@ -46,12 +47,14 @@ class Interruption(TrainerCallback):
         """The step that ran when the signal came is done: save it, and stop, in every process after the same step."""
         if self._agreed():
             control.should_save = args.save_strategy != "no"
+            self._evaluation_missing = control.should_evaluate
             control.should_evaluate = False
             control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation is not waited for."""
+        """An evaluation is not waited for: it comes when the run is gone on with (`trainer.py`)."""
         if self._agreed():
+            self._evaluation_missing = True
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
             raise StopEvaluation
@@ -69,12 +72,13 @@ class Interruption(TrainerCallback):
         """To be called after training; `output_dir` is None where nothing is saved.
 
         Raises:
-            StoppedBySignal: a signal ended it before its last step.
+            StoppedBySignal: a signal ended it before its last step, or before that step's evaluation.
         """
-        if self._received is None or step >= steps:
+        if self._received is None or (step >= steps and not self._evaluation_missing):
             return
         saved = f"saved in {output_dir}; start the same command again to go on" if output_dir else "not saved"
-        message = f"stopped by {self._received.name} after step {step} of {steps}: {saved}"
+        where = f"after step {step} of {steps}" + (", before its evaluation" if self._evaluation_missing else "")
+        message = f"stopped by {self._received.name} {where}: {saved}"
         raise StoppedBySignal(message, 128 + self._received)
 
     def _agreed(self) -> bool:

@@ -20,6 +20,8 @@ from transformers import TrainerCallback
 from qlora_lowmem.memory.floor import Floor, floor_of
 from qlora_lowmem.memory.recorder import Recorder
 
+from .files import json_line, writing
+
 LOG = "log.jsonl"
 _KEPT = ("loss", "grad_norm", "learning_rate", "epoch")
 
@@ -50,7 +52,9 @@ class LogFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the log back to the step that training goes on from."""
         self._step = state.global_step
-        keep_until(self._path, state.global_step)
+        evaluated = any("eval_loss" in entry and entry["step"] == self._step for entry in state.log_history)
+        with writing("the log", self._path):
+            keep_until(self._path, self._step, evaluated=evaluated)
         self._begun = (state.global_step, time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -102,7 +106,7 @@ class LogFile(TrainerCallback):
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 end = os.fstat(handle).st_size
-                content = (json.dumps(line) + "\n").encode()
+                content = json_line(line).encode()
                 if os.write(handle, content) < len(content):
                     os.ftruncate(handle, end)  # no half line
                 os.fsync(handle)
@@ -114,15 +118,21 @@ class LogFile(TrainerCallback):
                 self._say(f"{self._path} cannot be written ({error.strerror}); training goes on without")
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Cut a log after its last line of `step` or earlier, and before the first line that is torn."""
+def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
+    """Cut a log after its last line of `step` or earlier, and before the first line that is torn.
+
+    Args:
+        evaluated: whether the evaluation of `step` is done; else it comes again, and its line goes too.
+    """
     if not path.is_file():
         return
     end = 0
     with path.open("rb") as file:
         for line in file:
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                content = json.loads(line)
+                again = not evaluated and content["step"] == step and "eval_loss" in content
+                if not line.endswith(b"\n") or content["step"] > step or again:
                     break
             except (ValueError, KeyError, TypeError):
                 break

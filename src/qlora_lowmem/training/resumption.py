@@ -10,13 +10,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.recipe import Recipe, hashed_fields, recipe_hash
+from qlora_lowmem.recipe import Recipe, hashed_fields
 from qlora_lowmem.recipe.io import recipe_from_dict
 
+from .belongings import refuse_foreign
 from .checkpoints import Found, discard_unfinished, newest_whole
-from .manifest import flush
+from .files import writing
+from .marker import RECIPE_FILE, Marker
 
-RECIPE_FILE = "recipe.json"
+__all__ = ["RECIPE_FILE", "Change", "changes_between", "checkpoint_to_resume", "held_folder", "recipe_of_run"]
+
 _LOCK = ".lock"
 # What decides how much memory a step takes, and not what is trained: it may change between two starts of a run.
 _MEMORY_ONLY = {
@@ -30,11 +33,12 @@ _MEMORY_ONLY = {
     *(("dataloader", leaf) for leaf in ("dataloader_workers", "pin_memory")),
 }
 _BATCH = {("batch", "batch_size"), ("batch", "gradient_accumulation_steps")}
+_PROCESSES = ("", "the number of processes")
 
 
 @dataclass(frozen=True)
 class Change:
-    """A field inside the recipe's hash that differs between two starts of a run."""
+    """What differs between two starts of a run: a field inside the recipe's hash, or (without section) another fact."""
 
     section: str
     leaf: str
@@ -42,7 +46,7 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.section}.{self.leaf} was {self.before!r}"
+        return f"{self.section}.{self.leaf} was {self.before!r}" if self.section else f"{self.leaf} was {self.before}"
 
 
 @contextmanager
@@ -50,8 +54,9 @@ def held_folder(output_dir: Path) -> Iterator[None]:
     """Make the output folder and hold it for this run alone; the system lets go of it however the process ends.
 
     Raises:
-        UsageError: it cannot be written, or another run holds it.
+        UsageError: it cannot be written, another run holds it, or it holds another tool's files.
     """
+    refuse_foreign(output_dir)
     lock = FileLock(output_dir / _LOCK)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -79,10 +84,13 @@ def checkpoint_to_resume(recipe: Recipe) -> Found:
     the notes tell them.
 
     Raises:
-        UsageError: the folder holds checkpoints of another recipe, or ones that `resume: false` would mix with.
+        UsageError: the folder holds checkpoints of another recipe, of other data or of a run that is not known, ones
+            that `resume: false` would mix with, or files of another tool; or it cannot be written.
     """
     output_dir = Path(recipe.run.output_dir)
-    discard_unfinished(output_dir)
+    refuse_foreign(output_dir)
+    with writing("the run", output_dir):
+        discard_unfinished(output_dir)
     found = newest_whole(output_dir)
     notes = list(found.notes)
     if found.checkpoint is not None and not recipe.run.resume:
@@ -90,45 +98,38 @@ def checkpoint_to_resume(recipe: Recipe) -> Found:
             f"run.resume: false, and {str(output_dir)!r} holds checkpoints of an earlier run that new ones would mix "
             "with. Give another --output-dir, remove the folder, or resume"
         )
-    marker = output_dir / RECIPE_FILE
-    data_bytes = _data_bytes(recipe)
-    if found.checkpoint is not None and marker.is_file():
-        before = _read(marker)
-        kept, foreign = changes_between(before["recipe"], recipe)
-        if foreign:
-            raise UsageError(
-                f"run.output_dir: {str(output_dir)!r} holds checkpoints of another recipe (different: "
-                f"{', '.join(map(str, foreign))}). Give another --output-dir, remove the folder, or restore those "
-                "fields"
-            )
-        if before["data_bytes"] != data_bytes:
-            raise UsageError(
-                f"data.data: {recipe.data.data!r} has {data_bytes:,} bytes, and had {before['data_bytes']:,} when the "
-                f"checkpoints in {str(output_dir)!r} were made, so going on would train on other samples. Restore it, "
-                "or give another --output-dir"
-            )
+    now = Marker.of(recipe)
+    if found.checkpoint is not None:
+        own = found.checkpoint / RECIPE_FILE  # not there if the run's was taken away while it ran
+        if own.is_file():
+            _refuse_another(Marker.read(own), now, recipe)
+        kept = _refuse_another(Marker.read(output_dir / RECIPE_FILE), now, recipe)
         notes += [f"{change} and is now {change.now!r}: the same training, up to rounding" for change in kept]
-    content = {"hash": recipe_hash(recipe), "recipe": recipe.to_dict(), "data_bytes": data_bytes}
-    _replace(marker, json.dumps(content, indent=2) + "\n")
+    now.write(output_dir)
     return Found(found.checkpoint, tuple(notes))
 
 
-def _data_bytes(recipe: Recipe) -> int:
-    path = Path(recipe.data.data)
-    return path.stat().st_size if path.is_file() else 0
+def _refuse_another(before: Marker, now: Marker, recipe: Recipe) -> list[Change]:
+    """The changes that keep what is trained.
 
-
-def _read(marker: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
-        hashed_fields(content["recipe"])
-        int(content["data_bytes"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    Raises:
+        UsageError: there are others, or the data are not the same.
+    """
+    output_dir = recipe.run.output_dir
+    kept, foreign = changes_between(before.recipe, recipe, (before.processes, now.processes))
+    if foreign:
         raise UsageError(
-            f"run.output_dir: {str(marker)!r} cannot be read, so whose checkpoints these are is unknown. Restore the "
-            "file, remove the folder, or give another --output-dir"
-        ) from None
-    return content
+            f"run.output_dir: {output_dir!r} holds checkpoints of another recipe (different: "
+            f"{', '.join(map(str, foreign))}). Give another --output-dir, remove the folder, or restore those "
+            "fields"
+        )
+    if before.data != now.data:
+        raise UsageError(
+            f"data.data: {recipe.data.data!r} is not what it was when the checkpoints in {output_dir!r} were made "
+            f"({before.data}, now {now.data}), so going on would train on other samples. Restore it, or give another "
+            "--output-dir"
+        )
+    return kept
 
 
 def recipe_of_run(folder: Path) -> Recipe:
@@ -153,8 +154,14 @@ def recipe_of_run(folder: Path) -> Recipe:
         raise UsageError(f"--run: {str(marker)!r} is no recipe of this version ({error}); restore it") from None
 
 
-def changes_between(before: dict[str, Any], recipe: Recipe) -> tuple[list[Change], list[Change]]:
-    """(changes that keep what is trained, those that do not) from a recipe's plain values to `recipe`."""
+def changes_between(
+    before: dict[str, Any], recipe: Recipe, processes: tuple[int, int] = (1, 1)
+) -> tuple[list[Change], list[Change]]:
+    """(changes that keep what is trained, those that do not) from a recipe's plain values to `recipe`.
+
+    Args:
+        processes: how many trained together before, and do now.
+    """
     now, earlier = hashed_fields(recipe.to_dict()), hashed_fields(before)
     changes = [
         Change(section, leaf, earlier.get(section, {}).get(leaf), value)
@@ -162,22 +169,15 @@ def changes_between(before: dict[str, Any], recipe: Recipe) -> tuple[list[Change
         for leaf, value in values.items()
         if earlier.get(section, {}).get(leaf) != value
     ]
-    allowed = _allowed(changes)
+    if processes[0] != processes[1]:
+        changes.append(Change(*_PROCESSES, *processes))
+    # The batch may be put together in another way, if it takes the same samples a step.
+    same = _samples_a_step(earlier, processes[0]) == _samples_a_step(now, processes[1])
+    allowed = _MEMORY_ONLY | _BATCH | {_PROCESSES} if same else _MEMORY_ONLY
     kept = [change for change in changes if (change.section, change.leaf) in allowed]
     return kept, [change for change in changes if change not in kept]
 
 
-def _allowed(changes: list[Change]) -> set[tuple[str, str]]:
-    batch = {change.leaf: change for change in changes if (change.section, change.leaf) in _BATCH}
-    if len(batch) == len(_BATCH):
-        size, accumulation = batch["batch_size"], batch["gradient_accumulation_steps"]
-        if size.before * accumulation.before == size.now * accumulation.now:
-            return _MEMORY_ONLY | _BATCH  # the same samples a step
-    return _MEMORY_ONLY
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(text, encoding="utf-8")
-    flush(scratch)
-    scratch.replace(path)
+def _samples_a_step(plain: dict[str, Any], processes: int) -> int:
+    batch = plain["batch"]
+    return int(batch["batch_size"]) * int(batch["gradient_accumulation_steps"]) * processes

@@ -6,22 +6,25 @@ neither puts them into a checkpoint.
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
-TOTALS = "totals.json"
+from qlora_lowmem.ranks import processes, rank
+
+from .belongings import TOTALS
 
 
 @dataclass(frozen=True)
 class RunningTotals:
     """Attributes:
-    loss: sum of the steps' losses since the last log line, as torch holds it (fp32).
+    loss: sum of this process' losses since the last log line, as torch holds it (fp32).
     logged_step: the step of that line.
-    metrics: TRL's values since then, by name.
-    tokens: trained on since the run began.
+    metrics: TRL's values since then, by name; equal in all processes.
+    tokens: trained on since the run began, in all processes.
     """
 
     loss: torch.Tensor
@@ -47,12 +50,23 @@ class RunningTotals:
         trainer._total_train_tokens = self.tokens
 
     def save(self, checkpoint: Path) -> None:
-        """Write them into a checkpoint. An fp32 number is exact as the decimal that JSON writes."""
-        content = asdict(self) | {"loss": self.loss.item()}
-        (checkpoint / TOTALS).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        """Write those of all processes into a checkpoint: called by all of them, written by the first.
+
+        An fp32 number is exact as the decimal that JSON writes.
+        """
+        losses = [self.loss.item()]
+        if processes() > 1:
+            losses = gather_object(losses)
+        if rank() == 0:
+            content = {"losses": losses, "logged_step": self.logged_step, "metrics": self.metrics}
+            (checkpoint / TOTALS).write_text(json.dumps(content | {"tokens": self.tokens}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, checkpoint: Path) -> "RunningTotals":
-        """The inverse of `save`."""
+        """The inverse of `save`. What is logged is the mean of all processes: where another number of them goes on,
+        each takes the mean.
+        """
         content = json.loads((checkpoint / TOTALS).read_text(encoding="utf-8"))
-        return cls(**content | {"loss": torch.tensor(content["loss"])})
+        losses = content.pop("losses")
+        loss = losses[rank()] if len(losses) == processes() else sum(losses) / len(losses)
+        return cls(torch.tensor(loss), **content)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
+from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.tokens.sampler import LISTED_SAMPLES, ComputedOrder
 
 from .checkpoints import CheckpointStore, newest_whole, step_of
+from .divergence import DivergenceCheck
 from .interruption import StopEvaluation
 from .random_state import RandomState, undisturbed
 from .running_totals import RunningTotals
@@ -33,6 +36,17 @@ class OptimizerStep(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All weights are stepped."""
         self.running = False
+
+
+class GoOn(TrainerCallback):
+    """Takes up what a checkpoint left, once the log is cut back and before anything else is run."""
+
+    def __init__(self, take_up: Callable[[], None]) -> None:
+        self._take_up = take_up
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Model, optimizer and state are those of the checkpoint."""
+        self._take_up()
 
 
 class LowMemTrainer(SFTTrainer):
@@ -56,7 +70,10 @@ class LowMemTrainer(SFTTrainer):
         self._optimizer = OptimizerStep()
         super().__init__(*args, **kwargs)
         self.add_callback(self._optimizer)
+        self.add_callback(GoOn(self._take_up))
         self._output_dir = Path(str(self.args.output_dir))
+        self._divergence = DivergenceCheck(self._output_dir, self.args.max_grad_norm)
+        self._has_values = virtual_gpu.current_card() is None
         self._store = CheckpointStore(self._output_dir, self.args.save_total_limit or 1)
 
     def compute_loss(
@@ -86,21 +103,49 @@ class LowMemTrainer(SFTTrainer):
         self._resumed_from = Path(resumed_from) if resumed_from else None
         return super()._inner_training_loop(*args, **kwargs)
 
+    def _take_up(self) -> None:
+        """The totals of the checkpoint, and the evaluation of its step if that was cut short or never begun.
+
+        How often to log, save and evaluate is as the recipe says now: a checkpoint's state brings its own numbers.
+        """
+        if self._resumed_from is None:
+            return
+        self.state.compute_steps(self.args, self.state.max_steps)
+        totals = RunningTotals.load(self._resumed_from)
+        totals.restore(self)
+        self.tokens_before = totals.tokens
+        if self._evaluation_is_due():
+            self.evaluate()
+
+    def _evaluation_is_due(self) -> bool:
+        step, state = self.state.global_step, self.state
+        due = step % int(state.eval_steps) == 0 or step >= state.max_steps
+        done = any("eval_loss" in entry and entry["step"] == step for entry in state.log_history)
+        return self.args.eval_strategy != "no" and due and not done
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        """An epoch, with the totals of the checkpoint; a run that had reached its last step takes no further one."""
-        if self._resumed_from is not None and self.state.global_step == self._initial_global_step:
-            totals = RunningTotals.load(self._resumed_from)
-            totals.restore(self)
-            self.tokens_before = totals.tokens
+        """An epoch; a run that had reached its last step takes no further one."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        if self.control.should_training_stop:
             return None
         return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Called after each optimizer step, which is good from here on."""
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Called after each optimizer step, which is good from here on.
+
+        Raises:
+            DivergedError: its loss or its gradients are not finite.
+        """
+        if self._has_values:
+            norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
+            skipped = bool(self.accelerator.optimizer_step_was_skipped)
+            rate = kwargs.get("learning_rate")
+            self._divergence.step(self.state.global_step, tr_loss.item(), norm, rate, skipped)
         self._mark_good()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self._mark_good()
 
     def _mark_good(self) -> None:
@@ -127,7 +172,15 @@ class LowMemTrainer(SFTTrainer):
             # Sharded weights are gathered by all processes, and written by the first.
             weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
             if self.args.should_save:
-                self._store.save_final(lambda staging: self._save(str(staging), state_dict=weights))
+                self._store.save_final(lambda staging: self._write_final(staging, weights))
+
+    def _write_final(self, staging: Path, weights: Any) -> None:
+        self._save(str(staging), state_dict=weights)
+        self._refuse_diverged(staging)
+
+    def _refuse_diverged(self, folder: Path) -> None:
+        if self._has_values:
+            self._divergence.weights(folder, self.state.global_step, self._get_learning_rate())
 
     def rescue(self) -> Path | None:
         """After running out of memory: a checkpoint of the last good step, or None where there is nothing to save.
@@ -176,8 +229,10 @@ class LowMemTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
         finally:
             self._staging = None
+        made = staging / f"checkpoint-{self.state.global_step}"
+        RunningTotals.of(self).save(made)
         if self.args.should_save:
-            RunningTotals.of(self).save(staging / f"checkpoint-{self.state.global_step}")
+            self._refuse_diverged(made)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self._output_dir)
