@@ -70,7 +70,7 @@ CASES = [
     case("unknown device", flags("--device", "tpu"), "run.device", "virtual"),
     case("model nowhere", flags("--model", "granite-4.0-h-2b"), "base.model", "granite-4.0-h-1b"),
     case("model folder missing", flags("--model", "./nowhere"), "base.model", "nowhere"),
-    case("random weights, unknown hub id", flags("--model", "someone/model"), "base.weights", "config.json"),
+    case("random weights, unknown hub id", flags("--model", "someone/model"), "base.model", "config.json"),
     case("data file missing", flags("--data", "nowhere.jsonl"), "nowhere.jsonl"),
     case("data empty", data(b""), "bad.jsonl"),
     case("data of an unknown kind", flags("--data", "some.csv"), "data.data", ".parquet"),

@@ -71,21 +71,24 @@ class Chaos:
         """Let every event strike, one start of the run each; then run it to its end. Yields an event's outcome late:
         what the next start went on from is part of it.
         """
-        before: dict[str, Any] | None = None
+        waiting: list[dict[str, Any]] = []
         for event in [*events, None]:
             self._starts += 1
             if event is not None and _full_at_start(event):
                 self._disk.fill(None, _ROOM_AT_START)
             process = self._start(self._notes / f"start-{self._starts}.txt")
+            if event is not None and _full_at_start(event):  # it goes on from nowhere; the next start does
+                waiting.append(self._let_strike(process, event))
+                continue
             if event is None:
                 code = process.wait(_PATIENCE)
                 assert code == 0, process.said[-3000:]
-                found = {}
+                found = []
             else:
-                found = self._let_strike(process, event)
-            if before is not None:
-                yield Struck(**before, resumed_from=_resumed_from(process.said))
-            before = found or None
+                found = [self._let_strike(process, event)]
+            for each in waiting:
+                yield Struck(**each, resumed_from=_resumed_from(process.said))
+            waiting = found
 
     def _let_strike(self, process: Training, event: Event) -> dict[str, Any]:
         # A step is logged before it is saved: to have a new checkpoint to damage, the step after it is waited for.

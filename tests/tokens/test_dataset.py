@@ -106,7 +106,7 @@ def test_an_interrupted_run_finds_its_tokens_again(
     first = training_data(recipe(), checked, tiny_tokenizer(), out)
     folder = first.folder
     assert folder is not None
-    (folder.parent / ".killed.17").mkdir()
+    (folder.parent / ".0123456789abcdef.17").mkdir()  # of a run that was killed
 
     def never(*_: Any) -> None:
         raise AssertionError("tokenised again")
