@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_lowmem.report.charts.prediction import equals
-from qlora_lowmem.report.charts.style import SMALL, Style, plain, row_height, short
+from qlora_lowmem.report.charts.style import Style, name_at, plain, row_height, short
 from qlora_lowmem.units import GIB
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _errors(axes: "Axes", style: Style, points: Sequence[Published], sources: Se
         found = [point for point in points if point.source == source]
         tall = _tall(points, source)
         if style.narrow:
-            _name_above(axes, style, source, top)
+            name_at(axes, style, source, top + 0.14)
         first, last = top + (0.42 if style.narrow else 0.15), top + tall - 0.15
         middles.append((first + last) / 2)
         top += tall
@@ -124,19 +124,6 @@ def _errors(axes: "Axes", style: Style, points: Sequence[Published], sources: Se
 def _tall(points: Sequence[Published], source: str) -> float:
     """How many rows a source takes: an eighth of one for each of its figures, one at least."""
     return max(1.0, sum(point.source == source for point in points) / 8)
-
-
-def _name_above(axes: "Axes", style: Style, source: str, top: float) -> None:
-    axes.annotate(
-        short(source, 48),
-        (0, top + 0.14),
-        xycoords=("axes fraction", "data"),
-        xytext=(1, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=SMALL,
-        bbox={"facecolor": style.theme["paper"], "edgecolor": "none", "pad": 0.8},
-    )
 
 
 def _legend(figure: "Figure", style: Style, points: Sequence[Published]) -> None:

@@ -133,17 +133,22 @@ def name_rows(axes: "Axes", names: Sequence[str], style: Style) -> tuple[list[fl
         return [float(row) for row in range(count)], 0.66
     axes.set_yticks([])
     for row, name in enumerate(names):
-        axes.annotate(
-            short(name, 48),
-            (0, row - 0.28),
-            xycoords=("axes fraction", "data"),
-            xytext=(1, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=SMALL,
-            bbox={"facecolor": style.theme["paper"], "edgecolor": "none", "pad": 0.8},
-        )
+        name_at(axes, style, name, row - 0.28)
     return [row + 0.14 for row in range(count)], 0.38
+
+
+def name_at(axes: "Axes", style: Style, name: str, place: float) -> None:
+    """A name at the left end of the row at `place`, on the paper's colour."""
+    axes.annotate(
+        short(name, 48),
+        (0, place),
+        xycoords=("axes fraction", "data"),
+        xytext=(1, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=SMALL,
+        bbox={"facecolor": style.theme["paper"], "edgecolor": "none", "pad": 0.8},
+    )
 
 
 def words_behind(axes: "Axes", words: str, end: float, place: float, away: float = 5, **look: Any) -> None:
