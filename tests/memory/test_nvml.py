@@ -5,8 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pynvml
 import pytest
 
+from qlora_lowmem.memory.nvml import device_handle
 from qlora_lowmem.virtual_gpu import get_card
 
 PROGRAM = """
@@ -36,3 +38,24 @@ def test_a_job_reads_the_card_that_it_sees(
     context = get_card("rtx-4050-laptop-6gb").context_bytes
     assert outside == context, "the CUDA context of this process, and nothing of the other"
     assert reserved == 66 << 20
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        ("", "card 1"),
+        ("1,0", "card 0"),
+        ("GPU-aa,GPU-bb", "card 1"),
+        ("GPU-bb55,GPU-aa", "card 0"),
+        ("0,MIG-7", "MIG-7"),
+    ],
+)
+def test_the_second_device_of_cuda_is_which_of_nvmls(monkeypatch: pytest.MonkeyPatch, visible: str, found: str) -> None:
+    uuids = {"card 0": "GPU-aa11-22", "card 1": "GPU-bb55-66"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(uuids))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", "card {}".format)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", uuids.__getitem__)
+    assert device_handle(1) == found
