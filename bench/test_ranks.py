@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
 
 pytestmark = pytest.mark.ranks
 
@@ -31,20 +31,24 @@ LAUNCHES = [
 
 @dataclass(frozen=True)
 class Row:
-    """The peaks of the card that needs most, in bytes, and of one card that trains alone."""
+    """The peaks of the card that needs most, in bytes, and of one card that trains alone.
+
+    `floor` is that of the first card, whose shards are the largest where they are not all of a size.
+    """
 
     model: str
     sharding: str
     cards: int
     allocated: int
+    floor: int
     reserved: int
     device: int
     least_allocated: int
     alone_allocated: int
 
 
-def launch(model: str, sharding: str, cards: int, folder: Path) -> list[dict[str, int]]:
-    """Peaks of every rank of one optimised recipe."""
+def launch(model: str, sharding: str, cards: int, folder: Path) -> tuple[list[dict[str, int]], int]:
+    """Peaks of every rank of one optimised recipe, and the floor of the first, in bytes."""
     target = folder / f"{model}-{sharding}-{cards}.json"
     virtual = [sys.executable, "-m", "qlora_lowmem.virtual_gpu", "--card", CARD, "--count", str(cards), "--"]
     if sharding == "FSDP2":
@@ -59,7 +63,7 @@ def launch(model: str, sharding: str, cards: int, folder: Path) -> list[dict[str
     done = subprocess.run([*virtual, *start, *job], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     content = json.loads(target.read_text(encoding="utf-8"))
-    return content.get("ranks") or [content]
+    return content.get("ranks") or [content], content["floor_bytes"]
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +74,14 @@ def rows(on_gpu: bool, results_folder: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("ranks")
     found: list[Row] = []
     for model, sharding, cards in tqdm(LAUNCHES, desc="launches", unit="launch"):
-        ranks = launch(model, sharding, cards, folder)
+        ranks, floor = launch(model, sharding, cards, folder)
         assert len(ranks) == cards
         peaks = {
             name: max(rank[f"peak_{name}_bytes"] for rank in ranks) for name in ("allocated", "reserved", "device")
         }
         least = min(rank["peak_allocated_bytes"] for rank in ranks)
         alone = next((row.allocated for row in found if row.model == model), peaks["allocated"])
-        found.append(Row(model, sharding, cards, **peaks, least_allocated=least, alone_allocated=alone))
+        found.append(Row(model, sharding, cards, **peaks, floor=floor, least_allocated=least, alone_allocated=alone))
     _write(results_folder, found)
     return found
 
@@ -89,7 +93,10 @@ def _write(folder: Path, rows: list[Row]) -> None:
             row.model,
             row.sharding,
             str(row.cards),
-            *(gib(size) for size in (row.allocated, row.reserved, row.device, row.alone_allocated)),
+            gib(row.allocated),
+            gib(row.floor),
+            times_floor(row.allocated, row.floor),
+            *(gib(size) for size in (row.reserved, row.device, row.alone_allocated)),
             f"{row.allocated / row.alone_allocated - 1:+.1%}",
         ]
         for row in rows
@@ -99,6 +106,8 @@ def _write(folder: Path, rows: list[Row]) -> None:
         "sharding",
         "cards",
         "allocated GiB",
+        "floor GiB",
+        "x floor",
         "reserved GiB",
         "on the card GiB",
         "alone GiB",
@@ -109,7 +118,7 @@ def _write(folder: Path, rows: list[Row]) -> None:
         f"loss), a process a {CARD}; peaks of the card that needs most, beside the plan for one card that trains "
         "alone. FSDP2 gathers the embeddings whole on every card, beside a copy while they come: on two cards that can "
         "cost more than the shards save. Buffers of NCCL itself are not known to a virtual card and not in these "
-        "figures.\n\n"
+        f"figures. {FLOOR_TEXT} Under FSDP2 a card's floor has its own shards, and the 4-bit constants whole.\n\n"
         f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
     )
     plain = [vars(row) for row in rows]
@@ -124,3 +133,5 @@ def test_weights_are_shared_out(rows: list[Row], model: str) -> None:
     assert found["DDP", 2].allocated >= alone
     assert found["FSDP2", 4].allocated < min(found["FSDP2", 2].allocated, alone)
     assert all(row.allocated == row.least_allocated for row in found.values())
+    floors = {key: row.floor for key, row in found.items()}
+    assert 0 < floors["FSDP2", 4] < floors["FSDP2", 2] < floors["DDP", 2] == floors["none", 1] < alone

@@ -1,6 +1,7 @@
 """Peaks by sequence length, all in one worker."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem import lengths
+from qlora_lowmem.report.tables import gib
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CONFIG = ("--config", str(RECIPES / "optimised.yaml"), "--weights", "random")
@@ -26,13 +28,20 @@ def test_five_lengths_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_p
     assert peaks == sorted(set(peaks)), "a longer sequence takes more"
     assert found["peak_allocated_bytes"] == peaks[-1]
     assert all(row["fits"] for row in found["cases"])
+    floors = [row["floor_bytes"] for row in found["cases"]]
+    per_token = (floors[1] - floors[0]) // 64
+    assert per_token > 0, "two residual tensors"
+    assert floors == [floors[0] + (tokens - 64) * per_token for tokens in (64, 128, 256, 512, 1024)]
+    page = (tmp_path / "lengths.md").read_text(encoding="utf-8")
+    assert f"| {gib(floors[2])} | {peaks[2] / floors[2]:.2f} |" in re.sub(" +", " ", page)
     written = json.loads((tmp_path / "lengths.json").read_text(encoding="utf-8"))
     assert written["cases"] == found["cases"]
     assert written["usable_bytes"] == found["usable_bytes"]
     # The same length by the training command: the same bytes, whichever worker ran it.
     alone = command("train", *CONFIG, "--model", str(tiny_hybrid), "--device", "virtual", "--max-seq-length", "256",
                     "--gradient-accumulation-steps", "2", "--max-steps", "2", "--json", "-")  # fmt: skip
-    assert json.loads(alone.stdout)["peak_allocated_bytes"] == peaks[2]
+    trained = json.loads(alone.stdout)
+    assert [trained[name] for name in ("peak_allocated_bytes", "floor_bytes")] == [peaks[2], floors[2]]
 
 
 def test_a_length_that_cannot_be_trained_is_refused(command: Command) -> None:
@@ -53,7 +62,7 @@ def test_the_exit_code_says_whether_it_fits(
 
     def measure(_: object, tokens: list[int], *__: object) -> list[lengths.LengthRow]:
         seen.extend(tokens)
-        return [lengths.LengthRow("r", count, count <= longest, 1, 2, 3) for count in tokens]
+        return [lengths.LengthRow("r", count, count <= longest, 1, 2, 3, 4) for count in tokens]
 
     monkeypatch.setattr(lengths, "measure_lengths", measure)
     assert lengths.main([*CONFIG, *asked]) == code

@@ -105,12 +105,12 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
             return EXIT_DOES_NOT_FIT
     found = outcome.attribution
     assert found is not None  # every recipe has at least one step
-    page = report.markdown(found, recipe.name or Path(options.config).stem)
+    page = report.markdown(found, recipe.name or Path(options.config).stem, outcome.floor.total)
     if options.json != "-":
         print(page)
     record = provenance_record(found.device, found.provenance)
     content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "environment": record}
-    write_json(options.json, content | {"attribution": found.to_dict()})
+    write_json(options.json, content | {"floor_bytes": outcome.floor.total, "attribution": found.to_dict()})
     if options.markdown:
         Path(options.markdown).write_text(page, encoding="utf-8")
     pictures = [Path(target) for target in (options.svg, options.png) if target]

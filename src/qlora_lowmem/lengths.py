@@ -27,7 +27,7 @@ from qlora_lowmem.probes.runs import recipe_card, recipe_server, shortened, subm
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
 
 # Up to where a model of one billion parameters without lean no longer fits a 6 GB card.
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -35,7 +35,12 @@ DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True)
 class LengthRow:
-    """A recipe's peaks at one sequence length, in bytes; `fits` compares the device's with the card's usable memory."""
+    """A recipe's peaks at one sequence length, in bytes.
+
+    Attributes:
+        fits: what the device held, against the card's usable memory.
+        floor_bytes: what no method avoids at that length (`memory.floor`).
+    """
 
     recipe: str
     tokens: int
@@ -43,6 +48,7 @@ class LengthRow:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     peak_device_bytes: int
+    floor_bytes: int
 
 
 def measure_lengths(
@@ -75,6 +81,7 @@ def measure_lengths(
                 peaks.peak_allocated_bytes,
                 peaks.peak_reserved_bytes,
                 peaks.peak_device_bytes,
+                run.floor_bytes,
             )
         )
     return rows
@@ -82,12 +89,14 @@ def measure_lengths(
 
 def lengths_table(rows: Sequence[LengthRow]) -> str:
     """The rows as a Markdown table."""
-    headers = ["recipe", "tokens", "allocated GiB", "reserved GiB", "on the card GiB", "fits"]
+    headers = ["recipe", "tokens", "allocated GiB", "floor GiB", "x floor", "reserved GiB", "on the card GiB", "fits"]
     cells = [
         [
             row.recipe,
             f"{row.tokens:,}",
             gib(row.peak_allocated_bytes),
+            gib(row.floor_bytes),
+            times_floor(row.peak_allocated_bytes, row.floor_bytes),
             gib(row.peak_reserved_bytes),
             gib(row.peak_device_bytes),
             "yes" if row.fits else "no",
@@ -104,7 +113,7 @@ def write_table(
     markdown = (
         f"# Memory against sequence length on {card.name}\n\n"
         f"{len(rows)} runs in {seconds:.1f} s, imports included. The card has {gib(card.usable_bytes)} GiB usable, the "
-        "CUDA context in it; what needs more ran on a card of the same kind with room for it.\n\n"
+        f"CUDA context in it; what needs more ran on a card of the same kind with room for it. {FLOOR_TEXT}\n\n"
         f"{lengths_table(rows)}\n\n{provenance_lines(record)}\n"
     )
     plain = [asdict(row) for row in rows]

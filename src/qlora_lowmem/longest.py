@@ -26,7 +26,15 @@ from qlora_lowmem.probes.runs import RecipeRun, recipe_card, recipe_server, subm
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.report.tables import (
+    FLOOR_TEXT,
+    gib,
+    known_gib,
+    markdown_table,
+    provenance_lines,
+    times_floor,
+    write_result,
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,8 @@ def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any], c
             f"{row.tokens:,}",
             f"{row.next_tokens:,}" if row.next_tokens else "(not looked further)",
             gib(row.peak_allocated_bytes),
-            gib(row.floor_bytes),
-            f"{row.peak_allocated_bytes / row.floor_bytes:.2f}" if row.floor_bytes else "-",
+            known_gib(row.floor_bytes),
+            times_floor(row.peak_allocated_bytes, row.floor_bytes),
             gib(row.peak_device_bytes),
             gib(row.host_bytes),
         ]
@@ -108,8 +116,8 @@ def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any], c
     markdown = (
         f"# The longest sequence on {record['device']}\n\nTokens of one sample, batch 1, found by running each length "
         "(two optimizer steps of one or two micro-batches). Peaks in GiB; what a job can use of the card holds the "
-        "CUDA context too; host is page-locked memory. The floor is what no method avoids: weights as stored, adapters "
-        f"with their state, two residual tensors.{f' Changed in every recipe: {changed}.' if changed else ''}\n\n"
+        f"CUDA context too; host is page-locked memory. {FLOOR_TEXT}"
+        f"{f' Changed in every recipe: {changed}.' if changed else ''}\n\n"
         f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
     )
     plain = [asdict(row) for row in rows]

@@ -31,7 +31,7 @@ from qlora_lowmem.recipe.io import load_recipe, recipe_from_dict, replace_fields
 from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.report.charts.phases import PhaseBytes
 from qlora_lowmem.report.phases import phase_bytes, phases_content
-from qlora_lowmem.report.tables import phase_table
+from qlora_lowmem.report.tables import floor_lines, phase_table
 from qlora_lowmem.units import format_bytes
 
 PARTS = ("train", "resume", "merge")
@@ -45,11 +45,13 @@ class Life:
     Attributes:
         profile: the highest readings of each phase over all processes.
         out_of_memory: the phases in which memory ran out, with torch's message.
+        floor_bytes: what no method of training the recipe avoids; 0 if training did not end.
     """
 
     recipe: Recipe
     profile: MemoryProfile
     out_of_memory: dict[str, str]
+    floor_bytes: int
 
     def fits(self, card: virtual_gpu.Card) -> bool:
         """Whether every phase stays within what a job can count on there."""
@@ -57,7 +59,7 @@ class Life:
 
     def phases(self, device_budget: int, allocated_budgets: Mapping[str, int] | None = None) -> tuple[PhaseBytes, ...]:
         """Its phases beside their budgets in bytes, as `report.phases.phase_bytes` says."""
-        return phase_bytes(self.profile.phases, device_budget, allocated_budgets, self.out_of_memory)
+        return phase_bytes(self.profile.phases, device_budget, allocated_budgets, self.out_of_memory, self.floor_bytes)
 
 
 def live(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server) -> Life:
@@ -81,7 +83,7 @@ def live(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server) -> 
                 break  # what would come next needs what this part did not leave
     profiles = [MemoryProfile.from_dict(result["profile"]) for result in results]
     ran_out = {result["phase"]: result["out_of_memory"] for result in results if "out_of_memory" in result}
-    return Life(recipe, _joined(profiles), ran_out)
+    return Life(recipe, _joined(profiles), ran_out, results[0].get("floor_bytes", 0))
 
 
 def _joined(profiles: Sequence[MemoryProfile]) -> MemoryProfile:
@@ -107,14 +109,15 @@ def live_here(content: dict[str, Any], folder: str, part: str) -> dict[str, Any]
     recipe = _lived(recipe_from_dict(content), Path(folder) / "model")
     try:
         if part == "merge":
-            profile = merge_run(recipe, run, Path(folder) / "merged", "bf16", "cuda")
+            profile, floor = merge_run(recipe, run, Path(folder) / "merged", "bf16", "cuda"), {}
         else:
             resume_from = run / "checkpoint-1" if part == "resume" else None
-            profile = execute(recipe, output_dir=run, resume_from=resume_from, warm_up=part == "train").profile
+            outcome = execute(recipe, output_dir=run, resume_from=resume_from, warm_up=part == "train")
+            profile, floor = outcome.profile, {"floor_bytes": outcome.floor.total}
     except OutOfGpuMemoryError as error:
         return {"profile": error.profile.to_dict(), "phase": error.phase, "out_of_memory": error.torch_message}
     assert profile is not None
-    return {"profile": profile.to_dict()}
+    return {"profile": profile.to_dict()} | floor
 
 
 def _lived(recipe: Recipe, model: Path) -> Recipe:
@@ -159,6 +162,8 @@ def _run(arguments: list[str]) -> int:
     for found, card in zip(lives, cards, strict=True):
         print(f"\n{found.recipe.name}", file=sys.stderr)
         print(phase_table(found.profile), file=sys.stderr)
+        if found.floor_bytes:
+            print(*floor_lines(found.profile.peak_allocated_bytes, found.floor_bytes), sep="\n", file=sys.stderr)
         for phase, message in found.out_of_memory.items():
             print(f"out of memory in phase {phase!r}: {message}", file=sys.stderr)
         verdict = "every phase fits" if found.fits(card) else "does not fit"

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.recipe import Recipe, recipe_hash
-from qlora_lowmem.units import format_bytes
 
 if TYPE_CHECKING:
     from qlora_lowmem.execute import Outcome
@@ -42,13 +41,11 @@ def summary_of(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
 
 def last_lines(outcome: "Outcome", summary: dict[str, Any]) -> Iterator[str]:
     """What a run came to, for people: memory, losses, and where the adapter is."""
-    from qlora_lowmem.report.tables import phase_table
+    from qlora_lowmem.report.tables import floor_lines, phase_table
 
     if outcome.profile is not None:
         yield phase_table(outcome.profile)
-        over = outcome.profile.peak_allocated_bytes / outcome.floor.total
-        yield f"floor {format_bytes(outcome.floor.total)} (weights, adapters with their state, two residual tensors)"
-        yield f"allocated is {over:.2f} times the floor"
+        yield from floor_lines(outcome.profile.peak_allocated_bytes, outcome.floor.total)
     if "final_loss" in summary:
         yield f"loss {' -> '.join(losses_in_words(outcome))} in {outcome.steps} steps"
         if summary["evaluations"]:

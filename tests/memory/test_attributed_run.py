@@ -78,7 +78,10 @@ def test_command_writes_everything(
     assert done.returncode == 0, done.stderr
     assert "**on the card**" in done.stdout
     content = json.loads(files["json"].read_text(encoding="utf-8"))
-    assert Attribution.from_dict(content["attribution"]).provenance == "virtual"
+    found, floor = Attribution.from_dict(content["attribution"]), content["floor_bytes"]
+    assert found.provenance == "virtual"
+    assert 0 < floor < found.allocated_bytes
+    assert f"allocated is {found.allocated_bytes / floor:.2f} times that." in done.stdout
     with files["snapshot"].open("rb") as file:
         snapshot = pickle.load(file)  # what we have just written
     assert {"segments", "device_traces"} <= snapshot.keys()

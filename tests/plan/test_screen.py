@@ -1,11 +1,15 @@
 """What a person reads: the verdict first, the figures with their units, a cost only where it was counted."""
 
+import csv
+import re
 from dataclasses import replace
+from pathlib import Path
 
 from helpers import RECIPES
+from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal, Tried
 from qlora_lowmem.plan.screen import cost, lines
-from qlora_lowmem.plan.table import plans_table, row
+from qlora_lowmem.plan.table import Again, plans_table, row, write_plans
 from qlora_lowmem.probes.advice import Knob
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.units import GIB, MIB
@@ -101,6 +105,22 @@ def test_a_table_of_many() -> None:
     assert len(rows) == 6
     assert rows[-1] == "mine on rtx-3060-laptop-6gb failed: mine fails: no such thing"
     assert "4,352" in rows[2]
+    cells = [[cell.strip() for cell in line.split("|")] for line in rows[:5]]
+    place = cells[0].index("allocated GiB")
+    assert cells[0][place : place + 3] == ["allocated GiB", "floor GiB", "x floor"]
+    assert [line[place : place + 3] for line in cells[2:]] == [["2.000", "1.000", "2.00"]] * 2 + [[""] * 3]
+    assert row(FITS)["floor_bytes"] == GIB
     assert row(replace(FITS, proposal=PROPOSAL))["proposed"] == "checkpointing"
     assert row(failed)["peak_device_bytes"] == 0
     assert set(row(FITS)) == set(row(failed))
+
+
+def test_plans_as_a_result_stand_beside_their_floors(tmp_path: Path) -> None:
+    again = Again(3 * GIB, True, 6 * GIB, False)
+    write_plans(tmp_path, [FITS], [again], "One pair.", provenance_record("a card", "virtual"))
+    page = (tmp_path / "plan.md").read_text(encoding="utf-8")
+    assert "One pair. The floor is what no method avoids" in page
+    assert "| 2.000 | 1.000 | 2.00 |" in re.sub(" +", " ", page)
+    with (tmp_path / "plan.csv").open(newline="") as file:
+        (found,) = csv.DictReader(file)
+    assert (found["peak_allocated_bytes"], found["floor_bytes"]) == (str(2 * GIB), str(GIB))

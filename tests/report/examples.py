@@ -76,7 +76,7 @@ def attribution(loss: int = 100 * MIB) -> Attribution:
 def write_all(folder: Path, names: Sequence[str] = ("tiny",)) -> None:
     """Every kind of file in `folder`; `names` are what recipes, ideas and cases are called."""
     write_waterfall(folder, [*STEPS, *(Step(name, GIB, 2 * GIB, GIB) for name in names)], ENVIRONMENT)
-    write_attribution(folder, "plain", attribution(), ENVIRONMENT)
+    write_attribution(folder, "plain", attribution(), GIB // 2, ENVIRONMENT)
     write_phases(folder, _phases(names), ENVIRONMENT, "Of an example.")
     (folder / "train.json").write_text(json.dumps(trained(names[-1])))
     (folder / "reality.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": published(names)}))
@@ -108,9 +108,13 @@ def gate_rows(names: Sequence[str]) -> Sequence[Row]:
 
 def _phases(names: Sequence[str]) -> dict[str, list[PhaseBytes]]:
     """A life within its budgets, and lives that memory ends at `steady`, after a warm-up that took too much."""
-    whole = [PhaseBytes(phase, GIB + n, 2 * GIB, 4 * GIB + n, 5 * GIB + n, 6 * GIB) for n, phase in enumerate(PHASES)]
-    ended = [*whole[:2], dataclasses.replace(whole[2], allocated=3 * GIB), whole[3]]
-    ended.append(dataclasses.replace(whole[4], device=6 * GIB + 4, out_of_memory="CUDA out of memory."))
+    whole = [
+        PhaseBytes(phase, GIB + n, 2 * GIB, 4 * GIB + n, 5 * GIB + n, 6 * GIB, GIB // 2)
+        for n, phase in enumerate(PHASES)
+    ]
+    ended = [dataclasses.replace(each, floor=0) for each in whole[:5]]
+    ended[2] = dataclasses.replace(ended[2], allocated=3 * GIB)
+    ended[4] = dataclasses.replace(ended[4], device=6 * GIB + 4, out_of_memory="CUDA out of memory.")
     return {"whole": whole} | dict.fromkeys(names, ended)
 
 
@@ -118,7 +122,12 @@ def trained(name: str, **changes: object) -> dict[str, object]:
     """What `train --json` writes, as far as a page shows it."""
     phases = tuple(PhasePeak(phase, GIB + n, 2 * GIB, 3 * GIB + n) for n, phase in enumerate(("load", "steady")))
     peaks = MemoryProfile(CARD, "virtual", 6 * GIB, 0, phases).to_dict()
-    return peaks | {"fits": True, "recipe": {"name": name}, "environment": ENVIRONMENT} | changes
+    return (
+        peaks
+        | {"fits": True, "recipe": {"name": name}, "environment": ENVIRONMENT}
+        | {"floor_bytes": GIB // 2}
+        | changes
+    )
 
 
 def published(names: Sequence[str]) -> list[dict[str, object]]:
@@ -138,7 +147,7 @@ def published(names: Sequence[str]) -> list[dict[str, object]]:
 def _lengths(names: Sequence[str]) -> list[LengthRow]:
     needs = {"plain": (GIB, 9 * GIB)} | dict.fromkeys(names, (GIB, 2 * GIB))
     return [
-        LengthRow(recipe, tokens, need < 5 * GIB, need - 3, need - 2, need)
+        LengthRow(recipe, tokens, need < 5 * GIB, need - 3, need - 2, need, GIB // 2 + tokens)
         for recipe, sizes in needs.items()
         for tokens, need in zip((1024, 8192), sizes, strict=True)
     ]

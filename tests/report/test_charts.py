@@ -99,7 +99,7 @@ def phase(name: str, device: int = 2**32) -> phases.PhaseBytes:
         lambda look: attribution.breakdown(look, example()),
         lambda look: attribution.timeline(look, example()),
         lambda look: attribution.peaks(look, [("_a", example()), ("b" * 300, example(1))]),
-        lambda look: lengths.lengths(look, [lengths.LengthPoint("$\\frac{", 1024, False, 0)], 2**33),
+        lambda look: lengths.lengths(look, [lengths.LengthPoint("$\\frac{", 1024, False, 0, 2**29)], 2**33),
         lambda look: phases.phases(look, {"$\\frac{": [phase("merge", 0)]}),
         lambda look: phases.phases(
             look, {"_a": [phase("load")], "b" * 300: [phase("save", 2**34)], "": [phase("save")]}

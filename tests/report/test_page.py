@@ -148,13 +148,17 @@ def test_lengths_longest_and_matrix_are_those_of_their_files(soup: BeautifulSoup
     content = {
         name: json.loads((page_folder / f"{name}.json").read_text()) for name in ("lengths", "longest", "matrix")
     }
-    names = ["tokens", "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes"]
+    for file in ("lengths", "longest"):
+        for case in content[file]["cases"]:
+            case["times_floor"] = float(f"{case['peak_allocated_bytes'] / case['floor_bytes']:.6g}")
+    names = ["tokens", "peak_allocated_bytes", "floor_bytes", "times_floor", "peak_reserved_bytes", "peak_device_bytes"]
     assert values(soup, "chart-lengths-table-1") == [
         [case[name] for name in names] for case in content["lengths"]["cases"]
     ]
     fits = [row[-1].get_text() for row in table(soup, "chart-lengths-table-1")]
     assert fits == ["fits" if case["fits"] else "does not fit" for case in content["lengths"]["cases"]]
-    names = ["tokens", "next_tokens", "peak_allocated_bytes", "floor_bytes", "peak_device_bytes", "host_bytes"]
+    names = ["tokens", "next_tokens", "peak_allocated_bytes", "floor_bytes", "times_floor"]
+    names += ["peak_device_bytes", "host_bytes"]
     assert values(soup, "longest-table-1") == [[case[name] for name in names] for case in content["longest"]["cases"]]
     known, *unknown = values(soup, "matrix-table-1")
     case = content["matrix"]["cases"][0]
@@ -252,7 +256,7 @@ def test_a_folder_s_other_files_are_named(written: Path, tmp_path: Path, capsys:
 def test_two_files_of_one_recipe_are_compared(apart: bool, tmp_path: Path) -> None:
     files = []
     for folder, loss in (("before", 100), ("after", 40)):
-        write_attribution(tmp_path / folder, "r", attribution(loss * 2**20), ENVIRONMENT)
+        write_attribution(tmp_path / folder, "r", attribution(loss * 2**20), 2**29, ENVIRONMENT)
         path = tmp_path / folder / "attribution-r.json"
         files.append(path.rename(tmp_path / f"{folder}.json") if apart else path)
     output = tmp_path / "report.html"
@@ -278,7 +282,7 @@ def test_a_file_without_provenance_says_so(tmp_path: Path) -> None:
 
 
 def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
-    write_attribution(tmp_path, "r", attribution(), ENVIRONMENT)
+    write_attribution(tmp_path, "r", attribution(), 2**29, ENVIRONMENT)
     pages = [tmp_path / name for name in ("one.html", "two.html")]
     for page in pages:
         assert main([str(tmp_path / "attribution-r.json"), "--output", str(page)]) == 0

@@ -9,6 +9,8 @@ from qlora_lowmem.memory.profile import PHASES
 from qlora_lowmem.report.page.kinds import sections_of
 from report.pages import table, values
 
+SIZES = ("allocated_bytes", "allocated_budget_bytes", "reserved_bytes", "device_bytes", "device_budget_bytes")
+
 
 def test_the_phases_are_those_of_their_file(soup: BeautifulSoup, page_folder: Path) -> None:
     cases = json.loads((page_folder / "phases.json").read_text())["cases"]
@@ -21,7 +23,7 @@ def test_the_phases_are_those_of_their_file(soup: BeautifulSoup, page_folder: Pa
         life = [case for case in cases if case["recipe"] == recipe]
         assert recipe in soup.find(id=name).get_text()
         assert [row[0].get_text() for row in table(soup, name)] == [case["phase"] for case in life]
-        assert values(soup, name) == [[size for field, size in case.items() if "_bytes" in field] for case in life]
+        assert values(soup, name) == [[case[field] for field in SIZES] for case in life]
         assert [bool(case["out_of_memory"]) for case in life] == [text == "out of memory" for text in expected]
         assert [row[-1].get_text() for row in table(soup, name)] == expected
         assert ["bad" in row[-1]["class"] for row in table(soup, name)] == [
@@ -51,11 +53,17 @@ def test_phases_within_their_budgets_are_said_to_be(results: Path) -> None:
 
 def test_memory_that_ran_out_is_said(soup: BeautifulSoup) -> None:
     """By its phase, with what torch said; the bar of that phase is striped and says so."""
-    (row,) = table(soup, "phases-table-1")
+    (row,) = table(soup, "phases-table-2")
     assert [cell.get_text() for cell in row] == ["tiny", "steady", "CUDA out of memory."]
     drawing = soup.find(id="chart-phases").find_next("svg").get_text()
     assert "6.000, out of memory" in drawing
     assert "striped: over budget or out of memory" in drawing
+
+
+def test_the_highest_phase_stands_beside_the_floor(soup: BeautifulSoup) -> None:
+    """Of a run that memory ended before a step did, the floor is not known."""
+    rows = [[cell.get_text() for cell in row] for row in table(soup, "phases-table-1")]
+    assert rows == [["whole", "merge", "1.000", "0.500", "2.00"], ["tiny", "warm-up", "3.000", "-", "-"]]
 
 
 def test_phases_without_budgets_have_no_column_of_them(results: Path) -> None:

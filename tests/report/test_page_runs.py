@@ -34,8 +34,9 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     ]
     verdicts = [[row[-1].text for row in found.rows] for found in chart.tables]
     assert verdicts == [["within budget"] * 2, ["within budget", "out of memory"]]
-    assert [[cell.text for cell in row] for row in section.tables[0].rows] == [
-        ["mine (b)", "steady", "CUDA out of memory."]
+    assert [[[cell.text for cell in row] for row in found.rows] for found in section.tables] == [
+        [["mine (a)", "steady", "1.000", "0.500", "2.00"], ["mine (b)", "steady", "1.000", "-", "-"]],
+        [["mine (b)", "steady", "CUDA out of memory."]],
     ]
 
 
@@ -54,7 +55,10 @@ def test_a_run_of_the_command_is_read(command: Command, tiny_hybrid: Path, tmp_p
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     (section,) = sections_of([path]).sections
-    phases = json.loads(path.read_text())["phases"]
+    content = json.loads(path.read_text())
+    phases = content["phases"]
     rows = section.charts[0].tables[0].rows
     assert [row[0].text for row in rows] == [phase["name"] for phase in phases]
     assert [row[1].value for row in rows] == [phase["allocated"] for phase in phases]
+    (beside,) = section.tables[0].rows
+    assert [cell.value for cell in beside[2:4]] == [content["peak_allocated_bytes"], content["floor_bytes"]]

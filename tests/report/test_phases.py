@@ -20,7 +20,7 @@ PEAKS = (PhasePeak("load", 1, 2, 3), PhasePeak("steady", 4, 5, 6))
 
 def life(**out_of_memory: str) -> Life:
     profile = MemoryProfile(CARD, "virtual", 6 * 2**30, 0, PEAKS)
-    return Life(load_recipe(RECIPES / "lean.yaml"), profile, out_of_memory)
+    return Life(load_recipe(RECIPES / "lean.yaml"), profile, out_of_memory, 0 if out_of_memory else 2)
 
 
 @pytest.mark.parametrize(
@@ -54,26 +54,36 @@ def test_the_files_say_where_memory_ran_out(tmp_path: Path) -> None:
     cases = json.loads((tmp_path / "phases.json").read_text())["cases"]
     assert [case["out_of_memory"] for case in cases] == [None, "no room", None, None]
     assert [case["allocated_budget_bytes"] for case in cases] == [8, 9, None, None]
+    assert [case["floor_bytes"] for case in cases] == [0, 0, 2, 2]
     with (tmp_path / "phases.csv").open(newline="") as file:
         assert [row["out_of_memory"] for row in csv.DictReader(file)] == ["", "no room", "", ""]
     page = (tmp_path / "phases.md").read_text()
     assert "- a, steady: no room\n" in page
     assert "An example. Reserved does not fall" in page
+    beside = [line.replace(" ", "") for line in page.split("beside the floor")[1].splitlines() if line.startswith("| ")]
+    assert beside == [
+        "|recipe|highestin|allocated|floor|xfloor|",
+        "|a|steady|0.000|-|-|",
+        "|b|steady|0.000|0.000|2.00|",
+    ]
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_command_writes_what_the_page_reads(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two recipes of one name stay two; the exit code says whether all fit."""
+def test_the_command_writes_what_the_page_reads(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two recipes of one name stay two; the exit code says whether all fit; the floor is told where it is known."""
     lives = iter([life(), life(steady="no room") if fails else life()])
     monkeypatch.setattr(phases, "live", lambda *_: next(lives))
     path = tmp_path / "mine.json"
     config = str(RECIPES / "lean.yaml")
     arguments = ["--config", config, config, "--card", CARD, "--json", str(path)]
     assert phases.main(arguments) == (3 if fails else 0)
+    assert capsys.readouterr().err.count("allocated is 2.00 times the floor\n") == (1 if fails else 2)
     cases = json.loads(path.read_text())["cases"]
     assert [case["recipe"] for case in cases] == ["lean (1)"] * 2 + ["lean (2)"] * 2
     assert {case["device_budget_bytes"] for case in cases} == {virtual_gpu.get_card(CARD).usable_bytes}
     (section,) = sections_of([path]).sections
     assert section.name == "phases"
     assert section.highlights[0][0] == ("3 of 4" if fails else "4 of 4")
-    assert [len(found.rows) for found in section.tables] == ([1] if fails else [])
+    assert [len(found.rows) for found in section.tables] == ([2, 1] if fails else [2])

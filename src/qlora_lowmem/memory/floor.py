@@ -40,14 +40,16 @@ def floor_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, residual
     """
     seen: set[int] = set()
     base, trained = 0, 0
+    states = [getattr(module, "quant_state", None) for module in model.modules()]  # bitsandbytes' Linear4bit has one
     for parameter in model.parameters():
         size = _bytes(parameter, seen)
         if parameter.requires_grad:
             trained += size
         else:
             base += size
-            state = getattr(parameter, "quant_state", None)  # only bitsandbytes' Params4bit has one
-            base += sum(_bytes(tensor, seen) for _, tensor in quantisation_tensors(state)) if state is not None else 0
+            states.append(getattr(parameter, "quant_state", None))  # that of Params4bit; FSDP2's shards have lost it
+    for state in states:
+        base += sum(_bytes(tensor, seen) for _, tensor in quantisation_tensors(state)) if state is not None else 0
     base += sum(_bytes(buffer, seen) for buffer in model.buffers())
     if optimizer is not None:
         for values in optimizer.state.values():

@@ -6,9 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.plan.answers import Limit, Plan
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.report.tables import (
+    FLOOR_TEXT,
+    gib,
+    known_gib,
+    markdown_table,
+    provenance_lines,
+    times_floor,
+    write_result,
+)
 
-_HEADERS = ("recipe or model", "card", "wanted", "fits", "proposed", "needs GiB", "usable GiB", "longest", "next")
+_HEADERS = (
+    "recipe or model",
+    "card",
+    "wanted",
+    "fits",
+    "proposed",
+    "needs GiB",
+    "usable GiB",
+    "allocated GiB",
+    "floor GiB",
+    "x floor",
+    "longest",
+    "next",
+)
 _ENDS = {"model": "(model's end)", "limit": "(--limit)"}
 
 
@@ -25,6 +46,9 @@ def cells(plan: Plan) -> list[str]:
         found.rung if found is not None else ("as it is" if plan.fits else "nothing"),
         gib(need.device_bytes) if need is not None else "",
         gib(plan.usable_bytes),
+        known_gib(need.allocated_bytes) if need is not None else "",
+        known_gib(need.floor_bytes) if need is not None else "",
+        times_floor(need.allocated_bytes, need.floor_bytes) if need is not None else "",
         f"{longest.value:,}" if longest is not None else "",
         _next(longest),
     ]
@@ -70,6 +94,7 @@ def row(plan: Plan) -> dict[str, Any]:
         "peak_allocated_bytes": need.allocated_bytes if need is not None else 0,
         "peak_reserved_bytes": need.reserved_bytes if need is not None else 0,
         "peak_device_bytes": need.device_bytes if need is not None else 0,
+        "floor_bytes": need.floor_bytes if need is not None else 0,
         "usable_bytes": plan.usable_bytes,
         "runs": plan.runs,
         "cached": plan.cached,
@@ -97,7 +122,7 @@ def write_plans(folder: Path, plans: Sequence[Plan], again: Sequence[Again], tex
         for plan, run in zip(plans, again, strict=True)
     ]
     table = markdown_table((*_HEADERS, "run again", "next run"), shown, text_columns=2)
-    markdown = f"# What fits, and how far it reaches\n\n{text}\n\n{table}\n\n{provenance_lines(record)}\n"
+    markdown = f"# What fits, and how far it reaches\n\n{text} {FLOOR_TEXT}\n\n{table}\n\n{provenance_lines(record)}\n"
     content = {"environment": record, "device": record["device"], "provenance": "virtual"}
     content["cases"] = [plan.to_dict() | {"again": asdict(run)} for plan, run in zip(plans, again, strict=True)]
     rows = [

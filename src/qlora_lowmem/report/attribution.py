@@ -7,7 +7,7 @@ from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.report.charts.attribution import picture
 from qlora_lowmem.report.charts.style import save
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, times_floor, write_result
 from qlora_lowmem.units import MIB, format_bytes
 
 
@@ -53,19 +53,28 @@ def headline(attribution: Attribution) -> str:
     )
 
 
-def markdown(attribution: Attribution, title: str) -> str:
-    """A page: title, sentence, both tables."""
+def markdown(attribution: Attribution, title: str, floor_bytes: int) -> str:
+    """A page: title, the peak in a sentence and its floor in another, both tables."""
+    beside = (
+        f"The floor, which no method avoids, is {format_bytes(floor_bytes)}; allocated is "
+        f"{times_floor(attribution.allocated_bytes, floor_bytes)} times that."
+    )
     return (
-        f"# {title}\n\n{headline(attribution)}.\n\n{kinds_table(attribution)}\n\n"
+        f"# {title}\n\n{headline(attribution)}. {beside}\n\n{kinds_table(attribution)}\n\n"
         f"The lines of code that own most of it:\n\n{owners_table(attribution)}\n"
     )
 
 
-def write_attribution(folder: Path, name: str, attribution: Attribution, record: dict[str, Any]) -> None:
+def write_attribution(
+    folder: Path, name: str, attribution: Attribution, floor_bytes: int, record: dict[str, Any]
+) -> None:
     """Write `attribution-NAME` under `folder`: JSON (the source), CSV, the page with its provenance, the picture."""
     rows = [{"kind": kind, "bytes": count} for kind, count in attribution.kinds.items() if count]
-    page = f"{markdown(attribution, name)}\n![{name}](attribution-{name}.svg)\n\n{provenance_lines(record)}\n"
-    content = {"environment": record, "recipe": name, "attribution": attribution.to_dict()}
+    page = (
+        f"{markdown(attribution, name, floor_bytes)}\n![{name}](attribution-{name}.svg)\n\n{provenance_lines(record)}\n"
+    )
+    content = {"environment": record, "recipe": name, "floor_bytes": floor_bytes}
+    content["attribution"] = attribution.to_dict()
     write_result(folder, f"attribution-{name}", content, page, rows)
     write_picture(attribution, name, folder / f"attribution-{name}.svg", folder / f"attribution-{name}.png")
 

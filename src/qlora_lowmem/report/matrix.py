@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.gate.cases import CaseResult
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
 
 _HEADERS = (
     "recipe",
@@ -31,13 +31,12 @@ _HEADERS = (
 def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, Any], name: str = "matrix") -> None:
     """Write the table of `results` under `folder` as JSON, Markdown and CSV, with its provenance."""
     rows = [_flat(result) for result in results]
+    table = markdown_table(_HEADERS, [_cells(result) for result in results], text_columns=2)
     markdown = (
         f"# {record['device']}\n\n"
         "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
-        "context. The floor is what no method avoids: weights as stored, adapters with their state, two residual "
-        "tensors. A recipe that does not fit is run again on a card of the same kind with 80 GB: its figures are what "
-        f"it would need.\n\n{markdown_table(_HEADERS, [_cells(result) for result in results], text_columns=2)}\n\n"
-        f"{provenance_lines(record)}\n"
+        f"context. {FLOOR_TEXT} A recipe that does not fit is run again on a card of the same kind with 80 GB: its "
+        f"figures are what it would need.\n\n{table}\n\n{provenance_lines(record)}\n"
     )
     content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": rows}
     write_result(folder, name, content, markdown, [{k: v for k, v in row.items() if k != "phases"} for row in rows])
@@ -93,7 +92,7 @@ def _cells(result: CaseResult) -> list[str]:
         *(by_phase.get(name, "-") for name in ("load", "first step", "steady")),
         gib(profile.peak_allocated_bytes),
         gib(result.floor_bytes),
-        f"{profile.peak_allocated_bytes / result.floor_bytes:.2f}" if result.floor_bytes else "-",
+        times_floor(profile.peak_allocated_bytes, result.floor_bytes),
         gib(profile.peak_reserved_bytes),
         gib(profile.peak_device_bytes),
         "fits" if result.fits else f"does not fit: needs {gib(profile.peak_device_bytes)}",

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_lowmem.command import run_command
 from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines
 
 CARD = "rtx-4050-laptop-6gb"
 _BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
@@ -43,8 +43,7 @@ def matrix_table(content: dict[str, Any]) -> str:
 def readme_block(content: dict[str, Any]) -> str:
     """Table and provenance, as they stand in the README."""
     return (
-        f"Granite-4.0-H-1B on `{CARD}`, peaks in GiB. The floor is what no method avoids: weights as stored, adapters "
-        f"with their state, two residual tensors.\n\n{matrix_table(content)}\n\n"
+        f"Granite-4.0-H-1B on `{CARD}`, peaks in GiB. {FLOOR_TEXT}\n\n{matrix_table(content)}\n\n"
         f"{provenance_lines(content['environment'])} A recipe that does not fit ran on a card of the same kind with "
         f"80 GB; its row says what it would need. All tables: [`results/`](results/).\n"
     )

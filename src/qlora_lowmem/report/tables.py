@@ -10,12 +10,33 @@ from typing import Any
 from tabulate import tabulate
 
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.units import GIB
+from qlora_lowmem.units import GIB, format_bytes
+
+# For the text of a table that has the column.
+FLOOR_TEXT = "The floor is what no method avoids: weights as stored, adapters with their state, two residual tensors."
 
 
 def gib(count: int) -> str:
     """Bytes as GiB with three decimals, for a table whose heading names the unit."""
     return f"{count / GIB:.3f}"
+
+
+def known_gib(count: int) -> str:
+    """The same, with a dash for 0, which stands for not known."""
+    return gib(count) if count else "-"
+
+
+def times_floor(allocated_bytes: int, floor_bytes: int) -> str:
+    """An allocated peak as a multiple of its floor, with a dash where either is 0, which stands for not known."""
+    return f"{allocated_bytes / floor_bytes:.2f}" if allocated_bytes and floor_bytes else "-"
+
+
+def floor_lines(allocated_bytes: int, floor_bytes: int) -> tuple[str, str]:
+    """The floor and the allocated peak as a multiple of it, for a terminal; `floor_bytes` is known, so not 0."""
+    return (
+        f"floor {format_bytes(floor_bytes)} (weights, adapters with their state, two residual tensors)",
+        f"allocated is {times_floor(allocated_bytes, floor_bytes)} times the floor",
+    )
 
 
 def phase_table(profile: MemoryProfile) -> str:

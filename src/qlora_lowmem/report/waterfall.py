@@ -7,7 +7,7 @@ from typing import Any
 from qlora_lowmem.report.cards import usable_bytes
 from qlora_lowmem.report.charts.style import save
 from qlora_lowmem.report.charts.waterfall import Step, waterfall
-from qlora_lowmem.report.tables import gib, markdown_table, provenance_lines, write_result
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
 
 
 def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any]) -> None:
@@ -33,14 +33,14 @@ def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any])
                 gib(saved),
                 gib(step.peak_device_bytes),
                 gib(step.floor_bytes),
-                f"{step.peak_allocated_bytes / step.floor_bytes:.2f}",
+                times_floor(step.peak_allocated_bytes, step.floor_bytes),
             ]
         )
     headers = ["idea", "allocated", "saves", "on the card", "floor", "x floor"]
     markdown = (
         "# From the baseline to lean\n\nGranite-4.0-H-1B, peaks in GiB, one idea more a row; a negative saving is what "
-        "training more layers costs. The floor is what no method avoids: weights as stored, adapters with their state, "
-        f"two residual tensors.\n\n{markdown_table(headers, cells)}\n\n![waterfall](waterfall.svg)\n\n"
+        f"training more layers costs. {FLOOR_TEXT}\n\n{markdown_table(headers, cells)}\n\n"
+        "![waterfall](waterfall.svg)\n\n"
         f"{provenance_lines(record)}\n"
     )
     content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": rows}

@@ -27,16 +27,18 @@ class LengthPoint:
         tokens: of a sequence.
         fits: whether it trained within what the card has.
         peak_device_bytes: what the card must hold, with the context; 0 where that is not known.
+        floor_bytes: what no method avoids at that length.
     """
 
     recipe: str
     tokens: int
     fits: bool
     peak_device_bytes: int
+    floor_bytes: int
 
 
 def lengths(style: Style, points: Sequence[LengthPoint], usable_bytes: int) -> "Figure":
-    """A line a recipe; filled marks fit, hollow ones do not, and a cross is where the need is not known."""
+    """A line a recipe, a thin one its floor; filled marks fit, hollow do not, a cross is where the need is unknown."""
     figure = style.figure(4.6 if style.narrow else 4.4)
     axes = figure.subplots()
     recipes = list(dict.fromkeys(point.recipe for point in points))
@@ -62,6 +64,9 @@ def _line(axes: "Axes", style: Style, number: int, found: Sequence[LengthPoint],
         linestyle=_DASHES[number % len(_DASHES)],
         linewidth=1.8,
     )
+    axes.plot(
+        [point.tokens for point in found], [point.floor_bytes / GIB for point in found], color=colour, linewidth=0.8
+    )
     for point in found:
         need = point.peak_device_bytes or usable_bytes
         axes.plot(
@@ -83,7 +88,8 @@ def _scales(axes: "Axes", style: Style, points: Sequence[LengthPoint], usable_by
     ticks = range(low, high + 1, max(1, (high - low) // (4 if style.narrow else 9)))
     axes.set_xticks([2.0**power for power in ticks], [_tokens(2**power) for power in ticks])
     axes.set_xlim(2 ** (low - 0.3), 2 ** (high + 0.3))
-    needs = [usable_bytes, *(point.peak_device_bytes for point in points if point.peak_device_bytes)]
+    known = [point.peak_device_bytes for point in points if point.peak_device_bytes]
+    needs = [usable_bytes, *known, *(point.floor_bytes for point in points)]
     if max(needs) < _LOGARITHMIC_FROM * min(needs):
         axes.set_ylim(0, max(needs) / GIB * 1.12)
     else:
@@ -122,6 +128,7 @@ def _legend(
         handles.append(Line2D([], [], marker="o", label="hollow: does not fit", **look))
     if any(not point.peak_device_bytes for point in points):
         handles.append(Line2D([], [], marker="x", label="does not fit, need not known", **look))
+    handles.append(Line2D([], [], color=colours["ink"], linewidth=0.8, label="thin: the floor"))
     text = f"usable on the card: {usable_bytes / GIB:.2f}"
     handles.append(Line2D([], [], color=colours["limit"], linewidth=1.4, linestyle="--", label=text))
     figure.legend(handles=handles, loc="outside lower center", ncols=2 if style.narrow else 4, frameon=False)

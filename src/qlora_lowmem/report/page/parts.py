@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qlora_lowmem.report.charts.style import Drawing
-from qlora_lowmem.report.tables import gib
+from qlora_lowmem.report.tables import gib, times_floor
 from qlora_lowmem.units import format_bytes
 
 
@@ -123,6 +123,12 @@ def known_gib_cell(count: int) -> Cell:
 def ratio_cell(text: str, value: float, tone: str = "") -> Cell:
     """A figure without a unit of its own, to six digits for machines."""
     return Cell(text, float(f"{value:.6g}"), tone)
+
+
+def times_floor_cell(allocated_bytes: int, floor_bytes: int) -> Cell:
+    """An allocated peak as a multiple of its floor, with a dash where either is not known."""
+    text = times_floor(allocated_bytes, floor_bytes)
+    return Cell(text) if text == "-" else ratio_cell(text, allocated_bytes / floor_bytes)
 
 
 def size_cell(count: int) -> Cell:

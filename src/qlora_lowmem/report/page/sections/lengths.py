@@ -5,9 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lowmem.report.charts.lengths import LengthPoint, lengths
-from qlora_lowmem.report.page.parts import Cell, Chart, Provenance, Section, Source, Table, count_cell, known_gib_cell
+from qlora_lowmem.report.page.parts import (
+    Cell,
+    Chart,
+    Provenance,
+    Section,
+    Source,
+    Table,
+    count_cell,
+    gib_cell,
+    known_gib_cell,
+    times_floor_cell,
+)
 from qlora_lowmem.report.page.reading import Fields, provenance_of
-from qlora_lowmem.report.tables import gib
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,21 @@ def read(content: Fields) -> tuple[Provenance, Lengths]:
     """Its cases, in bytes and tokens."""
     peaks = tuple(
         _Peaks(
-            LengthPoint(case.text("recipe"), case.count("tokens"), case.flag("fits"), case.count("peak_device_bytes")),
+            LengthPoint(
+                case.text("recipe"),
+                case.count("tokens"),
+                case.flag("fits"),
+                case.count("peak_device_bytes"),
+                case.count("floor_bytes"),
+            ),
             case.count("peak_allocated_bytes"),
             case.count("peak_reserved_bytes"),
         )
         for case in content.objects("cases")
     )
     usable = content.count("usable_bytes")
-    if not usable or not all(peak.point.tokens for peak in peaks):
-        raise ValueError("usable_bytes or a case's tokens is 0")
+    if not usable or not all(peak.point.tokens and peak.point.floor_bytes for peak in peaks):
+        raise ValueError("usable_bytes, or a case's tokens or floor, is 0")
     return provenance_of(content), Lengths(content.text("device"), usable, peaks)
 
 
@@ -65,7 +82,7 @@ def _section(source: Source, data: Lengths, several: bool) -> Section:
         name="lengths",
         title=f"How long a sequence may be{f', {data.device}' if several else ''}",
         text="What the card must hold at the peak, CUDA context included, for one sequence of that many tokens. The "
-        "dashed line is what a job can use on this card.",
+        f"dashed line is what a job can use on this card. {FLOOR_TEXT}",
         sources=(source,),
         charts=(chart,),
     )
@@ -85,11 +102,13 @@ def _table(data: Lengths) -> Table:
             Cell(peak.point.recipe),
             count_cell(peak.point.tokens),
             known_gib_cell(peak.allocated),
+            gib_cell(peak.point.floor_bytes),
+            times_floor_cell(peak.allocated, peak.point.floor_bytes),
             known_gib_cell(peak.reserved),
             known_gib_cell(peak.point.peak_device_bytes),
             Cell("fits", tone="good") if peak.point.fits else Cell("does not fit", tone="bad"),
         )
         for peak in data.peaks
     )
-    headers = ("recipe", "tokens", "allocated", "reserved", "on the card", "verdict")
+    headers = ("recipe", "tokens", "allocated", "floor", "× floor", "reserved", "on the card", "verdict")
     return Table("Peaks in GiB by recipe and length", headers, rows)

@@ -13,6 +13,7 @@ from qlora_lowmem.report.page.parts import (
     count_cell,
     known_gib_cell,
     size_cell,
+    times_floor_cell,
 )
 from qlora_lowmem.report.page.reading import Fields, provenance_of
 
@@ -76,6 +77,7 @@ def _section(source: Source, data: Longest, several: bool) -> Section:
             count_cell(case.next_tokens) if case.next_tokens else Cell("not looked further"),
             known_gib_cell(case.allocated),
             known_gib_cell(case.floor),
+            times_floor_cell(case.allocated, case.floor),
             known_gib_cell(case.device),
             size_cell(case.host),
         )
@@ -87,6 +89,7 @@ def _section(source: Source, data: Longest, several: bool) -> Section:
         "does not fit",
         "allocated GiB",
         "floor GiB",
+        "× floor",
         "on the card GiB",
         "pinned host memory",
     )

@@ -12,7 +12,7 @@ from qlora_lowmem.report.page.parts import (
     Table,
     count_cell,
     known_gib_cell,
-    ratio_cell,
+    times_floor_cell,
 )
 from qlora_lowmem.report.page.reading import Fields, provenance_of
 
@@ -98,12 +98,6 @@ def _verdict(case: Case) -> Cell:
     return Cell("does not fit" if case.out_of_memory or case.on_the_card else "failed", tone="bad")
 
 
-def _times_floor(case: Case) -> Cell:
-    if not (case.allocated and case.floor):
-        return Cell("-")
-    return ratio_cell(f"{case.allocated / case.floor:.2f}", case.allocated / case.floor)
-
-
 # What is asked for first stands first: a narrow screen shows few columns at a time.
 _COLUMNS: tuple[tuple[str, Callable[[Case], Cell]], ...] = (
     ("recipe", lambda case: Cell(case.recipe)),
@@ -113,7 +107,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Case], Cell]], ...] = (
     ("reserved", lambda case: known_gib_cell(case.reserved)),
     ("allocated", lambda case: known_gib_cell(case.allocated)),
     ("floor", lambda case: known_gib_cell(case.floor)),
-    ("× floor", _times_floor),
+    ("× floor", lambda case: times_floor_cell(case.allocated, case.floor)),
     ("load", lambda case: known_gib_cell(case.phases.get("load", 0))),
     ("first step", lambda case: known_gib_cell(case.phases.get("first step", 0))),
     ("steady", lambda case: known_gib_cell(case.phases.get("steady", 0))),

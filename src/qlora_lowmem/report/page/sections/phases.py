@@ -5,9 +5,20 @@ from typing import Any
 
 from qlora_lowmem.memory.profile import PHASES
 from qlora_lowmem.report.charts.phases import PhaseBytes, phases
-from qlora_lowmem.report.page.parts import Cell, Chart, Provenance, Section, Source, Table, gib_cell
+from qlora_lowmem.report.page.parts import (
+    Cell,
+    Chart,
+    Provenance,
+    Section,
+    Source,
+    Table,
+    gib_cell,
+    known_gib_cell,
+    times_floor_cell,
+)
 from qlora_lowmem.report.page.reading import Fields, provenance_of
-from qlora_lowmem.report.tables import gib
+from qlora_lowmem.report.phases import highest
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib
 
 Lives = Mapping[str, tuple[PhaseBytes, ...]]  # the phases of each recipe, in the order of PHASES
 
@@ -24,7 +35,7 @@ def read(content: Fields) -> tuple[Provenance, Lives]:
 
     Raises:
         ValueError: a field is missing or of another kind; a phase that no run has, or that a recipe has twice; a
-            budget of 0.
+            budget of 0; a recipe with several floors.
     """
     lives: dict[str, dict[str, PhaseBytes]] = {}
     for case in content.objects("cases"):
@@ -36,6 +47,8 @@ def read(content: Fields) -> tuple[Provenance, Lives]:
             raise ValueError(f"phase: {case.text('recipe')!r} has {found.phase!r} twice")
         if not found.device_budget or found.allocated_budget == 0:
             raise ValueError(f"a budget of the phase {found.phase!r} is 0")
+        if any(other.floor != found.floor for other in life.values()):
+            raise ValueError(f"floor_bytes: {case.text('recipe')!r} has several")
         life[found.phase] = found
     return provenance_of(content), {
         recipe: tuple(life[name] for name in PHASES if name in life) for recipe, life in lives.items()
@@ -50,6 +63,7 @@ def _phase(case: Fields) -> PhaseBytes:
         reserved=case.count("reserved_bytes"),
         device=case.count("device_bytes"),
         device_budget=case.count("device_budget_bytes"),
+        floor=case.count("floor_bytes"),
         out_of_memory="" if case["out_of_memory"] is None else case.text("out_of_memory") or "out of memory",
     )
 
@@ -72,10 +86,10 @@ def _section(source: Source, lives: Lives, several: bool) -> Section:
         title=f"The whole life of a run{f', {source.provenance.device}' if several else ''}",
         text=f"A card that trains must also load, evaluate, save and merge. {budgets} the figure behind a bar. "
         "Resuming and merging are processes of their own. Within a process reserved does not fall: the allocator keeps "
-        "what it has.",
+        f"what it has. {FLOOR_TEXT}",
         sources=(source,),
         charts=(chart_of("phases", lives, missing=True),),
-        tables=messages_of(lives),
+        tables=tables_of(lives),
         highlights=((f"{within} of {len(every)}", "phases of a run stay within their budgets"),),
     )
 
@@ -92,8 +106,25 @@ def chart_of(name: str, lives: Lives, missing: bool) -> Chart:
     )
 
 
-def messages_of(lives: Lives) -> tuple[Table, ...]:
-    """What torch said where memory ran out; no table where it did not."""
+def tables_of(lives: Lives) -> tuple[Table, ...]:
+    """The highest phase of each recipe beside its floor, and what torch said where memory ran out."""
+    tops = ((recipe, highest(life)) for recipe, life in lives.items())
+    rows = tuple(
+        (
+            Cell(recipe),
+            Cell(top.phase),
+            gib_cell(top.allocated),
+            known_gib_cell(top.floor),
+            times_floor_cell(top.allocated, top.floor),
+        )
+        for recipe, top in tops
+    )
+    headers = ("recipe", "highest in", "allocated", "floor", "× floor")
+    return (Table("What tensors take at most, beside the floor, in GiB", headers, rows), *_messages(lives))
+
+
+def _messages(lives: Lives) -> tuple[Table, ...]:
+    """No table where memory did not run out."""
     rows = tuple(
         (Cell(recipe), Cell(each.phase, tone="bad"), Cell(each.out_of_memory))
         for recipe, life in lives.items()

@@ -10,8 +10,9 @@ from qlora_lowmem.report.cards import usable_bytes
 from qlora_lowmem.report.charts.phases import PhaseBytes
 from qlora_lowmem.report.page.parts import Provenance, Section, Source
 from qlora_lowmem.report.page.reading import Fields, provenance_of
-from qlora_lowmem.report.page.sections.phases import chart_of, messages_of
+from qlora_lowmem.report.page.sections.phases import chart_of, tables_of
 from qlora_lowmem.report.phases import phase_bytes
+from qlora_lowmem.report.tables import FLOOR_TEXT
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def read(content: Fields) -> tuple[Provenance, Run]:
     if not budget:
         raise ValueError("total_bytes is 0")
     name = content.object("recipe").raw.get("name")
-    run = Run(name if isinstance(name, str) else "", phase_bytes(peaks, budget, out_of_memory=ran_out))
-    return provenance_of(content), run
+    floor = 0 if ran_out else content.count("floor_bytes")
+    phases = phase_bytes(peaks, budget, out_of_memory=ran_out, floor=floor)
+    return provenance_of(content), Run(name if isinstance(name, str) else "", phases)
 
 
 def sections(found: Sequence[tuple[Source, Run]]) -> list[Section]:
@@ -64,9 +66,9 @@ def sections(found: Sequence[tuple[Source, Run]]) -> list[Section]:
             name="runs",
             title="Training runs by phase",
             text="What the card held in each phase of a training run. The dashed line is what a job can use on the "
-            "card; of a card that this project has no figures of, all that it has.",
+            f"card; of a card that this project has no figures of, all that it has. {FLOOR_TEXT}",
             sources=tuple(source for source, _ in found),
             charts=(chart_of("runs", lives, missing=False),),
-            tables=messages_of(lives),
+            tables=tables_of(lives),
         )
     ]

@@ -5,9 +5,9 @@ from typing import Any
 
 from qlora_lowmem.report.cards import usable_bytes
 from qlora_lowmem.report.charts.waterfall import Step, waterfall
-from qlora_lowmem.report.page.parts import Cell, Chart, Provenance, Section, Source, Table, gib_cell, ratio_cell
+from qlora_lowmem.report.page.parts import Cell, Chart, Provenance, Section, Source, Table, gib_cell, times_floor_cell
 from qlora_lowmem.report.page.reading import Fields, provenance_of
-from qlora_lowmem.report.tables import gib
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib
 from qlora_lowmem.units import GIB
 
 
@@ -65,8 +65,7 @@ def _section(source: Source, steps: tuple[Step, ...], several: bool) -> Section:
         name="waterfall",
         title=f"From the baseline to lean{f', {device}' if several else ''}",
         text="One idea more a row. A bar's first part is what is left allocated at the peak, its second what the idea "
-        "saved. The floor is what no method avoids: weights as stored, adapters with their state, two residual "
-        "tensors. The ring is what the card holds, with the allocator's slack and the CUDA context.",
+        f"saved. {FLOOR_TEXT} The ring is what the card holds, with the allocator's slack and the CUDA context.",
         sources=(source,),
         charts=(chart,),
         highlights=(
@@ -82,7 +81,6 @@ def _short(step: Step) -> str:
 def _table(steps: tuple[Step, ...]) -> Table:
     rows, before = [], 0
     for step in steps:
-        times_floor = step.peak_allocated_bytes / step.floor_bytes
         rows.append(
             (
                 Cell(step.idea),
@@ -90,7 +88,7 @@ def _table(steps: tuple[Step, ...]) -> Table:
                 gib_cell(before - step.peak_allocated_bytes) if before else Cell("-"),
                 gib_cell(step.peak_device_bytes),
                 gib_cell(step.floor_bytes),
-                ratio_cell(f"{times_floor:.2f}", times_floor),
+                times_floor_cell(step.peak_allocated_bytes, step.floor_bytes),
             )
         )
         before = step.peak_allocated_bytes
