@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from qlora_lowmem.lean import LeanOptions, apply_lean
 
@@ -198,15 +198,15 @@ def test_what_tiles_do_not_know_is_reported() -> None:
 
 def test_general_ideas_on_another_model(assert_same_step: Callable[..., None]) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = Phi3Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=2, pad_token_id=0,
     )  # fmt: skip
     plain = AutoModelForCausalLM.from_config(config).train()
     report = apply_lean(copy.deepcopy(plain), SMALL)
     assert set(report.applied) == {"rms_norm", "checkpointing", "loss"}
     assert {idea.name for idea in report.not_applied} == {"tiles", "scan", "attention", "swiglu"}
-    assert "not for LlamaForCausalLM" in str(report)
+    assert "not for Phi3ForCausalLM" in str(report)
     assert_same_step(plain, SMALL, batch_of(2, 30))
 
 

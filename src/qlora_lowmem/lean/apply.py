@@ -6,13 +6,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import generic, granite
+from . import generic, granite, llama
+from .decoder import Family, patch
 from .embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
+from .linear4bit import patch_linear_4bit
 from .options import Idea, LeanOptions, LeanReport, RefusedOptionError
 from .scan_choice import choose_scan, refused_triton, why_never_triton
 from .scoring import head_of
 
 _OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
+_FAMILIES: dict[str, Family] = {
+    "GraniteMoeHybridForCausalLM": granite.FAMILY,
+    "GraniteForCausalLM": llama.FAMILY,
+    "LlamaForCausalLM": llama.FAMILY,
+    "MistralForCausalLM": llama.FAMILY,
+    "Qwen2ForCausalLM": llama.FAMILY,
+    "Qwen3ForCausalLM": llama.FAMILY,
+    "SmolLM3ForCausalLM": llama.FAMILY,
+}
 
 
 def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanReport:
@@ -25,7 +36,7 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
 
     Args:
         model: a transformers model `...ForCausalLM`, alone or inside PEFT's wrapper, its linear layers in 4 bits or
-            not. Granite hybrids get every idea; other models get those that are general.
+            not. The families in `_FAMILIES` get every idea; other models get those that are general.
         options: what to switch on; None for the defaults.
 
     Returns:
@@ -41,25 +52,29 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
     ideas: list[Idea] = []
     if options.quantised_embeddings is not None:
         ideas.append(quantise_embeddings(causal, options.quantised_embeddings))
-    refusal = _why_not_tiles(causal)
-    if refusal is None:
-        mixers = [layer.mamba for layer in causal.model.layers if layer.mamba is not None]
+    family, refusal = _family_of(causal)
+    if family is not None:
+        mixers = _mamba_mixers(causal)
         kind, scan = choose_scan(options.scan, mixers[0]) if mixers else ("plain", "")
-        granite.patch(causal, replace(options, scan=kind))
-        ideas = [*_granite_ideas(causal, options, scan), *ideas]
+        patch(causal, family, replace(options, scan=kind))
+        # For the calls that take the model's own forward.
+        generic.enable_checkpointing(causal, options)
+        ideas = [*_ideas_of_tiles(causal, family, options, scan), *ideas]
     else:
         ideas += (Idea(each, False, refusal) for each in _OF_TILES)
         ideas.append(generic.patch_rms_norms(causal))
         ideas.append(generic.enable_checkpointing(causal, options))
         ideas.append(generic.patch_loss(causal, options))
+    dequantisation = patch_linear_4bit(causal, options.dequantised_tile_bytes)
+    if dequantisation is not None:
+        ideas.append(dequantisation)
     return LeanReport(name, tuple(ideas))
 
 
 def foresee_lean(model: nn.Module, options: LeanOptions | None = None, device: str = "cuda") -> LeanReport:
     """What `apply_lean` will say of a model, from its modules and its configuration alone: nothing runs or is changed.
 
-    For a model on the meta device, before any weights are read. Left out is what only a trial tells: whether a norm
-    computes what ours does. Which scan runs is chosen on the device itself.
+    For a model on the meta device, before any weights are read. Which scan runs is chosen on the device itself.
 
     Args:
         device: the type of the device on which the model will train.
@@ -71,15 +86,19 @@ def foresee_lean(model: nn.Module, options: LeanOptions | None = None, device: s
     causal = _causal_language_model(model)
     if options.quantised_embeddings is not None:
         _check_quantisable(causal, options.quantised_embeddings)
-    refusal = _why_not_tiles(causal)
-    if refusal is not None:
-        general = generic.foresee_checkpointing(causal, options), generic.foresee_loss(causal, options)
+    family, refusal = _family_of(causal)
+    if family is None:
+        general = (
+            generic.foresee_rms_norms(causal),
+            generic.foresee_checkpointing(causal, options),
+            generic.foresee_loss(causal, options),
+        )
         return LeanReport(type(causal).__name__, (*(Idea(each, False, refusal) for each in _OF_TILES), *general))
-    mixers = [layer.mamba for layer in causal.model.layers if layer.mamba is not None]
+    mixers = _mamba_mixers(causal)
     never = why_never_triton(mixers[0], device) if mixers and options.scan == "triton" else None
     if never is not None:
         raise refused_triton(never)
-    return LeanReport(type(causal).__name__, tuple(_granite_ideas(causal, options, "chosen on the device")))
+    return LeanReport(type(causal).__name__, tuple(_ideas_of_tiles(causal, family, options, "chosen on the device")))
 
 
 def _causal_language_model(model: nn.Module) -> Any:
@@ -91,40 +110,45 @@ def _causal_language_model(model: nn.Module) -> Any:
     raise RefusedOptionError("lean", True, reason, "leave the model as it is")
 
 
-def _why_not_tiles(causal: Any) -> str | None:
-    if type(causal).__name__ != granite.MODEL_CLASS:
-        return f"layers in tiles are known for {granite.MODEL_CLASS}, not for {type(causal).__name__}"
-    if causal.config.hidden_act != "silu":
-        return f"hidden_act={causal.config.hidden_act!r}: the convolution in tiles applies SiLU"
-    dropout = causal.config.attention_dropout
-    if dropout:
-        return f"attention_dropout={dropout}: attention by blocks of keys has no dropout; set it to 0"
-    return None
+def _family_of(causal: Any) -> tuple[Family | None, str]:
+    """The family that serves a model; or None, and why no family does."""
+    name = type(causal).__name__
+    family = _FAMILIES.get(name)
+    if family is None:
+        return None, f"layers in tiles are known for {', '.join(_FAMILIES)}, not for {name}"
+    refusal = family.why_not(causal)
+    return (family, "") if refusal is None else (None, refusal)
 
 
-def _granite_ideas(causal: Any, options: LeanOptions, scan: str) -> list[Idea]:
-    layers = causal.model.layers
-    scans = sum(layer.mamba is not None for layer in layers)
-    head = head_of(causal.lm_head)
+def _mamba_mixers(causal: Any) -> list[Any]:
+    mixers = (getattr(layer, "mamba", None) for layer in causal.model.layers)
+    return [mixer for mixer in mixers if mixer is not None]
+
+
+def _ideas_of_tiles(causal: Any, family: Family, options: LeanOptions, scan: str) -> list[Idea]:
+    """What to say of a model in tiles; an idea that it has no layer for is not spoken of."""
+    layers, scans, head = len(causal.model.layers), len(_mamba_mixers(causal)), head_of(causal.lm_head)
+    length = options.tile_length or "by the sequence 512 to 2,048"
+    plain = "packed samples, caches and masks of one's own take the model's own forward"
+    window = family.window(causal.config)
+    if window is not None:
+        plain += f", and so does what is longer than its window of {window:,}"
+    loss = (
+        f"logits in tiles of at most {options.loss_tile_bytes} bytes"
+        if head is not None
+        else f"the LM head is a {type(causal.lm_head).__name__}: adapted or biased heads build whole logits"
+    )
+    ideas = [Idea("tiles", True, f"{layers} layers, {length} tokens a tile; {plain}")]
+    if scans:
+        ideas.append(Idea("scan", True, f"{scans} Mamba-2 layers, {scan}"))
+    if scans < layers:
+        ideas.append(Idea("attention", True, f"{layers - scans} layers by tiles of queries"))
     return [
-        Idea(
-            "tiles",
-            True,
-            f"{len(layers)} layers, {options.tile_length or 'by the sequence 512 to 2,048'} tokens a tile; packed "
-            "samples, caches and masks of one's own take the model's own forward",
-        ),
-        Idea("scan", scans > 0, f"{scans} Mamba-2 layers, {scan}" if scans else "the model has no Mamba-2 layer"),
-        Idea("attention", scans < len(layers), f"{len(layers) - scans} layers by tiles of queries"),
+        *ideas,
         Idea("rms_norm", True, "all norms of the decoder"),
-        Idea("swiglu", True, "all shared MLPs"),
+        Idea("swiglu", True, "all feed-forward parts"),
         Idea("checkpointing", True, options.checkpointing),
-        Idea(
-            "loss",
-            head is not None,
-            f"logits in tiles of at most {options.loss_tile_bytes} bytes"
-            if head is not None
-            else f"the LM head is a {type(causal.lm_head).__name__}: adapted or biased heads build whole logits",
-        ),
+        Idea("loss", head is not None, loss),
     ]
 
 

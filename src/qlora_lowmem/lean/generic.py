@@ -22,20 +22,34 @@ from .scoring import head_of, score
 
 def patch_rms_norms(model: nn.Module) -> Idea:
     """Give every RMSNorm that computes what ours does our forward."""
-    name, patched, other = "rms_norm", 0, set()
+    known, idea = _rms_norms(model)
+    for module, eps in known:
+        module.forward = types.MethodType(functools.partial(_norm_forward, eps=eps), module)
+    return idea
+
+
+def foresee_rms_norms(model: nn.Module) -> Idea:
+    """What `patch_rms_norms` will say; nothing is changed."""
+    return _rms_norms(model)[1]
+
+
+def _rms_norms(model: nn.Module) -> tuple[list[tuple[Any, float]], Idea]:
+    """The norms that compute what ours does, each with its epsilon, and what to say of them."""
+    known: list[tuple[Any, float]] = []
+    other: set[str] = set()
     for module in model.modules():
         if not type(module).__name__.endswith("RMSNorm") or not isinstance(getattr(module, "weight", None), Tensor):
             continue
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if isinstance(eps, float) and _computes_rms_norm(module, eps):
-            module.forward = types.MethodType(functools.partial(_norm_forward, eps=eps), module)
-            patched += 1
+            known.append((module, eps))
         else:
             other.add(type(module).__name__)
-    if not patched:
-        return Idea(name, False, f"no RMSNorm that is known ({', '.join(sorted(other)) or 'none in the model'})")
+    if not known:
+        reason = f"no RMSNorm that is known ({', '.join(sorted(other)) or 'none in the model'})"
+        return known, Idea("rms_norm", False, reason)
     rest = f"; not known: {', '.join(sorted(other))}" if other else ""
-    return Idea(name, True, f"{patched} norms{rest}")
+    return known, Idea("rms_norm", True, f"{len(known)} norms{rest}")
 
 
 def _norm_forward(self: Any, hidden_states: Tensor, *, eps: float) -> Tensor:
@@ -44,16 +58,15 @@ def _norm_forward(self: Any, hidden_states: Tensor, *, eps: float) -> Tensor:
 
 @torch.no_grad()
 def _computes_rms_norm(module: Any, eps: float) -> bool:
+    """Tried in host memory, with weights of its own: a virtual GPU and a module on the meta device have no values."""
     generator = torch.Generator().manual_seed(0)
-    weight = module.weight
-    rows = torch.randn(4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
-    held = weight.detach().clone()
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     # Weights of one cannot tell w from another function of w that is one there.
-    weight.copy_(torch.rand(weight.shape, generator=generator) + 0.5)
-    try:
-        return torch.allclose(module(rows).float(), rms_norm(rows, weight, eps).float(), rtol=2e-2, atol=1e-3)
-    finally:
-        weight.copy_(held)
+    tried = {name: (torch.rand(t.shape, generator=generator) + 0.5).to(t.dtype) for name, t in state.items()}
+    weight = tried["weight"]
+    rows = torch.randn(4, weight.shape[-1], generator=generator).to(weight.dtype)
+    found = torch.func.functional_call(module, tried, (rows,))
+    return torch.allclose(found.float(), rms_norm(rows, weight, eps).float(), rtol=2e-2, atol=1e-3)
 
 
 def patch_loss(causal: Any, options: LeanOptions) -> Idea:
@@ -118,6 +131,9 @@ def enable_checkpointing(model: Any, options: LeanOptions) -> Idea:
     idea = foresee_checkpointing(model, options)
     if idea.applied:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers makes the embeddings' output want a gradient, which reentrant checkpoints need. These do not, and
+        # it costs a residual tensor with its gradient.
+        model.disable_input_require_grads()
     return idea
 
 

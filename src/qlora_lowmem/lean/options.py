@@ -37,6 +37,7 @@ class LeanOptions:
         checkpointing: which layer inputs are kept: `layer`, `segments` or `host` (pinned host memory; see
             `checkpointing.py` for how much).
         loss_tile_bytes: bytes of the logits that exist at a time.
+        dequantised_tile_bytes: bytes of a 4-bit layer's weight that exist dequantised at a time.
         quantised_embeddings: None, 8 or 4 bits for the embedding and the LM head. Changes the model a little.
 
     Raises:
@@ -49,10 +50,12 @@ class LeanOptions:
     scan: Scan = "auto"
     checkpointing: Checkpointing = "segments"
     loss_tile_bytes: int = 64 * 2**20
+    dequantised_tile_bytes: int = 16 * 2**20
     quantised_embeddings: Literal[8, 4] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tile_length", "feed_forward_tile_length", "scan_chunk_length", "loss_tile_bytes"):
+        lengths = "tile_length", "feed_forward_tile_length", "scan_chunk_length"
+        for name in (*lengths, "loss_tile_bytes", "dequantised_tile_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1; leave it out for the default")

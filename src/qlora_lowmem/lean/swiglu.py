@@ -1,8 +1,8 @@
-"""SwiGLU that keeps only the projection it is given.
+"""SwiGLU that keeps only the projections it is given.
 
 `silu(gate) * up` under autograd keeps gate, up and silu(gate): per token and intermediate width m, 6 m bytes in bf16.
-gate and up are two halves of one projection (4 m bytes), which is all that the backward needs: it recomputes
-silu(gate), and writes the gradients of both halves into one tensor, so no concatenation follows.
+gate and up (4 m bytes) are all that the backward needs: it recomputes silu(gate). Where they are two halves of one
+projection, their gradients are written into one tensor, so no concatenation follows.
 """
 
 from typing import Any
@@ -40,3 +40,20 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(grad_out, F.silu(gate), out=grad_up)
         grad_gate.copy_(torch.ops.aten.silu_backward(grad_out * up, gate))
         return grad
+
+
+def swiglu_of(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` of two projections, (..., m) each; otherwise as `swiglu`."""
+    return _SwiGLUOfTwo.apply(gate, up)  # type: ignore[no-any-return]
+
+
+class _SwiGLUOfTwo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad_out * up, gate), F.silu(gate).mul_(grad_out)

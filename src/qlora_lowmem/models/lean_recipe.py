@@ -21,6 +21,7 @@ def lean_options(recipe: Recipe) -> LeanOptions:
         scan=recipe.lean.scan,
         checkpointing=recipe.lean.checkpoints,
         loss_tile_bytes=recipe.lean.loss_tile_bytes,
+        dequantised_tile_bytes=recipe.lean.dequantised_tile_bytes,
         quantised_embeddings=EMBEDDING_BITS[recipe.lean.quantised_embeddings],
     )
 

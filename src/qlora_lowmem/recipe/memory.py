@@ -97,6 +97,14 @@ class Lean:
         default=64 * 2**20,
         metadata=knob("bytes of the logits that exist at a time", "the LM head's working set", min=2**20),
     )
+    dequantised_tile_bytes: int = field(
+        default=16 * 2**20,
+        metadata=knob(
+            "bytes of a 4-bit layer's weight that exist dequantised at a time",
+            "else the largest layer's whole weight in the compute dtype: 48 MiB in Llama-3.2-3B, 112 MiB in an 8B",
+            min=2**20,
+        ),
+    )
     quantised_embeddings: Literal["none", "8bit", "4bit"] = field(
         default="none",
         metadata=knob(

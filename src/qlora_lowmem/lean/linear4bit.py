@@ -1,0 +1,185 @@
+"""4-bit linear layers that dequantise their weight a tile at a time.
+
+bitsandbytes multiplies many rows by a 4-bit weight by writing the whole weight in the compute dtype first (`gemm_4bit`
+does it out of sight, and the backward of `MatMul4Bit` does it again): 2 bytes a weight in bf16, 24 MiB for the largest
+layer of Granite-4.0-H-1B, 48 MiB for one of Llama-3.2-3B, 112 MiB for one of an 8B model, at the moment when the
+layer's activations and their gradients exist too. Here a tile of the weight is written, multiplied and freed:
+
+- forward: rows of the weight are columns of the output, `out[:, i:j] = x @ W[i:j].T`;
+- backward: columns of the weight are columns of the gradient, `grad_x[:, i:j] = grad @ W[:, i:j]`, so that no tile's
+  product has to be added to another's and rounded again.
+
+Every element of the result is the sum that it is in the plain layer. For backward only the 4-bit weight is referenced.
+"""
+
+import functools
+import math
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .options import Idea
+
+# Rows up to which bitsandbytes has kernels that multiply the packed weight and write no other: left to it.
+_FEW_ROWS = 64
+_NESTED_BLOCK = 256  # constants that share one of their own, with double quantisation
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight (out_features, in_features) as bitsandbytes packs it: two values a byte, row after row.
+
+    Args:
+        packed: the bytes, in any dtype that they are stored as.
+        state: bitsandbytes' `QuantState`.
+    """
+
+    packed: Tensor
+    state: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        rows, columns = self.state.shape
+        return rows, columns
+
+    def row_tiles(self, tile_bytes: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Tiles of whole rows, (rows, in_features) each in dtype, of at most `tile_bytes` where blocks allow it; one
+        tile where rows are no whole blocks."""
+        rows, columns = self.shape
+        block = self.state.blocksize
+        a_row = columns // block
+        # A tile begins where a block of the constants' own constants does.
+        aligned = _NESTED_BLOCK // math.gcd(a_row, _NESTED_BLOCK) if self.state.nested else 1
+        length = max(tile_bytes // (columns * dtype.itemsize) // aligned, 1) * aligned
+        if columns % block:
+            length = rows
+        data = self._bytes().view(-1)
+        for start in range(0, rows, length):
+            stop = min(start + length, rows)
+            constants = self._constants(start * a_row, math.ceil(stop * columns / block))
+            tile = data[start * columns // 2 : math.ceil(stop * columns / 2)]
+            yield slice(start, stop), self._dequantise(tile, constants, (stop - start, columns), dtype)
+
+    def column_tiles(self, tile_bytes: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Tiles of whole columns, (out_features, columns) each in dtype; one tile where rows are no whole blocks."""
+        rows, columns = self.shape
+        block = self.state.blocksize
+        if columns % block:
+            _, whole = next(self.row_tiles(tile_bytes, dtype))
+            yield slice(0, columns), whole
+            return
+        constants = self._constants(0, rows * columns // block).view(rows, -1)
+        data = self._bytes().view(rows, -1)
+        length = max(tile_bytes // (rows * dtype.itemsize) // block, 1) * block
+        for start in range(0, columns, length):
+            span = slice(start, min(start + length, columns))
+            # bitsandbytes' kernels read both from their first byte on, whatever the strides.
+            tile = data[:, span.start // 2 : span.stop // 2].contiguous()
+            scales = constants[:, span.start // block : span.stop // block].contiguous()
+            yield span, self._dequantise(tile, scales, (rows, span.stop - start), dtype)
+
+    def _bytes(self) -> Tensor:
+        return self.packed.view(-1).view(torch.uint8)
+
+    def _constants(self, first: int, last: int) -> Tensor:
+        """The fp32 constants of blocks [first, last), of which the first is the first of a block of constants too."""
+        state = self.state
+        if not state.nested:
+            return state.absmax[first:last]  # type: ignore[no-any-return]
+        outer = state.state2.absmax[first // _NESTED_BLOCK : math.ceil(last / _NESTED_BLOCK)]
+        found = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            state.absmax[first:last], outer, state.state2.code, _NESTED_BLOCK, torch.float32
+        )
+        return found.add_(state.offset)  # type: ignore[no-any-return]
+
+    def _dequantise(self, packed: Tensor, constants: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return torch.ops.bitsandbytes.dequantize_4bit.default(  # type: ignore[no-any-return]
+            packed.view(-1, 1), constants, self.state.blocksize, self.state.quant_type, shape, dtype
+        )
+
+
+def linear_4bit(x: Tensor, weight: PackedWeight, tile_bytes: int) -> Tensor:
+    """`x @ weight.T`.
+
+    Args:
+        x: (..., in_features), in the dtype of the arithmetic.
+        weight: frozen.
+        tile_bytes: of the dequantised weight that exists at a time.
+
+    Returns:
+        (..., out_features) in x's dtype.
+    """
+    return _Linear4bit.apply(x, weight.packed, weight.state, tile_bytes)  # type: ignore[no-any-return]
+
+
+class _Linear4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, state: Any, tile_bytes: int) -> Tensor:
+        weight = PackedWeight(packed, state)
+        rows = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(rows.shape[0], weight.shape[0])
+        with torch.autocast(x.device.type, enabled=False):
+            for span, tile in weight.row_tiles(tile_bytes, x.dtype):
+                torch.mm(rows, tile.t(), out=out[:, span])
+                del tile  # before the next is made
+        ctx.weight, ctx.tile_bytes = weight, tile_bytes
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        weight: PackedWeight = ctx.weight
+        rows = grad_out.reshape(-1, grad_out.shape[-1])
+        grad_x = rows.new_empty(rows.shape[0], weight.shape[1])
+        with torch.autocast(grad_out.device.type, enabled=False):
+            for span, tile in weight.column_tiles(ctx.tile_bytes, rows.dtype):
+                torch.mm(rows, tile, out=grad_x[:, span])
+                del tile
+        return grad_x.view(*grad_out.shape[:-1], -1), None, None, None
+
+
+def patch_linear_4bit(model: nn.Module, tile_bytes: int) -> Idea | None:
+    """Give bitsandbytes' 4-bit linear layers, alone or inside PEFT's, a forward that dequantises by tiles.
+
+    Args:
+        tile_bytes: of the dequantised weight that exists at a time; a weight that is no larger stays with bitsandbytes.
+
+    Returns:
+        None where the model has no such layer.
+    """
+    layers = list(_layers(model))
+    for layer in layers:
+        plain = layer.__dict__.get("_plain_forward") or layer.forward
+        layer._plain_forward = plain
+        forward = functools.partial(_forward, plain=plain, tile_bytes=tile_bytes)
+        layer.forward = types.MethodType(forward, layer)
+    if not layers:
+        return None
+    return Idea("dequantisation", True, f"{len(layers)} 4-bit layers, their weights in tiles of {tile_bytes} bytes")
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    """Modules that hold a 4-bit weight themselves: PEFT's layers of the same name hold such a module."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes."):
+            yield module
+
+
+def _forward(self: Any, x: Tensor, *, plain: Callable[[Tensor], Tensor], tile_bytes: int) -> Tensor:
+    """Mirrors `Linear4bit.forward` of bitsandbytes, which also settles what is settled at the first call."""
+    state = getattr(self.weight, "quant_state", None)
+    few = x.numel() <= _FEW_ROWS * x.shape[-1]
+    settled = state is not None and self.compute_type_is_set and self.bias is None
+    if few or not settled or getattr(state, "packing_format_for_cpu", False):
+        return plain(x)
+    assert state is not None
+    dtype = self.compute_dtype or x.dtype
+    if math.prod(state.shape) * dtype.itemsize <= tile_bytes:
+        return plain(x)
+    return linear_4bit(x.to(dtype), PackedWeight(self.weight, state), tile_bytes).to(x.dtype)
