@@ -64,6 +64,8 @@ CASES = [
     case("memory over the card", flags("--max-memory", "101%"), "memory.max_memory", "101%"),
     case("memory without a unit that exists", flags("--max-memory", "5.5 Gb/s"), "memory.max_memory"),
     case("fp16 with bf16 adapters", flags("--compute-dtype", "fp16", "--adapter-dtype", "bf16"), "adapter_dtype"),
+    case("state of another", flags("--optimizer", "sgd", "--optimizer-state-dtype", "fp32"), "set optimizer to adamw"),
+    case("released gradients, summed", flags("--gradient-release", "--max-grad-norm", "0"), "accumulation_steps to 1"),
     case("unknown flag", flags("--max-seq-len", "512"), "--max-seq-length"),
     case("flag without a value", flags("--lora-r"), "--lora-r"),
     case("unknown card", flags("--device", "virtual", "--card", "rtx-4050"), "run.card", "rtx-4050-laptop-6gb"),

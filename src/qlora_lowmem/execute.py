@@ -36,6 +36,7 @@ from qlora_lowmem.ranks import local_rank, processes
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.tokens.dataset import TrainingData, count_tokens, training_data
 from qlora_lowmem.tokens.store import TokenReport
+from qlora_lowmem.training.adamw import check_gradient_release
 from qlora_lowmem.training.checkpoints import NotSavedError, newest_whole
 from qlora_lowmem.training.interruption import Interruption
 from qlora_lowmem.training.warm_up import WarmUp
@@ -209,6 +210,7 @@ def execute(
     recorder = None if on_cpu else start_recorder(recipe)
     supports_bf16 = on_cpu or torch.cuda.get_device_capability(local_rank()) >= (8, 0)
     precision = choose_precision(recipe, _device_type(recipe), supports_bf16)
+    check_gradient_release(recipe, loss_scaling=precision.loss_scaling)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank())
     check_packing(recipe, source)
     if recipe.lean.scan == "triton" or recipe.lean.quantised_embeddings != "none":

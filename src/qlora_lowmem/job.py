@@ -26,6 +26,7 @@ from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.contradictions import warm_up_beyond
 from qlora_lowmem.tokens.dataset import TrainingData, synthetic_data
+from qlora_lowmem.training.adamw import adamw_of
 from qlora_lowmem.training.held_out import hold_out, with_held_out
 from qlora_lowmem.training.trainer import LowMemTrainer
 
@@ -142,6 +143,7 @@ def build_job(
             eval_dataset=evaluated_on,
             processing_class=tokenizer,
             callbacks=[*callbacks, LastStepLogged()],
+            optimizer_cls_and_kwargs=adamw_of(recipe),
             full_logits=recipe.memory.loss == "full",
             recorder=recorder,
         )

@@ -64,6 +64,30 @@ def test_a_batch_becomes_micro_batches_of_the_same_samples() -> None:
     assert {recipe.batch.batch_size for recipe in kept.values()} == {6}
 
 
+RELEASED = {"gradient_release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_own_ways_of_adamw_end_where_another_optimizer_begins(tiles: bool) -> None:
+    asked = replace_fields(START, RELEASED | {"optimizer_state_dtype": "fp32"})
+    found = climb(asked, tiles=tiles)
+    assert list(found) == [rung.name for rung in rungs(tiles=tiles)]
+    *others, last = (recipe.optimizer for recipe in found.values())
+    assert set(others) == {asked.optimizer}
+    assert (last.optimizer, last.optimizer_state_dtype, last.gradient_release) == ("adamw_8bit", "auto", False)
+    kept = climb(asked, tiles=tiles, fixed=frozenset({"gradient_release"}))
+    assert list(kept) == list(found)[:-1]
+
+
+def test_micro_batches_come_before_released_gradients_unless_these_are_asked_for() -> None:
+    asked = replace_fields(START, RELEASED | {"batch_size": 4})
+    found = list(climb(asked).values())
+    assert {(each.batch.batch_size, each.optimizer.gradient_release) for each in found} == {(1, False)}
+    kept = list(climb(asked, fixed=frozenset({"gradient_release"})).values())
+    assert kept
+    assert {(each.batch.batch_size, each.optimizer.gradient_release) for each in kept} == {(4, True)}
+
+
 def test_climbing_leaves_out_what_keeps_more() -> None:
     lean = load_recipe(RECIPES / "lean.yaml")
     assert "fastest" not in climb(load_recipe(RECIPES / "optimised.yaml"), climbing=True)

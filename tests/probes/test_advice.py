@@ -35,6 +35,16 @@ def test_only_what_the_model_takes_is_proposed() -> None:
     assert {"--checkpoints host", "--quantised-embeddings 8bit", "--quantised-embeddings 4bit"} <= lean
 
 
+def test_another_optimizer_takes_what_only_adamw_has_with_it() -> None:
+    released = {"gradient_release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "batch_size": 4}
+    recipe = load_recipe(RECIPES / "optimised.yaml", released | {"optimizer_state_dtype": "fp32"})
+    found = {change.flags: change for change in candidate_changes(recipe)}
+    flags = "--optimizer adamw_8bit --optimizer-state-dtype auto --gradient-release false"
+    assert not found[flags].recipe.optimizer.gradient_release
+    one_by_one = "exact with --gradient-accumulation-steps 4 and --gradient-release false"
+    assert found["--batch-size 1"].cost.startswith(one_by_one)
+
+
 def run(needed: int | None) -> RecipeRun:
     peaks = (PhasePeak("steady", 0, 0, needed or 0),)
     return RecipeRun(MemoryProfile("card", "virtual", 1, 0, peaks) if needed is not None else None, failure="none")

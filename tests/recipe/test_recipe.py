@@ -134,6 +134,10 @@ CONTRADICTIONS = [
     ({"lean": "true", "gradient_checkpointing": "false"}, "which is checkpointing", "gradient_checkpointing to true"),
     ({"lean": "true", "loss": "full"}, "never holds the full logits", "set loss to fused"),
     ({"lean": "true", "activation_offloading": "true"}, "what is kept and where", "set checkpoints to host"),
+    ({"optimizer_state_dtype": "fp32", "optimizer": "adamw_8bit"}, "of its own", "set optimizer to adamw_torch"),
+    ({"gradient_release": "true", "optimizer": "sgd"}, "all weights at once", "set optimizer to adamw_torch"),
+    ({"gradient_release": "true", "gradient_accumulation_steps": "2"}, "stay until the last", "steps to 1, or"),
+    ({"gradient_release": "true", "compute_dtype": "fp16"}, "loss scaling", "set compute_dtype to bf16 or fp32"),
 ]
 
 
@@ -147,6 +151,16 @@ def test_a_contradiction_names_both_fields(tmp_path: Path, overrides: dict[str, 
     assert "contradict each other: " in message
     assert why in message
     assert advice in message
+
+
+def test_released_gradients_go_with_what_needs_no_gradient_later(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer:\n  gradient_release: true\n")
+    message = refusal(path)
+    assert "2 problems" in message, "accumulation and clipping are there by default"
+    assert "optimizer.gradient_release = true (line 2) and optimizer.max_grad_norm = 1.0 (the default)" in message
+    assert "set max_grad_norm to 0, or gradient_release to false" in message
+    recipe = load_recipe(path, {"gradient_accumulation_steps": 1, "max_grad_norm": 0, "optimizer_state_dtype": "fp32"})
+    assert recipe.optimizer.gradient_release
 
 
 def test_a_contradiction_names_the_line_or_the_default(tmp_path: Path) -> None:
@@ -325,6 +339,7 @@ def test_the_memory_limit_in_bytes(limit: str | int, total: int, count: int) -> 
 
 # Fields some of whose values contradict what another field says by default.
 NEED_ANOTHER_FIELD = ("warmup_steps", "eval_steps", "device", "adapter_dtype", "lean", "quantised_embeddings")
+NEED_ANOTHER_FIELD += ("optimizer_state_dtype", "gradient_release")
 
 
 @settings(deadline=None, max_examples=25)

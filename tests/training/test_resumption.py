@@ -48,6 +48,7 @@ def test_what_a_killed_run_was_writing_is_removed(tiny_recipe: Make) -> None:
         ("batch_size", 2, "batch.batch_size was 1"),
         ("eval_fraction", 0.5, "data.eval_fraction was 0.0"),
         ("quantised_embeddings", "8bit", "lean.quantised_embeddings was 'none'"),
+        ("optimizer_state_dtype", "bf16", "optimizer.optimizer_state_dtype was 'auto'"),
     ],
 )
 def test_another_training_is_refused(tiny_recipe: Make, leaf: str, value: object, said: str) -> None:
@@ -74,6 +75,13 @@ def test_what_only_changes_memory_goes_on_aloud(tiny_recipe: Make, changes: dict
     assert found.checkpoint is not None
     assert len(found.notes) == len(changes)
     assert all("the same training, up to rounding" in note for note in found.notes)
+
+
+def test_gradients_may_be_released_from_now_on(tiny_recipe: Make) -> None:
+    recipe = begun(tiny_recipe("run", gradient_accumulation_steps=1, max_grad_norm=0.0))
+    found = checkpoint_to_resume(replace_field(recipe, "gradient_release", True))
+    assert found.checkpoint is not None
+    assert found.notes == ("optimizer.gradient_release was False and is now True: the same training, up to rounding",)
 
 
 @pytest.mark.parametrize("change", ["longer", "as long"])

@@ -44,6 +44,12 @@ def test_a_knob_that_contradicts_another_is_passed_over(tiny_recipe: Make) -> No
     assert steps(tiny_recipe("run", device="cuda", activation_offloading=True)) == ["--expandable-segments true"]
 
 
+def test_released_gradients_leave_no_room_for_accumulation(tiny_recipe: Make) -> None:
+    released = {"gradient_release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+    recipe = tiny_recipe("run", device="cuda", batch_size=4, **released)
+    assert steps(recipe) == ["--expandable-segments true", "--lean true", "--checkpoints host"]
+
+
 def test_there_is_an_end(tiny_recipe: Make) -> None:
     recipe = tiny_recipe("run", device="cuda", lean=True, checkpoints="host", expandable_segments=True)
     assert next_retreat(recipe) is None

@@ -77,6 +77,14 @@ def test_a_run_cut_between_two_log_lines_logs_the_same(tiny_recipe: Make) -> Non
     assert history(broken, *keys) == history(whole, *keys)
 
 
+def test_the_full_loss_counts_and_logs_as_the_fused_one(tiny_recipe: Make) -> None:
+    fused, full = tiny_recipe("fused", max_steps=2), tiny_recipe("full", max_steps=2, loss="full")
+    expected, found = run(fused), run(full)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.tokens == expected.tokens == 2 * 2 * 24
+    assert history(full, "step", "tokens") == history(fused, "step", "tokens")
+
+
 def test_a_run_that_had_ended_takes_no_further_step(tiny_recipe: Make) -> None:
     """Killed after its last checkpoint and before its adapter was written."""
     recipe = tiny_recipe("run", max_steps=2)

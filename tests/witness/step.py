@@ -77,6 +77,8 @@ def _refuse_what_is_not_written(recipe: Recipe) -> None:
         "quantization.load_in_4bit": (recipe.quantization.load_in_4bit, True),
         "memory.activation_offloading": (recipe.memory.activation_offloading, False),
         "optimizer.optimizer": (recipe.optimizer.optimizer, "adamw_torch"),
+        "optimizer.optimizer_state_dtype": (recipe.optimizer.optimizer_state_dtype, "auto"),
+        "optimizer.gradient_release": (recipe.optimizer.gradient_release, False),
         "batch.packing": (recipe.batch.packing, False),
         "lean.lean": (recipe.lean.lean, False),
         "base.attention": (recipe.base.attention, "sdpa"),

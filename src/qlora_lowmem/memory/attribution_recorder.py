@@ -4,6 +4,7 @@ The allocator's history is recorded in windows of one micro-batch (the last with
 looked at only if the phase's allocated peak rose in it. Nothing is allocated on the device, and no tensor is held.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.explanation import Evidence, explain
 from qlora_lowmem.memory.history import replay
-from qlora_lowmem.memory.owners import Owner, gradients, optimizer_state, weights
+from qlora_lowmem.memory.owners import Owner, gradient_of, gradients, optimizer_state, weights
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.memory.scopes import BETWEEN, ModuleScopes, Scope, ScopeLog
 from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot, write_snapshot
@@ -40,6 +41,7 @@ class AttributionRecorder(TrainerCallback):
         self._device = device
         self._log = ScopeLog()
         self._scopes: ModuleScopes | None = None
+        self._hooks: list[Any] = []
         self._trainer: Trainer | None = None
         self._model = nn.Module()
         self._weights: dict[int, Owner] = {}
@@ -62,6 +64,13 @@ class AttributionRecorder(TrainerCallback):
         self._model = trainer.model
         self._weights = weights(self._model)
         self._scopes = ModuleScopes(self._model, self._log, self._saw_checkpoint)
+        _, options = trainer.optimizer_cls_and_kwargs or (None, {})
+        if options.get("gradient_release"):
+            for name, parameter in self._model.named_parameters():
+                if parameter.requires_grad:
+                    # The optimizer's own hook, which frees the gradient, comes later: it is made as training begins.
+                    hook = parameter.register_post_accumulate_grad_hook(partial(self._saw_gradient, name))
+                    self._hooks.append(hook)
         trainer.add_callback(self)
 
     def stop(self) -> None:
@@ -69,6 +78,9 @@ class AttributionRecorder(TrainerCallback):
         cuda_memory._record_memory_history(None)
         if self._scopes is not None:
             self._scopes.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def finish(self, profile: MemoryProfile) -> Attribution | None:
         """Stop, and attribute the recorded phase's peak in `profile`; None if no step was recorded."""
@@ -156,6 +168,12 @@ class AttributionRecorder(TrainerCallback):
         optimizer = self._trainer.optimizer  # made as training begins, and then wrapped by accelerate
         inner = getattr(optimizer, "optimizer", optimizer)
         return {**optimizer_state(inner, self._model), **gradients(self._model), **self._weights}
+
+    def _saw_gradient(self, name: str, parameter: nn.Parameter) -> None:
+        """Within backward, a gradient that the optimizer now steps with and frees."""
+        if self._open is not None:
+            position = self._log.enter(Scope("optimizer"))
+            self._open[1].seen.extend((position, *found) for found in gradient_of(name, parameter).items())
 
     def _saw_checkpoint(self, position: int, address: int) -> None:
         if self._open is not None:

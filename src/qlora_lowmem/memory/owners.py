@@ -49,8 +49,15 @@ def gradients(model: nn.Module) -> dict[int, Owner]:
     """Address to owner, for every gradient that parameters hold now."""
     found: dict[int, Owner] = {}
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            _add(found, parameter.grad, "gradients", f"{plain_name(name)}.grad")
+        found |= gradient_of(name, parameter)
+    return found
+
+
+def gradient_of(name: str, parameter: nn.Parameter) -> dict[int, Owner]:
+    """Address to owner, for the gradient that one parameter holds now, if any."""
+    found: dict[int, Owner] = {}
+    if parameter.grad is not None:
+        _add(found, parameter.grad, "gradients", f"{plain_name(name)}.grad")
     return found
 
 

@@ -12,7 +12,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Precision:
-    """`compute`: of the base model and autocast. `adapter`: of the LoRA weights and so of Adam's state."""
+    """`compute`: of the base model and autocast. `adapter`: of the LoRA weights, and of Adam's state unless the recipe
+    gives it a dtype of its own."""
 
     compute: torch.dtype
     adapter: torch.dtype

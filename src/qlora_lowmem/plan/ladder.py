@@ -51,6 +51,8 @@ _TILES = _CHECKPOINTING | {"lean": True, "checkpoints": "layer", "loss_tile_byte
 _YIELDS = frozenset({"scan"})
 _SEGMENTS = _TILES | {"checkpoints": "segments"}
 _HOST = _TILES | {"checkpoints": "host"}
+# With what contradicts any optimizer but adamw_torch as it is by default.
+_EIGHT_BITS = {"optimizer": "adamw_8bit", "optimizer_state_dtype": "auto", "gradient_release": False}
 _OFFLOADING = _CHECKPOINTING | {"activation_offloading": True}
 
 _FIRST = (
@@ -68,7 +70,7 @@ _TILED = (
         "tiles, host, 4-bit embeddings, 8-bit AdamW",
         "changes the model and its training a little",
         _HOST,
-        {"quantised_embeddings": "4bit", "optimizer": "adamw_8bit"},
+        {"quantised_embeddings": "4bit"} | _EIGHT_BITS,
     ),
 )
 _OTHER = (
@@ -80,7 +82,7 @@ _OTHER = (
         "offloading, 8-bit AdamW",
         "the optimizer's state is rounded to 8 bits",
         _CHECKPOINTING,
-        {"activation_offloading": True, "optimizer": "adamw_8bit"},
+        {"activation_offloading": True} | _EIGHT_BITS,
     ),
 )
 
@@ -97,7 +99,8 @@ def rungs(*, tiles: bool) -> tuple[Rung, ...]:
 def ladder(recipe: Recipe, *, tiles: bool, fixed: Collection[str], climbing: bool) -> Iterator[tuple[Rung, Recipe]]:
     """Each rung with `recipe` made so.
 
-    A batch of several samples becomes as many micro-batches of one: the same samples a step.
+    A batch of several samples becomes as many micro-batches of one, the same samples a step: for that, gradients are
+    kept over a step and not released.
 
     Args:
         fixed: fields that the person has set on the command line, which no rung may change: a rung that would is left
@@ -109,9 +112,10 @@ def ladder(recipe: Recipe, *, tiles: bool, fixed: Collection[str], climbing: boo
         fields = {leaf: value for leaf, value in rung.fields.items() if leaf not in _YIELDS & set(fixed)}
         if climbing and _keeps_more(fields, recipe):
             continue
-        if batch.batch_size > 1 and not {"batch_size", "gradient_accumulation_steps"} & set(fixed):
+        releases = recipe.optimizer.gradient_release and "gradient_release" in fixed
+        if batch.batch_size > 1 and not releases and not {"batch_size", "gradient_accumulation_steps"} & set(fixed):
             together = batch.batch_size * batch.gradient_accumulation_steps
-            fields |= {"batch_size": 1, "gradient_accumulation_steps": together}
+            fields |= {"batch_size": 1, "gradient_accumulation_steps": together, "gradient_release": False}
         try:
             changed = replace_fields(recipe, fields)
         except UsageError:

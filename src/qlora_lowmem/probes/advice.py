@@ -151,6 +151,12 @@ def _wanted(recipe: Recipe) -> list[tuple[bool, dict[str, Any], CostKind, str, b
         "lean": (lean.lean, True),
     }
     to_lean = {leaf: wanted for leaf, (now, wanted) in needed.items() if now != wanted}
+    wanted = recipe.optimizer
+    # What contradicts any optimizer but adamw_torch goes with it.
+    eight_bits: dict[str, Any] = {"optimizer": "adamw_8bit"}
+    eight_bits |= {"optimizer_state_dtype": "auto"} if wanted.optimizer_state_dtype != "auto" else {}
+    eight_bits |= {"gradient_release": False} if wanted.gradient_release else {}
+    in_turn = " and --gradient-release false" if wanted.gradient_release else ""
     rounded = "the embeddings and the LM head are rounded to"
     travels = "travel to host memory and back"
     return [
@@ -163,7 +169,7 @@ def _wanted(recipe: Recipe) -> list[tuple[bool, dict[str, Any], CostKind, str, b
         (memory.loss == "full", {"loss": "fused"}, "slower",
          "exact; the logits are computed again in backward", True),
         (batch.batch_size > 1, {"batch_size": 1}, "slower",
-         f"exact with --gradient-accumulation-steps {together}: the same samples a step, one by one", False),
+         f"exact with --gradient-accumulation-steps {together}{in_turn}: the same samples a step, one by one", False),
         (memory.gradient_checkpointing and not memory.activation_offloading, {"activation_offloading": True}, "slower",
          f"exact; kept activations {travels}", False),
         (tiles and not lean.lean, to_lean, "slower",
@@ -176,7 +182,7 @@ def _wanted(recipe: Recipe) -> list[tuple[bool, dict[str, Any], CostKind, str, b
          "changes training", f"{rounded} 8 bits", False),
         (lean.lean and tiles and lean.quantised_embeddings != "4bit", {"quantised_embeddings": "4bit"},
          "changes training", f"{rounded} 4 bits", False),
-        (recipe.optimizer.optimizer.startswith("adamw_torch"), {"optimizer": "adamw_8bit"}, "changes training",
+        (wanted.optimizer.startswith("adamw_torch"), eight_bits, "changes training",
          "the optimizer's state is rounded to 8 bits", False),
         (batch.max_seq_length >= 128, {"max_seq_length": half}, "changes training",
          f"what lies beyond {half:,} tokens of a sample is not learnt", False),

@@ -21,6 +21,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     a cap that caps nothing, a warm-up that never ends (where `max_steps` says how long the run is).
     """
     yield from _of_dtypes(recipe)
+    yield from _of_the_optimizer(recipe)
     yield from _of_the_schedule(recipe)
     yield from _of_the_model(recipe)
     yield from _of_lean(recipe)
@@ -46,6 +47,42 @@ def _of_dtypes(recipe: Recipe) -> Iterator[Contradiction]:
         yield Contradiction(
             ("compute_dtype", "adapter_dtype"),
             "fp16 arithmetic needs loss scaling, which cannot unscale bf16 gradients; set adapter_dtype to fp32",
+        )
+
+
+def _of_the_optimizer(recipe: Recipe) -> Iterator[Contradiction]:
+    name, batch = recipe.optimizer.optimizer, recipe.batch
+    if recipe.optimizer.optimizer_state_dtype != "auto" and name != "adamw_torch":
+        yield Contradiction(
+            ("optimizer_state_dtype", "optimizer"),
+            f"{name} keeps its state in a dtype of its own; set optimizer to adamw_torch, or optimizer_state_dtype to "
+            "auto",
+        )
+    if not recipe.optimizer.gradient_release:
+        return
+    if name != "adamw_torch":
+        yield Contradiction(
+            ("gradient_release", "optimizer"),
+            f"{name} steps all weights at once, after backward; set optimizer to adamw_torch, or gradient_release to "
+            "false",
+        )
+    if batch.gradient_accumulation_steps > 1:
+        yield Contradiction(
+            ("gradient_release", "gradient_accumulation_steps"),
+            "gradients that are summed over micro-batches must stay until the last; set gradient_accumulation_steps to "
+            "1, or gradient_release to false",
+        )
+    if recipe.optimizer.max_grad_norm:
+        yield Contradiction(
+            ("gradient_release", "max_grad_norm"),
+            "the norm of all gradients is known only once all are there; set max_grad_norm to 0, or gradient_release "
+            "to false",
+        )
+    if recipe.quantization.compute_dtype == "fp16":
+        yield Contradiction(
+            ("gradient_release", "compute_dtype"),
+            "fp16 arithmetic needs loss scaling, which looks at all gradients before a step; set compute_dtype to bf16 "
+            "or fp32, or gradient_release to false",
         )
 
 

@@ -196,6 +196,21 @@ class Optimizer:
             "state a trained parameter: AdamW two values, 8-bit about 2 bytes, paged may move to the host, sgd none",
         ),
     )
+    optimizer_state_dtype: Literal["auto", "bf16", "fp32"] = field(
+        default="auto",
+        metadata=knob(
+            "dtype of the two values that adamw_torch keeps for each trained weight; auto is the adapters'",
+            "fp32 doubles the state of bf16 adapters and makes it exact; bf16 halves that of fp32 ones",
+        ),
+    )
+    gradient_release: bool = field(
+        default=False,
+        metadata=knob(
+            "step each trained weight within backward and free its gradient at once; needs adamw_torch, "
+            "gradient_accumulation_steps 1 and max_grad_norm 0",
+            "the gradients of all adapters never exist together",
+        ),
+    )
     learning_rate: float = field(default=2e-4, metadata=knob("peak learning rate", "none", above=0, max=1))
     weight_decay: float = field(default=0.0, metadata=knob("decoupled weight decay", "none", min=0, max=1))
     max_grad_norm: float = field(

@@ -22,11 +22,16 @@ class DivergedError(UsageError):
 
 
 class DivergenceCheck:
-    """Looks at each step's figures before they are logged or anything is saved of them."""
+    """Looks at each step's figures before they are logged or anything is saved of them.
 
-    def __init__(self, output_dir: Path, max_grad_norm: float) -> None:
+    Args:
+        gradient_release: the gradients are gone by then, so their norm is not known.
+    """
+
+    def __init__(self, output_dir: Path, max_grad_norm: float, *, gradient_release: bool = False) -> None:
         self._output_dir = output_dir
         self._max_grad_norm = max_grad_norm
+        self._gradient_release = gradient_release
         self._skipped = 0
 
     def step(self, step: int, loss: float, grad_norm: float | None, learning_rate: float | None, skipped: bool) -> None:
@@ -65,6 +70,7 @@ class DivergenceCheck:
         kept = f"{found.name} is the last that was saved, and its weights are finite" if found else "nothing was saved"
         rate = f" at learning rate {learning_rate:g}" if learning_rate is not None else ""
         clip = "" if 0 < self._max_grad_norm <= 1 else f" or optimizer.max_grad_norm 1.0 (now {self._max_grad_norm:g})"
+        clip += ", which needs optimizer.gradient_release false" if self._gradient_release else ""
         raise DivergedError(
             f"training has diverged: {what} after step {step}{rate}; {kept}. Going on would diverge again, so start "
             "in another --output-dir with a lower optimizer.learning_rate (a tenth, say), more optimizer.warmup_steps, "

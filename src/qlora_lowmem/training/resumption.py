@@ -28,9 +28,18 @@ _MEMORY_ONLY = {
     *(("memory", leaf) for leaf in ("expandable_segments", "max_memory")),
     *(
         ("lean", leaf)
-        for leaf in ("lean", "tile_length", "scan_chunk_length", "scan", "checkpoints", "loss_tile_bytes")
+        for leaf in (
+            "lean",
+            "tile_length",
+            "scan_chunk_length",
+            "scan",
+            "checkpoints",
+            "loss_tile_bytes",
+            "dequantised_tile_bytes",
+        )
     ),
     *(("dataloader", leaf) for leaf in ("dataloader_workers", "pin_memory")),
+    ("optimizer", "gradient_release"),
 }
 _BATCH = {("batch", "batch_size"), ("batch", "gradient_accumulation_steps")}
 _PROCESSES = ("", "the number of processes")

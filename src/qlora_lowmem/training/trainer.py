@@ -16,6 +16,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.tokens.sampler import LISTED_SAMPLES, ComputedOrder
 
+from .adamw import AdamW
 from .checkpoints import CheckpointStore, newest_whole, step_of
 from .divergence import DivergenceCheck
 from .interruption import StopEvaluation
@@ -72,7 +73,9 @@ class LowMemTrainer(SFTTrainer):
         self.add_callback(self._optimizer)
         self.add_callback(GoOn(self._take_up))
         self._output_dir = Path(str(self.args.output_dir))
-        self._divergence = DivergenceCheck(self._output_dir, self.args.max_grad_norm)
+        _, options = self.optimizer_cls_and_kwargs or (None, {})
+        self._releases = bool(options.get("gradient_release"))
+        self._divergence = DivergenceCheck(self._output_dir, self.args.max_grad_norm, gradient_release=self._releases)
         self._has_values = virtual_gpu.current_card() is None
         self._store = CheckpointStore(self._output_dir, self.args.save_total_limit or 1)
 
@@ -85,8 +88,26 @@ class LowMemTrainer(SFTTrainer):
         """
         if not self._full_logits or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        self._count_tokens(inputs)
         inputs["use_cache"] = False
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        """As TRL's own `compute_loss` does: tokens seen by all processes, padding left out."""
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
+        local = torch.as_tensor(tokens, device=self.args.device)
+        self._total_train_tokens += int(self.accelerator.gather_for_metrics(local).sum().item())
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    @property
+    def own_adamw(self) -> AdamW | None:
+        """The optimizer where it is this project's own and not torch's; made as training begins."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's wrapper
+        return inner if isinstance(inner, AdamW) else None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """None with gradient release: the gradients are gone, and transformers would log a norm of 0."""
+        return None if self._releases else super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -186,13 +207,15 @@ class LowMemTrainer(SFTTrainer):
         """After running out of memory: a checkpoint of the last good step, or None where there is nothing to save.
 
         What the failed step computed is let go. Adapters and optimizer are those of the last good step, unless it was
-        the optimizer's own step that failed: then the newest checkpoint stands.
+        the optimizer's own step that failed, or a backward that had stepped weights: then the newest checkpoint stands.
 
         Raises:
             NotSavedError: it could not be written.
         """
         alone = self.accelerator.num_processes == 1  # others are still in the step, and would not come to save
-        if self._good is None or self._optimizer.running or not alone:
+        own = self.own_adamw
+        half_stepped = self._optimizer.running or (own is not None and own.half_stepped)
+        if self._good is None or half_stepped or not alone:
             return None
         step, random_state, totals = self._good
         found = newest_whole(self._output_dir).checkpoint

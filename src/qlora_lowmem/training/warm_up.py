@@ -3,24 +3,28 @@
 Forward and backward run with room held for what does not exist yet: the optimizer's state. They run twice, for the
 second time meets what the first has left: the libraries' workspaces of both threads and, with gradient accumulation,
 the gradients. No step is taken, gradients and totals are dropped and the random generators put back, so training does
-not know of it. The allocator keeps its segments: the largest blocks are there before smaller ones can split them.
+not know of it. Where the recipe releases gradients within backward, they are released here too, and step nothing. The
+allocator keeps its segments: the largest blocks are there before smaller ones can split them.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from qlora_lowmem.memory.recorder import Recorder
 
 from .random_state import undisturbed
 from .running_totals import RunningTotals
 
-# State of a trained parameter: AdamW keeps two values in its dtype; in 8 bits two bytes with a scale for each 256, and
-# two fp32 values where the tensor is small (bitsandbytes/optim/optimizer.py). Paged state is managed memory, which no
-# allocator counts; SGD without momentum has none, and Adafactor's rows and columns are none to speak of.
+# State of a trained parameter: AdamW keeps two values in its dtype, or in the one that the recipe names; in 8 bits two
+# bytes with a scale for each 256, and two fp32 values where the tensor is small (bitsandbytes/optim/optimizer.py).
+# Paged state is managed memory, which no allocator counts; SGD without momentum has none, and Adafactor's rows and
+# columns are none to speak of.
 _TWO_VALUES = ("adamw_torch", "adamw_torch_fused")
 _EIGHT_BIT = 2 * (1 + 4 / 256)
 _SMALLEST_IN_8_BITS = 4096
@@ -46,7 +50,8 @@ class WarmUp(TrainerCallback):
     def _run(self) -> None:
         trainer = self._trainer
         totals = RunningTotals.of(trainer)
-        with undisturbed():
+        own = trainer.own_adamw
+        with undisturbed(), own.without_steps() if own is not None else nullcontext():
             held = torch.empty(self._coming_state_bytes(), dtype=torch.uint8, device=trainer.args.device)
             for _ in range(2):
                 if trainer.args.gradient_accumulation_steps == 1:
@@ -62,14 +67,22 @@ class WarmUp(TrainerCallback):
         """What the optimizer's first step will allocate; nothing if a checkpoint has brought its state."""
         if self._trainer.optimizer.state:
             return 0
-        return optimizer_state_bytes(self._trainer.model, str(self._trainer.args.optim))
+        own = self._trainer.own_adamw
+        dtype = own.state_dtype if own is not None else None
+        # transformers makes a member of an enumeration of the name, whose `str` is `OptimizerNames.ADAMW_TORCH`.
+        name = OptimizerNames(self._trainer.args.optim).value
+        return optimizer_state_bytes(self._trainer.model, name, dtype)
 
 
-def optimizer_state_bytes(model: nn.Module, optimizer: str) -> int:
-    """Bytes of the state that `optimizer`, by its name in a recipe, keeps for the trained parameters on the device."""
+def optimizer_state_bytes(model: nn.Module, optimizer: str, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the state that `optimizer`, by its name in a recipe, keeps for the trained parameters on the device.
+
+    Args:
+        dtype: of AdamW's two values; None is each parameter's own.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optimizer in _TWO_VALUES:
-        return sum(2 * parameter.numel() * parameter.element_size() for parameter in trained)
+        return sum(2 * parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in trained)
     if optimizer == "adamw_8bit":
         sizes = [parameter.numel() for parameter in trained]
         return sum(round(_EIGHT_BIT * size) if size >= _SMALLEST_IN_8_BITS else 8 * size for size in sizes)
