@@ -13,12 +13,21 @@ from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.train import main
 from tiny_chat import write_tiny_chat
 
-LEFT_OUT = "lean leaves out tiles, scan, attention, swiglu: layers in tiles are known for GraniteMoeHybridForCausalLM"
+LEFT_OUT = "lean leaves out tiles, scan, attention, swiglu: attention_dropout=0.1"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_chat(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose attention has dropout, which tiles do not know."""
+    folder = write_tiny_chat(tmp_path_factory.mktemp("dropping"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +48,40 @@ def run(model: Path, data: Path, *more: str) -> int:
 
 
 def test_a_model_that_an_idea_does_not_know_is_told(
-    model: Path, conversations: Path, capsys: pytest.CaptureFixture[str]
+    dropping: Path, conversations: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(model, conversations, "--scan", "triton", "--json", "-") == 0
+    assert run(dropping, conversations, "--scan", "triton", "--json", "-") == 0
     printed = capsys.readouterr()
     assert f"note: {LEFT_OUT}" in printed.err
     lean = json.loads(printed.out)["lean"]
     assert lean["model_class"] == "LlamaForCausalLM"
     applied = {idea["name"]: idea["applied"] for idea in lean["ideas"]}
     assert applied == dict.fromkeys(("tiles", "scan", "attention", "swiglu"), False) | dict.fromkeys(
-        ("rms_norm", "checkpointing", "loss"), True
+        ("rms_norm", "checkpointing", "loss", "dequantisation"), True
     )
     card = (conversations.parent / "out" / "README.md").read_text()
-    assert "  - scan: left out, layers in tiles are known for" in card
+    assert "  - scan: left out, attention_dropout=0.1" in card
     assert "  - rms_norm: 5 norms\n" in card
 
 
-def test_a_dry_run_tells_what_can_be_known(
+def test_a_model_in_tiles_is_told_of_kernels_it_has_no_layer_for(
     model: Path, conversations: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(model, conversations, "--dry-run") == 0
-    assert f"# note: {LEFT_OUT}" in capsys.readouterr().out
+    assert run(model, conversations, "--scan", "triton", "--dry-run") == 0
+    assert "# note: lean leaves out scan: the model has no Mamba-2 layer" in capsys.readouterr().out
     assert run(model, conversations, "--dry-run", "--json", "-") == 0
-    assert {idea["name"] for idea in json.loads(capsys.readouterr().out)["lean"]["ideas"]} >= {"scan", "loss"}
+    ideas = json.loads(capsys.readouterr().out)["lean"]["ideas"]
+    assert {idea["name"] for idea in ideas if idea["applied"]} >= {"tiles", "attention", "swiglu", "loss"}
+    assert all(idea["applied"] for idea in ideas)
+
+
+def test_a_dry_run_tells_what_can_be_known(
+    dropping: Path, conversations: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(dropping, conversations, "--dry-run") == 0
+    assert f"# note: {LEFT_OUT}" in capsys.readouterr().out
+    assert run(dropping, conversations, "--dry-run", "--json", "-") == 0
+    assert {idea["name"] for idea in json.loads(capsys.readouterr().out)["lean"]["ideas"]} >= {"scan", "rms_norm"}
 
 
 def refused(capsys: pytest.CaptureFixture[str], exit_code: int, *said: str) -> None:

@@ -126,7 +126,7 @@ def _mamba_mixers(causal: Any) -> list[Any]:
 
 
 def _ideas_of_tiles(causal: Any, family: Family, options: LeanOptions, scan: str) -> list[Idea]:
-    """What to say of a model in tiles; an idea that it has no layer for is not spoken of."""
+    """What to say of a model in tiles; an idea that it has no layer for is not spoken of unless it was asked for."""
     layers, scans, head = len(causal.model.layers), len(_mamba_mixers(causal)), head_of(causal.lm_head)
     length = options.tile_length or "by the sequence 512 to 2,048"
     plain = "packed samples, caches and masks of one's own take the model's own forward"
@@ -141,6 +141,8 @@ def _ideas_of_tiles(causal: Any, family: Family, options: LeanOptions, scan: str
     ideas = [Idea("tiles", True, f"{layers} layers, {length} tokens a tile; {plain}")]
     if scans:
         ideas.append(Idea("scan", True, f"{scans} Mamba-2 layers, {scan}"))
+    elif options.scan == "triton":
+        ideas.append(Idea("scan", False, "the model has no Mamba-2 layer"))
     if scans < layers:
         ideas.append(Idea("attention", True, f"{layers - scans} layers by tiles of queries"))
     return [
