@@ -52,6 +52,7 @@ def damaged(folder: Path, name: str, change: dict[str, Any]) -> None:
         ("reality.json", {"rows.0.measured_bytes": 0}, "is 0 bytes"),
         ("reality.json", {"rows.0.program_bytes": 0.5}, "rows[0].program_bytes: 0.5"),
         ("longest.json", {"cases.0.host_bytes": 1.5}, "cases[0].host_bytes: 1.5"),
+        ("longest.json", {"cases.0.floor_bytes": None}, "cases[0].floor_bytes: None"),
         ("prediction.json", {"figures.0.reading": "guessed"}, "'guessed' is not one of"),
         ("prediction.json", {"figures.0.measured_bytes": 0}, "is 0 bytes"),
         ("gate.json", {"cases.0.record.kinds": [1]}, "gate.json"),

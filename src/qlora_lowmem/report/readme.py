@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_lowmem.command import run_command
 from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines
+from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor
 
 CARD = "rtx-4050-laptop-6gb"
 _BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
@@ -30,13 +30,15 @@ def matrix_table(content: dict[str, Any]) -> str:
             case["loss"],
             gib(case["peak_allocated_bytes"]),
             gib(case["floor_bytes"]),
+            times_floor(case["peak_allocated_bytes"], case["floor_bytes"]),
             gib(case["peak_reserved_bytes"]),
             gib(case["peak_device_bytes"]),
             "fits" if case["fits"] else "does not fit",
         ]
         for case in content["cases"]
     ]
-    headers = ["recipe", "seq", "checkpointing", "loss", "allocated", "floor", "reserved", "on the card", "verdict"]
+    headers = ["recipe", "seq", "checkpointing", "loss"]
+    headers += ["allocated", "floor", "x floor", "reserved", "on the card", "verdict"]
     return markdown_table(headers, rows)
 
 

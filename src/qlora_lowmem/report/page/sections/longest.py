@@ -44,7 +44,7 @@ def recognises(content: dict[str, Any]) -> bool:
 
 
 def read(content: Fields) -> tuple[Provenance, Longest]:
-    """Its cases, in bytes and tokens; a floor that the file does not know is 0."""
+    """Its cases, in bytes and tokens; the floor of a recipe that fits at no length is 0."""
     cases = tuple(
         _Longest(
             case.text("recipe"),
@@ -52,12 +52,12 @@ def read(content: Fields) -> tuple[Provenance, Longest]:
             case.count("next_tokens"),
             case.count("peak_allocated_bytes"),
             case.count("peak_device_bytes"),
-            case.count("floor_bytes") if "floor_bytes" in case.raw else 0,
+            case.count("floor_bytes"),
             case.count("host_bytes"),
         )
         for case in content.objects("cases")
     )
-    changes = content.object("changes") if "changes" in content.raw else Fields({})
+    changes = content.object("changes")
     given = ", ".join(f"{name} {changes.text(name)}" for name in changes.raw)
     return provenance_of(content), Longest(given, cases)
 
