@@ -75,7 +75,7 @@ def rows(request: pytest.FixtureRequest, on_gpu: bool, results_folder: Path) -> 
         for model in MODELS
         for tokens in LENGTHS
     }
-    _write(results_folder / DEFAULT_CARD, list(made.values()))
+    _write(results_folder, list(made.values()))
     return made
 
 
