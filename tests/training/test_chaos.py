@@ -29,7 +29,10 @@ def test_what_is_imported_beforehand_is_there(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_killed_in_every_way_it_ends_as_if_undisturbed(tiny_hybrid: Path, tmp_path: Path) -> None:
+def test_killed_in_every_way_it_ends_as_if_undisturbed(
+    tiny_hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of so small a model wait for each other more than they work
     made = context()
 
     def arguments(output: Path, name: str) -> list[str]:
