@@ -36,7 +36,8 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
 
     Args:
         model: a transformers model `...ForCausalLM`, alone or inside PEFT's wrapper, its linear layers in 4 bits or
-            not. The families in `_FAMILIES` get every idea; other models get those that are general.
+            not. Granite hybrids, Granite, Llama, Mistral, Qwen 2 and 3 and SmolLM 3 get every idea; other models get
+            those that are general.
         options: what to switch on; None for the defaults.
 
     Returns:
@@ -74,7 +75,8 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
 def foresee_lean(model: nn.Module, options: LeanOptions | None = None, device: str = "cuda") -> LeanReport:
     """What `apply_lean` will say of a model, from its modules and its configuration alone: nothing runs or is changed.
 
-    For a model on the meta device, before any weights are read. Which scan runs is chosen on the device itself.
+    For a model on the meta device, before any weights are read. Which scan runs is chosen on the device itself, and of
+    4-bit layers nothing is said: they are made as the weights are read.
 
     Args:
         device: the type of the device on which the model will train.
@@ -116,7 +118,9 @@ def _family_of(causal: Any) -> tuple[Family | None, str]:
     family = _FAMILIES.get(name)
     if family is None:
         return None, f"layers in tiles are known for {', '.join(_FAMILIES)}, not for {name}"
-    refusal = family.why_not(causal)
+    refusal, dropout = family.why_not(causal), causal.config.attention_dropout
+    if refusal is None and dropout:
+        refusal = f"attention_dropout={dropout}: attention by blocks of keys has no dropout; set it to 0"
     return (family, "") if refusal is None else (None, refusal)
 
 

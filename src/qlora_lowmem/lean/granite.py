@@ -106,9 +106,6 @@ def _tiled_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> Ti
 def _why_not(causal: Any) -> str | None:
     if causal.config.hidden_act != "silu":
         return f"hidden_act={causal.config.hidden_act!r}: the convolution in tiles applies SiLU"
-    dropout = causal.config.attention_dropout
-    if dropout:
-        return f"attention_dropout={dropout}: attention by blocks of keys has no dropout; set it to 0"
     return None
 
 

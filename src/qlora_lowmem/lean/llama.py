@@ -29,8 +29,6 @@ def _why_not(causal: Any) -> str | None:
     config = causal.config
     if config.hidden_act != "silu":
         return f"hidden_act={config.hidden_act!r}: the feed-forward part in tiles is a SwiGLU"
-    if config.attention_dropout:
-        return f"attention_dropout={config.attention_dropout}: attention by blocks of keys has no dropout; set it to 0"
     return None
 
 
