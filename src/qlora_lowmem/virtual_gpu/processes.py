@@ -14,16 +14,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ACCOUNT_VARIABLE = "VGPU_ACCOUNT"
+_PROCESSES = Path("/proc")
 _ATTEMPTS = 20  # a process may start another between the look and the kill
+_START_SECONDS = 1.0  # how long a process may show no environment because a program is being started in it
 
 
 def members(account: Path) -> Iterator[int]:
     """Processes of this user that were started on the virtual machine with this account."""
     wanted = f"{ACCOUNT_VARIABLE}={account}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
+    for folder in _PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended, or another user's
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+            if wanted in _environment(folder).split(b"\0"):
                 yield int(folder.name)
+
+
+def _environment(process: Path) -> bytes:
+    """The environment of a process.
+
+    While a program is being started in it (execve) the kernel shows neither environment nor arguments, a little later
+    than the parent hears of the start: such a process is looked at again until it has its arguments.
+
+    Raises:
+        OSError: it ended, has no program (the kernel's own), or is another user's.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while not (found := (process / "environ").read_bytes()) and time.monotonic() < deadline:
+        if (process / "cmdline").read_bytes():
+            return (process / "environ").read_bytes()
+        (process / "exe").readlink()
+        time.sleep(0.001)
+    return found
 
 
 def end_members(account: Path) -> None:
