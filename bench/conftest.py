@@ -1,6 +1,6 @@
 """The matrix: every recipe of bench/recipes/ but the demo, run once on the device of this session."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,10 @@ from matrix_recipes import ORDER, RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import GpuRunner, Matrix, Runner, VirtualRunner
+from qlora_lowmem.gate.device import driver_version
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.gate.session import GateSession
+from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.probes.runs import recipe_server
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
@@ -129,12 +131,20 @@ def matrix(
     yield matrix
     results = matrix.results()
     device = results[0].card
-    driver = _driver() if on_gpu else None
+    driver = driver_version() if on_gpu else None
     write_matrix(results_folder / device, results, provenance_record(device, results[0].provenance, driver))
 
 
-def _driver() -> str:
-    import pynvml
+@pytest.fixture
+def profile_of(matrix: Matrix, on_gpu: bool) -> Callable[[str], MemoryProfile]:
+    """The peaks of a recipe; skips where a GPU is too small for it, and so cannot say what it would need."""
 
-    pynvml.nvmlInit()
-    return str(pynvml.nvmlSystemGetDriverVersion())
+    def get(name: str) -> MemoryProfile:
+        result = matrix[name]
+        assert result.failure is None, result.failure
+        if on_gpu and result.profile is None:
+            pytest.skip(f"{name} does not fit this GPU, which cannot say what it would need")
+        assert result.profile is not None, f"{name} has no peak: {result.out_of_memory}"
+        return result.profile
+
+    return get

@@ -1,9 +1,13 @@
 """What must hold between recipes on any device."""
 
+from collections.abc import Callable
+
 import pytest
 
-from qlora_lowmem.gate.cases import Matrix
 from qlora_lowmem.gate.relations import assert_at_most_share, assert_less, assert_monotone
+from qlora_lowmem.memory.profile import MemoryProfile
+
+Allocated = Callable[..., int]
 
 # (less, more, why)
 RELATIONS = [
@@ -21,35 +25,36 @@ RELATIONS = [
 ]
 
 
-def _allocated(matrix: Matrix, name: str, phase: str = "steady") -> int:
+@pytest.fixture
+def allocated(profile_of: Callable[[str], MemoryProfile]) -> Allocated:
     """The peak of a phase. In the first step what the cache holds from loading decides how large blocks are cut, by up
     to 1 MiB each, which hides what a few adapters take; the steady step has that behind it."""
-    profile = matrix[name].profile
-    assert profile is not None, f"{name} has no peak: {matrix[name].failure or matrix[name].out_of_memory}"
-    return next(each.allocated for each in profile.phases if each.name == phase)
+
+    def get(name: str, phase: str = "steady") -> int:
+        return next(each.allocated for each in profile_of(name).phases if each.name == phase)
+
+    return get
 
 
 @pytest.mark.parametrize(("less", "more", "why"), RELATIONS, ids=[f"{a}<{b}" for a, b, _ in RELATIONS])
-def test_less_memory(matrix: Matrix, less: str, more: str, why: str) -> None:
-    assert_less(_allocated(matrix, less), _allocated(matrix, more), why, names=(less, more))
+def test_less_memory(allocated: Allocated, less: str, more: str, why: str) -> None:
+    assert_less(allocated(less), allocated(more), why, names=(less, more))
 
 
-def test_accumulation_costs_its_batches_alone(matrix: Matrix) -> None:
+def test_accumulation_costs_its_batches_alone(allocated: Allocated) -> None:
     """Gradients are summed in place. What twice the accumulation adds is its batches, which the Trainer puts on the
     card together: 8 more of three (1, 1024) int64 tensors (ids, labels, mask)."""
-    more = _allocated(matrix, "accumulation16") - _allocated(matrix, "optimised")
+    more = allocated("accumulation16") - allocated("optimised")
     assert more == 8 * 3 * 1024 * 8
 
 
-def test_sequence_dominates_without_checkpointing(matrix: Matrix) -> None:
+def test_sequence_dominates_without_checkpointing(allocated: Allocated) -> None:
     """Activations grow with the tokens: half of them save at least 40 % of what the base model does not take."""
-    base = _allocated(matrix, "baseline", "load")
-    whole, half = _allocated(matrix, "baseline") - base, _allocated(matrix, "seq1024") - base
+    base = allocated("baseline", "load")
+    whole, half = allocated("baseline") - base, allocated("seq1024") - base
     assert_at_most_share(half, 0.6, of=whole, names=("seq1024", "baseline"))
 
 
-def test_memory_grows_with_the_sequence(matrix: Matrix) -> None:
-    peaks = {
-        length: _allocated(matrix, name) for length, name in ((256, "seq256"), (512, "seq512"), (1024, "optimised"))
-    }
+def test_memory_grows_with_the_sequence(allocated: Allocated) -> None:
+    peaks = {length: allocated(name) for length, name in ((256, "seq256"), (512, "seq512"), (1024, "optimised"))}
     assert_monotone(peaks, in_="sequence length")

@@ -1,20 +1,27 @@
 """Every recipe needs what it needed when its baseline was recorded, to the byte on a virtual card."""
 
+from collections.abc import Callable
+
 import pytest
 
 from matrix_recipes import ORDER
 from qlora_lowmem.gate.cases import Matrix, Runner
 from qlora_lowmem.gate.recipes import recipe_record
 from qlora_lowmem.gate.session import GateSession
+from qlora_lowmem.memory.profile import MemoryProfile
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_baseline(
-    matrix: Matrix, runner: Runner, vram_gate: GateSession, request: pytest.FixtureRequest, name: str
+    matrix: Matrix,
+    runner: Runner,
+    profile_of: Callable[[str], MemoryProfile],
+    vram_gate: GateSession,
+    request: pytest.FixtureRequest,
+    name: str,
 ) -> None:
+    profile_of(name)
     result = matrix[name]
-    assert result.failure is None, result.failure
-    assert result.profile is not None, f"no peak: {result.out_of_memory}"
     vram_gate.check(request.node, name, recipe_record(result), lambda snapshot: runner.attribute(result, snapshot))
 
 

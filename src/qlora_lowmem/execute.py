@@ -22,7 +22,7 @@ from qlora_lowmem.lean import LeanReport, foresee_lean
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
 from qlora_lowmem.memory.floor import Floor, floor_of
-from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.lean_recipe import lean_options, lean_refusals
 from qlora_lowmem.models.loading import load_config, load_tokenizer, skeleton
@@ -284,9 +284,8 @@ def start_recorder(recipe: Recipe) -> Recorder:
             "torch). Use --device virtual to learn what the job needs, or --device cpu for a small model"
         )
     set_allocator(recipe)
-    card = virtual_gpu.current_card()
     try:
-        recorder = Recorder(device_name(), "measured" if card is None else "virtual", local_rank())
+        recorder = Recorder(device_name(), provenance_here(), local_rank())
         torch.cuda.set_device(local_rank())
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -33,8 +33,8 @@ def test_a_phase_that_one_run_lacks_is_left_out() -> None:
     assert {figure.phase for figure in compare("r", short, MEASURED)} == {"load", "first step", WHOLE_RUN}
 
 
-def test_profiles_must_be_virtual_and_measured() -> None:
-    with pytest.raises(ValueError, match="must be virtual and measured"):
+def test_profiles_must_be_comparable() -> None:
+    with pytest.raises(ValueError, match="must be virtual"):
         compare("r", MEASURED, MEASURED)
     with pytest.raises(ValueError, match="no phase in common"):
         compare("r", replace(predicted(), phases=()), MEASURED)
@@ -56,6 +56,12 @@ def test_misses_begin_one_byte_over_the_limit(reading: str, limit: int, just_ove
 
 def test_phases_and_the_device_have_no_limit() -> None:
     assert misses([Figure("r", "load", "allocated", 2, 1), Figure("r", WHOLE_RUN, "device", 2, 1)]) == []
+
+
+def test_no_table_holds_a_prediction_against_another(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="these are virtual"):
+        write_prediction(tmp_path, [], provenance_record(MEASURED.device, "virtual"), "", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_says_what_each_figure_is(tmp_path: Path) -> None:

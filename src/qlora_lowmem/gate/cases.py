@@ -13,7 +13,7 @@ from typing import Protocol
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.memory.profile import MemoryProfile, Provenance
+from qlora_lowmem.memory.profile import MemoryProfile, Provenance, provenance_here
 from qlora_lowmem.probes.runs import RecipeRun, submit_recipe
 from qlora_lowmem.recipe import Recipe, recipe_hash
 
@@ -127,7 +127,10 @@ class VirtualRunner:
 
 
 class GpuRunner:
-    """Cases on the real GPU, one process at a time, by the command that people use."""
+    """Cases on the GPU of this machine, one process at a time, by the command that people use.
+
+    In a process on a virtual GPU that is the GPU, and its figures say so: a rehearsal of what a real one will run.
+    """
 
     def __init__(self, vram_cap: str | None = None) -> None:
         self._limit = ["--max-memory", vram_cap] if vram_cap else []
@@ -158,12 +161,12 @@ class GpuRunner:
             )
             if done.returncode not in (0, EXIT_DOES_NOT_FIT) or not summary.is_file():
                 last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-                return CaseResult(recipe, "cuda", "measured", fits=False, profile=None, failure=last[0])
+                return CaseResult(recipe, "cuda", provenance_here(), fits=False, profile=None, failure=last[0])
             content = json.loads(summary.read_text(encoding="utf-8"))
         return CaseResult(
             recipe,
             content["device"],
-            "measured",
+            content["provenance"],
             fits=content["fits"],
             profile=MemoryProfile.from_dict(content),
             out_of_memory=None if content["fits"] else content["failure"]["message"],

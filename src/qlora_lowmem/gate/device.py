@@ -1,4 +1,4 @@
-"""The GPU of this process by name, asked of NVML: torch would make a CUDA context, which would be counted."""
+"""The GPU of this process, asked of NVML: torch would make a CUDA context, which would be counted."""
 
 import pynvml
 
@@ -16,3 +16,15 @@ def device_name(index: int = 0) -> str:
     if card is not None:
         return card.name
     return str(pynvml.nvmlDeviceGetName(device_handle(index))).lower().replace(" ", "-")
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver, `580.95.05`; None on a virtual GPU, which has none.
+
+    Raises:
+        pynvml.NVMLError: there is no driver.
+    """
+    if virtual_gpu.current_card() is not None:
+        return None
+    pynvml.nvmlInit()
+    return str(pynvml.nvmlSystemGetDriverVersion())

@@ -11,14 +11,13 @@ import pynvml
 import torch
 from torch.cuda import memory as cuda_memory
 
-from qlora_lowmem import virtual_gpu
 from qlora_lowmem.gate.device import device_name
 from qlora_lowmem.gate.plain_attribution import PlainEvidence, PlainOwner, attribute
 from qlora_lowmem.gate.plain_scopes import PlainScopes
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.nvml import device_handle
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak, provenance_here
 from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot
 
 # Of the allocator's history; a test with more keeps its peak and loses its attribution.
@@ -95,10 +94,9 @@ class PlainRecorder:
         self._scopes.remove()
         allocated, reserved = self._peaks
         outside = max(0, self._used() - _used_by_others.get(self._index, 0) - torch.cuda.memory_reserved(self._index))
-        card = virtual_gpu.current_card()
         profile = MemoryProfile(
             device=device_name(self._index),
-            provenance="virtual" if card else "measured",
+            provenance=provenance_here(),
             total_bytes=int(torch.cuda.get_device_properties(self._index).total_memory),
             outside_allocator_bytes=outside,
             phases=(PhasePeak("test", allocated, reserved, reserved + outside),),

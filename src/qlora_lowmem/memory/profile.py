@@ -3,7 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qlora_lowmem import virtual_gpu
+
 Provenance = Literal["virtual", "measured"]
+
+
+def provenance_here() -> Provenance:
+    """What a figure of this process's GPU is."""
+    return "measured" if virtual_gpu.current_card() is None else "virtual"
 
 
 # The life of a run, in its order. `warm-up` is the longest batch, tried before the first step.

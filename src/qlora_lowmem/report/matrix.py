@@ -35,8 +35,9 @@ def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, 
     markdown = (
         f"# {record['device']}\n\n"
         "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
-        f"context. {FLOOR_TEXT} A recipe that does not fit is run again on a card of the same kind with 80 GB: its "
-        f"figures are what it would need.\n\n{table}\n\n{provenance_lines(record)}\n"
+        f"context. {FLOOR_TEXT} A recipe that does not fit is run again where it has room, on a virtual card of the "
+        "same kind with 80 GB or on the real one without a cap: its figures are what it would need.\n\n"
+        f"{table}\n\n{provenance_lines(record)}\n"
     )
     content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": rows}
     write_result(folder, name, content, markdown, [{k: v for k, v in row.items() if k != "phases"} for row in rows])
