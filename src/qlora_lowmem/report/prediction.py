@@ -106,9 +106,7 @@ def write_prediction(
         ValueError: the figures beside the predicted ones are not measured.
     """
     if record["provenance"] != "measured":
-        raise ValueError(
-            f"a prediction is held against what was measured, and these figures are {record['provenance']}"
-        )
+        raise ValueError(f"a prediction is held against measured figures, and these are {record['provenance']}")
     rows = [
         {
             "recipe": figure.recipe,
