@@ -1,7 +1,8 @@
 """One small file of every kind that the page shows, made by the project's own writers.
 
-The writers of `reality.json` and of `train --json` are `bench/reality/table.py` and the command; what the first wrote
-is read by `test_page_published.py`, what the second writes by `test_page_runs.py`.
+The writers of `reality.json`, `lean-families.json` and `train --json` are `bench/reality/table.py`,
+`bench/test_lean_families.py` and the command; what the first two wrote is read by `test_page_published.py` and
+`test_page_families.py`, what the last writes by `test_page_runs.py`.
 """
 
 import dataclasses
@@ -76,6 +77,7 @@ def attribution(loss: int = 100 * MIB) -> Attribution:
 def write_all(folder: Path, names: Sequence[str] = ("tiny",)) -> None:
     """Every kind of file in `folder`; `names` are what recipes, ideas and cases are called."""
     write_waterfall(folder, [*STEPS, *(Step(name, GIB, 2 * GIB, GIB) for name in names)], ENVIRONMENT)
+    (folder / "lean-families.json").write_text(json.dumps({"environment": ENVIRONMENT, "cases": families(names)}))
     write_attribution(folder, "plain", attribution(), GIB // 2, ENVIRONMENT)
     write_phases(folder, _phases(names), ENVIRONMENT, "Of an example.")
     (folder / "train.json").write_text(json.dumps(trained(names[-1])))
@@ -142,6 +144,15 @@ def published(names: Sequence[str]) -> list[dict[str, object]]:
         {"measures": "out of memory", "plan_bytes": 7 * GIB, "agrees_with_its_rounding": False},
     ]
     return [plain | {"source": f"by {name}", "run": name} | row for name in names for row in rows]
+
+
+def families(names: Sequence[str]) -> list[dict[str, object]]:
+    """Each model at two lengths, by model: lean saves a half and three quarters of what is above the floor."""
+    peaks = ((1024, 3 * GIB, 2 * GIB), (4096, 5 * GIB, 2 * GIB))
+    fields = ("tokens", "optimised_allocated_bytes", "lean_allocated_bytes")
+    return [
+        {"model": name, "floor_bytes": GIB} | dict(zip(fields, row, strict=True)) for name in names for row in peaks
+    ]
 
 
 def _lengths(names: Sequence[str]) -> list[LengthRow]:

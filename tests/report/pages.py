@@ -6,6 +6,7 @@ from bs4 import BeautifulSoup, Tag
 
 SECTIONS = [
     "waterfall",
+    "families",
     "bytes",
     "phases",
     "runs",

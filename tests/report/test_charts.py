@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lowmem.memory.kinds import KINDS
-from qlora_lowmem.report.charts import attribution, lengths, phases, style, svg, theme, verdicts, waterfall
+from qlora_lowmem.report.charts import attribution, families, lengths, phases, style, svg, theme, verdicts, waterfall
 from report.examples import STEPS
 from report.examples import attribution as example
 
@@ -96,6 +96,7 @@ def phase(name: str, device: int = 2**32) -> phases.PhaseBytes:
     [
         lambda look: waterfall.waterfall(look, STEPS, None),
         lambda look: waterfall.waterfall(look, STEPS[:1], 2**33),
+        lambda look: families.families(look, [[families.Pair("$\\frac{", 1, 2**31, 2**32, 2**30)]]),
         lambda look: attribution.breakdown(look, example()),
         lambda look: attribution.timeline(look, example()),
         lambda look: attribution.peaks(look, [("_a", example()), ("b" * 300, example(1))]),

@@ -14,6 +14,7 @@ from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.report.attribution import write_attribution
 from qlora_lowmem.report.page.__main__ import main
 from qlora_lowmem.report.page.document import named
+from qlora_lowmem.report.page.kinds import KINDS as KINDS_OF_FILE
 from qlora_lowmem.report.page.kinds import sections_of
 from report.examples import ENVIRONMENT, attribution, write_all
 from report.pages import SECTIONS, parsed, table, values
@@ -21,6 +22,12 @@ from report.pages import SECTIONS, parsed, table, values
 
 def test_every_kind_of_file_has_its_section(soup: BeautifulSoup) -> None:
     assert [section.h2["id"] for section in soup.main.find_all("section", recursive=False)] == SECTIONS
+
+
+def test_every_file_is_of_one_kind(page_folder: Path) -> None:
+    for path in page_folder.glob("*.json"):
+        content = json.loads(path.read_text())
+        assert sum(kind.recognises(content) for kind in KINDS_OF_FILE) == 1, path.name
 
 
 def test_ids_are_unique_and_references_lead_somewhere(soup: BeautifulSoup) -> None:
@@ -73,7 +80,7 @@ def test_landmarks_and_the_way_past_them(soup: BeautifulSoup) -> None:
 
 def test_every_chart_has_a_name_a_summary_and_its_figures(soup: BeautifulSoup) -> None:
     figures = soup.find_all("figure")
-    assert len(figures) == 1 + 1 + 3 * 2 + 1 + 1 + 1 + 1 + 1 + 1
+    assert len(figures) == 1 + 1 + 1 + 3 * 2 + 1 + 1 + 1 + 1 + 1 + 1
     for figure in figures:
         drawings = figure.find_all("svg")
         assert [svg.find_parent("div")["class"] for svg in drawings] == [["chart", "wide"], ["chart", "narrow"]]
@@ -226,6 +233,7 @@ def test_names_stay_names(tmp_path: Path) -> None:
         assert name in soup.find(id="chart-lengths-summary").get_text()
         assert name in soup.find(id="chart-phases-summary").get_text()
         assert any(row[0].get_text() == name for row in table(soup, "phases-table-1"))
+        assert any(row[0].get_text() == name for row in table(soup, "chart-families-table-1"))
     captions = [soup.find(id=f"chart-published-table-{number}") for number, _ in enumerate(shown, start=1)]
     assert [caption.get_text() for caption in captions] == [f"by {name}, GiB." for name in shown]
 
@@ -293,8 +301,8 @@ def test_charts_are_written_as_files(results: Path, tmp_path: Path) -> None:
     charts = tmp_path / "charts"
     arguments = [str(results), "--output", str(tmp_path / "report.html"), "--charts", str(charts)]
     assert main(arguments) == 0
-    names = ["breakdown-plain", "lengths", "phases", "prediction", "published", "runs", "timeline-plain", "verdicts"]
-    expected = [f"{name}{suffix}" for name in (*names, "waterfall") for suffix in (".png", ".svg")]
+    names = ["breakdown-plain", "families", "lengths", "phases", "prediction", "published", "runs", "timeline-plain"]
+    expected = [f"{name}{suffix}" for name in (*names, "verdicts", "waterfall") for suffix in (".png", ".svg")]
     assert sorted(path.name for path in charts.iterdir()) == expected
     for path in charts.glob("*.svg"):
         assert "--ink" not in path.read_text(encoding="utf-8")

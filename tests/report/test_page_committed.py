@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers import ROOT
 from qlora_lowmem.report.page.document import named
-from qlora_lowmem.report.page.kinds import sections_of
+from qlora_lowmem.report.page.kinds import KINDS, sections_of
 from report.examples import CARD
 from report.pages import SECTIONS, parsed, table
 
@@ -20,7 +20,8 @@ def test_the_committed_page_shows_the_committed_results() -> None:
     folder = ROOT / "results" / CARD
     soup = parsed(folder / "report.html")
     advice = "run the commands of docs/reading.md, The page"
-    found = named(sections_of([folder, ROOT / "results" / "reality.json"]).sections)
+    others = [ROOT / "results" / name for name in ("reality.json", "lean-families.json")]
+    found = named(sections_of([folder, *others]).sections)
     assert [section.name for section in found] == COMMITTED
     assert [tag["id"] for tag in soup.main.find_all("h2")] == COMMITTED, advice
     for section in found:
@@ -32,6 +33,12 @@ def test_the_committed_page_shows_the_committed_results() -> None:
             for number, expected in enumerate(tables, start=1):
                 cells = [[cell.get_text() for cell in row] for row in table(soup, f"{name}-table-{number}")]
                 assert cells == [[cell.text for cell in row] for row in expected.rows], advice
+
+
+def test_no_committed_result_is_of_two_kinds() -> None:
+    for path in (ROOT / "results").rglob("*.json"):
+        content = json.loads(path.read_text())
+        assert sum(kind.recognises(content) for kind in KINDS) <= 1, path.name
 
 
 def test_the_committed_verdicts_name_no_machine() -> None:

@@ -88,7 +88,7 @@ def test_every_chart_is_drawn_and_legible(browser: webdriver.Chrome, page: Path,
     """One of each chart's two drawings shows; its words are large enough, inside of it, and off each other."""
     show(browser, page, width)
     figures: list[list[dict[str, Any]]] = browser.execute_script(DRAWINGS)
-    assert len(figures) == 14
+    assert len(figures) == 15
     for shown in figures:
         assert len(shown) == 1
         drawing = shown[0]

@@ -3,10 +3,10 @@
     python -m qlora_lowmem.report.page results/rtx-4050-laptop-6gb results/reality.json --output report.html
     python -m qlora_lowmem.report.page before.json after.json --output compared.html --charts charts
 
-Give folders, whose JSON files are read, or files: what `pytest bench/`, `pytest bench/test_phases.py`,
-`pytest bench/test_reality.py`, `pytest --vram-report`, `explain --json`, `phases --json`, `train --json`,
-`lengths --table` and `longest --table` write. What is not there is left out. The page needs no network and no
-JavaScript; two attributions are shown side by side.
+Give folders, whose JSON files are read, or files: what `pytest bench/`, `pytest bench/test_lean_families.py`,
+`pytest bench/test_phases.py`, `pytest bench/test_reality.py`, `pytest --vram-report`, `explain --json`,
+`phases --json`, `train --json`, `lengths --table` and `longest --table` write. What is not there is left out. The page
+needs no network and no JavaScript; two attributions are shown side by side.
 """
 
 import argparse

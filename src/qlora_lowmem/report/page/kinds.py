@@ -10,6 +10,7 @@ from qlora_lowmem.report.page.parts import Section, Source
 from qlora_lowmem.report.page.reading import Fields, NoObjectError, read_json
 from qlora_lowmem.report.page.sections import (
     attribution,
+    families,
     lengths,
     longest,
     matrix,
@@ -42,6 +43,7 @@ class Kind:
 # In the order of the page.
 KINDS: tuple[Kind, ...] = (
     Kind("a waterfall (pytest bench/test_lean.py)", waterfall.recognises, waterfall.read, waterfall.sections),
+    Kind("lean on models (pytest bench/test_lean_families.py)", families.recognises, families.read, families.sections),
     Kind("an attribution (explain --json)", attribution.recognises, attribution.read, attribution.sections),
     Kind("peaks by phase (phases --json)", phases.recognises, phases.read, phases.sections),
     Kind("a training run (train --json)", runs.recognises, runs.read, runs.sections),
