@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_commands import READ_AT_IMPORT, run_alone, run_forked, start_server
 
-from helpers import ROOT, TINY_HYBRID
+from helpers import TINY_HYBRID
 from qlora_lowmem.models.sources import architecture
 
 
@@ -42,15 +42,10 @@ def conversations(tmp_path: Path) -> Path:
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m qlora_lowmem.NAME ARGUMENTS` and return what it printed and its exit code."""
 
+    start_server()
+
     def run(name: str, *arguments: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", f"qlora_lowmem.{name}", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", **env},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        run_it = run_alone if READ_AT_IMPORT & env.keys() else run_forked
+        return run_it(f"qlora_lowmem.{name}", arguments, {**os.environ, **env}, timeout)
 
     return run

