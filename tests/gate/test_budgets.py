@@ -273,3 +273,19 @@ def test_on_the_gpu_of_this_machine(tmp_path: Path) -> None:
     }, text
     assert "512 B over" in text
     assert "64.0 MiB over" in text
+
+
+def test_all_constants_of_4bit_weights_are_named(pytester: pytest.Pytester, run_here: Callable[..., Run]) -> None:
+    (pytester.path / "test_it.py").write_text(
+        "import bitsandbytes as bnb, pytest, torch\n@pytest.mark.vram_budget('1 GB')\ndef test_it():\n"
+        "    layer = bnb.nn.Linear4bit(1024, 4096, bias=False, compute_dtype=torch.bfloat16).cuda()\n"
+        "    x = torch.ones(4096, 1024, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "    layer(x).sum().backward()\n"
+    )
+    recorded = run_here("--baselines", "peaks", "--record")
+    assert recorded.returncode == 0, recorded.stdout
+    (case,) = json.loads((pytester.path / "peaks" / "rtx-4050-laptop-6gb.json").read_text())["cases"].values()
+    blocks = 1024 * 4096 // 64
+    # a byte a block, in fp32 a scale for 256 of these, an offset, and the tables of 16 and 256 values
+    assert case["kinds"]["quantisation"] == blocks + 4 * (blocks // 256 + 1 + 16 + 256)
+    assert case["kinds"]["weights_4bit"] == 1024 * 4096 // 2

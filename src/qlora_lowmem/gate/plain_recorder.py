@@ -17,6 +17,7 @@ from qlora_lowmem.gate.plain_scopes import PlainScopes
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.nvml import device_handle
+from qlora_lowmem.memory.owners import quantisation_tensors
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak, provenance_here
 from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot
 
@@ -141,8 +142,8 @@ class PlainRecorder:
                 quantised = getattr(parameter, "quant_state", None)  # only bitsandbytes' Params4bit has one
                 kind = "weights_4bit" if quantised is not None else "adapters" if "lora_" in name else "weights_other"
                 self._note(position, parameter, kind, name)
-                if quantised is not None:
-                    self._note(position, quantised.absmax, "quantisation", name)
+                for _, tensor in quantisation_tensors(quantised) if quantised is not None else ():
+                    self._note(position, tensor, "quantisation", name)
                 if parameter.grad is not None:
                     self._note(position, parameter.grad, "gradients", name)
             for own, buffer in root.named_buffers():
