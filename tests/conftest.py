@@ -3,14 +3,17 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from forked_commands import READ_AT_IMPORT, run_alone, run_forked, start_server
 
 from helpers import TINY_HYBRID
+from qlora_lowmem import virtual_gpu
 from qlora_lowmem.models.sources import architecture
+from qlora_lowmem.probes.runs import recipe_server
+from qlora_lowmem.virtual_gpu.build import ensure_built
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +39,23 @@ def conversations(tmp_path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def built() -> None:
+    """Skip where this machine cannot host a virtual GPU."""
+    try:
+        ensure_built()
+    except virtual_gpu.VirtualGPUUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def recipe_runs(built: None) -> Iterator[virtual_gpu.Server]:
+    """A server of virtual runs, one for all tests: its imports are what takes long."""
+    del built
+    with recipe_server(max_workers=2) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from qlora_lowmem.errors import DoesNotFitError
 from qlora_lowmem.out_of_memory import first_words, is_out_of_memory, whose_memory
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.virtual_gpu.build import ensure_built
 from tiny_chat import write_tiny_chat
 
 CUDA = (
@@ -186,13 +185,10 @@ HOLDER = (
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside another program"])
 def test_a_card_without_room_for_the_context(tiny_hybrid: Path, tmp_path: Path, others: bool) -> None:
     """The context itself (AcceleratorError) beside another program; else the allocator's first block after it."""
-    try:
-        ensure_built()
-    except virtual_gpu.VirtualGPUUnavailable as error:
-        pytest.skip(str(error))
     card = virtual_gpu.get_card("rtx-4050-laptop-6gb")
     card = card.with_memory(card.context_bytes * 3 // 2 if others else card.context_bytes + 2**20)
     command = [sys.executable, "-m", "qlora_lowmem.train", "--config", str(RECIPES / "optimised.yaml"), "--no-advice"]

@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import RECIPES, ROOT
-from qlora_lowmem.virtual_gpu.build import ensure_built
-from qlora_lowmem.virtual_gpu.errors import VirtualGPUUnavailable
 from tiny_chat import write_tiny_chat
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -88,11 +86,8 @@ def test_several_processes_log_the_same_when_they_go_on_between_two_log_lines(tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("built")
 def test_fsdp2_shards_four_bit_weights_over_virtual_cards(tiny_hybrid: Path, tmp_path: Path) -> None:
-    try:
-        ensure_built()
-    except VirtualGPUUnavailable as error:
-        pytest.skip(str(error))
     summaries = {}
     for storage in ("uint8", "bf16"):
         target = tmp_path / f"{storage}.json"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import RECIPES
+from helpers import RECIPES, TINY_HYBRID
 from qlora_lowmem.memory.live import read_live
+from qlora_lowmem.models.sources import architecture
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 OPTIMISED = ("--config", str(RECIPES / "optimised.yaml"), "--weights", "random", "--device", "virtual")
@@ -38,21 +39,22 @@ def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_job_that_does_not_fit_is_told_what_would_help(command: Command, tiny_hybrid: Path) -> None:
-    """512 sequences with full logits on 6 GB, then the knobs that the run proposes."""
-    big = ["--max-seq-length", "2048", "--batch-size", "512", "--loss", "full", "--gradient-accumulation-steps", "1"]
-    run = command("train", *OPTIMISED, "--model", str(tiny_hybrid), *big, "--json", "-")
+def test_a_job_that_does_not_fit_is_told_what_would_help(command: Command, tmp_path: Path) -> None:
+    """Full logits of 100,352 values on 6 GB, then the knobs that the run proposes."""
+    settings = architecture("granite-4.0-h-350m") | TINY_HYBRID | {"vocab_size": 100352}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    big = ["--model", str(tmp_path), "--max-seq-length", "2048", "--batch-size", "8", "--loss", "full"]
+    big += ["--gradient-accumulation-steps", "1", "--output-dir", str(tmp_path / "out")]
+    run = command("train", *OPTIMISED, *big, "--json", "-")
     assert run.returncode == 3, run.stderr
     assert "CUDA out of memory. Tried to allocate" in run.stderr
     content = json.loads(run.stdout)
     knobs = content["advice"]["knobs"]
     assert knobs == sorted(knobs, key=lambda knob: -knob["saves_bytes"])
     best = knobs[0]
-    assert best["change"] == "--batch-size 1"
+    assert best["change"] == "--loss fused --lean true"
     assert best["fits"]
     # What the advice says is what the changed recipe takes.
-    changed = command(
-        "train", *OPTIMISED, "--model", str(tiny_hybrid), *big, *best["change"].split(), "--json", "-", "--quiet"
-    )
+    changed = command("train", *OPTIMISED, *big, *best["change"].split(), "--json", "-", "--quiet")
     assert changed.returncode == 0, changed.stderr
     assert json.loads(changed.stdout)["peak_device_bytes"] == best["peak_device_bytes"]

@@ -8,7 +8,7 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.probes.runs import recipe_server, submit_recipe
+from qlora_lowmem.probes.runs import submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
 from speed_table import Speed, write_speed
 
@@ -19,16 +19,17 @@ MIB = 2**20
 @pytest.mark.parametrize(
     "changes", [{}, {"gradient_checkpointing": False, "loss": "full"}], ids=["checkpointing", "full-logits"]
 )
-def test_a_timed_step_is_the_trainers_step(tiny_hybrid: Path, changes: dict[str, object]) -> None:
+def test_a_timed_step_is_the_trainers_step(
+    recipe_runs: virtual_gpu.Server, tiny_hybrid: Path, changes: dict[str, object]
+) -> None:
     """Its peaks are those of the same job under the trainer's own loop; only that one keeps a sum of losses."""
     settings = {"model": str(tiny_hybrid), "max_seq_length": 256, "gradient_accumulation_steps": 2} | changes
     recipe = load_recipe(RECIPES / "optimised.yaml", settings)
     card = virtual_gpu.get_card("rtx-4050-laptop-6gb")
-    with recipe_server(max_workers=2) as server:
-        by_the_trainer = submit_recipe(server, recipe, card)
-        kwargs = {"content": recipe.to_dict(), "steps": 5}
-        done = server.submit("training_steps:peaks_of_steps", kwargs, card, timeout=300).result()
-        profile = by_the_trainer.result().profile
+    by_the_trainer = submit_recipe(recipe_runs, recipe, card)
+    kwargs = {"content": recipe.to_dict(), "steps": 5}
+    done = recipe_runs.submit("training_steps:peaks_of_steps", kwargs, card, timeout=300).result()
+    profile = by_the_trainer.result().profile
     assert done.value is not None, done.output_tail
     assert profile is not None
     assert (done.value["steps"], done.value["tokens"]) == (5, 2 * 256)

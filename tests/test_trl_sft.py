@@ -18,7 +18,7 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.models.random_weights import meta_model
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.probes.runs import recipe_server, submit_recipe
+from qlora_lowmem.probes.runs import submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,9 @@ def _on_card(*command: str, folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads(report.read_text(encoding="utf-8")), done.stdout + done.stderr
 
 
-def test_trl_sft_needs_what_our_job_needs(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_trl_sft_needs_what_our_job_needs(
+    recipe_runs: virtual_gpu.Server, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     trl = str(Path(sys.executable).with_name("trl"))
     options = {
         "model_name_or_path": model_folder,
@@ -125,8 +127,7 @@ def test_trl_sft_needs_what_our_job_needs(model_folder: Path, data_folder: Path,
         "max_steps": STEPS,
     }
     recipe = load_recipe(RECIPES / "optimised.yaml", changes)
-    with recipe_server(max_workers=1) as server:
-        ours = submit_recipe(server, recipe, virtual_gpu.get_card(CARD)).result()
+    ours = submit_recipe(recipe_runs, recipe, virtual_gpu.get_card(CARD)).result()
     assert ours.profile is not None, ours.failure
     assert report["peak_allocated_bytes"] == pytest.approx(ours.profile.peak_allocated_bytes, rel=0.01)
     assert report["peak_reserved_bytes"] == pytest.approx(ours.profile.peak_reserved_bytes, rel=0.01)

@@ -8,19 +8,9 @@ import torch
 from gate.stranger import FEW_PLUGINS, Run
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.gate.session import WORKER_MODULES, GateSession
-from qlora_lowmem.virtual_gpu.build import ensure_built
 
 # Sessions in this process forget the modules that they imported, and torch cannot be imported twice.
 assert torch.__version__
-
-
-@pytest.fixture(scope="session")
-def built() -> None:
-    """Skip where this machine cannot host a virtual GPU."""
-    try:
-        ensure_built()
-    except virtual_gpu.VirtualGPUUnavailable as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

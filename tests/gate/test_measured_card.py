@@ -16,7 +16,6 @@ from qlora_lowmem.gate import measured_card
 from qlora_lowmem.gate.cases import CaseResult, VirtualRunner
 from qlora_lowmem.gate.measured_card import DeviceProperties, properties_of_this_machine, virtual_twin
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.probes.runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.report.prediction import compare, misses
 
@@ -79,15 +78,14 @@ def test_properties_come_back_from_the_other_process(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_a_prediction_for_a_twin_is_exact(tiny_hybrid: Path, tmp_path: Path) -> None:
+def test_a_prediction_for_a_twin_is_exact(recipe_runs: virtual_gpu.Server, tiny_hybrid: Path, tmp_path: Path) -> None:
     """A virtual run in the place of the measured one: its twin must need the same, to the byte."""
     changes = {"model": str(tiny_hybrid), "max_seq_length": 128, "gradient_accumulation_steps": 2}
     recipe = load_recipe(RECIPES / "optimised.yaml", changes)
     card = virtual_gpu.get_card("rtx-4050-laptop-6gb")
-    with recipe_server(max_workers=1) as server:
-        stands_in = _profile(VirtualRunner(server, card).submit(recipe))
-        twin = virtual_twin(_asked_on(card, tmp_path), stands_in.outside_allocator_bytes)
-        predicted = _profile(VirtualRunner(server, twin).submit(recipe))
+    stands_in = _profile(VirtualRunner(recipe_runs, card).submit(recipe))
+    twin = virtual_twin(_asked_on(card, tmp_path), stands_in.outside_allocator_bytes)
+    predicted = _profile(VirtualRunner(recipe_runs, twin).submit(recipe))
     figures = compare("tiny", predicted, stands_in)
     assert {figure.phase for figure in figures} > {"load", "first step", "steady"}
     assert [figure.error for figure in figures] == [0.0] * len(figures)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -18,10 +17,8 @@ from qlora_lowmem.gate.verdicts import EXACT, Pass, Regressed, compare
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.probes.runs import recipe_server
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.virtual_gpu.build import ensure_built
 
 pytestmark = pytest.mark.slow
 
@@ -51,26 +48,23 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Runs]:
+def runs(
+    recipe_runs: virtual_gpu.Server, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Runs:
     """Only the seeds of the tests that run are started."""
-    try:
-        ensure_built()
-    except virtual_gpu.VirtualGPUUnavailable as error:
-        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("small-hybrid")
     (folder / "config.json").write_text(json.dumps(architecture("granite-4.0-h-350m") | MODEL))
     recipes = {
         base: load_recipe(RECIPES / "optimised.yaml", SMALL | {"model": str(folder)} | change)
         for base, change in BASES.items()
     }
-    with recipe_server(max_workers=2) as server:
-        runs = Runs(server, recipes)
-        wanted = {item.callspec.params["seed"] for item in request.session.items if "seed" in _parameters(item)}
-        for base in BASES:
-            runs.start(base, "")
-        for seed in wanted:
-            runs.start(REGRESSIONS[seed].base if seed in REGRESSIONS else "checkpointed", seed)
-        yield runs
+    runs = Runs(recipe_runs, recipes)
+    wanted = {item.callspec.params["seed"] for item in request.session.items if "seed" in _parameters(item)}
+    for base in BASES:
+        runs.start(base, "")
+    for seed in wanted:
+        runs.start(REGRESSIONS[seed].base if seed in REGRESSIONS else "checkpointed", seed)
+    return runs
 
 
 def _parameters(item: pytest.Item) -> dict[str, object]:

@@ -11,24 +11,15 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.probes.runs import recipe_server, submit_recipe
+from qlora_lowmem.probes.runs import submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.virtual_gpu.build import ensure_built
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("built")]
 
 SMALL = {"max_seq_length": "64", "gradient_accumulation_steps": "3", "lora_r": "4"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    try:
-        ensure_built()
-    except virtual_gpu.VirtualGPUUnavailable as error:
-        pytest.skip(str(error))
-
-
-def test_kinds_sum_and_peaks_stay(tiny_hybrid: Path) -> None:
+def test_kinds_sum_and_peaks_stay(recipe_runs: virtual_gpu.Server, tiny_hybrid: Path) -> None:
     changes = [
         {},
         {"gradient_checkpointing": "false", "loss": "full"},
@@ -39,10 +30,9 @@ def test_kinds_sum_and_peaks_stay(tiny_hybrid: Path) -> None:
         load_recipe(RECIPES / "optimised.yaml", SMALL | {"model": str(tiny_hybrid)} | change) for change in changes
     ]
     card = virtual_gpu.get_card("rtx-4050-laptop-6gb")
-    with recipe_server() as server:
-        plain = [submit_recipe(server, recipe, card) for recipe in recipes]
-        asked = [submit_recipe(server, recipe, card, attribute=True) for recipe in recipes]
-        runs = [(one.result(), other.result()) for one, other in zip(plain, asked, strict=True)]
+    plain = [submit_recipe(recipe_runs, recipe, card) for recipe in recipes]
+    asked = [submit_recipe(recipe_runs, recipe, card, attribute=True) for recipe in recipes]
+    runs = [(one.result(), other.result()) for one, other in zip(plain, asked, strict=True)]
 
     for change, (without, attributed) in zip(changes, runs, strict=True):
         assert attributed.failure is None, attributed.failure

@@ -1,20 +1,9 @@
-"""What tests of this folder share: a server of virtual runs, whose imports are what takes long, and a hub."""
+"""What tests of this folder share: a hub."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from qlora_lowmem import virtual_gpu
-from qlora_lowmem.probes.runs import recipe_server
-
-
-@pytest.fixture(scope="session")
-def planning_server() -> Iterator[virtual_gpu.Server]:
-    """Its workers are started by the first job, one kind of card after the other."""
-    with recipe_server() as server:
-        yield server
 
 
 @pytest.fixture

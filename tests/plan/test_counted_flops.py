@@ -15,7 +15,7 @@ from qlora_lowmem.virtual_gpu import Server, get_card
 CARD = get_card("rtx-3060-laptop-6gb")
 
 
-def test_of_a_whole_step_on_a_virtual_card(tiny_hybrid: Path, planning_server: Server) -> None:
+def test_of_a_whole_step_on_a_virtual_card(tiny_hybrid: Path, recipe_runs: Server) -> None:
     """Without checkpointing, and with it: every layer's forward comes on top, and nothing else."""
     config = json.loads((tiny_hybrid / "config.json").read_text())
     plain = replace_fields(
@@ -24,7 +24,7 @@ def test_of_a_whole_step_on_a_virtual_card(tiny_hybrid: Path, planning_server: S
     )
     checkpointed = replace_fields(plain, {"gradient_checkpointing": True})
     wrong = replace_fields(plain, {"target_modules": ("no_such_layer",)})
-    runs = Runs(planning_server, RunCache(None))
+    runs = Runs(recipe_runs, RunCache(None))
     both = [runs.count_flops(recipe, CARD, Tally()) for recipe in (plain, checkpointed)]
     fails = runs.count_flops(wrong, CARD, Tally())
     once, twice = (future.result() for future in both)

@@ -86,13 +86,13 @@ def test_of_a_model_on_the_hub_what_is_written_runs_as_it_is_said(
     assert "a local folder that holds config.json" in never.stderr
 
 
-def test_a_recipe_that_does_not_fit_gets_one_that_does(tiny_hybrid: Path, planning_server: Server) -> None:
+def test_a_recipe_that_does_not_fit_gets_one_that_does(tiny_hybrid: Path, recipe_runs: Server) -> None:
     """Sixteen sequences at once with full logits: one by one they fit, and the next longer step does not."""
     asked = {"model": str(tiny_hybrid), "max_seq_length": 2048, "batch_size": 16, "gradient_accumulation_steps": 1}
     recipe = replace_fields(load_recipe(RECIPES / "baseline.yaml"), asked)
     card = get_card(CARD)
     card = card.with_memory(card.total_bytes - card.usable_bytes + card.context_bytes + 200 * 2**20)
-    runs = Runs(planning_server, RunCache(None))
+    runs = Runs(recipe_runs, RunCache(None))
     pair = Pair(planned_model(recipe), card, recipe.name, recipe_given=True)
     plan = Planner(pair, Extent(8192, 512, full=False), runs, lambda _what: None).plan()
     assert not plan.fits
@@ -106,7 +106,7 @@ def test_a_recipe_that_does_not_fit_gets_one_that_does(tiny_hybrid: Path, planni
     proposed = planned_model(proposal.recipe).recipe
     lengths = [2048, proposal.longest.value, proposal.longest.next_value]
     again = [
-        submit_recipe(planning_server, two_steps(replace_fields(proposed, {"max_seq_length": length})), card)
+        submit_recipe(recipe_runs, two_steps(replace_fields(proposed, {"max_seq_length": length})), card)
         for length in lengths
     ]
     left = [room_left(run.result(), card, "again") for run in again]

@@ -3,7 +3,7 @@
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qlora_lowmem.errors import StoppedBySignal
 from qlora_lowmem.execute import Outcome, execute
 from qlora_lowmem.job import Job
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.probes.runs import RecipeRun, recipe_server, submit_recipe
+from qlora_lowmem.probes.runs import RecipeRun, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.training.adamw import AdamW
@@ -29,7 +29,6 @@ from qlora_lowmem.training.divergence import DivergedError
 from qlora_lowmem.training.interruption import Interruption
 from qlora_lowmem.training.log_file import LogFile
 from qlora_lowmem.training.warm_up import WarmUp, optimizer_state_bytes
-from qlora_lowmem.virtual_gpu.build import ensure_built
 
 Make = Callable[..., Recipe]
 ALONE = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
@@ -222,16 +221,6 @@ def test_no_weight_that_is_not_finite_is_saved(tiny_recipe: Make) -> None:
     assert newest_whole(Path(other.run.output_dir)).checkpoint == Path(other.run.output_dir) / "checkpoint-2"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[virtual_gpu.Server]:
-    try:
-        ensure_built()
-    except virtual_gpu.VirtualGPUUnavailable as error:
-        pytest.skip(str(error))
-    with recipe_server(max_workers=1) as made:
-        yield made
-
-
 def _found(done: RecipeRun) -> Attribution:
     assert done.failure is None, done.failure
     assert done.attribution is not None
@@ -239,7 +228,7 @@ def _found(done: RecipeRun) -> Attribution:
 
 
 @pytest.mark.slow
-def test_on_a_card_gradients_go_and_state_doubles(server: virtual_gpu.Server, tiny_hybrid: Path) -> None:
+def test_on_a_card_gradients_go_and_state_doubles(recipe_runs: virtual_gpu.Server, tiny_hybrid: Path) -> None:
     """Adapters of rank 512 on a tiny model, so that they are most of the peak; attribution changes none of it."""
     small = {"model": str(tiny_hybrid), "max_seq_length": 32, "lora_r": 512, "target_modules": "all-linear"} | ALONE
     changes: dict[str, dict[str, Any]] = {
@@ -252,8 +241,8 @@ def test_on_a_card_gradients_go_and_state_doubles(server: virtual_gpu.Server, ti
         "one step": {"gradient_release": True, "max_steps": 1},
     }
     recipes = {name: load_recipe(RECIPES / "optimised.yaml", small | each) for name, each in changes.items()}
-    plain = {name: submit_recipe(server, recipes[name], CARD) for name in ("fp32", "released")}
-    asked = {name: submit_recipe(server, each, CARD, attribute=True) for name, each in recipes.items()}
+    plain = {name: submit_recipe(recipe_runs, recipes[name], CARD) for name in ("fp32", "released")}
+    asked = {name: submit_recipe(recipe_runs, each, CARD, attribute=True) for name, each in recipes.items()}
     found = {name: _found(each.result()) for name, each in asked.items()}
     for name, without in plain.items():
         assert without.result().profile == asked[name].result().profile, name
@@ -275,12 +264,12 @@ def test_on_a_card_gradients_go_and_state_doubles(server: virtual_gpu.Server, ti
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [RELEASE, RELEASE | {"optimizer_state_dtype": "fp32"}], ids=["auto", "fp32"])
 def test_the_warm_up_sees_what_a_steady_step_takes(
-    server: virtual_gpu.Server, tiny_hybrid: Path, tmp_path: Path, changes: dict[str, Any]
+    recipe_runs: virtual_gpu.Server, tiny_hybrid: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     small = {"model": str(tiny_hybrid), "device": "virtual", "max_seq_length": 32, "max_steps": 2, "lora_r": 256}
     recipe = load_recipe(RECIPES / "optimised.yaml", small | changes | {"output_dir": str(tmp_path / "run")})
     arguments = {"content": recipe.to_dict(), "warm_up": True}
-    done = server.submit("training.virtual_jobs:train", arguments, CARD).result()
+    done = recipe_runs.submit("training.virtual_jobs:train", arguments, CARD).result()
     assert done.value is not None, done.output_tail
     phases = done.value["phases"]
     assert phases["warm-up"] == pytest.approx(phases["steady"], rel=0.01)

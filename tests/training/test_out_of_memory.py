@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,12 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import PHASES
 from qlora_lowmem.phases import live
-from qlora_lowmem.probes.runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.virtual_gpu.build import ensure_built
 from tiny_chat import write_tiny_chat
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CARD = virtual_gpu.get_card("rtx-4050-laptop-6gb")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[virtual_gpu.Server]:
-    try:
-        ensure_built()
-    except virtual_gpu.VirtualGPUUnavailable as error:
-        pytest.skip(str(error))
-    with recipe_server(max_workers=1) as made:
-        yield made
 
 
 def content(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -43,49 +31,49 @@ def content(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return load_recipe(RECIPES / "optimised.yaml", small | changes | {"output_dir": str(tmp_path / "run")}).to_dict()
 
 
-def train(server: virtual_gpu.Server, **arguments: Any) -> dict[str, Any]:
-    done = server.submit("training.virtual_jobs:train", arguments, CARD).result()
+def train(recipe_runs: virtual_gpu.Server, **arguments: Any) -> dict[str, Any]:
+    done = recipe_runs.submit("training.virtual_jobs:train", arguments, CARD).result()
     assert done.value is not None, done.output_tail
     found: dict[str, Any] = done.value
     return found
 
 
-def test_a_job_that_will_not_fit_fails_before_its_first_step(server: virtual_gpu.Server, tmp_path: Path) -> None:
-    found = train(server, content=content(tmp_path), warm_up=True)
+def test_a_job_that_will_not_fit_fails_before_its_first_step(recipe_runs: virtual_gpu.Server, tmp_path: Path) -> None:
+    found = train(recipe_runs, content=content(tmp_path), warm_up=True)
     assert found == {"phase": "warm-up", "checkpoint": None}
 
 
 def test_the_last_good_step_is_saved_and_gone_on_from_with_another_knob(
-    server: virtual_gpu.Server, tmp_path: Path
+    recipe_runs: virtual_gpu.Server, tmp_path: Path
 ) -> None:
     recipe = content(tmp_path)
-    found = train(server, content=recipe)
+    found = train(recipe_runs, content=recipe)
     assert found["phase"] == "steady"
     step = int(found["checkpoint"].removeprefix("checkpoint-"))
     assert step > 0
     recipe["base"]["attention"] = "sdpa"
-    again = train(server, content=recipe, resume=True)
+    again = train(recipe_runs, content=recipe, resume=True)
     assert again["steps"] == 8
     assert again["phases"].keys() == {"load", "resume", "first step", "steady", "save"}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_warm_up_sees_what_a_steady_step_takes(
-    server: virtual_gpu.Server, tmp_path: Path, accumulation: int
+    recipe_runs: virtual_gpu.Server, tmp_path: Path, accumulation: int
 ) -> None:
     """With workspaces, gradients and the optimizer's state; that it is held as one block saves some rounding."""
     changes = {"max_memory": "100%", "gradient_accumulation_steps": accumulation, "attention": "sdpa"}
     recipe = content(tmp_path, **changes)
-    phases = train(server, content=recipe, warm_up=True)["phases"]
+    phases = train(recipe_runs, content=recipe, warm_up=True)["phases"]
     assert phases["warm-up"] == pytest.approx(phases["steady"], rel=0.01)
 
 
-def test_a_life_has_every_phase(server: virtual_gpu.Server, tiny_hybrid: Path) -> None:
+def test_a_life_has_every_phase(recipe_runs: virtual_gpu.Server, tiny_hybrid: Path) -> None:
     recipe = load_recipe(RECIPES / "lean.yaml", {"model": str(tiny_hybrid), "max_seq_length": 64, "device": "virtual"})
-    found = live(recipe, CARD, server)
+    found = live(recipe, CARD, recipe_runs)
     assert [peak.name for peak in found.profile.phases] == list(PHASES)
     assert found.fits(CARD)
-    small = live(replace_field(recipe, "max_memory", "460 MiB"), CARD, server)
+    small = live(replace_field(recipe, "max_memory", "460 MiB"), CARD, recipe_runs)
     assert list(small.out_of_memory) == ["warm-up"]
     assert not small.fits(CARD)
 

@@ -8,19 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora_lowmem.virtual_gpu import Card, JobResult, Server, VirtualGPUUnavailable, get_card
-from qlora_lowmem.virtual_gpu.build import ensure_built
+from qlora_lowmem.virtual_gpu import Card, JobResult, Server, get_card
 
 RunJob = Callable[..., JobResult]
-
-
-@pytest.fixture(scope="session")
-def built() -> None:
-    """Skips where no virtual GPU can be: the reason is the message that a user would see."""
-    try:
-        ensure_built()
-    except VirtualGPUUnavailable as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def explain(history: History, evidence: Evidence, phase: PhasePeak, device: str,
         device=device,
         provenance=provenance,
         phase=phase.name,
-        moment=_moment([scopes[index] for index in alive]),
+        moment=_moment([(kinds[index], scopes[index]) for index in alive]),
         kinds={kind: count for kind, count in sums.items() if count},
         allocated_bytes=phase.allocated,
         reserved_bytes=phase.reserved,
@@ -94,13 +94,14 @@ def _owners(history: History, evidence: Evidence) -> list[Owner | None]:
     return found
 
 
-def _moment(scopes: list[Scope | None]) -> str:
-    """The scope of the youngest block."""
-    scope = next((scope for scope in reversed(scopes) if scope is not None), None)
+def _moment(alive: list[tuple[str, Scope | None]]) -> str:
+    """Where the step was when the youngest block came: its scope, corrected by what its kind knows of the code."""
+    kind, scope = next(((kind, scope) for kind, scope in reversed(alive) if scope is not None), ("", None))
     if scope is None:
         return "at the start of the step"
-    where = f" of {scope.module}" if scope.module else ""
-    return f"{scope.phase}{where}{f' ({scope.node})' if scope.node else ''}"
+    phase = "backward" if kind.startswith("backward_") else scope.phase
+    module = _module(kind, scope)
+    return f"{phase}{f' of {module}' if module else ''}{f' ({scope.node})' if scope.node else ''}"
 
 
 def _module(kind: str, scope: Scope | None) -> str:
