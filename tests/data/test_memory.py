@@ -61,10 +61,10 @@ def test_checking(tmp_path: Path, suffix: str, write: Callable[[Path, int], None
 
 
 def test_tokenising(tmp_path: Path) -> None:
-    """Held in lists, the larger file's six million tokens and labels would be 400 MiB."""
+    """Held in lists, the larger file's three million tokens and labels would be 200 MiB."""
     word_tokenizer(WORDS).save_pretrained(tmp_path / "tokenizer")
     grown = []
-    for size in (4 * MIB, 40 * MIB):
+    for size in (2 * MIB, 20 * MIB):
         path = tmp_path / f"{size}.jsonl"
         write_jsonl(path, size)
         grown.append(growth(path, size, str(tmp_path / "tokenizer")))

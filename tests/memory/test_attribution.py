@@ -89,6 +89,16 @@ def test_what_nobody_knows_is_unexplained_and_listed() -> None:
     assert [owner.line for owner in found.owners if owner.kind == "unexplained"] == ["somewhere/else.py:7 work"]
 
 
+def test_the_moment_is_where_the_youngest_blocks_code_ran() -> None:
+    """Hooks see the forward that a tile's backward recomputes, and not the backward itself."""
+    scan = [{"filename": "/x/qlora_lowmem/lean/scan.py", "line": 1, "name": "_backward"}]
+    by_code, _ = attributed([], [(MIB, 1, scan)])
+    by_hooks, _ = attributed([], [(MIB, 1, [])])
+
+    assert by_code.moment == "backward of model.layers.1"
+    assert by_hooks.moment == "recompute of model.layers.1.self_attn"
+
+
 def test_bytes_that_the_history_missed_are_unexplained() -> None:
     found, history = attributed([0], [(2048, 0, [])])
     evidence = Evidence(ScopeWindow(0), {})
