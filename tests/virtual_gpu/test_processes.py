@@ -1,43 +1,43 @@
 """Whose a process is, also at the moment its program is being started."""
 
-import threading
-import time
 from pathlib import Path
+
+import pytest
 
 from qlora_lowmem.virtual_gpu import processes
 
 ACCOUNT = Path("/somewhere/account.bin")
 
 
-def process(folder, pid, environ=b"", cmdline=b"", exe="/bin/true"):
-    entry = folder / str(pid)
-    entry.mkdir()
-    (entry / "environ").write_bytes(environ)
-    (entry / "cmdline").write_bytes(cmdline)
-    if exe:
-        (entry / "exe").symlink_to(exe)
-    return entry
+def entry(folder: Path, pid: int, environ: bytes = b"", cmdline: bytes = b"", has_program: bool = True) -> Path:
+    """What /proc shows of a process."""
+    process = folder / str(pid)
+    process.mkdir()
+    (process / "environ").write_bytes(environ)
+    (process / "cmdline").write_bytes(cmdline)
+    if has_program:
+        (process / "exe").symlink_to("/bin/true")
+    return process
 
 
-def test_a_process_whose_program_is_being_started_is_looked_at_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_PROCESSES", tmp_path)
-    starting = process(tmp_path, 7)
+def test_a_process_whose_program_is_being_started_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = entry(tmp_path, 7)
 
-    def start():
+    def start(_seconds: float) -> None:
         (starting / "environ").write_bytes(f"A=b\0{processes.ACCOUNT_VARIABLE}={ACCOUNT}\0".encode())
         (starting / "cmdline").write_bytes(b"sleep\x0060\0")
 
-    timer = threading.Timer(0.1, start)
-    timer.start()
-    assert list(processes.members(ACCOUNT)) == [7]
-    timer.join()
-
-
-def test_no_time_is_lost_on_processes_that_have_no_environment(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_PROCESSES", tmp_path)
-    process(tmp_path, 1, cmdline=b"env\0-i\0")
-    process(tmp_path, 2, exe=None)  # the kernel's own, or one that has ended
-    process(tmp_path, 3, environ=b"VGPU_ACCOUNT=/another/account.bin\0", cmdline=b"true\0")
-    begin = time.monotonic()
+    monkeypatch.setattr(processes.time, "sleep", start)
+    assert list(processes.members(ACCOUNT)) == [7]
+
+
+def test_nobody_waits_for_processes_that_have_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry(tmp_path, 1, cmdline=b"env\0-i\0")
+    entry(tmp_path, 2, has_program=False)  # the kernel's own, or one that has ended
+    entry(tmp_path, 3, environ=b"VGPU_ACCOUNT=/another/account.bin\0", cmdline=b"true\0")
+    monkeypatch.setattr(processes, "_PROCESSES", tmp_path)
+    monkeypatch.setattr(processes.time, "sleep", lambda _seconds: pytest.fail("it waited"))
     assert not list(processes.members(ACCOUNT))
-    assert time.monotonic() - begin < processes._START_SECONDS / 2
