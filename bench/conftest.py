@@ -8,8 +8,10 @@ import pytest
 from matrix_recipes import ORDER, RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.errors import EXIT_USAGE, UsageError
 from qlora_lowmem.gate.cases import GpuRunner, Matrix, Runner, VirtualRunner
 from qlora_lowmem.gate.device import driver_version
+from qlora_lowmem.gate.measured_card import properties_of_this_machine
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.gate.session import GateSession
 from qlora_lowmem.memory.profile import MemoryProfile
@@ -107,6 +109,10 @@ def virtual_server() -> Iterator[virtual_gpu.Server]:
 def runner(request: pytest.FixtureRequest, on_gpu: bool) -> Runner:
     """Runs cases on the device that the options name."""
     if on_gpu:
+        try:
+            properties_of_this_machine()
+        except UsageError as error:
+            pytest.exit(str(error), returncode=EXIT_USAGE)
         return GpuRunner(request.config.getoption("vram_cap"))
     card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD)
     return VirtualRunner(request.getfixturevalue("virtual_server"), card)

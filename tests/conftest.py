@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forked_commands import READ_AT_IMPORT, run_alone, run_forked, start_server
 
+from forked_commands import READ_AT_IMPORT, run_alone, run_forked, start_server
 from helpers import TINY_HYBRID
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.models.sources import architecture
