@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
+from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_result
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.memory.kinds import OUTSIDE_ALLOCATED
-from qlora_lowmem.probes.runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.report.attribution import write_attribution
+from qlora_lowmem.results.kinds.attribution_table import write_attribution
 
 EXPLAINED = ["baseline", "optimised"]
 

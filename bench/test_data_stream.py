@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from matrix_recipes import RECIPES
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
+from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_result
 from qlora_lowmem.units import MIB
 
 pytestmark = pytest.mark.data_stream

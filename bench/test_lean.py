@@ -12,10 +12,10 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
-from qlora_lowmem.probes.runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.report.waterfall import Step, write_waterfall
+from qlora_lowmem.results.kinds.waterfall_table import Step, write_waterfall
 from qlora_lowmem.units import GIB, format_bytes
 
 # (idea, the fields that change); each starts where the one before ended.

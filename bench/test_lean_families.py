@@ -12,10 +12,10 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
-from qlora_lowmem.probes.runs import RecipeRun, shortened, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, submit_recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.report.charts.families import Pair
-from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
+from qlora_lowmem.results.kinds.families import Pair
+from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
 
 pytestmark = pytest.mark.lean
 KNOWN = ("granite-4.0-h-1b", "granite-4.0-1b", "llama-3.2-3b")

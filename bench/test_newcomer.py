@@ -19,7 +19,7 @@ import pytest
 
 from matrix_recipes import RECIPES
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
+from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_result
 
 pytestmark = pytest.mark.newcomer
 

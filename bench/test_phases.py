@@ -7,12 +7,12 @@ import yaml
 
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.commands.phases import Life, live
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.memory.profile import PHASES, PhasePeak
-from qlora_lowmem.phases import Life, live
-from qlora_lowmem.probes.runs import recipe_server
+from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.report.phases import write_phases
+from qlora_lowmem.results.kinds.phases_table import write_phases
 from qlora_lowmem.units import parse_bytes
 
 pytestmark = pytest.mark.phases

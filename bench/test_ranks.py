@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.report.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
+from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
 
 pytestmark = pytest.mark.ranks
 

@@ -11,8 +11,8 @@ from published.rows import fine_tuning_runs
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.probes.advice import ROOMY_BYTES
-from qlora_lowmem.probes.runs import submit_recipe
+from qlora_lowmem.plan.advice import ROOMY_BYTES
+from qlora_lowmem.plan.recipe_runs import submit_recipe
 from reality.comparison import Comparison
 from reality.rows import FACTORY, FITCHECK, FMS, PEFT, PublishedPeak, published_peaks
 from reality.table import SOURCES, write_reality

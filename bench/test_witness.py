@@ -18,7 +18,7 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
+from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_result
 from qlora_lowmem.units import MIB, format_bytes
 
 if TYPE_CHECKING:

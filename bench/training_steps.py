@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from qlora_lowmem.job import build_job
 from qlora_lowmem.models.loading import load_tokenizer
 from qlora_lowmem.models.precision import choose_precision
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
+from qlora_lowmem.run.job import build_job
 
 # Synthetic samples never end: the same ones come again.
 _STEPS_OF_DATA = 2

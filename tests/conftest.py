@@ -12,7 +12,7 @@ from forked_commands import READ_AT_IMPORT, run_alone, run_forked, start_server
 from helpers import TINY_HYBRID
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.probes.runs import recipe_server
+from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.virtual_gpu.build import ensure_built
 
 

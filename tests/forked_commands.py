@@ -22,7 +22,7 @@ _context = multiprocessing.get_context("forkserver")
 
 def start_server() -> None:
     """Start the process that is forked; once is enough."""
-    _context.set_forkserver_preload(["qlora_lowmem.execute"])
+    _context.set_forkserver_preload(["qlora_lowmem.run.execute"])
     with mock.patch.dict(os.environ, _AT_IMPORT):
         forkserver.ensure_running()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
+from qlora_lowmem.commands.train import main
 from qlora_lowmem.errors import EXIT_USAGE
-from qlora_lowmem.train import main
 
 OPTIMISED = str(RECIPES / "optimised.yaml")
 GOOD_LINE = json.dumps({"text": "hello"}) + "\n"

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import RECIPES
-from qlora_lowmem.generate import main
-from qlora_lowmem.train import main as train
+from qlora_lowmem.commands.generate import main
+from qlora_lowmem.commands.train import main as train
 from tiny_chat import write_tiny_chat
 
 HELD_OUT = str(RECIPES / "demo-held-out.jsonl")

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers import RECIPES, TINY_HYBRID
+from qlora_lowmem.commands.train import main
 from qlora_lowmem.errors import EXIT_USAGE
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.train import main
 from tiny_chat import write_tiny_chat
 
 LEFT_OUT = "lean leaves out tiles, scan, attention, swiglu: attention_dropout=0.1"

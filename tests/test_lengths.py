@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem import lengths
-from qlora_lowmem.report.tables import gib
+from qlora_lowmem.commands import lengths
+from qlora_lowmem.results.tables import gib
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CONFIG = ("--config", str(RECIPES / "optimised.yaml"), "--weights", "random")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from helpers import RECIPES
-from qlora_lowmem import execute as executing
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import DoesNotFitError
-from qlora_lowmem.out_of_memory import first_words, is_out_of_memory, whose_memory
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.run import execute as executing
+from qlora_lowmem.run.out_of_memory import first_words, is_out_of_memory, whose_memory
 from tiny_chat import write_tiny_chat
 
 CUDA = (
@@ -150,7 +150,7 @@ def test_another_failure_stays_what_it_is(recipe: Recipe, tmp_path: Path, monkey
 
 
 def test_before_and_after() -> None:
-    from qlora_lowmem.before_after import _fits
+    from qlora_lowmem.run.before_after import _fits
 
     for error, said in ((torch.AcceleratorError(CUDA), "GPU memory"), (MemoryError(), "host memory")):
         with pytest.raises(DoesNotFitError, match=f"out of {said} while answering"), _fits("answering"):
@@ -160,7 +160,7 @@ def test_before_and_after() -> None:
 
 
 def test_merge(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_lowmem.merge import merge_run
+    from qlora_lowmem.commands.merge import merge_run
     from qlora_lowmem.models import loading, merging
     from qlora_lowmem.recipe.io import replace_fields
 
@@ -168,7 +168,7 @@ def test_merge(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(merging.Adapter, "read", lambda _: None)
     monkeypatch.setattr(loading, "weights_folder", lambda *_: tmp_path / "model")
     monkeypatch.setattr(executing, "start_recorder", lambda _: FakeRecorder())
-    monkeypatch.setattr("qlora_lowmem.job.apply_memory_limit", lambda *_: 0)
+    monkeypatch.setattr("qlora_lowmem.run.job.apply_memory_limit", lambda *_: 0)
     for error, kind in (
         (torch.AcceleratorError(CUDA), executing.OutOfGpuMemoryError),
         (MemoryError(), executing.OutOfHostMemoryError),

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem import command, explain, generate, lengths, longest, merge, phases, train
+from qlora_lowmem.commands import bisect, explain, generate, lengths, longest, merge, phases, plan, train
+from qlora_lowmem.commands import frame as command
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
-from qlora_lowmem.gate import bisect
-from qlora_lowmem.plan import __main__ as plan
 
 DEMO = ["--config", str(RECIPES / "demo.yaml")]
 # A recipe is read after the target was tried, and this one is not there.

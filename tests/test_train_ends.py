@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from helpers import RECIPES
+from qlora_lowmem.commands.train import main
 from qlora_lowmem.errors import EXIT_USAGE
-from qlora_lowmem.job import steps_over
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.train import main
+from qlora_lowmem.run.job import steps_over
 from tiny_chat import write_tiny_chat
 
 

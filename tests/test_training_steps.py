@@ -8,7 +8,7 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.probes.runs import submit_recipe
+from qlora_lowmem.plan.recipe_runs import submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
 from speed_table import Speed, write_speed
 

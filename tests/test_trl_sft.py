@@ -18,7 +18,7 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.models.random_weights import meta_model
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.probes.runs import submit_recipe
+from qlora_lowmem.plan.recipe_runs import submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
 
 pytestmark = pytest.mark.slow

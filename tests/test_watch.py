@@ -17,12 +17,12 @@ import pynvml
 import pytest
 from rich.console import Console
 
+from qlora_lowmem.commands.watch import Watch, main
 from qlora_lowmem.errors import DoesNotFitError
 from qlora_lowmem.memory.live import MEMORY_FILE, LiveMemory, read_live, write_live
 from qlora_lowmem.recipe import Recipe, Run
 from qlora_lowmem.units import GIB, MIB
 from qlora_lowmem.virtual_gpu import get_card
-from qlora_lowmem.watch.__main__ import Watch, main
 from qlora_lowmem.watch.judgement import (
     FULL_SHARE,
     STALE_SECONDS,

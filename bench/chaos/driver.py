@@ -12,7 +12,7 @@ from typing import Any
 from chaos.disk import SmallDisk
 from chaos.events import Event
 from chaos.process import Training, logged
-from qlora_lowmem.training.checkpoints import newest_whole, step_of
+from qlora_lowmem.run_folder.checkpoints import newest_whole, step_of
 
 _PATIENCE = 1200.0
 _ROOM_AT_START = 2000  # bytes: for the last words of a process whose standard error is a file under the same limit

@@ -61,7 +61,7 @@ def _main(arguments: list[str], log: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 2)
     os.dup2(handle, 1)
-    from qlora_lowmem.train import main
+    from qlora_lowmem.commands.train import main
 
     sys.exit(main(arguments))
 

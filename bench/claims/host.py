@@ -9,7 +9,7 @@ from claims.verdicts import Exactly
 from claims.ways_out import saving
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
-from qlora_lowmem.probes.advice import ROOMY_BYTES
+from qlora_lowmem.plan.advice import ROOMY_BYTES
 
 
 def submit(server: virtual_gpu.Server) -> "dict[str, Future[virtual_gpu.JobResult]]":

@@ -12,8 +12,8 @@ from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.probes.advice import ROOMY_BYTES
-from qlora_lowmem.probes.runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.advice import ROOMY_BYTES
+from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 

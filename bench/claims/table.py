@@ -7,7 +7,7 @@ from typing import Any
 
 from claims.rows import Row
 from claims.verdicts import LEAST_SAVING, NO_SAVING, SLACK
-from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
+from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_result
 
 _HEADERS = ("statement", "model", "claimed", "found", "before", "after", "verdict", "why")
 _SUMMARY = ("statement", "model", "before", "after", "claimed", "found", "verdict")

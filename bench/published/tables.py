@@ -7,7 +7,7 @@ from typing import Any
 
 from published.rows import MIB, FineTuningRun, PublishedRow, Score
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
+from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_result
 
 _MEASURED = "measured by others: see source"
 

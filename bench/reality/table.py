@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.report.tables import markdown_table, provenance_lines, write_result
+from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_result
 from reality.comparison import Comparison
 from reality.rows import FACTORY, FITCHECK, FMS, FMS_LATER, NOT_A_RECIPE, PEFT, UNSLOTH
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.train import main
+from qlora_lowmem.commands.train import main
 from tiny_chat import write_tiny_chat
 
 CHATS = [

@@ -51,7 +51,7 @@ def run(content: dict[str, Any], seed: str) -> dict[str, Any]:
     """In the worker: the recipe with the seeded change."""
     if seed:
         (REGRESSIONS[seed].patch if seed in REGRESSIONS else HARMLESS[seed])()
-    from qlora_lowmem.probes.runs import run_here
+    from qlora_lowmem.plan.recipe_runs import run_here
 
     return run_here(content, attribute=True)
 
@@ -70,7 +70,7 @@ def _with_model(change: Callable[[Any], None]) -> Patch:
     """Change the base model once it is loaded."""
 
     def patch() -> None:
-        import qlora_lowmem.job as job
+        import qlora_lowmem.run.job as job
 
         def loaded(original: Any, *args: Any, **kwargs: Any) -> Any:
             model = original(*args, **kwargs)
@@ -86,7 +86,7 @@ def _with_job(change: Callable[[Any], None]) -> Patch:
     """Change the job once it is built."""
 
     def patch() -> None:
-        import qlora_lowmem.execute as execute
+        import qlora_lowmem.run.execute as execute
 
         def built(original: Any, *args: Any, **kwargs: Any) -> Any:
             job = original(*args, **kwargs)
@@ -100,7 +100,7 @@ def _with_job(change: Callable[[Any], None]) -> Patch:
 
 def _with_lora(**change: Any) -> Patch:
     def patch() -> None:
-        import qlora_lowmem.job as job
+        import qlora_lowmem.run.job as job
 
         def config(original: Any, **kwargs: Any) -> Any:
             return original(**{k: change[k](v) if k in change else v for k, v in kwargs.items()})
@@ -112,7 +112,7 @@ def _with_lora(**change: Any) -> Patch:
 
 def _with_arguments(**change: Any) -> Patch:
     def patch() -> None:
-        import qlora_lowmem.job as job
+        import qlora_lowmem.run.job as job
 
         _wrap(job, "SFTConfig", lambda original, **kwargs: original(**(kwargs | change)))
 
@@ -126,7 +126,7 @@ def _fp32_embeddings(model: Any) -> None:
 
 
 def _full_logits() -> None:
-    import qlora_lowmem.job as job
+    import qlora_lowmem.run.job as job
 
     original = job.LowMemTrainer.__init__
 
@@ -217,7 +217,7 @@ def _one_layer_unquantised() -> None:
     import torch
     from torch import nn
 
-    import qlora_lowmem.job as job
+    import qlora_lowmem.run.job as job
 
     def loaded(original: Any, *args: Any, **kwargs: Any) -> Any:
         model = original(*args, **kwargs)
@@ -262,7 +262,7 @@ def _transparent_wrapper(model: Any) -> None:
 
 
 def _read_the_loss() -> None:
-    import qlora_lowmem.job as job
+    import qlora_lowmem.run.job as job
 
     original = job.LowMemTrainer.training_step
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lowmem.commands import overlays
+from qlora_lowmem.commands.bisect import Found, bisect, main
+from qlora_lowmem.commands.overlays import Overlays, read_constraints
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.gate import overlays
-from qlora_lowmem.gate.bisect import Found, bisect, main
-from qlora_lowmem.gate.overlays import Overlays, read_constraints
 
 GOOD = dict.fromkeys("abcdefgh", "1") | {"same": "1"}
 BAD = dict.fromkeys("abcdefgh", "2") | {"same": "1", "only-here": "1"}
@@ -110,7 +110,7 @@ def test_the_command_says_what_it_found(
 ) -> None:
     for name, version in (("good", "1"), ("bad", "2")):
         (tmp_path / f"{name}.txt").write_text(f"a=={version}\nb=={version}\n")
-    monkeypatch.setattr("qlora_lowmem.gate.bisect.RecipeMeasure", lambda *_: Measure(b=50))
+    monkeypatch.setattr("qlora_lowmem.commands.bisect.RecipeMeasure", lambda *_: Measure(b=50))
     flags = ["--good", str(tmp_path / "good.txt"), "--bad", str(tmp_path / "bad.txt"), "--config", "recipe.yaml"]
     assert main([*flags, "--json", str(tmp_path / "found.json")]) == 0
     assert "b 1 -> 2: +50 B" in capsys.readouterr().out

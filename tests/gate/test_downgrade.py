@@ -13,10 +13,10 @@ import pytest
 
 from gate.seeds import MODEL
 from helpers import RECIPES
+from qlora_lowmem.commands.bisect import RecipeMeasure, bisect
+from qlora_lowmem.commands.overlays import Overlays, default_folder
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.gate.bisect import RecipeMeasure, bisect
 from qlora_lowmem.gate.environment_key import key_of
-from qlora_lowmem.gate.overlays import Overlays, default_folder
 from qlora_lowmem.gate.records import Record, attributed
 from qlora_lowmem.gate.verdicts import EXACT, NotComparable, Regressed, compare
 from qlora_lowmem.memory.attribution import Attribution

@@ -17,7 +17,7 @@ from qlora_lowmem.gate.cases import CaseResult, VirtualRunner
 from qlora_lowmem.gate.measured_card import DeviceProperties, properties_of_this_machine, virtual_twin
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.report.prediction import compare, misses
+from qlora_lowmem.results.kinds.prediction_table import compare, misses
 
 BLACKWELL_LAPTOP = DeviceProperties(
     name="NVIDIA GeForce RTX 5060 Laptop GPU",

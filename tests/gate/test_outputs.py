@@ -10,7 +10,7 @@ import yaml
 from gate.examples import KEY, record
 from helpers import ROOT
 from qlora_lowmem.gate.budget import Budget, OverBudget
-from qlora_lowmem.gate.outputs import annotations, summary, trend, write_report
+from qlora_lowmem.gate.report import annotations, summary, trend, write_report
 from qlora_lowmem.gate.rows import Row
 
 RECORD = {

@@ -11,7 +11,7 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.probes.runs import submit_recipe
+from qlora_lowmem.plan.recipe_runs import submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("built")]

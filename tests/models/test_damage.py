@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem import merge, train
+from qlora_lowmem.commands import merge, train
 from qlora_lowmem.errors import EXIT_USAGE
 from tiny_chat import write_tiny_chat
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import RECIPES
-from qlora_lowmem.merge import main
+from qlora_lowmem.commands.merge import main
 from qlora_lowmem.models import merging
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe

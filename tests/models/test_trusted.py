@@ -11,11 +11,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from helpers import RECIPES
+from qlora_lowmem.commands.train import main
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.models.trusted import check_adapter, check_checkpoint
-from qlora_lowmem.train import main
-from qlora_lowmem.training.manifest import MANIFEST, seal
+from qlora_lowmem.run_folder.manifest import MANIFEST, seal
 from tiny_chat import write_tiny_chat
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
-from qlora_lowmem.plan.runs import Tally
-from qlora_lowmem.probes.runs import RecipeRun
+from qlora_lowmem.plan.kept_runs import Tally
+from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 
 MIB = 2**20

@@ -12,8 +12,8 @@ import pytest
 from helpers import RECIPES
 from plan.fakes import FakeRuns
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.commands import plan as command
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE
-from qlora_lowmem.plan import __main__ as command
 from qlora_lowmem.recipe.io import load_recipe
 
 ALL = [card.name for card in virtual_gpu.all_cards()]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
+from qlora_lowmem.commands.plan import main
 from qlora_lowmem.errors import EXIT_USAGE
-from qlora_lowmem.plan.__main__ import main
 
 OPTIMISED = ["--config", str(RECIPES / "optimised.yaml")]
 CARD = ["--card", "rtx-4050-laptop-6gb"]
@@ -78,7 +78,7 @@ def test_a_file_is_not_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("arguments", [[*OPTIMISED, "--card", "none"], ["--help"]])
 def test_it_is_refused_before_anything_heavy_is_imported(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom qlora_lowmem.plan.__main__ import main\n"
+        "import sys\nfrom qlora_lowmem.commands.plan import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
     )

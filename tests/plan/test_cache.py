@@ -12,10 +12,11 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
-from qlora_lowmem.plan import cache, runs
+from qlora_lowmem.plan import cache
+from qlora_lowmem.plan import kept_runs as runs
 from qlora_lowmem.plan.cache import RunCache, run_key
-from qlora_lowmem.plan.runs import Runs, Tally
-from qlora_lowmem.probes.runs import RecipeRun
+from qlora_lowmem.plan.kept_runs import Runs, Tally
+from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
 
@@ -91,7 +92,7 @@ def test_a_key_knows_the_code_of_every_function_that_a_run_is() -> None:
     asked.submit(RECIPE, CARD, Tally(), attribute=True)
     asked.count_flops(RECIPE, CARD, Tally())
     assert len(functions) == 2
-    modules = sorted({function.partition(":")[0] for function in functions} | {"qlora_lowmem.execute"})
+    modules = sorted({function.partition(":")[0] for function in functions} | {"qlora_lowmem.run.execute"})
     code = (
         f"import sys, {', '.join(modules)}\nprint(*(name for name in sys.modules if name.startswith('qlora_lowmem.')))"
     )

@@ -8,12 +8,12 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.execute import check_model
 from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.plan.advice import takes_tiles
 from qlora_lowmem.plan.model import planned_model
-from qlora_lowmem.probes.advice import takes_tiles
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
+from qlora_lowmem.run.execute import check_model
 
 START = Recipe(name="start")
 

@@ -14,11 +14,11 @@ import pytest
 
 from helpers import RECIPES, ROOT
 from qlora_lowmem.plan.cache import RunCache
+from qlora_lowmem.plan.kept_runs import Runs
+from qlora_lowmem.plan.maximum import room_left
 from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, Planner
-from qlora_lowmem.plan.runs import Runs
-from qlora_lowmem.probes.reach import room_left
-from qlora_lowmem.probes.runs import submit_recipe, two_steps
+from qlora_lowmem.plan.recipe_runs import submit_recipe, two_steps
 from qlora_lowmem.recipe.io import load_recipe, replace_fields
 from qlora_lowmem.virtual_gpu import Server, get_card
 

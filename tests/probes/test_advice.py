@@ -6,8 +6,8 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
-from qlora_lowmem.probes.advice import candidate_changes, knobs_of
-from qlora_lowmem.probes.runs import RecipeRun
+from qlora_lowmem.plan.advice import candidate_changes, knobs_of
+from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.virtual_gpu import get_card
 

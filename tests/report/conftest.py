@@ -7,7 +7,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from helpers import ROOT
-from qlora_lowmem.report.page.__main__ import main
+from qlora_lowmem.commands.report import main
 from report.examples import CARD, write_all
 
 

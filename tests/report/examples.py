@@ -12,25 +12,26 @@ from pathlib import Path
 
 from gate.examples import record
 from helpers import RECIPES
-from qlora_lowmem import longest, virtual_gpu
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.commands import longest
+from qlora_lowmem.commands.lengths import LengthRow
+from qlora_lowmem.commands.lengths import write_table as write_lengths
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.budget import Budget
 from qlora_lowmem.gate.cases import CaseResult
-from qlora_lowmem.gate.outputs import write_report
+from qlora_lowmem.gate.report import write_report
 from qlora_lowmem.gate.rows import Row
-from qlora_lowmem.lengths import LengthRow
-from qlora_lowmem.lengths import write_table as write_lengths
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak
 from qlora_lowmem.memory.timeline import Timeline
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.report.attribution import write_attribution
-from qlora_lowmem.report.charts.phases import PhaseBytes
-from qlora_lowmem.report.charts.waterfall import Step
-from qlora_lowmem.report.matrix import write_matrix
-from qlora_lowmem.report.phases import write_phases
-from qlora_lowmem.report.prediction import compare, write_prediction
-from qlora_lowmem.report.waterfall import write_waterfall
+from qlora_lowmem.results.kinds.attribution_table import write_attribution
+from qlora_lowmem.results.kinds.matrix import write_matrix
+from qlora_lowmem.results.kinds.phases import PhaseBytes
+from qlora_lowmem.results.kinds.phases_table import write_phases
+from qlora_lowmem.results.kinds.prediction_table import compare, write_prediction
+from qlora_lowmem.results.kinds.waterfall import Step
+from qlora_lowmem.results.kinds.waterfall_table import write_waterfall
 from report.profiles import MEASURED, predicted
 
 CARD = "rtx-4050-laptop-6gb"

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lowmem.memory.kinds import KINDS
-from qlora_lowmem.report.charts import attribution, families, lengths, phases, style, svg, theme, verdicts, waterfall
+from qlora_lowmem.results import style, svg, theme
+from qlora_lowmem.results.kinds import attribution, families, lengths, phases, verdicts, waterfall
 from report.examples import STEPS
 from report.examples import attribution as example
 

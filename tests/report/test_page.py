@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup, Tag
 
+from qlora_lowmem.commands.report import main
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS
-from qlora_lowmem.report.attribution import write_attribution
-from qlora_lowmem.report.page.__main__ import main
-from qlora_lowmem.report.page.document import named
-from qlora_lowmem.report.page.kinds import KINDS as KINDS_OF_FILE
-from qlora_lowmem.report.page.kinds import sections_of
+from qlora_lowmem.results.kinds.attribution_table import write_attribution
+from qlora_lowmem.results.page import named
+from qlora_lowmem.results.registry import KINDS as KINDS_OF_FILE
+from qlora_lowmem.results.registry import sections_of
 from report.examples import ENVIRONMENT, attribution, write_all
 from report.pages import SECTIONS, parsed, table, values
 

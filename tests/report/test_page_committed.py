@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from helpers import ROOT
-from qlora_lowmem.report.page.document import named
-from qlora_lowmem.report.page.kinds import KINDS, sections_of
+from qlora_lowmem.results.page import named
+from qlora_lowmem.results.registry import KINDS, sections_of
 from report.examples import CARD
 from report.pages import SECTIONS, parsed, table
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
-from qlora_lowmem.report.page.kinds import sections_of
-from qlora_lowmem.report.page.parts import Section
+from qlora_lowmem.results.parts import Section
+from qlora_lowmem.results.registry import sections_of
 
 FAMILIES = ROOT / "results" / "lean-families.json"
 

@@ -8,10 +8,11 @@ import pytest
 from bs4 import BeautifulSoup
 
 from helpers import ROOT
-from qlora_lowmem.report.charts import published, style, theme
-from qlora_lowmem.report.page.__main__ import main
-from qlora_lowmem.report.page.kinds import sections_of
-from qlora_lowmem.report.page.parts import Cell, Section
+from qlora_lowmem.commands.report import main
+from qlora_lowmem.results import style, theme
+from qlora_lowmem.results.kinds import published
+from qlora_lowmem.results.parts import Cell, Section
+from qlora_lowmem.results.registry import sections_of
 from report.pages import parsed, table
 
 REALITY = ROOT / "results" / "reality.json"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_lowmem.report.page.__main__ import main
+from qlora_lowmem.commands.report import main
 
 
 def damaged(folder: Path, name: str, change: dict[str, Any]) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem import phases, virtual_gpu
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.commands import phases
+from qlora_lowmem.commands.phases import Life
 from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
-from qlora_lowmem.phases import Life
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.report.page.kinds import sections_of
-from qlora_lowmem.report.phases import phase_bytes, write_phases
+from qlora_lowmem.results.kinds.phases_table import phase_bytes, write_phases
+from qlora_lowmem.results.registry import sections_of
 from report.examples import CARD, ENVIRONMENT
 
 PEAKS = (PhasePeak("load", 1, 2, 3), PhasePeak("steady", 4, 5, 6))

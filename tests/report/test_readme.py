@@ -3,12 +3,12 @@
 import json
 
 from helpers import ROOT
-from qlora_lowmem.report.readme import CARD, matrix_table
+from qlora_lowmem.commands.readme import CARD, matrix_table
 
 
 def test_readme_shows_the_committed_results() -> None:
     """Peaks on the virtual card are exact, so a run of the matrix changes no figure of the table."""
     content = json.loads((ROOT / "results" / CARD / "matrix.json").read_text(encoding="utf-8"))
     assert matrix_table(content) in (ROOT / "README.md").read_text(encoding="utf-8"), (
-        "run: python -m qlora_lowmem.report.readme"
+        "run: python -m qlora_lowmem.commands.readme"
     )

@@ -8,10 +8,10 @@ import trl
 from transformers import AutoTokenizer
 
 from helpers import RECIPES
+from qlora_lowmem.commands.train import main
 from qlora_lowmem.data import DataReport, check_data
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.tokens.templates import Marking, check_templates, choose_marking, learns_to_stop
-from qlora_lowmem.train import main
 from tiny_chat import MARKED, PLAIN, WITH_TOOLS, tiny_tokenizer, write_tiny_chat
 
 HOSTILE = [

@@ -11,10 +11,10 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.run_folder.checkpoints import CheckpointStore, newest_whole
+from qlora_lowmem.run_folder.ownership import TOTALS, is_our_checkpoint
+from qlora_lowmem.run_folder.resumption import RECIPE_FILE, checkpoint_to_resume, held_folder
 from qlora_lowmem.tokens.dataset import TOKENS_FOLDER, TrainingData
-from qlora_lowmem.training.belongings import TOTALS, is_our_checkpoint
-from qlora_lowmem.training.checkpoints import CheckpointStore, newest_whole
-from qlora_lowmem.training.resumption import RECIPE_FILE, checkpoint_to_resume, held_folder
 from tiny_chat import write_tiny_chat
 
 Make = Callable[..., Recipe]

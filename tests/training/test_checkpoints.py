@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from qlora_lowmem.training.checkpoints import CheckpointStore, NotSavedError, newest_whole, step_of
-from qlora_lowmem.training.manifest import damage
+from qlora_lowmem.run_folder.checkpoints import CheckpointStore, NotSavedError, newest_whole, step_of
+from qlora_lowmem.run_folder.manifest import damage
 
 
 def write(step: int, content: bytes = b"weights") -> Callable[..., Any]:

@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 
 from chaos.process import logged
 from helpers import RECIPES
-from qlora_lowmem.execute import execute
+from qlora_lowmem.files import json_line
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.training.checkpoints import newest_whole
+from qlora_lowmem.run.execute import execute
+from qlora_lowmem.run_folder.checkpoints import newest_whole
 from qlora_lowmem.training.divergence import DivergedError, DivergenceCheck
-from qlora_lowmem.training.files import json_line
 from qlora_lowmem.training.log_file import LogFile
 from tiny_chat import write_tiny_chat
 

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from qlora_lowmem import files
 from qlora_lowmem.data import check_data
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.execute import execute
-from qlora_lowmem.model_card import write_model_card
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.run.execute import execute
+from qlora_lowmem.run.model_card import write_model_card
+from qlora_lowmem.run_folder.resumption import checkpoint_to_resume, held_folder
 from qlora_lowmem.tokens import dataset
-from qlora_lowmem.training import files, held_out
+from qlora_lowmem.training import held_out
 from qlora_lowmem.training.log_file import LogFile
-from qlora_lowmem.training.resumption import checkpoint_to_resume, held_folder
 from tiny_chat import tiny_tokenizer
 
 Make = Callable[..., Recipe]
@@ -43,7 +44,7 @@ def test_the_recipe_and_the_lock(tiny_recipe: Make, monkeypatch: pytest.MonkeyPa
             checkpoint_to_resume(recipe)
     assert (output_dir / "recipe.json").read_bytes() == before
     assert not list(output_dir.glob(".recipe.json*"))
-    monkeypatch.setattr("qlora_lowmem.training.resumption.FileLock.acquire", full)
+    monkeypatch.setattr("qlora_lowmem.run_folder.resumption.FileLock.acquire", full)
     with pytest.raises(UsageError, match=r"cannot be written \(No space left"), held_folder(output_dir):
         pass
 

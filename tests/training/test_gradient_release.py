@@ -17,14 +17,14 @@ from chaos.process import logged
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import StoppedBySignal
-from qlora_lowmem.execute import Outcome, execute
-from qlora_lowmem.job import Job
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.probes.runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
+from qlora_lowmem.run.execute import Outcome, execute
+from qlora_lowmem.run.job import Job
+from qlora_lowmem.run_folder.checkpoints import newest_whole
 from qlora_lowmem.training.adamw import AdamW
-from qlora_lowmem.training.checkpoints import newest_whole
 from qlora_lowmem.training.divergence import DivergedError
 from qlora_lowmem.training.interruption import Interruption
 from qlora_lowmem.training.log_file import LogFile

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lowmem.training.manifest import MANIFEST, damage, seal
+from qlora_lowmem.run_folder.manifest import MANIFEST, damage, seal
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field
-from qlora_lowmem.training.checkpoints import CheckpointStore
-from qlora_lowmem.training.resumption import checkpoint_to_resume, held_folder
+from qlora_lowmem.run_folder.checkpoints import CheckpointStore
+from qlora_lowmem.run_folder.resumption import checkpoint_to_resume, held_folder
 
 Make = Callable[..., Recipe]
 

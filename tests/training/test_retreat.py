@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from helpers import RECIPES
+from qlora_lowmem.plan.fallback import Retreat, next_retreat
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.training.resumption import changes_between
-from qlora_lowmem.training.retreat import Retreat, next_retreat
+from qlora_lowmem.run_folder.resumption import changes_between
 
 Make = Callable[..., Recipe]
 
@@ -59,7 +59,7 @@ def test_starting_again_is_the_same_command_with_the_change(tiny_recipe: Make, t
     """Its own process becomes the command; a dry run shows with what."""
     flags = ["--config", str(RECIPES / "optimised.yaml"), "--model", str(tiny_hybrid), "--dry-run", "--batch-size", "4"]
     step = Retreat({"batch_size": 2, "gradient_accumulation_steps": 4}, tiny_recipe("run"))
-    program = f"from qlora_lowmem.training.retreat import *; start_again({flags!r}, Retreat({step.changes!r}, None))"
+    program = f"from qlora_lowmem.plan.fallback import *; start_again({flags!r}, Retreat({step.changes!r}, None))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert "batch_size: 2\n" in done.stdout
     assert "gradient_accumulation_steps: 4\n" in done.stdout

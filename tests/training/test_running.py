@@ -14,10 +14,10 @@ from chaos.process import logged
 from helpers import RECIPES
 from qlora_lowmem.data import check_data
 from qlora_lowmem.errors import StoppedBySignal
-from qlora_lowmem.execute import Outcome, execute
-from qlora_lowmem.job import Job
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.training.checkpoints import newest_whole
+from qlora_lowmem.run.execute import Outcome, execute
+from qlora_lowmem.run.job import Job
+from qlora_lowmem.run_folder.checkpoints import newest_whole
 from qlora_lowmem.training.interruption import Interruption
 from qlora_lowmem.training.log_file import LogFile
 from qlora_lowmem.training.warm_up import WarmUp, longest_batch, optimizer_state_bytes

@@ -7,9 +7,9 @@ from typing import Any
 def train(content: dict[str, Any], warm_up: bool = False, resume: bool = False) -> dict[str, Any]:
     """Train with checkpoints; the peaks by phase, and how it ended if memory ran out."""
     from qlora_lowmem.data import check_data
-    from qlora_lowmem.execute import OutOfGpuMemoryError, execute
     from qlora_lowmem.recipe.io import recipe_from_dict
-    from qlora_lowmem.training.checkpoints import newest_whole
+    from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
+    from qlora_lowmem.run_folder.checkpoints import newest_whole
 
     recipe = recipe_from_dict(content)
     output_dir = Path(recipe.run.output_dir)

@@ -1,6 +1,6 @@
 """A recipe's training steps on ghost tensors: the same classes and the same order as the job, written again.
 
-Nothing here is the job's own code (`qlora_lowmem.job`, transformers' and TRL's trainers): what a trainer does to memory
+Nothing here is the job's own code (`run/job.py`, transformers' and TRL's trainers): what a trainer does to memory
 is stated, and compared with what it does.
 """
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from qlora_lowmem.execute import execute
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
+from qlora_lowmem.run.execute import execute
 from witness.ledger import Account
 from witness.step import MICRO_BATCHES
 

@@ -7,11 +7,11 @@
 A file streams: memory does not grow with it.
 """
 
-from .check import CheckedData, check_data
-from .faults import FaultLog, FaultySampleError
-from .formats import DataFormat
-from .report import DataReport
-from .sources import DataSource
+from qlora_lowmem.data.check import CheckedData, check_data
+from qlora_lowmem.data.faults import FaultLog, FaultySampleError
+from qlora_lowmem.data.formats import DataFormat
+from qlora_lowmem.data.report import DataReport
+from qlora_lowmem.data.sources import DataSource
 
 __all__ = [
     "CheckedData",

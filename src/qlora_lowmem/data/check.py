@@ -8,16 +8,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from qlora_lowmem.data.duplicates import DuplicateCounter
+from qlora_lowmem.data.faults import FaultLog, FaultySampleError
+from qlora_lowmem.data.formats import FORMATS, TrainOn, check_one_format, check_sample, format_of_kind
+from qlora_lowmem.data.json_lines import JsonLines
+from qlora_lowmem.data.report import DataReport
+from qlora_lowmem.data.rows import Reader
+from qlora_lowmem.data.sources import DataSource, resolve_data
+from qlora_lowmem.data.tables import HubTable, ParquetTable
 from qlora_lowmem.errors import UsageError
-
-from .duplicates import DuplicateCounter
-from .faults import FaultLog, FaultySampleError
-from .formats import FORMATS, TrainOn, check_one_format, check_sample, format_of_kind
-from .json_lines import JsonLines
-from .report import DataReport
-from .rows import Reader
-from .sources import DataSource, resolve_data
-from .tables import HubTable, ParquetTable
 
 # A control character as json.dumps escapes it, after an even number of backslashes: all but tab and line breaks.
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:0[0-8be]|0f|1[0-9a-f]))|\x7f")

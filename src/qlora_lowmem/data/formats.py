@@ -4,9 +4,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from .faults import FaultySampleError
-from .messages import check_messages, check_tools
-from .values import check_text, is_nothing, kind_of
+from qlora_lowmem.data.faults import FaultySampleError
+from qlora_lowmem.data.messages import check_messages, check_tools
+from qlora_lowmem.data.values import check_text, is_nothing, kind_of
 
 DataFormat = Literal["messages", "prompt/completion", "text"]
 TrainOn = Literal["all", "completions"]

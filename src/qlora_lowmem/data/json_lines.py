@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from qlora_lowmem.data.faults import FaultySampleError
+from qlora_lowmem.data.formats import FORMATS
+from qlora_lowmem.data.rows import Row
+from qlora_lowmem.data.values import kind_of
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.units import MIB
-
-from .faults import FaultySampleError
-from .formats import FORMATS
-from .rows import Row
-from .values import kind_of
 
 # A sample of the longest sequence a recipe allows (2^24 tokens of about 4 bytes) still fits.
 LINE_LIMIT = 64 * MIB

@@ -14,8 +14,8 @@ a JSON schema}}.
 import difflib
 from typing import Any
 
-from .faults import FaultySampleError
-from .values import check_json, check_text, is_nothing, kind_of, parse_json
+from qlora_lowmem.data.faults import FaultySampleError
+from qlora_lowmem.data.values import check_json, check_text, is_nothing, kind_of, parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 # Keys beside role and content.

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .duplicates import Duplicates
-from .formats import DataFormat
+from qlora_lowmem.data.duplicates import Duplicates
+from qlora_lowmem.data.formats import DataFormat
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from .faults import FaultySampleError
+from qlora_lowmem.data.faults import FaultySampleError
 
 
 class Row(NamedTuple):

@@ -7,12 +7,11 @@ datasets are imported when a table is opened, and not before.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from qlora_lowmem.data.faults import FaultySampleError
+from qlora_lowmem.data.formats import COLUMNS, FORMATS, TOOLS
+from qlora_lowmem.data.rows import Row
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.units import MIB
-
-from .faults import FaultySampleError
-from .formats import COLUMNS, FORMATS, TOOLS
-from .rows import Row
 
 BATCH_ROWS = 256
 

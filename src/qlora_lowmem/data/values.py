@@ -3,7 +3,7 @@
 import json
 from typing import Any, NoReturn
 
-from .faults import FaultySampleError
+from qlora_lowmem.data.faults import FaultySampleError
 
 _KINDS: dict[type, str] = {
     bool: "true or false",

@@ -14,7 +14,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile, Provenance, provenance_here
-from qlora_lowmem.probes.runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
 from qlora_lowmem.recipe import Recipe, recipe_hash
 
 # Where a recipe that does not fit its card is run again, to say what it would need.

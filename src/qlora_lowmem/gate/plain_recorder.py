@@ -11,10 +11,10 @@ import pynvml
 import torch
 from torch.cuda import memory as cuda_memory
 
-from qlora_lowmem.gate.device import device_name
 from qlora_lowmem.gate.plain_attribution import PlainEvidence, PlainOwner, attribute
 from qlora_lowmem.gate.plain_scopes import PlainScopes
 from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.device import device_name
 from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.nvml import device_handle
 from qlora_lowmem.memory.owners import quantisation_tensors

@@ -14,8 +14,8 @@ from qlora_lowmem.units import parse_bytes
 if TYPE_CHECKING:
     from qlora_lowmem import virtual_gpu
     from qlora_lowmem.gate.meter import Case
-    from qlora_lowmem.gate.outputs import Finished
     from qlora_lowmem.gate.records import Record
+    from qlora_lowmem.gate.report import Finished
     from qlora_lowmem.gate.rows import Row
     from qlora_lowmem.gate.verdicts import Gate, Verdict
     from qlora_lowmem.memory.attribution import Attribution
@@ -182,9 +182,9 @@ class GateSession:
 
     def case_of(self, item: pytest.Item) -> "Case | None":
         """A budgeted test and what it is held against; None for any other."""
-        from qlora_lowmem.gate.device import device_name
         from qlora_lowmem.gate.meter import Case
         from qlora_lowmem.gate.records import Record
+        from qlora_lowmem.memory.device import device_name
 
         budget = item.stash.get(BUDGET, None)
         if budget is None:
@@ -280,7 +280,7 @@ class GateSession:
             self._server.close()
         if hasattr(self.config, "workerinput") or not (self.rows or self.record_names):
             return
-        from qlora_lowmem.gate.outputs import finish
+        from qlora_lowmem.gate.report import finish
 
         self.finished = finish(self, exitstatus)
         if self.finished.failed and exitstatus == pytest.ExitCode.OK:

@@ -3,8 +3,8 @@
 `apply_lean` switches them on in a model. The arithmetic that justifies an idea stands at the top of its file.
 """
 
-from .apply import apply_lean, foresee_lean, quantise_embeddings
-from .options import Checkpointing, Idea, LeanOptions, LeanReport, RefusedOptionError
+from qlora_lowmem.lean.apply import apply_lean, foresee_lean, quantise_embeddings
+from qlora_lowmem.lean.options import Checkpointing, Idea, LeanOptions, LeanReport, RefusedOptionError
 
 __all__ = [
     "Checkpointing",

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import generic, granite, llama
-from .decoder import Family, patch
-from .embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
-from .linear4bit import patch_linear_4bit
-from .options import Idea, LeanOptions, LeanReport, RefusedOptionError
-from .scan_choice import choose_scan, refused_triton, why_never_triton
-from .scoring import head_of
+from qlora_lowmem.lean import generic, granite, llama
+from qlora_lowmem.lean.decoder import Family, patch
+from qlora_lowmem.lean.embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
+from qlora_lowmem.lean.linear4bit import patch_linear_4bit
+from qlora_lowmem.lean.options import Idea, LeanOptions, LeanReport, RefusedOptionError
+from qlora_lowmem.lean.scan_choice import choose_scan, refused_triton, why_never_triton
+from qlora_lowmem.lean.scoring import head_of
 
 _OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
 _FAMILIES: dict[str, Family] = {

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tiles import TiledLayer, TilePlan, backward_in_tiles, forward_in_tiles
+from qlora_lowmem.lean.tiles import TiledLayer, TilePlan, backward_in_tiles, forward_in_tiles
 
 
 def segment_lengths(layers: int) -> list[int]:

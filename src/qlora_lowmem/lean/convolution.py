@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .norms import row_blocks
+from qlora_lowmem.lean.norms import row_blocks
 
 
 def causal_conv_silu(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_recurrent_attention_mask
 
-from .attention import KeyValues, rotate
-from .checkpointing import run_layers
-from .loss import HeadOptions
-from .norms import rms_norm
-from .options import LeanOptions
-from .scoring import head_of, score
-from .tiles import Carry, TiledLayer, TilePlan
+from qlora_lowmem.lean.attention import KeyValues, rotate
+from qlora_lowmem.lean.checkpointing import run_layers
+from qlora_lowmem.lean.loss import HeadOptions
+from qlora_lowmem.lean.norms import rms_norm
+from qlora_lowmem.lean.options import LeanOptions
+from qlora_lowmem.lean.scoring import head_of, score
+from qlora_lowmem.lean.tiles import Carry, TiledLayer, TilePlan
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .loss import HeadOptions
-from .norms import rms_norm
-from .options import Idea, LeanOptions
-from .scoring import head_of, score
+from qlora_lowmem.lean.loss import HeadOptions
+from qlora_lowmem.lean.norms import rms_norm
+from qlora_lowmem.lean.options import Idea, LeanOptions
+from qlora_lowmem.lean.scoring import head_of, score
 
 
 def patch_rms_norms(model: nn.Module) -> Idea:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import scan
-from .convolution import causal_conv_silu, next_tail
-from .decoder import AttentionLayer, DecoderLayer, Family, SequenceInputs
-from .norms import gated_rms_norm
-from .options import LeanOptions
-from .scan_chunks import ScanOptions
-from .swiglu import swiglu
-from .tiles import Carry, TiledLayer
+from qlora_lowmem.lean import scan
+from qlora_lowmem.lean.convolution import causal_conv_silu, next_tail
+from qlora_lowmem.lean.decoder import AttentionLayer, DecoderLayer, Family, SequenceInputs
+from qlora_lowmem.lean.norms import gated_rms_norm
+from qlora_lowmem.lean.options import LeanOptions
+from qlora_lowmem.lean.scan_chunks import ScanOptions
+from qlora_lowmem.lean.swiglu import swiglu
+from qlora_lowmem.lean.tiles import Carry, TiledLayer
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def _scan_module(options: LeanOptions) -> Any:
     """`scan.py`, or `scan_triton.py` where `apply_lean` has chosen it."""
     if options.scan != "triton":
         return scan
-    from . import scan_triton  # needs an optional package
+    from qlora_lowmem.lean import scan_triton  # needs an optional package
 
     return scan_triton
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .options import Idea
+from qlora_lowmem.lean.options import Idea
 
 # Rows up to which bitsandbytes has kernels that multiply the packed weight and write no other: left to it.
 _FEW_ROWS = 64

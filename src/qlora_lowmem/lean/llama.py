@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .decoder import AttentionLayer, Family, SequenceInputs
-from .options import LeanOptions
-from .swiglu import swiglu_of
-from .tiles import TiledLayer
+from qlora_lowmem.lean.decoder import AttentionLayer, Family, SequenceInputs
+from qlora_lowmem.lean.options import LeanOptions
+from qlora_lowmem.lean.swiglu import swiglu_of
+from qlora_lowmem.lean.tiles import TiledLayer
 
 
 def _feed_forward(mlp: Any, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .scan_chunks import Chunks, ScanOptions, blocks, chunks_of, fold, product_dtype
+from qlora_lowmem.lean.scan_chunks import Chunks, ScanOptions, blocks, chunks_of, fold, product_dtype
 
 
 def mamba2_scan(

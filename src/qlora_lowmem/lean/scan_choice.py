@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import scan
-from .options import RefusedOptionError, Scan
-from .scan_chunks import ScanOptions
+from qlora_lowmem.lean import scan
+from qlora_lowmem.lean.options import RefusedOptionError, Scan
+from qlora_lowmem.lean.scan_chunks import ScanOptions
 
 _CAPABILITY = (8, 0)  # bf16 products
 _SIZES = (16, 32, 64, 128, 256)  # of head_dim and state: what the kernels' tiles divide
@@ -80,7 +80,7 @@ def why_never_triton(mixer: Any, device: str) -> str | None:
 
 def _difference(mixer: Any, device: torch.device) -> float:
     """The largest relative difference of the two scans and of their gradients, on random inputs of this shape."""
-    from . import scan_triton  # an optional dependency
+    from qlora_lowmem.lean import scan_triton  # an optional dependency
 
     generator = torch.Generator().manual_seed(0)
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.runtime.autotuner import Autotuner
 
-from . import scan
-from .scan_chunks import ScanOptions, product_dtype
+from qlora_lowmem.lean import scan
+from qlora_lowmem.lean.scan_chunks import ScanOptions, product_dtype
 
 SPAN = 128  # tokens computed together: B and C for 48 heads take 1.5 MiB each, the states in backward 3 MiB
 _CHUNK = 64  # tokens of a chunk of the kernels, which offer powers of two

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .embeddings import QuantisedHead
-from .loss import IGNORE_INDEX, DenseHead, Head, HeadOptions, token_log_probs
+from qlora_lowmem.lean.embeddings import QuantisedHead
+from qlora_lowmem.lean.loss import IGNORE_INDEX, DenseHead, Head, HeadOptions, token_log_probs
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .loading import stand_in_tokenizer
-from .random_weights import meta_model
+from qlora_lowmem.models.loading import stand_in_tokenizer
+from qlora_lowmem.models.random_weights import meta_model
 
 _BF16_BYTES = 2
 

@@ -22,13 +22,12 @@ from transformers import (
 
 from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.lean import quantise_embeddings
+from qlora_lowmem.models.damage import damaged_file
+from qlora_lowmem.models.lean_recipe import EMBEDDING_BITS, lean_refusals
+from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
+from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.user_cache import cache_folder
-
-from .damage import damaged_file
-from .lean_recipe import EMBEDDING_BITS, lean_refusals
-from .random_weights import config_from, meta_model, random_model
-from .sources import ModelSource
 
 
 def bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from qlora_lowmem.probes.advice import Knob
-from qlora_lowmem.probes.reach import Reach
-from qlora_lowmem.probes.runs import RecipeRun
+from qlora_lowmem.plan.advice import Knob
+from qlora_lowmem.plan.maximum import Reach
+from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 
 LimitedBy = Literal["memory", "model", "limit"]

@@ -16,7 +16,7 @@ from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe, recipe_hash
 
 # Rooms whose code no run comes to: they ask for runs, or show what came of them.
-_NOT_RUN = {"plan", "gate", "report", "watch", "__pycache__"}
+_NOT_RUN = {"commands", "gate", "results", "watch", "__pycache__"}
 _SUFFIXES = {".py", ".cpp", ".h", ".toml", ".json"}
 
 

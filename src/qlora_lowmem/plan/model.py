@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.probes.advice import TILED_MODEL_TYPE
+from qlora_lowmem.plan.advice import TILED_MODEL_TYPE
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
 from qlora_lowmem.recipe.io import replace_fields
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
+from qlora_lowmem.plan.advice import ROOMY_BYTES, Change, Knob, candidate_changes, knobs_of
 from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Tried, limit_of, need_of
+from qlora_lowmem.plan.kept_runs import Runs, Tally
 from qlora_lowmem.plan.ladder import Rung, ladder, rungs
+from qlora_lowmem.plan.maximum import Reach, reach_in_full, room_left
 from qlora_lowmem.plan.model import PlannedModel
-from qlora_lowmem.plan.runs import Runs, Tally
-from qlora_lowmem.probes.advice import ROOMY_BYTES, Change, Knob, candidate_changes, knobs_of
-from qlora_lowmem.probes.reach import Reach, reach_in_full, room_left
-from qlora_lowmem.probes.runs import RecipeRun, shortened, two_steps
+from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, two_steps
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field, replace_fields
 

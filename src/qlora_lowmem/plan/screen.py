@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from tabulate import tabulate
 
 from qlora_lowmem.memory.kinds import KINDS
+from qlora_lowmem.plan.advice import Knob
 from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal
-from qlora_lowmem.plan.runs import COUNTED_TOKENS
-from qlora_lowmem.probes.advice import Knob
-from qlora_lowmem.report.tables import gib
+from qlora_lowmem.plan.kept_runs import COUNTED_TOKENS
+from qlora_lowmem.results.tables import gib
 from qlora_lowmem.units import MIB, format_bytes
 
 # Kinds of less than this share of the peak are shown as one.

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.plan.answers import Plan
+from qlora_lowmem.plan.kept_runs import Runs
 from qlora_lowmem.plan.pair import Extent, Pair, Planner
-from qlora_lowmem.plan.runs import Runs
 
 
 def sweep(

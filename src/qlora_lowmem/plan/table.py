@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.plan.answers import Limit, Plan
-from qlora_lowmem.report.tables import (
+from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     gib,
     known_gib,

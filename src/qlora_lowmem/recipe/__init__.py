@@ -1,7 +1,8 @@
 """The recipe: what to train, said once; read from a file or a command line and checked before torch is imported."""
 
-from .memory import Lean, Memory
-from .sections import (
+from qlora_lowmem.recipe.memory import Lean, Memory
+from qlora_lowmem.recipe.recipe import SECTIONS, Recipe, hashed_fields, recipe_fields, recipe_hash
+from qlora_lowmem.recipe.sections import (
     SYNTHETIC,
     TARGET_PRESETS,
     Base,
@@ -14,7 +15,6 @@ from .sections import (
     Run,
     Schedule,
 )
-from .whole import SECTIONS, Recipe, hashed_fields, recipe_fields, recipe_hash
 
 __all__ = [
     "SECTIONS",

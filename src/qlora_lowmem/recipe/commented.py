@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import yaml
 
-from .checks import field_specs
-from .whole import SECTIONS, Recipe
+from qlora_lowmem.recipe.checks import field_specs
+from qlora_lowmem.recipe.recipe import SECTIONS, Recipe
 
 _COMMENT_AT = 41
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .whole import Recipe
+from qlora_lowmem.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

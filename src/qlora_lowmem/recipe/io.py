@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
-
-from .checks import FieldSpec, InvalidValueError, check_value, closest, field_specs, parse_text
-from .contradictions import contradictions
-from .sections import SYNTHETIC, is_hub_data
-from .whole import SECTIONS, Recipe
-from .yaml_text import Entry, FileFault, parse_recipe_text, read_recipe_text
+from qlora_lowmem.recipe.checks import FieldSpec, InvalidValueError, check_value, closest, field_specs, parse_text
+from qlora_lowmem.recipe.contradictions import contradictions
+from qlora_lowmem.recipe.recipe import SECTIONS, Recipe
+from qlora_lowmem.recipe.sections import SYNTHETIC, is_hub_data
+from qlora_lowmem.recipe.yaml_text import Entry, FileFault, parse_recipe_text, read_recipe_text
 
 # The names of the same knobs in TRL, transformers, PEFT and bitsandbytes.
 _OTHER_NAMES = {

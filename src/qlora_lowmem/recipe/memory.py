@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
+from qlora_lowmem.recipe.sections import knob
 from qlora_lowmem.units import parse_bytes
-
-from .sections import knob
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from collections.abc import Collection
 from typing import Any, NoReturn
 
 from qlora_lowmem.errors import UsageError
-
-from .checks import FieldSpec, allowed, field_specs
-from .whole import SECTIONS
+from qlora_lowmem.recipe.checks import FieldSpec, allowed, field_specs
+from qlora_lowmem.recipe.recipe import SECTIONS
 
 
 class RecipeArgumentParser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .whole import SECTIONS
+from qlora_lowmem.recipe.recipe import SECTIONS
 
 _FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9_]*)")

@@ -1,1 +1,1 @@
-"""Tables, charts and the page, made of what was recorded; nothing is computed here that a record does not say."""
+"""`python -m qlora_lowmem.report.page`."""

@@ -23,14 +23,13 @@ from trl import pack_dataset
 
 from qlora_lowmem.data import CheckedData, FaultLog, FaultySampleError
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import writing
 from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.training.files import writing
+from qlora_lowmem.tokens.encoding import Encoded, Encoder
+from qlora_lowmem.tokens.store import TokenReport, TokenTally, open_tokens, write_tokens
+from qlora_lowmem.tokens.templates import check_templates, choose_marking, learns_to_stop
 from qlora_lowmem.training.held_out import folder_of, with_held_out
-
-from .encoding import Encoded, Encoder
-from .store import TokenReport, TokenTally, open_tokens, write_tokens
-from .templates import check_templates, choose_marking, learns_to_stop
 
 TOKENS_FOLDER = "tokenised"
 _LOCK = ".lock"

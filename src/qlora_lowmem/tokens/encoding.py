@@ -6,8 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from qlora_lowmem.data import FaultySampleError
-
-from .templates import TEMPLATE_ERRORS, Marking
+from qlora_lowmem.tokens.templates import TEMPLATE_ERRORS, Marking
 
 NO_LOSS = -100
 

@@ -14,9 +14,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.training.manifest import flush
-
-from .encoding import NO_LOSS, Encoded
+from qlora_lowmem.run_folder.manifest import flush
+from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
 
 TOKENS_FILE = "tokens.arrow"
 REPORT_FILE = "report.json"

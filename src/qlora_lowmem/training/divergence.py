@@ -9,8 +9,7 @@ from safetensors import safe_open
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS
-
-from .checkpoints import newest_whole
+from qlora_lowmem.run_folder.checkpoints import newest_whole
 
 # Under fp16 a step whose gradients overflow is skipped and the loss scale halved, from 2^16: that is no divergence
 # until there is nothing left to halve (torch/amp/grad_scaler.py).

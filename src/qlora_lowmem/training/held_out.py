@@ -6,8 +6,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from qlora_lowmem.errors import UsageError
-
-from .files import writing
+from qlora_lowmem.files import writing
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:

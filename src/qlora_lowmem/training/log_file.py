@@ -17,10 +17,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora_lowmem.files import json_line, writing
 from qlora_lowmem.memory.floor import Floor, floor_of
 from qlora_lowmem.memory.recorder import Recorder
-
-from .files import json_line, writing
 
 LOG = "log.jsonl"
 _KEPT = ("loss", "grad_norm", "learning_rate", "epoch")

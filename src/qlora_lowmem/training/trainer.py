@@ -14,14 +14,13 @@ from trl import SFTTrainer
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.tokens.sampler import LISTED_SAMPLES, ComputedOrder
-
-from .adamw import AdamW
-from .checkpoints import CheckpointStore, newest_whole, step_of
-from .divergence import DivergenceCheck
-from .interruption import StopEvaluation
-from .random_state import RandomState, undisturbed
-from .running_totals import RunningTotals
+from qlora_lowmem.run_folder.checkpoints import CheckpointStore, newest_whole, step_of
+from qlora_lowmem.run_folder.running_totals import RunningTotals
+from qlora_lowmem.training.adamw import AdamW
+from qlora_lowmem.training.divergence import DivergenceCheck
+from qlora_lowmem.training.interruption import StopEvaluation
+from qlora_lowmem.training.random_state import RandomState, undisturbed
+from qlora_lowmem.training.sampler import LISTED_SAMPLES, ComputedOrder
 
 
 class OptimizerStep(TrainerCallback):

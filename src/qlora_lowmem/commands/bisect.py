@@ -1,0 +1,179 @@
+"""Which package made a recipe need more: bisects between two environments, one package at a time.
+
+    python -m qlora_lowmem.gate.bisect --good constraints-a.txt --bad constraints-b.txt --config RECIPE
+
+Every step is a run on a virtual card in an environment of its own, made of overlays: nothing that is installed changes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.commands.overlays import Overlays, default_folder, installed, read_constraints
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.gate.difference import signed
+from qlora_lowmem.units import format_bytes
+
+# Allocated bytes in an environment of these versions; None where the recipe does not run in it.
+Measure = Callable[[Mapping[str, str]], int | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One environment that was tried: the packages of the bad versions, and the peak; None if it did not run."""
+
+    changed: tuple[str, ...]
+    allocated: int | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a bisection came to.
+
+    Attributes:
+        packages: the package that did it; more than one where environments between them do not run.
+        versions: of those: (good, bad).
+        good, bad: allocated bytes at both ends.
+        jump: bytes that the step across `packages` added.
+        steps: what was tried, in order.
+    """
+
+    packages: tuple[str, ...]
+    versions: Mapping[str, tuple[str, str]]
+    good: int
+    bad: int
+    jump: int
+    steps: tuple[Step, ...]
+
+    def render(self) -> str:
+        """For a terminal."""
+        named = " or ".join(f"{name} {self.versions[name][0]} -> {self.versions[name][1]}" for name in self.packages)
+        lines = [
+            f"{named}: {signed(self.jump)} ({self.jump:+,} bytes)",
+            f"good {format_bytes(self.good)}, bad {format_bytes(self.bad)}, difference {signed(self.bad - self.good)}; "
+            f"{len(self.steps)} environments tried",
+        ]
+        if self.jump != self.bad - self.good:
+            rest = self.bad - self.good - self.jump
+            lines.append(f"the other {signed(rest)} come from other packages: bisect again without this one")
+        if len(self.packages) > 1:
+            lines.append("the environments between them do not run, so it is one of these, or both together")
+        return "\n".join(lines)
+
+
+def bisect(good: Mapping[str, str], bad: Mapping[str, str], measure: Measure) -> Found:
+    """Find the package whose change makes the step from the good peak towards the bad one.
+
+    Packages change one after the other in alphabetical order, and the first environment past half of the growth is
+    looked for by halving. An environment that does not run is stepped around, as `git bisect skip` does.
+
+    Raises:
+        UsageError: nothing differs, an end does not run, or the bad end needs no more than the good one.
+    """
+    names = sorted(name for name in good.keys() | bad.keys() if good.get(name) != bad.get(name))
+    names = [name for name in names if name in good and name in bad]
+    if not names:
+        raise UsageError("--good and --bad pin the same versions of everything that both pin: nothing to bisect")
+    steps: list[Step] = []
+    peaks: dict[int, int | None] = {}
+
+    def peak_with(count: int) -> int | None:
+        if count not in peaks:
+            changed = tuple(names[:count])
+            peaks[count] = measure({name: (bad if name in changed else good)[name] for name in names})
+            steps.append(Step(changed, peaks[count]))
+        return peaks[count]
+
+    first, last = peak_with(0), peak_with(len(names))
+    if first is None or last is None:
+        end = "--good" if first is None else "--bad"
+        raise UsageError(f"{end}: the recipe does not run in that environment; see the message above")
+    if last <= first:
+        raise UsageError(
+            f"--bad needs no more than --good: {format_bytes(last)} against {format_bytes(first)}. Swap them, or give "
+            "the versions between which the recipe grew"
+        )
+    threshold = first + (last - first) / 2
+    low, high, low_peak, high_peak = 0, len(names), first, last
+    while high - low > 1:
+        middle = _nearest_that_runs(low, high, peak_with)
+        if middle is None:
+            break
+        found = peak_with(middle)
+        assert found is not None
+        if found > threshold:
+            high, high_peak = middle, found
+        else:
+            low, low_peak = middle, found
+    packages = tuple(names[low:high])
+    versions = {name: (good[name], bad[name]) for name in packages}
+    return Found(packages, versions, first, last, high_peak - low_peak, tuple(steps))
+
+
+def _nearest_that_runs(low: int, high: int, peak_with: Callable[[int], int | None]) -> int | None:
+    """The count nearest to the middle between both ends at which the recipe runs."""
+    middle = (low + high) // 2
+    for count in sorted(range(low + 1, high), key=lambda count: (abs(count - middle), count)):
+        if peak_with(count) is not None:
+            return count
+    return None
+
+
+class RecipeMeasure:
+    """Measures a recipe on a virtual card in environments made of overlays."""
+
+    def __init__(self, config: Path, card: str | None, overlays: Overlays) -> None:
+        self._config, self._overlays = config, overlays
+        self._card = ["--card", card] if card else []
+
+    def __call__(self, versions: Mapping[str, str]) -> int | None:
+        """Allocated bytes; None, and the reason on stderr, if the recipe does not run."""
+        different = {name: version for name, version in versions.items() if installed(name) != version}
+        named = ", ".join(f"{name} {version}" for name, version in sorted(different.items())) or "what is installed"
+        with tempfile.TemporaryDirectory() as folder:
+            summary = Path(folder) / "summary.json"
+            command = [sys.executable, "-m", "qlora_lowmem.train", "--config", str(self._config), "--quiet"]
+            command += ["--device", "virtual", "--data", "synthetic", "--no-advice", *self._card]
+            command += ["--output-dir", str(Path(folder) / "out"), "--json", str(summary)]
+            environment = self._overlays.environment(different)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            content = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+        if not content.get("fits"):
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+            print(f"{named}: does not run: {reason}", file=sys.stderr)
+            return None
+        peak = int(content["peak_allocated_bytes"])
+        print(f"{named}: {format_bytes(peak)}", file=sys.stderr)
+        return peak
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qlora_lowmem.gate.bisect", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--good", metavar="FILE", type=Path, required=True, help="constraints before (pip freeze)")
+    parser.add_argument("--bad", metavar="FILE", type=Path, required=True, help="constraints after")
+    parser.add_argument("--config", metavar="RECIPE", type=Path, required=True, help="what is measured")
+    parser.add_argument("--card", metavar="NAME", help="a virtual card on which it fits (default: the recipe's)")
+    parser.add_argument("--overlays", metavar="DIR", type=Path, help="where packages are kept (default: the cache)")
+    add_json_argument(parser)
+    given = parser.parse_args(arguments)
+    overlays = Overlays(given.overlays or default_folder())
+    good, bad = read_constraints(given.good), read_constraints(given.bad)
+    found = bisect(good, bad, RecipeMeasure(given.config, given.card, overlays))
+    write_json(given.json, asdict(found))
+    if given.json != "-":
+        print(found.render())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Where every byte of a recipe's peak is: by kind, by line of code, over a step.
+
+    python -m qlora_lowmem.explain --config bench/recipes/optimised.yaml --svg peak.svg
+    python -m qlora_lowmem.explain --config bench/recipes/optimised.yaml --device cuda --snapshot peak.pickle
+
+Runs the recipe's steps with synthetic samples on a virtual card, or on the GPU with --device cuda, and keeps no
+adapter. A recipe that the virtual card cannot hold is explained on one of its kind with 80 GiB.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.plan.recipe_runs import recipe_card
+from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
+from qlora_lowmem.recipe.io import load_recipe, replace_field
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.units import GIB
+
+_ROOMY_BYTES = 80 * GIB
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code, as `qlora_lowmem.train` does."""
+    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: the command's own flags, then one for each field of the recipe."""
+    parser = RecipeArgumentParser(
+        prog="python -m qlora_lowmem.explain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file (bench/recipes/)")
+    add_json_argument(parser)
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables as a Markdown page")
+    parser.add_argument("--svg", metavar="FILE", help="draw the peak by kind and the step over time")
+    parser.add_argument("--png", metavar="FILE", help="the same picture as PNG")
+    parser.add_argument("--snapshot", metavar="FILE", help="write what https://pytorch.org/memory_viz opens")
+    add_override_arguments(parser)
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    recipe = load_recipe(options.config, {"device": "virtual"} | overrides_from(options))
+    if recipe.run.device == "cpu":
+        raise UsageError("run.device: 'cpu' has no GPU memory to explain; use --device virtual or --device cuda")
+    if recipe.data.data != SYNTHETIC:
+        recipe = replace_field(recipe, "data", SYNTHETIC)
+    resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    _check_targets(options)
+    if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
+        return _on_virtual_card(recipe, arguments)
+    return _explain(recipe, options)
+
+
+def _check_targets(options: argparse.Namespace) -> None:
+    for flag in ("markdown", "svg", "png", "snapshot"):
+        target = getattr(options, flag)
+        if target is not None and not Path(target).resolve().parent.is_dir():
+            raise UsageError(f"--{flag}: the folder of {target!r} does not exist; make it, or give another file")
+
+
+def _on_virtual_card(recipe: Recipe, arguments: list[str]) -> int:
+    """Start this command again as a process on the virtual card; if that is too small, on one of its kind with more."""
+    card = recipe_card(recipe)
+    command = [sys.executable, "-m", "qlora_lowmem.explain", *arguments]
+    env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
+    code = virtual_gpu.run(command, card, env=env).exit_code
+    if code == EXIT_DOES_NOT_FIT and _can_grow(card):
+        print("so it is explained on a card of the same kind with 80 GiB", file=sys.stderr)
+        code = virtual_gpu.run(command, card.with_memory(_ROOMY_BYTES), env=env).exit_code
+    return code
+
+
+def _can_grow(card: virtual_gpu.Card | None) -> bool:
+    return card is not None and card.total_bytes < _ROOMY_BYTES
+
+
+def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
+    from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
+    from qlora_lowmem.results.kinds import attribution_table as report
+    from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
+    from qlora_lowmem.training.progress import quiet_libraries
+
+    quiet_libraries()
+    recorder = AttributionRecorder(uniform=True)  # synthetic samples are all of full length
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=recorder)
+        except OutOfGpuMemoryError as error:
+            if not _can_grow(virtual_gpu.current_card()):
+                raise
+            print(f"{error.profile.device} cannot hold it: out of memory in phase {error.phase!r}", file=sys.stderr)
+            return EXIT_DOES_NOT_FIT
+    found = outcome.attribution
+    assert found is not None  # every recipe has at least one step
+    page = report.markdown(found, recipe.name or Path(options.config).stem, outcome.floor.total)
+    if options.json != "-":
+        print(page)
+    record = provenance_record(found.device, found.provenance)
+    content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "environment": record}
+    write_json(options.json, content | {"floor_bytes": outcome.floor.total, "attribution": found.to_dict()})
+    if options.markdown:
+        Path(options.markdown).write_text(page, encoding="utf-8")
+    pictures = [Path(target) for target in (options.svg, options.png) if target]
+    if pictures:
+        report.write_picture(found, recipe.name or Path(options.config).stem, *pictures)
+    if options.snapshot:
+        recorder.save_snapshot(Path(options.snapshot))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

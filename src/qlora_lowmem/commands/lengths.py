@@ -1,0 +1,191 @@
+"""Memory against sequence length, every length run: `python -m qlora_lowmem.lengths --config RECIPE`.
+
+    python -m qlora_lowmem.lengths --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card t4-16gb
+    python -m qlora_lowmem.lengths --config bench/recipes/lean.yaml --lengths 1024 8192 65536 --table results/mine
+
+Each length is a whole run on a virtual card with room for all of them, so that one that does not fit has its need too:
+two optimizer steps of one or two micro-batches, every sample at full length. All runs are forks of one worker, so
+imports are paid once.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError, UsageError
+from qlora_lowmem.plan.advice import ROOMY_BYTES
+from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server, shortened, submit_recipe
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.io import load_recipe, replace_field
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
+
+# Up to where a model of one billion parameters without lean no longer fits a 6 GB card.
+DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class LengthRow:
+    """A recipe's peaks at one sequence length, in bytes.
+
+    Attributes:
+        fits: what the device held, against the card's usable memory.
+        floor_bytes: what no method avoids at that length (`memory.floor`).
+    """
+
+    recipe: str
+    tokens: int
+    fits: bool
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_device_bytes: int
+    floor_bytes: int
+
+
+def measure_lengths(
+    recipes: Sequence[Recipe], lengths: Sequence[int], card: virtual_gpu.Card, server: virtual_gpu.Server
+) -> list[LengthRow]:
+    """Every recipe at every length, in that order.
+
+    Raises:
+        QloraLowmemError: a run fails.
+    """
+    roomy = card.with_memory(ROOMY_BYTES)
+    submitted = []
+    for recipe in recipes:
+        short = shortened(recipe)
+        for length in lengths:
+            future = submit_recipe(server, replace_field(short, "max_seq_length", length), roomy)
+            submitted.append((recipe.name, length, future))
+    rows = []
+    for name, length, future in tqdm(submitted, desc="lengths", unit="run"):
+        run = future.result()
+        if run.profile is None or run.out_of_memory is not None:
+            reason = (run.failure or run.out_of_memory or "").strip().splitlines()[-1]
+            raise QloraLowmemError(f"{name} at {length:,} tokens fails: {reason}")
+        peaks = run.profile
+        rows.append(
+            LengthRow(
+                name,
+                length,
+                peaks.peak_device_bytes <= card.usable_bytes,
+                peaks.peak_allocated_bytes,
+                peaks.peak_reserved_bytes,
+                peaks.peak_device_bytes,
+                run.floor_bytes,
+            )
+        )
+    return rows
+
+
+def lengths_table(rows: Sequence[LengthRow]) -> str:
+    """The rows as a Markdown table."""
+    headers = ["recipe", "tokens", "allocated GiB", "floor GiB", "x floor", "reserved GiB", "on the card GiB", "fits"]
+    cells = [
+        [
+            row.recipe,
+            f"{row.tokens:,}",
+            gib(row.peak_allocated_bytes),
+            gib(row.floor_bytes),
+            times_floor(row.peak_allocated_bytes, row.floor_bytes),
+            gib(row.peak_reserved_bytes),
+            gib(row.peak_device_bytes),
+            "yes" if row.fits else "no",
+        ]
+        for row in rows
+    ]
+    return markdown_table(headers, cells)
+
+
+def write_table(
+    folder: Path, rows: Sequence[LengthRow], card: virtual_gpu.Card, seconds: float, record: dict[str, Any]
+) -> None:
+    """Write `lengths` as JSON, Markdown and CSV."""
+    markdown = (
+        f"# Memory against sequence length on {card.name}\n\n"
+        f"{len(rows)} runs in {seconds:.1f} s, imports included. The card has {gib(card.usable_bytes)} GiB usable, the "
+        f"CUDA context in it; what needs more ran on a card of the same kind with room for it. {FLOOR_TEXT}\n\n"
+        f"{lengths_table(rows)}\n\n{provenance_lines(record)}\n"
+    )
+    plain = [asdict(row) for row in rows]
+    content = {
+        "environment": record,
+        "device": card.name,
+        "provenance": "virtual",
+        "usable_bytes": card.usable_bytes,
+        "cases": plain,
+    }
+    write_result(folder, "lengths", content, markdown, plain)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit code 3 if a length that was asked for does not fit the card, or a recipe at none of the default
+    lengths, which are meant to go past its end.
+    """
+    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = RecipeArgumentParser(
+        prog="python -m qlora_lowmem.lengths", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"tokens of a sample (default: {' '.join(map(str, DEFAULT_LENGTHS))})",
+    )
+    parser.add_argument("--table", metavar="DIR", help="write lengths.json, .md and .csv there, as in results/CARD")
+    add_json_argument(parser)
+    add_override_arguments(parser)
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    started = time.perf_counter()
+    options = parser().parse_args(arguments)
+    for length in options.lengths or ():
+        if length < 2:
+            raise UsageError(f"--lengths: {length} is too short; the loss predicts each next token, so give 2 or more")
+    recipes = [load_recipe(path, overrides_from(options)) for path in options.config]
+    card = recipe_card(recipes[0])
+    with recipe_server() as server:
+        rows = measure_lengths(recipes, sorted(set(options.lengths or DEFAULT_LENGTHS)), card, server)
+    seconds = time.perf_counter() - started
+    print(lengths_table(rows), file=sys.stderr)
+    print(
+        f"{len(rows)} runs in {seconds:.1f} s (virtual {card.name}, {gib(card.usable_bytes)} GiB usable)",
+        file=sys.stderr,
+    )
+    if options.table:
+        write_table(Path(options.table), rows, card, seconds, provenance_record(card.name, "virtual"))
+    peaks = {
+        key: max(getattr(row, key) for row in rows)
+        for key in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes")
+    }
+    report = {"device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes, "seconds": seconds}
+    write_json(options.json, peaks | report | {"cases": [asdict(row) for row in rows]})
+    return EXIT_OK if _fits(rows, asked=options.lengths is not None) else EXIT_DOES_NOT_FIT
+
+
+def _fits(rows: Sequence[LengthRow], asked: bool) -> bool:
+    """Whether every length fits that was asked for; else, whether every recipe fits at some length."""
+    if asked:
+        return all(row.fits for row in rows)
+    return {row.recipe for row in rows if row.fits} == {row.recipe for row in rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

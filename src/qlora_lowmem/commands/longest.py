@@ -1,0 +1,176 @@
+"""The longest sequence that trains on a card, found by running: `python -m qlora_lowmem.longest --config RECIPE`.
+
+    python -m qlora_lowmem.longest --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card t4-16gb
+
+Each probe is a whole run on a virtual card: two optimizer steps of the recipe's micro-batches, two at most, every
+sample at full length. A step of more micro-batches takes as much, and a few bytes a token for the batches that wait.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.plan.maximum import reach
+from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_card, recipe_server, submit_recipe
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    gib,
+    known_gib,
+    markdown_table,
+    provenance_lines,
+    times_floor,
+    write_result,
+)
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest sequence of a recipe on a card, in tokens, and its peaks in bytes. 0 tokens: not even the shortest.
+
+    Attributes:
+        limited_by: `memory`, or `limit` where the longest length asked for fits.
+        next_tokens: the shortest length that was seen not to fit; 0 where none was.
+        floor_bytes: what no method avoids at the longest length (`memory.floor`).
+        host_bytes: page-locked host memory at the longest length.
+    """
+
+    recipe: str
+    card: str
+    tokens: int
+    next_tokens: int
+    limited_by: str
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_device_bytes: int
+    floor_bytes: int
+    host_bytes: int
+
+
+def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
+    """The longest sequence of `recipe` on `card`, within what a job can count on there.
+
+    Raises:
+        QloraLowmemError: a run fails for another reason than memory.
+    """
+    bar = tqdm(desc=recipe.name, unit="run")
+
+    def submit(changed: Recipe, card: virtual_gpu.Card) -> "Future[RecipeRun]":
+        return submit_recipe(server, changed, card)
+
+    def note(_leaf: str, length: int, fits: bool) -> None:
+        bar.update(1)
+        bar.set_postfix_str(f"{length:,} tokens {'fit' if fits else 'do not fit'}")
+
+    found = reach(recipe, "max_seq_length", card, submit, limit=limit, step=step, note=note)
+    bar.close()
+    profile = found.run.profile if found.run is not None else None
+    return Longest(
+        recipe.name,
+        card.name,
+        found.value,
+        found.next_value,
+        "memory" if found.next_value else "limit",
+        profile.peak_allocated_bytes if profile else 0,
+        profile.peak_reserved_bytes if profile else 0,
+        profile.peak_device_bytes if profile else 0,
+        found.run.floor_bytes if found.run is not None else 0,
+        found.run.pinned_host_bytes if found.run is not None else 0,
+    )
+
+
+def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any], changes: dict[str, str]) -> None:
+    """Write the table as JSON, Markdown and CSV.
+
+    Args:
+        changes: fields of every recipe that were given on the command line.
+    """
+    cells = [
+        [
+            row.recipe,
+            f"{row.tokens:,}",
+            f"{row.next_tokens:,}" if row.next_tokens else "(not looked further)",
+            gib(row.peak_allocated_bytes),
+            known_gib(row.floor_bytes),
+            times_floor(row.peak_allocated_bytes, row.floor_bytes),
+            gib(row.peak_device_bytes),
+            gib(row.host_bytes),
+        ]
+        for row in rows
+    ]
+    headers = ["recipe", "longest that trains", "does not fit", "allocated", "floor", "x floor", "on the card", "host"]
+    changed = ", ".join(f"`{name}: {value}`" for name, value in changes.items())
+    markdown = (
+        f"# The longest sequence on {record['device']}\n\nTokens of one sample, batch 1, found by running each length "
+        "(two optimizer steps of one or two micro-batches). Peaks in GiB; what a job can use of the card holds the "
+        f"CUDA context too; host is page-locked memory. {FLOOR_TEXT}"
+        f"{f' Changed in every recipe: {changed}.' if changed else ''}\n\n"
+        f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
+    )
+    plain = [asdict(row) for row in rows]
+    content = {"environment": record, "device": record["device"], "provenance": "virtual", "changes": changes}
+    content["cases"] = plain
+    write_result(folder, "longest", content, markdown, plain)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit code 3 if a recipe does not fit at any length."""
+    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = RecipeArgumentParser(
+        prog="python -m qlora_lowmem.longest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
+    parser.add_argument("--limit", type=int, default=131072, metavar="N", help="look no further (default: 131072)")
+    parser.add_argument("--step", type=int, default=1024, metavar="N", help="precision in tokens (default: 1024)")
+    parser.add_argument("--table", metavar="DIR", help="write longest.json, .md and .csv there, as in results/CARD")
+    add_json_argument(parser)
+    add_override_arguments(parser)
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    for flag in ("limit", "step"):
+        if getattr(options, flag) < 1:
+            raise UsageError(f"--{flag}: {getattr(options, flag)} is not a number of tokens; give 1 or more")
+    changes = overrides_from(options)
+    recipes = [load_recipe(path, changes) for path in options.config]
+    card = recipe_card(recipes[0])
+    with recipe_server() as server:
+        rows = [find(recipe, card, server, limit=options.limit, step=options.step) for recipe in recipes]
+    record = provenance_record(card.name, "virtual")
+    for row in rows:
+        further = f"{row.next_tokens:,} do not fit" if row.next_tokens else "no longer one was tried"
+        print(
+            f"{row.recipe}: {row.tokens:,} tokens on {row.card} (virtual); {further}; "
+            f"{gib(row.peak_device_bytes)} GiB on the card, {gib(row.host_bytes)} GiB of host memory pinned",
+            file=sys.stderr,
+        )
+    if options.table:
+        write_table(Path(options.table), rows, record, changes)
+    peaks = {key: max(getattr(row, key) for row in rows) for key in ("peak_allocated_bytes", "peak_reserved_bytes")}
+    peaks["peak_device_bytes"] = max(row.peak_device_bytes for row in rows)
+    cases = json.loads(json.dumps([asdict(row) for row in rows]))
+    write_json(options.json, peaks | {"device": card.name, "provenance": "virtual", "cases": cases})
+    return EXIT_OK if all(row.tokens for row in rows) else EXIT_DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

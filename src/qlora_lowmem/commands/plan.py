@@ -1,0 +1,320 @@
+"""Will it fit, how far does it reach, and what to change: answered by running it on a virtual card.
+
+    python -m qlora_lowmem.plan --config bench/recipes/optimised.yaml --card rtx-4050-laptop-6gb
+    python -m qlora_lowmem.plan --model ibm-granite/granite-4.0-h-1b --card rtx-3060-laptop-6gb --write mine.yaml
+    python -m qlora_lowmem.plan --model granite-4.0-h-1b llama-3.2-3b --card rtx-3060-12gb rtx-3090-24gb
+
+With --config: does the recipe fit as it is, where do its bytes go, what is the longest sequence and the largest batch,
+which single changes save how much for which cost, each of them run. If it does not fit, a recipe that does.
+
+With --model: the best recipe that fits. Recipes are tried from the fastest to the leanest: nothing computed twice,
+checkpointing, this project's tiles (or offloading, for models that they do not know), checkpoints in host memory, and
+only then embeddings of fewer bits. The first that fits at the wanted length (--seq) is proposed, at the longest
+sequence that it reaches; the next longer one was run and does not fit. Of a model on the hub, config.json is fetched.
+
+Many recipes, models and cards: every combination, in one table; --full looks into each as deeply as into one, and
+shows that below the table. A model that cannot be planned is a row with its reason. Runs are cached, so that an
+interrupted sweep goes on where it stopped.
+
+Exit code: 0 fits, 3 does not (or not at the wanted length), 2 bad input (in a sweep: of a pair, after the answers to
+the others), 1 a pair failed, 130 interrupted.
+"""
+
+import argparse
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
+from qlora_lowmem.plan import screen
+from qlora_lowmem.plan.answers import Plan
+from qlora_lowmem.plan.cache import RunCache
+from qlora_lowmem.plan.kept_runs import Runs
+from qlora_lowmem.plan.machine import card_of_this_machine
+from qlora_lowmem.plan.model import PlannedModel, planned_model
+from qlora_lowmem.plan.pair import Extent, Pair, Planner
+from qlora_lowmem.plan.recipe_runs import recipe_server
+from qlora_lowmem.plan.sweep import sweep
+from qlora_lowmem.plan.table import plans_table
+from qlora_lowmem.recipe import SYNTHETIC, Recipe, Run
+from qlora_lowmem.recipe.commented import commented_yaml
+from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.sections import is_hub_data
+from qlora_lowmem.units import format_bytes
+from qlora_lowmem.user_cache import cache_folder
+
+DEFAULT_SEQ = 2048
+DEFAULT_LIMIT = 32768
+DEFAULT_STEP = 256
+# Asked for in this command's own words.
+_OWN = ("name", "model", "weights", "max_seq_length", "data", "train_on", "device", "card", "output_dir", "resume")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: the command's own flags, then one for each field of the recipe that it does not ask itself."""
+    parser = RecipeArgumentParser(
+        prog="python -m qlora_lowmem.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to plan")
+    what.add_argument("--config", nargs="+", metavar="RECIPE", help="one recipe or more (bench/recipes/)")
+    what.add_argument(
+        "--model",
+        dest="models",
+        nargs="+",
+        metavar="MODEL",
+        help="hub ids, local folders or known architectures; with --config, in place of the recipes' own",
+    )
+    what.add_argument("--card", dest="cards", nargs="+", metavar="NAME", help="cards of the table; all: every one")
+    what.add_argument("--gpu", action="store_true", help="the GPU of this machine, with the memory that is free now")
+    what.add_argument(
+        "--seq",
+        "--max-seq-length",  # as the other commands have it
+        type=int,
+        metavar="N",
+        help=f"the length that you want, in tokens (default: the recipe's own; with --model alone {DEFAULT_SEQ})",
+    )
+    how = parser.add_argument_group("how far to look")
+    how.add_argument(
+        "--limit", type=int, default=DEFAULT_LIMIT, metavar="N", help=f"no longer sequence (default: {DEFAULT_LIMIT})"
+    )
+    how.add_argument(
+        "--step", type=int, default=DEFAULT_STEP, metavar="N", help=f"of the lengths tried (default: {DEFAULT_STEP})"
+    )
+    how.add_argument("--full", action="store_true", help="in a sweep: breakdown, batch and single changes of each pair")
+    how.add_argument("--no-cache", action="store_true", help="run everything again, and keep nothing")
+    out = parser.add_argument_group("what to write")
+    add_json_argument(parser)
+    out.add_argument("--write", metavar="FILE", help="write the recipe that fits, each knob with what it does")
+    out.add_argument("--force", action="store_true", help="let --write replace a file")
+    add_override_arguments(parser, without=_OWN)
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    _check_numbers(options)
+    target = _checked_target(options)
+    recipes = _recipes(options)
+    cards = _cards(options)
+    asked = _asked(options, recipes, cards)
+    if target is not None and len(asked) > 1:
+        raise UsageError(f"--write: one file holds one recipe, and this asks for {len(asked)} pairs; name one pair")
+    plans = _answers(asked, options)
+    if options.json != "-":
+        print("\n".join(_shown(plans, full=options.full)))
+    if target is not None and isinstance(asked[0], Pair):
+        _write_recipe(target, asked[0], plans[0])
+    _write_json(options, plans, cards)
+    if any(plan.bad_input for plan in plans):
+        return EXIT_USAGE
+    if any(plan.failure for plan in plans):
+        return EXIT_FAILURE
+    return EXIT_OK if all(plan.fits for plan in plans) else EXIT_DOES_NOT_FIT
+
+
+def _shown(plans: Sequence[Plan], *, full: bool) -> Iterator[str]:
+    if len(plans) == 1:
+        yield from screen.lines(plans[0])
+        return
+    yield plans_table(plans)
+    for plan in plans if full else ():
+        if not plan.failure:
+            yield ""
+            yield from screen.lines(plan)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for flag, least in (("seq", 2), ("limit", 2), ("step", 1)):
+        value = getattr(options, flag)
+        if value is not None and value < least:
+            raise UsageError(f"--{flag}: {value} is not a number of tokens that can be tried; give {least} or more")
+    if options.seq is not None and options.seq > options.limit:
+        raise UsageError(f"--seq: {options.seq} is beyond --limit {options.limit}; raise the limit, or want less")
+
+
+def _checked_target(options: argparse.Namespace) -> Path | None:
+    if options.write is None:
+        return None
+    target = Path(options.write)
+    if target.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--write: {options.write!r} is no recipe's name; end it in .yaml")
+    if target.exists() and not options.force:
+        raise UsageError(f"--write: {options.write!r} exists; --force replaces it, or give another name")
+    if not target.resolve().parent.is_dir():
+        raise UsageError(f"--write: the folder of {options.write!r} does not exist; make it, or give another name")
+    return target
+
+
+def _recipes(options: argparse.Namespace) -> list[Recipe]:
+    """The recipes asked about; for a model alone, where its ladder starts."""
+    overrides = overrides_from(options)
+    if options.seq is not None:
+        overrides["max_seq_length"] = str(options.seq)
+    if options.config:
+        given = [load_recipe(path, overrides) for path in options.config]
+        if not options.models:
+            return given
+        return [replace_fields(recipe, {"model": model}) for recipe, model in itertools.product(given, options.models)]
+    if not options.models:
+        raise UsageError("nothing to plan: give --config RECIPE or --model MODEL (--help shows both)")
+    start = {"target_modules": "all-linear", "max_seq_length": str(min(DEFAULT_SEQ, options.limit))}
+    named = {model: {"model": model, "name": Path(model).name or model} for model in options.models}
+    return [replace_fields(Recipe(), start | overrides | names) for names in named.values()]
+
+
+def _cards(options: argparse.Namespace) -> list[virtual_gpu.Card]:
+    if not options.cards and not options.gpu:
+        known = ", ".join(card.name for card in virtual_gpu.all_cards())
+        raise UsageError(f"no card: give --card NAME (one of {known}), or --gpu for the one in this machine")
+    names: list[str] = []
+    for name in options.cards or ():
+        names += [card.name for card in virtual_gpu.all_cards()] if name == "all" else [name]
+    try:
+        cards = [virtual_gpu.get_card(name) for name in dict.fromkeys(names)]
+    except virtual_gpu.UnknownCardError as error:
+        raise UsageError(f"--card: {error}") from None
+    if options.gpu:
+        card = card_of_this_machine()
+        usable = format_bytes(card.usable_bytes)
+        print(f"--gpu: {card.title}, {usable} free now; a virtual {card.name} like it", file=sys.stderr)
+        cards.append(card)
+    return cards
+
+
+def _asked(options: argparse.Namespace, recipes: list[Recipe], cards: list[virtual_gpu.Card]) -> list[Pair | Plan]:
+    """Every combination: a pair to plan or, where its model cannot be planned, the answer that says why.
+
+    Raises:
+        UsageError: no pair can be planned.
+    """
+    fixed = frozenset(overrides_from(options))
+    given = bool(options.config)
+    asked: list[Pair | Plan] = []
+    reasons: list[str] = []
+    for recipe in recipes:
+        subject = recipe.name
+        if options.config and options.models:
+            subject += f", {recipe.base.model}"
+        try:
+            model = _planned(recipe, options)
+        except UsageError as error:
+            reasons.append(str(error))
+            plan = Plan(subject, recipe.base.model, "", 0, given, recipe.batch.max_seq_length)
+            refused = replace(plan, failure=str(error), bad_input=True)
+            asked += [replace(refused, card=card.name, usable_bytes=card.usable_bytes) for card in cards]
+        else:
+            asked += [Pair(model, card, subject, given, fixed) for card in cards]
+    if len(reasons) == len(recipes):
+        raise UsageError("\n".join(dict.fromkeys(reasons)))
+    return asked
+
+
+def _planned(recipe: Recipe, options: argparse.Namespace) -> PlannedModel:
+    model = planned_model(recipe)
+    context = model.context_length
+    if context is None or context >= recipe.batch.max_seq_length:
+        return model
+    if options.seq is not None:
+        raise UsageError(f"--seq: {recipe.base.model} was made for {context} tokens at most, not {options.seq}")
+    return model if options.config else planned_model(replace_field(recipe, "max_seq_length", context))
+
+
+def _answers(asked: list[Pair | Plan], options: argparse.Namespace) -> list[Plan]:
+    cache = RunCache(None if options.no_cache else cache_folder() / "plan")
+    workers = len(os.sched_getaffinity(0))  # a container's or a scheduler's share, not the machine's
+    alone = len(asked) == 1
+    extent = Extent(options.limit, options.step, alone or options.full)
+    pairs = [each for each in asked if isinstance(each, Pair)]
+    with recipe_server(workers) as server:
+        if alone:
+            return [_answer(pairs[0], extent, server, cache)]
+        planned = iter(_sweep(pairs, extent, server, cache, workers))
+    return [next(planned) if isinstance(each, Pair) else each for each in asked]
+
+
+def _answer(pair: Pair, extent: Extent, server: virtual_gpu.Server, cache: RunCache) -> Plan:
+    with tqdm(desc="plan", unit="run") as bar:
+
+        def made() -> None:
+            bar.update(1)
+
+        return Planner(pair, extent, Runs(server, cache, made), bar.set_postfix_str).plan()
+
+
+def _sweep(pairs: list[Pair], extent: Extent, server: virtual_gpu.Server, cache: RunCache, workers: int) -> list[Plan]:
+    with tqdm(desc="plan", total=len(pairs), unit="pair") as bar:
+        runs = itertools.count(1)
+
+        def made() -> None:
+            bar.set_postfix_str(f"{next(runs)} runs")
+
+        found: dict[int, Plan] = {}
+        for number, plan in sweep(pairs, extent, Runs(server, cache, made), server, workers=workers):
+            found[number] = plan
+            bar.update(1)
+    return [found[number] for number in range(len(pairs))]
+
+
+def _write_recipe(target: Path, pair: Pair, plan: Plan) -> None:
+    found = plan.proposal
+    if found is not None:
+        recipe, need, why = found.recipe, found.need, f"{found.rung}: {found.words}"
+    elif plan.fits and plan.need is not None:
+        recipe, need, why = pair.model.as_asked(pair.model.recipe, plan.card), plan.need, "as it is"
+    else:
+        print(f"{target} is not written: nothing fits", file=sys.stderr)
+        return
+    record = provenance_record(plan.card, "virtual")
+    length, usable = recipe.batch.max_seq_length, format_bytes(plan.usable_bytes)
+    title = [
+        f"{plan.model} on {plan.card}: {why}.",
+        f"{format_bytes(need.device_bytes)} of {usable} usable at {length:,} tokens, the CUDA context in it (virtual).",
+        f"{record['command']}, {record['date']}, commit {record['commit']}",
+    ]
+    target.write_text(commented_yaml(_moved(recipe, target), title), encoding="utf-8")
+    _say_what_next(target, pair, own_data=recipe.data.data != SYNTHETIC)
+
+
+def _say_what_next(target: Path, pair: Pair, *, own_data: bool) -> None:
+    train = f"python -m qlora_lowmem.train --config {shlex.quote(str(target))}"
+    # As it was planned: with random weights where those will do, and then there is no tokenizer for a person's data.
+    planned = " --weights random" if pair.model.recipe.base.weights == "random" else ""
+    planned += " --data synthetic" if own_data else ""
+    print(f"{target} is written. Train: {train}{'' if own_data else ' --data my.jsonl'}", file=sys.stderr)
+    print(f"Run it whole on the virtual card: {train} --device virtual{planned}", file=sys.stderr)
+
+
+def _moved(recipe: Recipe, target: Path) -> Recipe:
+    """`recipe` as its file at `target` has to say it: data relative to the file, output under the file's name."""
+    data = recipe.data.data
+    if data != SYNTHETIC and not is_hub_data(data):
+        data = os.path.relpath(data, target.parent)
+    own = recipe.run.output_dir == Run().output_dir.replace("{name}", recipe.name)
+    output_dir = Run().output_dir if own else recipe.run.output_dir
+    return replace(recipe, data=replace(recipe.data, data=data), run=replace(recipe.run, output_dir=output_dir))
+
+
+def _write_json(options: argparse.Namespace, plans: list[Plan], cards: list[virtual_gpu.Card]) -> None:
+    device = cards[0].name if len(cards) == 1 else f"{len(cards)} cards"
+    content = {"device": device, "provenance": "virtual", "fits": all(plan.fits for plan in plans)}
+    content["environment"] = provenance_record(device, "virtual")
+    write_json(options.json, content | {"cases": [plan.to_dict() for plan in plans]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The README's figures, from `results/`: `python -m qlora_lowmem.commands.readme` writes them between the markers."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from qlora_lowmem.commands.frame import run_command
+from qlora_lowmem.errors import EXIT_OK, UsageError
+from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor
+
+CARD = "rtx-4050-laptop-6gb"
+_BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
+
+
+def main() -> int:
+    """The command; exit code 2 if the README or the results are not there."""
+    return run_command(_run, sys.argv[1:])
+
+
+def matrix_table(content: dict[str, Any]) -> str:
+    """The matrix of a `matrix.json` as a short table."""
+    rows = [
+        [
+            f"`{case['recipe']}`",
+            str(case["max_seq_length"]),
+            "yes" if case["gradient_checkpointing"] else "no",
+            case["loss"],
+            gib(case["peak_allocated_bytes"]),
+            gib(case["floor_bytes"]),
+            times_floor(case["peak_allocated_bytes"], case["floor_bytes"]),
+            gib(case["peak_reserved_bytes"]),
+            gib(case["peak_device_bytes"]),
+            "fits" if case["fits"] else "does not fit",
+        ]
+        for case in content["cases"]
+    ]
+    headers = ["recipe", "seq", "checkpointing", "loss"]
+    headers += ["allocated", "floor", "x floor", "reserved", "on the card", "verdict"]
+    return markdown_table(headers, rows)
+
+
+def readme_block(content: dict[str, Any]) -> str:
+    """Table and provenance, as they stand in the README."""
+    return (
+        f"Granite-4.0-H-1B on `{CARD}`, peaks in GiB. {FLOOR_TEXT}\n\n{matrix_table(content)}\n\n"
+        f"{provenance_lines(content['environment'])} A recipe that does not fit ran on a card of the same kind with "
+        f"80 GB; its row says what it would need. All tables: [`results/`](results/).\n"
+    )
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qlora_lowmem.commands.readme", description=__doc__)
+    parser.add_argument("--results", default="results", metavar="DIR", help="where the tables are (default: results)")
+    parser.add_argument("--readme", default="README.md", metavar="FILE", help="the file to write into")
+    options = parser.parse_args(arguments)
+    source, readme = Path(options.results) / CARD / "matrix.json", Path(options.readme)
+    try:
+        content, text = json.loads(source.read_text(encoding="utf-8")), readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename}: {error.strerror}; run pytest bench/ first, in the project's root"
+        ) from None
+    if not _BLOCK.search(text):
+        raise UsageError(f"{readme} has no <!-- matrix --> ... <!-- /matrix -->; put the markers where the table goes")
+    block = readme_block(content)
+    readme.write_text(_BLOCK.sub(lambda found: found[1] + block + found[2], text), encoding="utf-8")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""One HTML page of what the project's commands wrote: charts, tables, and where each figure comes from.
+
+    python -m qlora_lowmem.report.page results/rtx-4050-laptop-6gb results/reality.json --output report.html
+    python -m qlora_lowmem.report.page before.json after.json --output compared.html --charts charts
+
+Give folders, whose JSON files are read, or files: what `pytest bench/`, `pytest bench/test_lean_families.py`,
+`pytest bench/test_phases.py`, `pytest bench/test_reality.py`, `pytest --vram-report`, `explain --json`,
+`phases --json`, `train --json`, `lengths --table` and `longest --table` write. What is not there is left out. The page
+needs no network and no JavaScript; two attributions are shown side by side.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from qlora_lowmem.commands.frame import run_command
+from qlora_lowmem.errors import EXIT_OK, UsageError
+from qlora_lowmem.results.registry import sections_of
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; exit code 2 if a file is missing or not what it should be."""
+    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qlora_lowmem.report.page",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", nargs="+", metavar="PATH", type=Path, help="a folder of results, or JSON files")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    parser.add_argument("--title", metavar="TEXT", help="its title (default: names the cards)")
+    parser.add_argument("--charts", metavar="DIR", help="write every chart there as SVG and PNG as well")
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    output = Path(options.output)
+    if not output.resolve().parent.is_dir():
+        raise UsageError(f"--output: the folder of {options.output!r} does not exist; make it, or give another file")
+    if options.charts and Path(options.charts).exists() and not Path(options.charts).is_dir():
+        raise UsageError(f"--charts: {options.charts!r} is a file; give a folder, which is made if it is not there")
+    made = sections_of(options.results)
+
+    from qlora_lowmem.results.page import render, save_charts, title_of
+
+    count = sum(len(section.charts) for section in made.sections)
+    with tqdm(total=count * (2 if options.charts else 1), desc="charts", unit="chart") as bar:
+        page = render(options.title or title_of(made.sections), made.sections, bar.update)
+        try:
+            scratch = output.with_name(f".{output.name}")
+            scratch.write_text(page, encoding="utf-8")
+            scratch.replace(output)
+            charts = save_charts(Path(options.charts), made.sections, bar.update) if options.charts else []
+        except OSError as error:
+            raise UsageError(f"{error.filename} cannot be written ({error.strerror}); give another place") from None
+    print(f"{output}: {', '.join(section.title for section in made.sections)}")
+    if charts:
+        print(f"{options.charts}: {len(charts)} files, one SVG and one PNG for each of {count} charts")
+    for path in made.left_out:
+        print(f"not shown, for no section shows its kind: {path}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Recipes run on virtual cards, many in one go: heavy imports are made once, then every run is a fork of its own."""
+
+import traceback
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
+
+_HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "qlora_lowmem.run.execute")
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """What a recipe came to on a virtual card.
+
+    Attributes:
+        profile: the peaks; None if it failed for another reason than memory.
+        out_of_memory: torch's message if it ran out, and then `profile` holds the peaks until there.
+        phase: the phase in which it ran out.
+        failure: what went wrong otherwise.
+        trainable_parameters: of the adapters; 0 if it never got so far.
+        floor_bytes: what no method of training this recipe avoids; 0 if it never ended a step.
+        pinned_host_bytes: the most host memory that was page-locked at once.
+        attribution: the steady step's peak by kind, if it was asked for and the run ended well.
+    """
+
+    profile: MemoryProfile | None
+    out_of_memory: str | None = None
+    phase: str | None = None
+    failure: str | None = None
+    trainable_parameters: int = 0
+    floor_bytes: int = 0
+    pinned_host_bytes: int = 0
+    attribution: Attribution | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        profile, attribution = self.profile, self.attribution
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {
+            "profile": profile.to_dict() if profile else None,
+            "attribution": attribution.to_dict() if attribution else None,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "RecipeRun":
+        """The inverse of `to_dict`."""
+        profile, attribution = content.get("profile"), content.get("attribution")
+        made = {
+            "profile": MemoryProfile.from_dict(profile) if profile else None,
+            "attribution": Attribution.from_dict(attribution) if attribution else None,
+        }
+        return cls(**{**content, **made})
+
+
+def two_steps(recipe: Recipe) -> Recipe:
+    """`recipe` with two optimizer steps: the second has all there is, and no later one needs more."""
+    warmup = min(recipe.optimizer.warmup_steps, 2)  # a longer one would contradict
+    return replace_fields(recipe, {"max_steps": 2, "warmup_steps": warmup})
+
+
+def shortened(recipe: Recipe) -> Recipe:
+    """The two steps with two micro-batches at most: as much memory from less work.
+
+    From the second micro-batch of a step on, gradients are there from the start: more would show nothing new, but for
+    the micro-batches that wait on the card (24 bytes a token each: ids, mask and labels).
+    """
+    micro_batches = min(recipe.batch.gradient_accumulation_steps, 2)
+    return replace_field(two_steps(recipe), "gradient_accumulation_steps", micro_batches)
+
+
+def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
+    """The virtual card that `recipe` names.
+
+    Raises:
+        UsageError: no card of the table has that name.
+    """
+    try:
+        return virtual_gpu.get_card(recipe.run.card)
+    except virtual_gpu.UnknownCardError as error:
+        raise UsageError(f"run.card: {error}") from None
+
+
+def recipe_server(max_workers: int = 2) -> virtual_gpu.Server:
+    """A server of virtual runs with everything imported that a recipe needs."""
+    return virtual_gpu.Server(preload=_HEAVY, max_workers=max_workers)
+
+
+def submit_recipe(
+    server: virtual_gpu.Server,
+    recipe: Recipe,
+    card: virtual_gpu.Card,
+    timeout: float | None = None,
+    attribute: bool = False,
+    snapshot: Path | None = None,
+) -> "Future[RecipeRun]":
+    """Queue `recipe`'s training steps on `card`; synthetic data, every sample at full length.
+
+    Args:
+        attribute: say where the bytes of the peak are.
+        snapshot: with `attribute`, write the allocator's snapshot there.
+    """
+    if recipe.data.data != "synthetic":
+        recipe = replace_field(recipe, "data", "synthetic")
+    arguments = {"content": recipe.to_dict(), "attribute": attribute, "snapshot": str(snapshot) if snapshot else None}
+    job = server.submit("qlora_lowmem.plan.recipe_runs:run_here", arguments, card, timeout=timeout)
+    result: Future[RecipeRun] = Future()
+    job.add_done_callback(lambda done: _pass_on(done, result))
+    return result
+
+
+def _pass_on(done: "Future[virtual_gpu.JobResult]", result: "Future[RecipeRun]") -> None:
+    try:
+        job = done.result()
+    except BaseException as error:  # whatever ended the job ends the run
+        result.set_exception(error)
+        return
+    if job.value is None:
+        reason = f"the run ended with exit code {job.exit_code}: {job.output_tail[-2000:]}"
+        result.set_result(RecipeRun(profile=None, failure=reason))
+        return
+    result.set_result(RecipeRun.from_dict({**job.value, "pinned_host_bytes": job.report.peak_pinned_host_bytes}))
+
+
+def run_here(content: dict[str, Any], attribute: bool = False, snapshot: str | None = None) -> dict[str, Any]:
+    """In the worker: run a recipe for its steps and return a `RecipeRun` as plain data."""
+    import tempfile
+
+    from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
+    from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
+
+    recipe = replace_field(recipe_from_dict(content), "device", "virtual")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            attribution = AttributionRecorder(uniform=True) if attribute else None
+            outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=attribution)
+    except OutOfGpuMemoryError as error:
+        return {"profile": error.profile.to_dict(), "out_of_memory": error.torch_message, "phase": error.phase}
+    except Exception:  # what a person reads is made of this in the parent
+        return {"profile": None, "failure": traceback.format_exc()}
+    if attribution is not None and snapshot is not None and outcome.attribution is not None:
+        attribution.save_snapshot(Path(snapshot))
+    assert outcome.profile is not None
+    value: dict[str, Any] = {
+        "profile": outcome.profile.to_dict(),
+        "trainable_parameters": outcome.trainable_parameters,
+        "floor_bytes": outcome.floor.total,
+    }
+    return value | ({"attribution": outcome.attribution.to_dict()} if outcome.attribution else {})

@@ -1,0 +1,134 @@
+"""What the card must hold against the length of a sequence, and what it has."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_lowmem.results.style import Style, legend_label, plain
+from qlora_lowmem.results.theme import SERIES
+from qlora_lowmem.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MARKERS = ("o", "s", "D", "^", "v", "P")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))
+_LOGARITHMIC_FROM = 6  # where the largest is that many times the smallest
+
+
+@dataclass(frozen=True)
+class LengthPoint:
+    """One recipe at one length.
+
+    Attributes:
+        recipe: its name.
+        tokens: of a sequence.
+        fits: whether it trained within what the card has.
+        peak_device_bytes: what the card must hold, with the context; 0 where that is not known.
+        floor_bytes: what no method avoids at that length.
+    """
+
+    recipe: str
+    tokens: int
+    fits: bool
+    peak_device_bytes: int
+    floor_bytes: int
+
+
+def lengths(style: Style, points: Sequence[LengthPoint], usable_bytes: int) -> "Figure":
+    """A line a recipe, a thin one its floor; filled marks fit, hollow do not, a cross is where the need is unknown."""
+    figure = style.figure(4.6 if style.narrow else 4.4)
+    axes = figure.subplots()
+    recipes = list(dict.fromkeys(point.recipe for point in points))
+    for number, recipe in enumerate(recipes):
+        found = sorted((point for point in points if point.recipe == recipe), key=lambda point: point.tokens)
+        _line(axes, style, number, found, usable_bytes)
+    axes.axhline(usable_bytes / GIB, color=style.theme["limit"], linewidth=1.4, linestyle="--")
+    _scales(axes, style, points, usable_bytes)
+    axes.set_xlabel("tokens of a sequence" if style.narrow else "tokens of a sequence, doubled at each line")
+    axes.set_ylabel("GiB on the card at the peak")
+    plain(axes, style, keep=("bottom", "left"), grid="y")
+    _legend(figure, style, recipes, points, usable_bytes)
+    return figure
+
+
+def _line(axes: "Axes", style: Style, number: int, found: Sequence[LengthPoint], usable_bytes: int) -> None:
+    colour, marker = style.theme[SERIES[number % len(SERIES)]], _MARKERS[number % len(_MARKERS)]
+    known = [point for point in found if point.peak_device_bytes]
+    axes.plot(
+        [point.tokens for point in known],
+        [point.peak_device_bytes / GIB for point in known],
+        color=colour,
+        linestyle=_DASHES[number % len(_DASHES)],
+        linewidth=1.8,
+    )
+    axes.plot(
+        [point.tokens for point in found], [point.floor_bytes / GIB for point in found], color=colour, linewidth=0.8
+    )
+    for point in found:
+        need = point.peak_device_bytes or usable_bytes
+        axes.plot(
+            point.tokens,
+            need / GIB,
+            marker=marker if point.peak_device_bytes else "x",
+            markersize=6,
+            markerfacecolor=colour if point.fits else style.theme["paper"],
+            markeredgecolor=colour,
+            markeredgewidth=1.4,
+            zorder=4,
+        )
+
+
+def _scales(axes: "Axes", style: Style, points: Sequence[LengthPoint], usable_bytes: int) -> None:
+    tokens = sorted({point.tokens for point in points})
+    axes.set_xscale("log", base=2)
+    low, high = math.floor(math.log2(tokens[0])), math.ceil(math.log2(tokens[-1]))
+    ticks = range(low, high + 1, max(1, (high - low) // (4 if style.narrow else 9)))
+    axes.set_xticks([2.0**power for power in ticks], [_tokens(2**power) for power in ticks])
+    axes.set_xlim(2 ** (low - 0.3), 2 ** (high + 0.3))
+    known = [point.peak_device_bytes for point in points if point.peak_device_bytes]
+    needs = [usable_bytes, *known, *(point.floor_bytes for point in points)]
+    if max(needs) < _LOGARITHMIC_FROM * min(needs):
+        axes.set_ylim(0, max(needs) / GIB * 1.12)
+    else:
+        axes.set_yscale("log", base=2)
+        bottom, top = math.floor(math.log2(min(needs) / GIB)), math.ceil(math.log2(max(needs) / GIB))
+        marks = [2.0**power for power in range(bottom, top + 1)]
+        axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+        axes.set_ylim(2.0**bottom, 2.0 ** (top + 0.1))
+    axes.minorticks_off()
+
+
+def _tokens(count: int) -> str:
+    """`2k` for 2048, as lengths are spoken of."""
+    return f"{count // 1024}k" if count >= 1024 else str(count)
+
+
+def _legend(
+    figure: "Figure", style: Style, recipes: Sequence[str], points: Sequence[LengthPoint], usable_bytes: int
+) -> None:
+    from matplotlib.lines import Line2D
+
+    colours = style.theme
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=colours[SERIES[number % len(SERIES)]],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle=_DASHES[number % len(_DASHES)],
+            label=legend_label(recipe),
+        )
+        for number, recipe in enumerate(recipes)
+    ]
+    look: Any = {"linestyle": "none", "markeredgecolor": colours["ink"], "markerfacecolor": colours["paper"]}
+    if any(not point.fits and point.peak_device_bytes for point in points):
+        handles.append(Line2D([], [], marker="o", label="hollow: does not fit", **look))
+    if any(not point.peak_device_bytes for point in points):
+        handles.append(Line2D([], [], marker="x", label="does not fit, need not known", **look))
+    handles.append(Line2D([], [], color=colours["ink"], linewidth=0.8, label="thin: the floor"))
+    text = f"usable on the card: {usable_bytes / GIB:.2f}"
+    handles.append(Line2D([], [], color=colours["limit"], linewidth=1.4, linestyle="--", label=text))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 if style.narrow else 4, frameon=False)

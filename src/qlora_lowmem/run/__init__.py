@@ -1,0 +1,1 @@
+"""A recipe made real: refused early, loaded, trained, told."""

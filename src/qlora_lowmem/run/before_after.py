@@ -1,0 +1,216 @@
+"""What a model says without its adapter and with it: one base in memory, the adapter switched off and on."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from qlora_lowmem.data import CheckedData
+from qlora_lowmem.errors import DoesNotFitError, UsageError
+from qlora_lowmem.models.loading import assert_on_device, load_base, load_tokenizer
+from qlora_lowmem.models.precision import choose_precision
+from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.trusted import check_adapter
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.run.execute import start_recorder
+from qlora_lowmem.run.job import apply_memory_limit
+from qlora_lowmem.run.out_of_memory import first_words, is_out_of_memory, whose_memory
+from qlora_lowmem.tokens.dataset import encoded_samples
+from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
+from qlora_lowmem.tokens.store import TokenTally
+from qlora_lowmem.tokens.templates import TEMPLATE_ERRORS, check_templates
+
+# Positions whose logits exist at once: 512 x 100,352 words are 196 MiB in fp32.
+_SCORED_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The greedy continuation of a prompt, without the adapter and with it."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The loss on samples that were not trained on.
+
+    Attributes:
+        samples: how many.
+        scored_tokens: tokens with a loss, over which the means are.
+        before, after: mean cross-entropy in nats a token, without the adapter and with it.
+    """
+
+    samples: int
+    scored_tokens: int
+    before: float
+    after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the perplexities."""
+        losses = {"before": self.before, "after": self.after}
+        figures = {name: {"loss": loss, "perplexity": math.exp(loss)} for name, loss in losses.items()}
+        return {"samples": self.samples, "scored_tokens": self.scored_tokens, **figures}
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base model on its device, with an adapter that can be switched off."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+
+def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
+    """The recipe's base, in 4 bits as it was trained on, and the adapter in a folder, from safetensors.
+
+    Raises:
+        UsageError: a model or an adapter that is not there, or that do not go together.
+        DoesNotFitError: out of GPU memory.
+    """
+    check_adapter(adapter)
+    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    on_cpu = recipe.run.device == "cpu"
+    recorder = None if on_cpu else start_recorder(recipe)
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)
+    supports_bf16 = on_cpu or torch.cuda.get_device_capability(0) >= (8, 0)
+    precision = choose_precision(recipe, device.type, supports_bf16)
+    tokenizer = load_tokenizer(recipe, source)
+    check_templates(tokenizer, recipe.base.model)
+    if recorder is not None:
+        apply_memory_limit(recipe, recorder)
+    transformers.set_seed(recipe.schedule.seed)  # random weights are those of the training
+    with _fits("loading"):
+        base = load_base(recipe, source, precision.compute, device)
+        try:
+            model = PeftModel.from_pretrained(base, str(adapter))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"the adapter in {str(adapter)!r} cannot be put on {recipe.base.model!r} ({reason}); give the folder "
+                "of a run of this recipe"
+            ) from error
+    assert_on_device(model, device)
+    model.eval()
+    return Adapted(model, tokenizer, device)
+
+
+def answer(adapted: Adapted, prompts: Sequence[str], max_new_tokens: int, *, quiet: bool = True) -> list[Answer]:
+    """Greedy continuations of each prompt: the same words every time.
+
+    Raises:
+        DoesNotFitError: out of GPU memory.
+    """
+    found = []
+    with _fits("generating"):
+        for prompt in tqdm(prompts, desc="answering", unit="prompt", delay=2, disable=quiet):
+            asked = _asked(adapted, prompt)
+            with adapted.model.disable_adapter():
+                before = _continuation(adapted, asked, max_new_tokens)
+            found.append(Answer(prompt, before, _continuation(adapted, asked, max_new_tokens)))
+    return found
+
+
+def held_out_loss(adapted: Adapted, recipe: Recipe, checked: CheckedData, samples: int) -> HeldOutLoss:
+    """The mean loss of the first `samples` samples, tokenised, cut and scored as in training.
+
+    Raises:
+        UsageError: they do not go with the chat template, or nothing of them has a loss.
+        DoesNotFitError: out of GPU memory.
+    """
+    tally = TokenTally(recipe.batch.max_seq_length)
+    chosen = list(tally.cut(encoded_samples(recipe, checked, adapted.tokenizer, samples)))
+    if not chosen:
+        raise UsageError(f"--data: no sample of {checked.report.name} has a loss within max_seq_length")
+    with _fits("evaluating"), torch.inference_mode():
+        bar = tqdm(chosen, desc="evaluating", unit="sample", delay=2, disable=checked.quiet)
+        sums = [(_loss_without(adapted, sample), _loss(adapted, sample)) for sample in bar]
+    scored = sum(len(_scored(sample)) for sample in chosen)
+    return HeldOutLoss(
+        len(chosen), scored, sum(before for before, _ in sums) / scored, sum(after for _, after in sums) / scored
+    )
+
+
+def _loss_without(adapted: Adapted, sample: Encoded) -> float:
+    with adapted.model.disable_adapter():
+        return _loss(adapted, sample)
+
+
+def _loss(adapted: Adapted, sample: Encoded) -> float:
+    """The summed cross-entropy of a sample's scored tokens, with logits at the positions before them only."""
+    ids = torch.tensor([sample.ids], device=adapted.device)
+    total = 0.0
+    for positions in torch.tensor(_scored(sample), device=adapted.device).split(_SCORED_AT_ONCE):
+        logits = adapted.model(input_ids=ids, logits_to_keep=positions - 1, use_cache=False).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits.float(), ids[0, positions], reduction="sum"))
+    return total
+
+
+def _scored(sample: Encoded) -> list[int]:
+    """Positions of tokens with a loss; the first token is predicted from nothing."""
+    return [place for place, label in enumerate(sample.labels) if place and label != NO_LOSS]
+
+
+def _asked(adapted: Adapted, prompt: str) -> torch.Tensor:
+    """The prompt's tokens, (1, seq), as a user's message where the model has a chat template."""
+    tokenizer = adapted.tokenizer
+    if not tokenizer.chat_template:
+        ids: Any = tokenizer(text=prompt)["input_ids"]
+        return torch.tensor([ids], device=adapted.device)
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+        )
+    except TEMPLATE_ERRORS as error:
+        raise UsageError(f"--prompt: the model's chat template refuses {prompt!r}: {error}") from None
+    return torch.tensor([found["input_ids"]], device=adapted.device)
+
+
+def _continuation(adapted: Adapted, asked: torch.Tensor, max_new_tokens: int) -> str:
+    tokenizer = adapted.tokenizer
+    ends = {tokenizer.eos_token_id, *_listed(adapted.model.generation_config.eos_token_id)} - {None}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    with torch.inference_mode():
+        said: Any = adapted.model.generate(
+            input_ids=asked, attention_mask=torch.ones_like(asked), generation_config=config
+        )
+    return str(tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+@contextlib.contextmanager
+def _fits(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        whose = whose_memory(error)
+        if whose is None:
+            raise
+        other = ", and --device cpu none" if whose == "card" else "; or end other programs"
+        raise DoesNotFitError(
+            f"out of {'GPU' if whose == 'card' else 'host'} memory while {what}: {first_words(error)}. Shorter samples "
+            f"and prompts need less{other}"
+        ) from error

@@ -1,0 +1,185 @@
+"""Checkpoints that are there whole or not at all, and the newest of them that is still as it was written.
+
+A checkpoint is written into `.saving` beside its place, flushed to the disk, sealed with a manifest and renamed: a
+process that is killed, a full disk or a power cut leaves the one before it untouched.
+"""
+
+import itertools
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.run_folder.manifest import damage, flush, seal
+from qlora_lowmem.run_folder.marker import RECIPE_FILE
+from qlora_lowmem.run_folder.ownership import is_our_checkpoint
+from qlora_lowmem.units import format_bytes
+
+STAGING = ".saving"
+_NAME = re.compile(r"checkpoint-([0-9]+)")
+# transformers pickles its arguments beside a checkpoint. Nothing here reads them, and a pickle can run code.
+_PICKLED_ARGUMENTS = "training_args.bin"
+
+
+class NotSavedError(UsageError):
+    """A checkpoint or an adapter could not be written. What was there before it is still there, whole."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to go on from, or None; and what to tell of newer ones that are damaged."""
+
+    checkpoint: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it, from its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def newest_whole(output_dir: Path) -> Found:
+    """The checkpoint with the most steps in `output_dir` that is as it was written."""
+    notes: list[str] = []
+    for folder in _newest_first(output_dir):
+        wrong = damage(folder)
+        if wrong is None:
+            return Found(folder, tuple(notes))
+        notes.append(f"{folder.name} is damaged ({wrong}), so the one before it is used")
+    if notes:
+        notes.append("no whole checkpoint is left, so training starts from the beginning")
+    return Found(None, tuple(notes))
+
+
+class CheckpointStore:
+    """The checkpoints of one output folder, of which the newest `keep` whole ones stay.
+
+    Each holds a copy of the run's `recipe.json`. What is no checkpoint of ours is neither replaced nor removed.
+    """
+
+    def __init__(self, output_dir: Path, keep: int) -> None:
+        self._output_dir = output_dir
+        self._keep = keep
+        marker = output_dir / RECIPE_FILE
+        self._marker = marker.read_bytes() if marker.is_file() else None  # as the run began
+
+    @property
+    def staging(self) -> Path:
+        """Where a checkpoint is being written."""
+        return self._output_dir / STAGING
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Put `checkpoint-STEP` in its place. `write` makes it in the folder that it is given, under that name.
+
+        Raises:
+            NotSavedError: it could not be written; the earlier ones are whole.
+        """
+        target = self._output_dir / f"checkpoint-{step}"
+
+        def place(staging: Path) -> None:
+            made = staging / target.name
+            (made / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            if self._marker is not None:
+                (made / RECIPE_FILE).write_bytes(self._marker)
+            seal(made)
+            if target.exists():  # a damaged one of an earlier run, or another tool's
+                target.rename(staging / "replaced" if is_our_checkpoint(target) else _free_name(target))
+            made.rename(target)
+            flush(self._output_dir)
+
+        self._staged(f"the checkpoint of step {step}", write, place)
+        self._drop_old(step)
+        return target
+
+    def save_final(self, write: Callable[[Path], None]) -> None:
+        """Put the files of the trained adapter into the output folder, each whole.
+
+        Raises:
+            NotSavedError: they could not be written; the checkpoints are whole.
+        """
+
+        def place(staging: Path) -> None:
+            (staging / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            made = sorted(path for path in staging.iterdir() if path.is_file())
+            for path in made:
+                flush(path)
+            for path in made:
+                path.replace(self._output_dir / path.name)
+            flush(self._output_dir)
+
+        self._staged("the adapter", write, place)
+
+    def _staged(self, what: str, write: Callable[[Path], None], place: Callable[[Path], None]) -> None:
+        staging = self.staging
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            write(staging)
+            place(staging)
+        except Exception as error:  # tokenizers raises a bare one
+            cause = why_not_written(error)
+            shutil.rmtree(staging, ignore_errors=True)
+            if cause is None:
+                raise
+            raise NotSavedError(self._message(what, cause)) from error
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def _message(self, what: str, cause: str) -> str:
+        try:
+            free = f"{format_bytes(shutil.disk_usage(self._output_dir).free)} are free there"
+        except OSError:
+            free = "the folder is not there any more"
+        whole = newest_whole(self._output_dir).checkpoint
+        kept = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
+        return (
+            f"{what} could not be written to {str(self._output_dir)!r} ({cause}; {free}); {kept}. Make room on that "
+            "disk, then start the same command again: it goes on from there. Fewer checkpoints take less room "
+            "(--save-total-limit)"
+        )
+
+    def _drop_old(self, step: int) -> None:
+        """Remove all but the newest whole ones. Any of a later step is damaged, else the run had gone on from it."""
+        kept = 0
+        for folder in _newest_first(self._output_dir):
+            if step_of(folder) <= step and kept < self._keep and (step_of(folder) == step or damage(folder) is None):
+                kept += 1
+            elif is_our_checkpoint(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard_unfinished(output_dir: Path) -> None:
+    """Remove what a killed run was writing."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+
+def _free_name(path: Path) -> Path:
+    """Beside `path`, to move it to."""
+    return next(
+        free for number in itertools.count(1) if not (free := path.with_name(f"{path.name}.not-ours-{number}")).exists()
+    )
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """What the system said when a file could not be written; None for any other error.
+
+    safetensors and tokenizers give the system's words in a message of their own (Rust's `std::io::Error`), torch's zip
+    writer none (caffe2/serialize/inline_container.cc).
+    """
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or text
+    said = re.search(r"([^:]+) \(os error \d+\)", text)
+    if said:
+        return said.group(1).strip()
+    if isinstance(error, RuntimeError) and ("inline_container" in text or "iostream" in text):
+        return "a file could not be written to its end"
+    return None

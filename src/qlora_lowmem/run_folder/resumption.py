@@ -1,0 +1,191 @@
+"""May this recipe go on in its output folder, and from where: one run at a time, and never another's checkpoints."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import writing
+from qlora_lowmem.recipe import Recipe, hashed_fields
+from qlora_lowmem.recipe.io import recipe_from_dict
+from qlora_lowmem.run_folder.checkpoints import Found, discard_unfinished, newest_whole
+from qlora_lowmem.run_folder.marker import RECIPE_FILE, Marker
+from qlora_lowmem.run_folder.ownership import refuse_foreign
+
+__all__ = ["RECIPE_FILE", "Change", "changes_between", "checkpoint_to_resume", "held_folder", "recipe_of_run"]
+
+_LOCK = ".lock"
+# What decides how much memory a step takes, and not what is trained: it may change between two starts of a run.
+_MEMORY_ONLY = {
+    ("base", "attention"),
+    *(("memory", leaf) for leaf in ("gradient_checkpointing", "loss", "activation_offloading")),
+    *(("memory", leaf) for leaf in ("expandable_segments", "max_memory")),
+    *(
+        ("lean", leaf)
+        for leaf in (
+            "lean",
+            "tile_length",
+            "scan_chunk_length",
+            "scan",
+            "checkpoints",
+            "loss_tile_bytes",
+            "dequantised_tile_bytes",
+        )
+    ),
+    *(("dataloader", leaf) for leaf in ("dataloader_workers", "pin_memory")),
+    ("optimizer", "gradient_release"),
+}
+_BATCH = {("batch", "batch_size"), ("batch", "gradient_accumulation_steps")}
+_PROCESSES = ("", "the number of processes")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs between two starts of a run: a field inside the recipe's hash, or (without section) another fact."""
+
+    section: str
+    leaf: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.section}.{self.leaf} was {self.before!r}" if self.section else f"{self.leaf} was {self.before}"
+
+
+@contextmanager
+def held_folder(output_dir: Path) -> Iterator[None]:
+    """Make the output folder and hold it for this run alone; the system lets go of it however the process ends.
+
+    Raises:
+        UsageError: it cannot be written, another run holds it, or it holds another tool's files.
+    """
+    refuse_foreign(output_dir)
+    lock = FileLock(output_dir / _LOCK)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"run.output_dir: another run is training in {str(output_dir)!r}. Wait for it, stop it, or give another "
+            "folder with --output-dir"
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"run.output_dir: {str(output_dir)!r} cannot be written ({error.strerror}); give another folder with "
+            "--output-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def checkpoint_to_resume(recipe: Recipe) -> Found:
+    """Where `recipe` goes on from, if it was interrupted; remembers the recipe in its output folder, which is held.
+
+    Fields that change how much memory a step takes, and nothing of what is trained, may differ from the run before;
+    the notes tell them.
+
+    Raises:
+        UsageError: the folder holds checkpoints of another recipe, of other data or of a run that is not known, ones
+            that `resume: false` would mix with, or files of another tool; or it cannot be written.
+    """
+    output_dir = Path(recipe.run.output_dir)
+    refuse_foreign(output_dir)
+    with writing("the run", output_dir):
+        discard_unfinished(output_dir)
+    found = newest_whole(output_dir)
+    notes = list(found.notes)
+    if found.checkpoint is not None and not recipe.run.resume:
+        raise UsageError(
+            f"run.resume: false, and {str(output_dir)!r} holds checkpoints of an earlier run that new ones would mix "
+            "with. Give another --output-dir, remove the folder, or resume"
+        )
+    now = Marker.of(recipe)
+    if found.checkpoint is not None:
+        own = found.checkpoint / RECIPE_FILE  # not there if the run's was taken away while it ran
+        if own.is_file():
+            _refuse_another(Marker.read(own), now, recipe)
+        kept = _refuse_another(Marker.read(output_dir / RECIPE_FILE), now, recipe)
+        notes += [f"{change} and is now {change.now!r}: the same training, up to rounding" for change in kept]
+    now.write(output_dir)
+    return Found(found.checkpoint, tuple(notes))
+
+
+def _refuse_another(before: Marker, now: Marker, recipe: Recipe) -> list[Change]:
+    """The changes that keep what is trained.
+
+    Raises:
+        UsageError: there are others, or the data are not the same.
+    """
+    output_dir = recipe.run.output_dir
+    kept, foreign = changes_between(before.recipe, recipe, (before.processes, now.processes))
+    if foreign:
+        raise UsageError(
+            f"run.output_dir: {output_dir!r} holds checkpoints of another recipe (different: "
+            f"{', '.join(map(str, foreign))}). Give another --output-dir, remove the folder, or restore those "
+            "fields"
+        )
+    if before.data != now.data:
+        raise UsageError(
+            f"data.data: {recipe.data.data!r} is not what it was when the checkpoints in {output_dir!r} were made "
+            f"({before.data}, now {now.data}), so going on would train on other samples. Restore it, or give another "
+            "--output-dir"
+        )
+    return kept
+
+
+def recipe_of_run(folder: Path) -> Recipe:
+    """The recipe that a run's output folder, or the folder of one of its checkpoints, remembers.
+
+    Raises:
+        UsageError: there is no such folder, or it remembers none that can be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--run: there is no folder {str(folder)!r}; give the output folder of a run")
+    marker = next(
+        (each / RECIPE_FILE for each in (folder, folder.resolve().parent) if (each / RECIPE_FILE).is_file()), None
+    )
+    if marker is None:
+        raise UsageError(
+            f"--run: {str(folder)!r} holds no {RECIPE_FILE}, so its base model is unknown; give a folder that "
+            "qlora_lowmem.train has written"
+        )
+    try:
+        return recipe_from_dict(json.loads(marker.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--run: {str(marker)!r} is no recipe of this version ({error}); restore it") from None
+
+
+def changes_between(
+    before: dict[str, Any], recipe: Recipe, processes: tuple[int, int] = (1, 1)
+) -> tuple[list[Change], list[Change]]:
+    """(changes that keep what is trained, those that do not) from a recipe's plain values to `recipe`.
+
+    Args:
+        processes: how many trained together before, and do now.
+    """
+    now, earlier = hashed_fields(recipe.to_dict()), hashed_fields(before)
+    changes = [
+        Change(section, leaf, earlier.get(section, {}).get(leaf), value)
+        for section, values in now.items()
+        for leaf, value in values.items()
+        if earlier.get(section, {}).get(leaf) != value
+    ]
+    if processes[0] != processes[1]:
+        changes.append(Change(*_PROCESSES, *processes))
+    # The batch may be put together in another way, if it takes the same samples a step.
+    same = _samples_a_step(earlier, processes[0]) == _samples_a_step(now, processes[1])
+    allowed = _MEMORY_ONLY | _BATCH | {_PROCESSES} if same else _MEMORY_ONLY
+    kept = [change for change in changes if (change.section, change.leaf) in allowed]
+    return kept, [change for change in changes if change not in kept]
+
+
+def _samples_a_step(plain: dict[str, Any], processes: int) -> int:
+    batch = plain["batch"]
+    return int(batch["batch_size"]) * int(batch["gradient_accumulation_steps"]) * processes
