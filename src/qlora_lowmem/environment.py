@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shlex
@@ -85,3 +86,23 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=20
     ).stdout.strip()
+
+
+def rank() -> int:
+    """This process' number among all; 0 where it is the only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Its number on this machine, which is also the index of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def processes() -> int:
+    """How many there are on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return rank() == 0

@@ -1,14 +1,88 @@
-"""Small files that appear whole or not at all, and what a person is told where a disk takes none."""
+"""Files and folders that appear whole or not at all, where this package caches, and what is told of a full disk."""
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.run_folder.manifest import flush
+
+
+def cache_folder() -> Path:
+    """`$QLORA_LOWMEM_CACHE`, or `qlora_lowmem` under the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
+
+    The virtual GPU, which knows nothing of this package, follows the same rule for its builds.
+    """
+    given = os.environ.get("QLORA_LOWMEM_CACHE")
+    return Path(given) if given is not None else platformdirs.user_cache_path("qlora_lowmem", appauthor=False)
+
+
+def write_whole(path: Path, content: str | bytes, *, fsync: bool = False) -> None:
+    """Put `content` in the place of a file, whole or not at all; where `path` is a link, of the file that it names.
+
+    Args:
+        fsync: whether it must survive a power cut from here on.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        if fsync:
+            flush(scratch)
+        os.replace(scratch, target)  # noqa: PTH105 - the step that tests make fail
+        if fsync:
+            flush(target.parent)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(folder: Path, *, fsync: bool = False) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` where the block ends well, and is gone where it does not.
+
+    Where another process has made `folder` meanwhile, that one stays.
+
+    Raises:
+        OSError: it cannot be made or renamed.
+    """
+    scratch = folder.parent / f".{folder.name}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)  # of an earlier process of that number
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if fsync:  # a power cut after the renaming must not leave half of it
+            for path in (*scratch.rglob("*"), scratch):
+                flush(path)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk.
+
+    Raises:
+        OSError: the disk says that it is not.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -28,20 +102,13 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str, what: str) -> None:
-    """Put `text` in the place of a file, whole or not at all, flushed to the disk.
+    """Put `text`, which is `what` to a person, in the place of a file of the run, flushed to the disk.
 
     Raises:
         UsageError: it cannot be written; what was there is as it was.
     """
-    scratch = path.with_name(f".{path.name}")
     with writing(what, path):
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            flush(scratch)
-            scratch.replace(path)
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
+        write_whole(path, text, fsync=True)
 
 
 def json_values(content: Any) -> Any:

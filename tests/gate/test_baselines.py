@@ -170,7 +170,7 @@ def test_read_only_folder(path: Path, monkeypatch: pytest.MonkeyPatch, error: OS
     def refuse(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(baselines.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(BaselineError, match=r"cannot be written: .*Nothing was changed.*--baselines DIR"):
         record_baselines(path, {"a": record(9)})
     assert path.read_bytes() == before

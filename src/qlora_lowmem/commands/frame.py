@@ -20,6 +20,7 @@ from qlora_lowmem.errors import (
     StoppedBySignal,
     UsageError,
 )
+from qlora_lowmem.files import write_whole
 
 TRACEBACK_VARIABLE = "QLORA_LOWMEM_TRACEBACK"
 
@@ -170,11 +171,6 @@ def write_json(target: str | None, content: dict[str, Any]) -> None:
         if _is_special(target):
             Path(target).write_text(text, encoding="utf-8")
             return
-        scratch = _scratch(target)
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(os.path.realpath(target))
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_whole(Path(target), text)
     except OSError as error:
         raise _cannot_write(target, error.strerror or str(error)) from None

@@ -7,10 +7,8 @@ and used again.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import whole_folder
 
 _PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*==\s*([^\s;#]+)")
 
@@ -87,17 +86,11 @@ class Overlays:
         target = self._folder / f"{name}-{version}" / "site-packages"
         if target.is_dir():
             return target
-        self._folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self._folder))
-        try:
+        with whole_folder(target) as scratch:
             wanted = [f"{name}=={version}"]
             while wanted:
                 _install(scratch, wanted)
                 wanted = _absent(scratch)
-            target.parent.mkdir(exist_ok=True)
-            scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         return target
 
 

@@ -35,6 +35,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
+from qlora_lowmem.files import cache_folder
 from qlora_lowmem.plan import screen
 from qlora_lowmem.plan.answers import Plan
 from qlora_lowmem.plan.cache import RunCache
@@ -51,7 +52,6 @@ from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
 from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
 from qlora_lowmem.recipe.sections import is_hub_data
 from qlora_lowmem.units import format_bytes
-from qlora_lowmem.user_cache import cache_folder
 
 DEFAULT_SEQ = 2048
 DEFAULT_LIMIT = 32768

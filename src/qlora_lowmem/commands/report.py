@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import EXIT_OK, UsageError
+from qlora_lowmem.files import write_whole
 from qlora_lowmem.results.registry import sections_of
 
 
@@ -55,9 +56,7 @@ def _run(arguments: list[str]) -> int:
     with tqdm(total=count * (2 if options.charts else 1), desc="charts", unit="chart") as bar:
         page = render(options.title or title_of(made.sections), made.sections, bar.update)
         try:
-            scratch = output.with_name(f".{output.name}")
-            scratch.write_text(page, encoding="utf-8")
-            scratch.replace(output)
+            write_whole(output, page)
             charts = save_charts(Path(options.charts), made.sections, bar.update) if options.charts else []
         except OSError as error:
             raise UsageError(f"{error.filename} cannot be written ({error.strerror}); give another place") from None

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, check_json_target, run_command, write_json
 from qlora_lowmem.data import CheckedData, check_data
+from qlora_lowmem.environment import is_first, processes
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.recipe_runs import recipe_card
-from qlora_lowmem.ranks import is_first, processes
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from

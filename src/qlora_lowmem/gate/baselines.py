@@ -10,13 +10,13 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import write_whole
 from qlora_lowmem.gate.records import Record
 
 SCHEMA = 1
@@ -92,7 +92,7 @@ def record_baselines(path: Path, records: Mapping[str, Record], *, forget: Colle
             # Read under the lock, so that what another process has just recorded stays. What cannot be read is an
             # error here too: it is never overwritten.
             kept = {name: record for name, record in read_baselines(path).items() if name not in forget}
-            _write(path, render({**kept, **records}))
+            write_whole(path, render({**kept, **records}), fsync=True)
     except OSError as error:
         raise BaselineError(
             f"{path}: the baselines cannot be written: {error}. Nothing was changed. Make the folder writable, or "
@@ -112,21 +112,6 @@ def render(records: Mapping[str, Record]) -> str:
 def _checksum(case: Mapping[str, Any]) -> str:
     canonical = json.dumps(case, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(canonical).hexdigest()[:16]
-
-
-def _write(path: Path, text: str) -> None:
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(scratch).chmod(0o644)  # mkstemp's is for its owner alone
-        os.replace(scratch, path)  # noqa: PTH105 - the step that tests make fail
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(scratch).unlink()
-        raise
 
 
 @contextlib.contextmanager

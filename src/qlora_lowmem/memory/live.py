@@ -4,10 +4,11 @@
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from qlora_lowmem.files import write_whole
 
 MEMORY_FILE = "memory.json"
 
@@ -63,9 +64,7 @@ def write_live(folder: Path, live: LiveMemory) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    scratch = folder / f".{MEMORY_FILE}.{os.getpid()}"
-    scratch.write_text(json.dumps(asdict(live)) + "\n", encoding="utf-8")
-    scratch.replace(folder / MEMORY_FILE)
+    write_whole(folder / MEMORY_FILE, json.dumps(asdict(live)) + "\n")
 
 
 def read_live(folder: Path) -> LiveMemory:

@@ -1,8 +1,6 @@
 """Load a base model on one device in 4 bits, or fail: nothing is placed on another device or on disk."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,13 @@ from transformers import (
 )
 
 from qlora_lowmem.errors import QloraLowmemError, UsageError
+from qlora_lowmem.files import cache_folder, whole_folder
 from qlora_lowmem.lean import quantise_embeddings
 from qlora_lowmem.models.damage import damaged_file
 from qlora_lowmem.models.lean_recipe import EMBEDDING_BITS, lean_refusals
 from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.user_cache import cache_folder
 
 
 def bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -259,8 +257,6 @@ def _safetensors_of(gguf: Path) -> Path:
     folder = cache_folder() / "models" / f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent),
@@ -270,20 +266,14 @@ def _safetensors_of(gguf: Path) -> Path:
         )
         tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-        save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
-        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(scratch)
         content = model.config.to_dict()
         content.pop("quantization_config", None)
-        (scratch / "config.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # another process may have been first
-                raise
+        with whole_folder(folder) as scratch:
+            save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
+            AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(scratch)
+            (scratch / "config.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
     except ImportError as error:
         raise UsageError(
             f"base.model: reading a GGUF file needs the package gguf ({error}): pip install gguf"
         ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import qlora_lowmem
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import versions
+from qlora_lowmem.files import write_whole
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe, recipe_hash
 
@@ -41,11 +41,9 @@ class RunCache:
         if self._folder is None:
             return
         path = self._path(self._folder, key)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(content), encoding="utf-8")
-            scratch.replace(path)
+            write_whole(path, json.dumps(content))
         except OSError as error:
             print(f"plan: {self._folder} cannot be written ({error.strerror}); nothing is cached", file=sys.stderr)
             self._folder = None

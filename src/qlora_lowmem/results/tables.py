@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from qlora_lowmem.files import write_whole
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.units import GIB, format_bytes
 
@@ -79,6 +80,4 @@ def write_result(
     writer.writeheader()
     writer.writerows(rows)
     for suffix, body in ((".json", json.dumps(content, indent=2) + "\n"), (".md", markdown), (".csv", text.getvalue())):
-        scratch = folder / f".{name}{suffix}"
-        scratch.write_text(body, encoding="utf-8")
-        scratch.replace(folder / f"{name}{suffix}")
+        write_whole(folder / f"{name}{suffix}", body)

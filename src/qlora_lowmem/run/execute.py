@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.data import CheckedData
+from qlora_lowmem.environment import local_rank, processes
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, foresee_lean
 from qlora_lowmem.memory.attribution import Attribution
@@ -30,7 +31,6 @@ from qlora_lowmem.models.precision import choose_precision
 from qlora_lowmem.models.sources import ModelSource, resolve_model
 from qlora_lowmem.models.targets import resolve_targets
 from qlora_lowmem.models.trusted import check_checkpoint
-from qlora_lowmem.ranks import local_rank, processes
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.job import Job, PhaseCallback, apply_memory_limit, build_job, check_warm_up, set_allocator
 from qlora_lowmem.run.out_of_memory import first_words, is_out_of_memory, whose_memory

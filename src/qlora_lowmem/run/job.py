@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean import LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
@@ -22,7 +23,6 @@ from qlora_lowmem.models.loading import assert_on_device, load_base
 from qlora_lowmem.models.precision import Precision
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.models.targets import Targets, resolve_targets
-from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.contradictions import warm_up_beyond
 from qlora_lowmem.tokens.dataset import TrainingData, synthetic_data

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.run_folder.manifest import damage, flush, seal
+from qlora_lowmem.files import flush
+from qlora_lowmem.run_folder.manifest import damage, seal
 from qlora_lowmem.run_folder.marker import RECIPE_FILE
 from qlora_lowmem.run_folder.ownership import is_our_checkpoint
 from qlora_lowmem.units import format_bytes

@@ -5,9 +5,10 @@ A folder that has one is whole; one that differs from it was torn or damaged aft
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from qlora_lowmem.files import flush, write_whole
 
 MANIFEST = "manifest.json"
 
@@ -22,11 +23,7 @@ def seal(folder: Path) -> None:
     for path in _files(folder):
         flush(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    scratch = folder / f".{MANIFEST}"
-    scratch.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
-    flush(scratch)
-    scratch.replace(folder / MANIFEST)
-    flush(folder)
+    write_whole(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n", fsync=True)
 
 
 def damage(folder: Path) -> str | None:
@@ -50,19 +47,6 @@ def damage(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read as one"
     return None
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk.
-
-    Raises:
-        OSError: the disk says that it is not.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.data.sources import resolve_data
+from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import replace_text
-from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, hashed_fields, recipe_hash
 
 RECIPE_FILE = "recipe.json"

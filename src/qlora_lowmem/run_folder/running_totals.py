@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from qlora_lowmem.ranks import processes, rank
+from qlora_lowmem.environment import processes, rank
 from qlora_lowmem.run_folder.ownership import TOTALS
 
 

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from qlora_lowmem.data import CheckedData, FaultLog, FaultySampleError
+from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import writing
-from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.tokens.encoding import Encoded, Encoder
 from qlora_lowmem.tokens.store import TokenReport, TokenTally, open_tokens, write_tokens

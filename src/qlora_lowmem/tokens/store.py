@@ -2,8 +2,6 @@
 
 import errno
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.run_folder.manifest import flush
+from qlora_lowmem.files import whole_folder
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
 
 TOKENS_FILE = "tokens.arrow"
@@ -128,25 +126,19 @@ def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], max_seq_l
         UsageError: the folder cannot be written, or its disk is full.
     """
     tally = TokenTally(max_seq_length)
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        scratch.mkdir(parents=True)
-        with pa.OSFile(str(scratch / TOKENS_FILE), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-            for batch in _batches(tally.cut(samples)):
-                writer.write_batch(batch)
-        text = json.dumps(tally.report(of_samples).to_dict(), indent=2) + "\n"
-        (scratch / REPORT_FILE).write_text(text, encoding="utf-8")
-        for path in (scratch / TOKENS_FILE, scratch / REPORT_FILE, scratch):
-            flush(path)  # a power cut after the renaming must not leave half of it
-        scratch.rename(folder)
+        with whole_folder(folder, fsync=True) as scratch:
+            with pa.OSFile(str(scratch / TOKENS_FILE), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+                for batch in _batches(tally.cut(samples)):
+                    writer.write_batch(batch)
+            text = json.dumps(tally.report(of_samples).to_dict(), indent=2) + "\n"
+            (scratch / REPORT_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         full = error.errno == errno.ENOSPC
         raise UsageError(
             f"run.output_dir: the tokenised data cannot be written to {str(folder)!r} ({error.strerror or error}); "
             + ("make room: they need 8 bytes a token" if full else "give another folder with --output-dir")
         ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def open_tokens(folder: Path) -> tuple[Dataset, TokenReport]:

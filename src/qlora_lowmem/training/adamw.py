@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.ranks import processes
 from qlora_lowmem.recipe import Recipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

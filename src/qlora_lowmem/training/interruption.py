@@ -9,8 +9,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import StoppedBySignal
-from qlora_lowmem.ranks import processes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
