@@ -48,7 +48,7 @@ def peaks(servers: dict[str, virtual_gpu.Server], results_folder: Path) -> Itera
     for row in ROWS:
         kwargs = {"name": row.case, "x": row.x, "mode": row.mode, "config": dict(row.config)}
         card = virtual_gpu.get_card(row.card)
-        jobs[row.name] = servers["operations"].submit("published.cases:steady_peak", kwargs, card, timeout=120)
+        jobs[row.name] = servers["operations"].submit("published.peak:steady_peak", kwargs, card, timeout=120)
     yield jobs
     write_published(results_folder, _scores(jobs))
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from qlora_lowmem.models.loading import load_tokenizer
-from qlora_lowmem.models.precision import choose_precision
+from qlora_lowmem.models.loading import choose_precision, load_tokenizer
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field

@@ -127,13 +127,13 @@ def test_attention_layers() -> None:
     assert [attention_layers(model) for model in list(TITLES)[1:]] == [(40, 40), (28, 28)]
 
 
-def test_a_hollow_checkpoint_has_every_weight_and_no_block(tmp_path: Path) -> None:
+def test_a_zero_checkpoint_has_every_weight_and_no_block(tmp_path: Path) -> None:
     """A true header, shapes included, over a body that the file system never had to store."""
     from safetensors import safe_open
 
-    from claims.loading import write_hollow_checkpoint
+    from claims.loading import write_zero_checkpoint
 
-    size = write_hollow_checkpoint(tmp_path, "smollm2-135m-instruct")
+    size = write_zero_checkpoint(tmp_path, "smollm2-135m-instruct")
     file = tmp_path / "model.safetensors"
     assert size == 2 * 134_515_008
     assert file.stat().st_size > size

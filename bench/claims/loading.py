@@ -19,7 +19,7 @@ from qlora_lowmem.models.random_weights import meta_model
 from qlora_lowmem.models.sources import architecture
 
 
-def write_hollow_checkpoint(folder: Path, name: str) -> int:
+def write_zero_checkpoint(folder: Path, name: str) -> int:
     """`config.json` and `model.safetensors` of a known architecture in bf16; the bytes of its weights."""
     content = architecture(name)
     model = meta_model(content, torch.bfloat16, "sdpa")
@@ -62,7 +62,7 @@ def load(
     )
     result: dict[str, Any] = {"error": None, "places": {}, "placement": {}, "loaded": 0, "peak": 0, "after": 0}
     with tempfile.TemporaryDirectory() as folder:
-        write_hollow_checkpoint(Path(folder), name)
+        write_zero_checkpoint(Path(folder), name)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder,

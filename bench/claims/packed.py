@@ -4,9 +4,9 @@ import torch
 from transformers import BitsAndBytesConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qlora_lowmem.models.packing import why_not_packed
 from qlora_lowmem.models.random_weights import random_model
 from qlora_lowmem.models.sources import architecture
+from qlora_lowmem.models.targets import why_not_packed
 
 
 def packed_forward(name: str, length: int, samples: int) -> dict[str, str | None]:

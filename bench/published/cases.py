@@ -80,15 +80,3 @@ def three_modes(mode: str, forward: Callable[[], torch.Tensor], output_gradient:
             output.backward(torch.randn_like(output), retain_graph=True)
 
     return step
-
-
-def steady_peak(name: str, x: int, mode: str, config: dict[str, Any]) -> int:
-    """`torch.cuda.max_memory_allocated()` of the third iteration, in bytes. A process may measure only one case."""
-    from published import cases_loss, cases_module  # noqa: F401  # they register themselves
-
-    step = CASES[name](Setting(x, mode, config))
-    for _ in range(2):
-        step()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated()

@@ -5,7 +5,7 @@ A case is (what it is, content, kind of the fault, words that its message holds)
 
 from typing import Any, NamedTuple
 
-from qlora_lowmem.data.faults import FaultKind
+from qlora_lowmem.data.values import FaultKind
 
 TEXT = '{"text": "a"}'
 USER = '{"role": "user", "content": "a"}'

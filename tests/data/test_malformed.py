@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from data.cases import BAD_FILES, BAD_LINES, BAD_ROWS, CALL, CHAT, PAIR, TEXT, TOOL, BadFile, BadLine, BadRow
 from qlora_lowmem.data import check_data
-from qlora_lowmem.data import json_lines as reading
-from qlora_lowmem.data.faults import FAULTS_SHOWN, FaultySampleError
+from qlora_lowmem.data import sources as reading
 from qlora_lowmem.data.formats import check_sample
-from qlora_lowmem.data.json_lines import parse_line
+from qlora_lowmem.data.sources import parse_line
+from qlora_lowmem.data.values import FAULTS_SHOWN, FaultySampleError
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
 
 

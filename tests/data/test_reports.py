@@ -11,7 +11,7 @@ import pytest
 from data.cases import CALL, CHAT, CHAT_PAIR, PAIR, TEXT, TOOL, USER
 from helpers import RECIPES
 from qlora_lowmem.data import CheckedData, check_data
-from qlora_lowmem.data.duplicates import DuplicateCounter, Duplicates
+from qlora_lowmem.data.report import DuplicateCounter, Duplicates
 from qlora_lowmem.errors import UsageError
 
 

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import RECIPES
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.packing import KEEPS_APART, why_not_packed
 from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.targets import KEEPS_APART, why_not_packed
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.run.execute import check_packing
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from qlora_lowmem.data import check_data
-from qlora_lowmem.data.duplicates import DuplicateCounter
+from qlora_lowmem.data.report import DuplicateCounter
 
 
 def peak() -> int:

@@ -18,7 +18,6 @@ from qlora_lowmem.run.execute import execute
 from qlora_lowmem.run.model_card import write_model_card
 from qlora_lowmem.run_folder.resumption import checkpoint_to_resume, held_folder
 from qlora_lowmem.tokens import dataset
-from qlora_lowmem.training import held_out
 from qlora_lowmem.training.log_file import LogFile
 from tiny_chat import tiny_tokenizer
 
@@ -78,10 +77,10 @@ def test_packed_samples_and_lists_of_those_held_out(
     recipe = tiny_recipe("run", packing=True)
     samples, tokenizer = check_data(str(conversations)), tiny_tokenizer()
     data = dataset.training_data(recipe, samples, tokenizer, tmp_path)
-    assert held_out.folder_of(data.dataset).is_relative_to(tmp_path / "tokenised")
+    assert dataset.folder_of(data.dataset).is_relative_to(tmp_path / "tokenised")
     monkeypatch.setattr(Dataset, "train_test_split", full)
     with refused(tmp_path / "tokenised"):
-        held_out.hold_out(data.dataset, 0.5, 1)
+        dataset.hold_out(data.dataset, 0.5, 1)
     monkeypatch.setattr(dataset, "pack_dataset", full)
     with refused(tmp_path / "tokenised"):
         dataset.training_data(recipe, samples, tokenizer, tmp_path)

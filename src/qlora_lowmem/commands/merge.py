@@ -171,7 +171,7 @@ def _check_room(to: Path, needed: int) -> None:
 
 def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str) -> None:
     """Configuration from the base, tokenizer as it was trained with, and a word on what this is."""
-    from qlora_lowmem.models.damage import read_json
+    from qlora_lowmem.models.trusted import read_json
 
     config = read_json(base / "config.json", "Copy or fetch the base model's file again")
     config.pop("quantization_config", None)

@@ -124,12 +124,12 @@ def live_here(content: dict[str, Any], folder: str, part: str) -> dict[str, Any]
 
 def _lived(recipe: Recipe, model: Path) -> Recipe:
     """`recipe` from a full-size checkpoint in the folder `model`, over two steps with all that comes between."""
-    from qlora_lowmem.models.hollow import write_hollow_checkpoint
+    from qlora_lowmem.models.random_weights import write_zero_checkpoint
 
     if not model.is_dir():
         architecture = resolve_model(recipe.base.model, "random", recipe.base.revision).architecture
         assert architecture is not None
-        write_hollow_checkpoint(architecture, model)
+        write_zero_checkpoint(architecture, model)
     changes: dict[str, Any] = {"weights": "pretrained", "model": str(model), "revision": None, "data": "synthetic"}
     changes |= {"max_steps": 2, "warmup_steps": 0, "eval_fraction": _EVAL_FRACTION, "eval_steps": 1}
     changes |= {"save_steps": 1, "save_total_limit": 2, "device": "virtual"}

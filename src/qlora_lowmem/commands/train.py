@@ -103,7 +103,7 @@ def _data_summary(checked: CheckedData, tokens: "TokenReport") -> dict[str, Any]
 
 
 def _dry_run(recipe: Recipe, checked: CheckedData | None, options: argparse.Namespace) -> int:
-    from qlora_lowmem.models.lean_recipe import what_is_left_out
+    from qlora_lowmem.models.targets import what_is_left_out
     from qlora_lowmem.run.execute import check_lean, check_model, check_samples
     from qlora_lowmem.training.progress import quiet_libraries
 
@@ -156,7 +156,7 @@ def _train_here(
     resume_from: Path | None,
 ) -> int:
     from qlora_lowmem.files import json_values
-    from qlora_lowmem.models.lean_recipe import what_is_left_out
+    from qlora_lowmem.models.targets import what_is_left_out
     from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
     from qlora_lowmem.run.model_card import write_model_card
     from qlora_lowmem.training.heartbeat import Heartbeat

@@ -8,14 +8,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from qlora_lowmem.data.duplicates import DuplicateCounter
-from qlora_lowmem.data.faults import FaultLog, FaultySampleError
 from qlora_lowmem.data.formats import FORMATS, TrainOn, check_one_format, check_sample, format_of_kind
-from qlora_lowmem.data.json_lines import JsonLines
-from qlora_lowmem.data.report import DataReport
-from qlora_lowmem.data.rows import Reader
-from qlora_lowmem.data.sources import DataSource, resolve_data
-from qlora_lowmem.data.tables import HubTable, ParquetTable
+from qlora_lowmem.data.report import DataReport, DuplicateCounter
+from qlora_lowmem.data.sources import DataSource, HubTable, JsonLines, ParquetTable, resolve_data
+from qlora_lowmem.data.values import FaultLog, FaultySampleError, Reader
 from qlora_lowmem.errors import UsageError
 
 # A control character as json.dumps escapes it, after an even number of backslashes: all but tab and line breaks.

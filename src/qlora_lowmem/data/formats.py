@@ -1,12 +1,10 @@
-"""What a sample is: its keys, its texts, and what all samples of a file have in common."""
+"""What a sample is: its keys, its texts or messages and tools, and what all samples of a file have in common."""
 
 import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from qlora_lowmem.data.faults import FaultySampleError
-from qlora_lowmem.data.messages import check_messages, check_tools
-from qlora_lowmem.data.values import check_text, is_nothing, kind_of
+from qlora_lowmem.data.values import FaultySampleError, check_json, check_text, is_nothing, kind_of, parse_json
 
 DataFormat = Literal["messages", "prompt/completion", "text"]
 TrainOn = Literal["all", "completions"]
@@ -112,3 +110,133 @@ def _tools_of(value: dict[str, Any]) -> dict[str, Any]:
 
 def _has_assistant(messages: list[dict[str, Any]]) -> bool:
     return any(message["role"] == "assistant" for message in messages)
+
+
+ROLES = ("system", "user", "assistant", "tool")
+# Keys beside role and content.
+_MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
+_OPTIONAL = {key for keys in _MORE_KEYS.values() for key in keys}
+_MESSAGE = '[{"role": "user", "content": "..."}]'
+_CALL = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
+_TOOL = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
+
+
+def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
+    """The messages of a list, each checked and made ready for a chat template.
+
+    Raises:
+        FaultySampleError: one is none.
+    """
+    if not isinstance(messages, list):
+        raise FaultySampleError(
+            "messages", f"{name!r} is {kind_of(messages)}, not a list of messages; write {_MESSAGE}"
+        )
+    if not messages:
+        raise FaultySampleError("empty", f"{name!r} is an empty list; write at least one message: {_MESSAGE}")
+    return [_check_message(f"{name}[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _check_message(place: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise FaultySampleError("messages", f"{place} is {kind_of(message)}, not a message; write {_MESSAGE}")
+    if "role" not in message:
+        raise FaultySampleError("messages", f"{place} has no 'role'; write {_MESSAGE}")
+    role = message["role"]
+    if role not in ROLES:
+        raise FaultySampleError("messages", f"{place} has the role {role!r}; allowed: {', '.join(ROLES)}")
+    message = {key: value for key, value in message.items() if not (key in _OPTIONAL and _is_absent(key, value))}
+    calls = role == "assistant" and "tool_calls" in message
+    if "content" not in message and not calls:
+        raise FaultySampleError("messages", f"{place} has no 'content'; write {_MESSAGE}")
+    _check_keys(place, role, message)
+    content = message.get("content")
+    if calls:
+        content = "" if content is None else content
+        found = {"role": role, "content": content, "tool_calls": _check_calls(place, message["tool_calls"])}
+    else:
+        found = message
+    check_text(f"{place}.content", content, may_be_empty=calls)
+    for key in ("name", "tool_call_id"):
+        if key in found:
+            check_text(f"{place}.{key}", found[key])
+    return found
+
+
+def _is_absent(key: str, value: Any) -> bool:
+    return is_nothing(value) if key == "tool_calls" else value is None
+
+
+def _check_keys(place: str, role: str, message: dict[str, Any]) -> None:
+    allowed = ("role", "content", *_MORE_KEYS.get(role, ()))
+    unknown = sorted(set(message) - set(allowed))
+    if not unknown:
+        return
+    owner = next((each for each, keys in _MORE_KEYS.items() if unknown[0] in keys), None)
+    near = difflib.get_close_matches(unknown[0], allowed, n=1)
+    advice = f" (it belongs to the role {owner!r})" if owner else f" (did you mean {near[0]!r}?)" if near else ""
+    raise FaultySampleError(
+        "messages",
+        f"{place} has the unknown key {unknown[0]!r}{advice}; remove it: a message of {role!r} has "
+        f"{', '.join(allowed)}",
+    )
+
+
+def _check_calls(place: str, calls: Any) -> list[dict[str, Any]]:
+    name = f"{place}.tool_calls"
+    if not isinstance(calls, list):
+        raise FaultySampleError(
+            "tools", f"{name!r} is {kind_of(calls)}, not a list of calls; write [{_CALL}], or leave it out"
+        )
+    return [_check_call(f"{name}[{index}]", call) for index, call in enumerate(calls)]
+
+
+def _check_call(name: str, call: Any) -> dict[str, Any]:
+    function = _function_of(name, call, _CALL)
+    given = function.get("arguments")
+    arguments = parse_json(f"{name}.function.arguments", given) if isinstance(given, str) else given
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise FaultySampleError(
+            "tools", f"'{name}.function.arguments' is {kind_of(arguments)}, not an object; write {_CALL}"
+        )
+    check_json(name, call)
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def check_tools(tools: Any) -> list[dict[str, Any]]:
+    """The tools that a sample's conversation may call; a text is read as JSON, as tables hold them.
+
+    Raises:
+        FaultySampleError: they are none.
+    """
+    found = parse_json("tools", tools) if isinstance(tools, str) else tools
+    if not isinstance(found, list):
+        raise FaultySampleError(
+            "tools", f"'tools' is {kind_of(found)}, not a list of tools; write [{_TOOL}], or leave it out"
+        )
+    for index, tool in enumerate(found):
+        function = _function_of(f"tools[{index}]", tool, _TOOL)
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise FaultySampleError(
+                "tools", f"'tools[{index}].function.parameters' is {kind_of(parameters)}, not a JSON schema"
+            )
+        check_json(f"tools[{index}]", tool)
+    return found
+
+
+def _function_of(name: str, value: Any, example: str) -> dict[str, Any]:
+    """The function that a tool or a call names."""
+    if not isinstance(value, dict):
+        raise FaultySampleError("tools", f"{name!r} is {kind_of(value)}, not an object; write {example}")
+    if value.get("type", "function") != "function":
+        raise FaultySampleError("tools", f"'{name}.type' is {value['type']!r}; only 'function' is known")
+    function = value.get("function")
+    if not isinstance(function, dict):
+        found = "has no 'function'" if function is None else f"has a 'function' that is {kind_of(function)}"
+        raise FaultySampleError("tools", f"{name!r} {found}; write {example}")
+    check = function.get("name")
+    if not isinstance(check, str) or not check.strip():
+        raise FaultySampleError("tools", f"'{name}.function' has no name; write {example}")
+    return function

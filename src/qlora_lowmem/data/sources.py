@@ -1,12 +1,22 @@
-"""Where a recipe's `data` leads: a JSON Lines file, a Parquet file or a hub data set. Nothing is opened here."""
+"""Where a recipe's `data` leads, and its rows: a JSON Lines or Parquet file, a data set of the hub (`load_dataset`).
 
+A table has the columns that it has: those of one format are read, the others are named in the report. pyarrow and
+datasets are imported when a table is opened, and not before.
+"""
+
+import codecs
 import difflib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal, NoReturn
 
+from qlora_lowmem.data.formats import COLUMNS, FORMATS, TOOLS
+from qlora_lowmem.data.values import FaultySampleError, Row, kind_of
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe.sections import DATA_SUFFIXES, is_hub_data
+from qlora_lowmem.units import MIB
 
 DEFAULT_SPLIT = "train"
 
@@ -69,3 +79,251 @@ def _neighbours(path: Path) -> str:
     names = sorted(each.name for suffix in DATA_SUFFIXES for each in path.parent.glob(f"*{suffix}"))
     near = difflib.get_close_matches(path.name, names, n=1) or names[:5]
     return f"in that folder: {', '.join(near)}" if near else "there is no .jsonl or .parquet file in that folder"
+
+
+# A sample of the longest sequence a recipe allows (2^24 tokens of about 4 bytes) still fits.
+LINE_LIMIT = 64 * MIB
+_BUFFER = MIB
+
+
+class JsonLines:
+    """A `.jsonl` file, read line by line."""
+
+    unused_columns: tuple[str, ...] = ()
+
+    def __init__(self, name: str) -> None:
+        self._path = Path(name)
+        self.byte_order_mark = False
+        try:
+            self.total = self._path.stat().st_size
+        except OSError as fault:
+            raise _cannot_read(self._path, fault) from None
+
+    def rows(self) -> Iterator[Row]:
+        """Every line.
+
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        try:
+            with self._path.open("rb", buffering=_BUFFER) as file:
+                for number, (size, raw) in enumerate(_lines(file), start=1):
+                    yield self._row(number, size, raw)
+        except (OSError, ValueError) as fault:
+            raise _cannot_read(self._path, fault) from None
+
+    def _row(self, number: int, size: int, raw: bytes | None) -> Row:
+        if raw is None:
+            limit = f"is longer than {LINE_LIMIT // MIB} MiB; write one sample a line"
+            return Row(number, size, None, FaultySampleError("too long", limit))
+        if number == 1 and raw.startswith(codecs.BOM_UTF8):
+            self.byte_order_mark, raw = True, raw.removeprefix(codecs.BOM_UTF8)
+        if not raw.strip():
+            return Row(number, size, None)
+        try:
+            return Row(number, size, parse_line(raw, first=number == 1))
+        except FaultySampleError as fault:
+            return Row(number, size, None, fault)
+
+
+def _cannot_read(path: Path, fault: Exception) -> UsageError:
+    reason = getattr(fault, "strerror", None) or fault
+    return UsageError(
+        f"data.data: {str(path)!r} cannot be read ({reason}). Make it readable for this user, or copy it to a disk "
+        "that answers and name the copy with data.data or --data"
+    )
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Each line's length and bytes; None for the bytes of one over the limit, which is never held whole."""
+    while raw := file.readline(LINE_LIMIT + 1):
+        if len(raw) <= LINE_LIMIT:
+            yield len(raw), raw
+            continue
+        size = len(raw)
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(_BUFFER)
+            size += len(raw)
+        yield size, None
+
+
+def parse_line(raw: bytes, *, first: bool = False) -> dict[str, Any]:
+    """The object on a line, strict JSON: no NaN, no key twice, nothing but UTF-8.
+
+    Raises:
+        FaultySampleError: it holds none.
+    """
+    if first and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise FaultySampleError("encoding", "is UTF-16; save the file as UTF-8")
+    try:
+        text = raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as fault:
+        raise FaultySampleError(
+            "encoding", f"byte {raw[fault.start]:#04x} at {fault.start + 1} is not UTF-8; save the file as UTF-8"
+        ) from None
+    try:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+    except json.JSONDecodeError as fault:
+        raise FaultySampleError(
+            "not JSON", f"is not JSON: {fault.msg} at column {fault.colno}; {_advice(text)}"
+        ) from None
+    except RecursionError:
+        raise FaultySampleError("not JSON", "is nested too deeply; write a flat object") from None
+    except ValueError:  # an integer of more digits than Python reads
+        raise FaultySampleError("not JSON", "holds a number that is too long; a sample holds text only") from None
+    if not isinstance(value, dict):
+        raise FaultySampleError(
+            "not an object", f"is {kind_of(value)}, not an object; write one object a line: {FORMATS}"
+        )
+    return value
+
+
+def _advice(text: str) -> str:
+    if text.strip() in ("[", "{"):
+        return "a whole sample stands on one line, and no brackets around the lines"
+    if text.lstrip().startswith("{'"):
+        return "quote with double quotes"
+    if text.rstrip().endswith("},"):
+        return "no comma between the lines"
+    return "write one JSON object a line"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise FaultySampleError("not JSON", f"holds {name}, which is not JSON; a sample holds text only")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FaultySampleError("not JSON", f"has the key {twice!r} twice; remove one of the two")
+    return found
+
+
+BATCH_ROWS = 256
+
+
+class ParquetTable:
+    """A `.parquet` file, read in batches of rows."""
+
+    byte_order_mark = False
+
+    def __init__(self, name: str) -> None:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+
+        self._name = name
+        self._faults = (ArrowException, OSError)
+        try:
+            # Without pre-buffering and with a buffer, columns are read page by page, not row group by row group.
+            self._file = ParquetFile(name, buffer_size=MIB, pre_buffer=False)
+            columns = list(self._file.schema_arrow.names)
+            self.total = int(self._file.metadata.num_rows)
+        except self._faults as fault:
+            raise self._unreadable(fault) from None
+        self._used = _used_columns(name, columns)
+        self.unused_columns = tuple(column for column in columns if column not in self._used)
+
+    def rows(self) -> Iterator[Row]:
+        """Every row.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        number = 0
+        try:
+            for batch in self._file.iter_batches(batch_size=BATCH_ROWS, columns=list(self._used)):
+                yield from _rows_of(batch, number)
+                number += len(batch)
+        except self._faults as fault:
+            raise self._unreadable(fault, number) from None
+
+    def _unreadable(self, fault: Exception, after: int = 0) -> UsageError:
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        where = f", after row {after}" if after else ""
+        return UsageError(
+            f"{self._name}{where}: cannot be read as Parquet ({reason}); write the file again, or use JSON Lines"
+        )
+
+
+class HubTable:
+    """A data set of the hub, downloaded once into the cache of `datasets` and memory-mapped from there.
+
+    `datasets` runs no code of a repository (it has no such option since 4.0). A folder `owner/name` in the working
+    directory is taken before the hub, as `load_dataset` does.
+    """
+
+    byte_order_mark = False
+
+    def __init__(self, name: str, split: str) -> None:
+        import datasets
+        from pyarrow import ArrowException
+
+        shown = f"{name}:{split}"
+        try:
+            found: Any = datasets.load_dataset(name, split=split)
+        except (OSError, ValueError, RuntimeError, ArrowException, datasets.exceptions.DatasetsError) as fault:
+            raise _cannot_load(name, split, fault) from None  # RuntimeError: the repository holds a script
+        columns = list(found.column_names)
+        self._used = _used_columns(shown, columns)
+        self._table = found.select_columns(list(self._used)).with_format("arrow")
+        self.unused_columns = tuple(column for column in columns if column not in self._used)
+        self.total = len(found)
+
+    def rows(self) -> Iterator[Row]:
+        """Every row."""
+        number = 0
+        for batch in self._table.iter(batch_size=BATCH_ROWS):
+            yield from _rows_of(batch, number)
+            number += len(batch)
+
+
+def _cannot_load(name: str, split: str, fault: Exception) -> UsageError:
+    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    return UsageError(
+        f"data.data: the data set {name!r}, split {split!r}, could not be loaded ({reason}). Check the name, the split "
+        "(owner/name:split) and the connection to the hub, and log in if it is gated. Without a connection, download "
+        f"it where there is one (hf download --repo-type dataset {name}) and name one of its .parquet or .jsonl files"
+    )
+
+
+def _used_columns(name: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns of the first format that the table has, in the order of `COLUMNS`."""
+    for required, optional in COLUMNS.values():
+        if set(required) <= set(columns):
+            return (*required, *(column for column in optional if column in columns))
+    found = ", ".join(columns[:12]) or "none"
+    raise UsageError(f"{name}: its columns ({found}) are of no known format; rename them: a sample is {FORMATS}")
+
+
+def _rows_of(batch: Any, before: int) -> Iterator[Row]:
+    """The rows of a batch that `before` rows precede; text that is not UTF-8 is its row's fault."""
+    try:
+        values = batch.to_pylist()
+    except UnicodeDecodeError:
+        values = [_one_of(batch.slice(index, 1)) for index in range(len(batch))]
+    for number, value in enumerate(values, start=before + 1):
+        if isinstance(value, FaultySampleError):
+            yield Row(number, 1, None, value)
+        else:
+            # An optional column is empty where a sample has no tools; a required one is there, empty or not.
+            yield Row(
+                number, 1, {key: _present(each) for key, each in value.items() if each is not None or key != TOOLS}
+            )
+
+
+def _one_of(row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as fault:
+        return FaultySampleError("encoding", f"holds text that is not UTF-8 ({fault.reason}); write it as UTF-8")
+
+
+def _present(value: Any) -> Any:
+    """Without the nulls that a table puts where another row has a key."""
+    if isinstance(value, dict):
+        return {key: _present(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_present(each) for each in value]
+    return value

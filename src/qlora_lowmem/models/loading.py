@@ -1,6 +1,7 @@
 """Load a base model on one device in 4 bits, or fail: nothing is placed on another device or on disk."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from transformers import (
 from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.files import cache_folder, whole_folder
 from qlora_lowmem.lean import quantise_embeddings
-from qlora_lowmem.models.damage import damaged_file
-from qlora_lowmem.models.lean_recipe import EMBEDDING_BITS, lean_refusals
-from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
+from qlora_lowmem.models.random_weights import config_from, meta_model, random_model, stand_in_tokenizer
 from qlora_lowmem.models.sources import ModelSource
+from qlora_lowmem.models.targets import EMBEDDING_BITS, lean_refusals
+from qlora_lowmem.models.trusted import damaged_file
 from qlora_lowmem.recipe import Recipe
 
 
@@ -197,15 +198,6 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
         raise _cannot_load(recipe, source, error) from error
 
 
-def stand_in_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer that knows no words, for samples that are token ids already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
 def _cannot_load(recipe: Recipe, source: ModelSource, error: Exception) -> UsageError:
     """Why the model or its tokenizer does not load: the damaged file, else the library's words."""
     if not recipe.base.trust_remote_code and "trust_remote_code" in str(error):
@@ -277,3 +269,51 @@ def _safetensors_of(gguf: Path) -> Path:
             f"base.model: reading a GGUF file needs the package gguf ({error}): pip install gguf"
         ) from None
     return folder
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`compute`: of the base model and autocast. `adapter`: of the LoRA weights, and of Adam's state unless the recipe
+    gives it a dtype of its own."""
+
+    compute: torch.dtype
+    adapter: torch.dtype
+
+    @property
+    def loss_scaling(self) -> bool:
+        """fp16 gradients underflow without a scaled loss; PyTorch's scaler then needs fp32 adapters."""
+        return self.compute is torch.float16
+
+
+def choose_precision(recipe: Recipe, device: str, supports_bf16: bool) -> Precision:
+    """Resolve `auto`: bf16 where the device has it, fp16 with loss scaling on Turing, fp32 on a CPU.
+
+    bf16 adapters follow QLoRA (Dettmers et al. 2023, section 3) and TRL; with fp16 they stay fp32, because PyTorch's
+    gradient scaler unscales fp32 gradients only.
+
+    Raises:
+        UsageError: bf16 asked of a card without it, or bf16 adapters with an fp16 base.
+    """
+    asked = recipe.quantization.compute_dtype
+    if asked == "auto":
+        asked = "fp32" if device == "cpu" else "bf16" if supports_bf16 else "fp16"
+    if asked == "bf16" and device != "cpu" and not supports_bf16:
+        raise UsageError(
+            "quantization.compute_dtype: 'bf16' needs compute capability 8.0 or higher (Ampere), and this card is "
+            "older. Use 'auto' or 'fp16'"
+        )
+    if asked == "fp16" and device == "cpu":
+        raise UsageError("quantization.compute_dtype: 'fp16' is for GPUs. On a CPU use 'auto', 'fp32' or 'bf16'")
+    compute = _DTYPES[asked]
+    adapter = recipe.lora.adapter_dtype
+    if adapter == "auto":
+        adapter = "bf16" if compute is torch.bfloat16 else "fp32"
+    if adapter == "bf16" and compute is torch.float16:
+        raise UsageError(
+            "lora.adapter_dtype: 'bf16' does not go with an fp16 base, whose gradient scaler needs fp32 adapters. "
+            "Use 'auto' or 'fp32'"
+        )
+    return Precision(compute=compute, adapter=_DTYPES[adapter])

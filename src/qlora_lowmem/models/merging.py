@@ -18,8 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.damage import read_json, reading
-from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter
+from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter, read_json, reading
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TILE_BYTES = 32 * 2**20  # of fp32 rows; with their 16-bit source and result, 64 MiB on the device

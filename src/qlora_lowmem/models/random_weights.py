@@ -1,14 +1,18 @@
 """Random weights of an exact architecture, in 4 bits, one matrix at a time.
 
 Memory does not depend on the weights' values, so a benchmark needs no download. The peak while building is the
-model in its final form plus one matrix in 16 bits, never the full-precision model.
+model in its final form plus one matrix in 16 bits, never the full-precision model. A checkpoint of zeros, for what
+reads weights from files, is a header and a hole: no disk, no time, and every byte of memory of the pretrained one.
 """
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_lowmem.lean import quantise_embeddings
@@ -105,3 +109,39 @@ def _materialise(
     for name, buffer in list(module._buffers.items()):
         if buffer is not None and buffer.is_meta:
             module._buffers[name] = torch.empty_like(buffer, device=device)
+
+
+def stand_in_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer that knows no words, for samples that are token ids already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+_BF16_BYTES = 2
+
+
+def write_zero_checkpoint(architecture: dict[str, Any], folder: Path) -> None:
+    """Make `folder` with config, tokenizer and bf16 weights of `architecture` (the content of a `config.json`).
+
+    The file's format: https://huggingface.co/docs/safetensors (eight bytes of length, JSON, data).
+    """
+    folder.mkdir(parents=True)
+    model = meta_model(architecture, torch.bfloat16, "sdpa")
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            size = _BF16_BYTES * math.prod(tensor.shape)
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+            end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(architecture, indent=2) + "\n", encoding="utf-8")
+    stand_in_tokenizer().save_pretrained(folder)

@@ -1,14 +1,22 @@
-"""Which modules get an adapter: names and presets, resolved against the modules that the architecture really has."""
+"""What of a recipe a model can take: which modules get an adapter, packed samples, lean's ideas.
+
+Names and presets of modules are resolved against those that the architecture really has.
+"""
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.lean import LeanOptions, LeanReport, RefusedOptionError
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.checks import allowed, field_specs
 
 PRESETS = ("attention", "attention-qv", "all-linear")
 
@@ -97,3 +105,93 @@ def _matches(module: str, wanted: Iterable[str]) -> bool:
 
 def _listing(by_leaf: Counter[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in sorted(by_leaf.items()))
+
+
+# Model types whose attention keeps packed samples apart, with sdpa and with eager: transformers builds their masks from
+# the samples' positions. tests/models/test_packing.py runs each of them, packed and one by one.
+KEEPS_APART = (
+    "gemma",
+    "gemma3_text",
+    "granite",
+    "granitemoe",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+_ATTENTION = ("full_attention", "sliding_attention", "attention")
+
+
+def why_not_packed(config: Any) -> str | None:
+    """Why a model of this configuration cannot train on packed samples; None if it can.
+
+    A recurrent layer's state runs on from one sample into the next unless a kernel is told where samples end
+    (`seq_idx`). transformers 5.23 refuses that in the first step without the packages causal_conv1d and mamba_ssm
+    (integrations/hub_kernels.py), and with mamba_ssm a model in 4 bits fails: the kernel takes `out_proj.weight` as it
+    is stored. The attention masks of granitemoehybrid are built without the samples' positions
+    (`GraniteMoeHybridModel.forward`), so without a word each sample would attend to those before it.
+    """
+    text = config.get_text_config()
+    content = text.to_dict()
+    layers = content.get("layer_types") or content.get("layers_block_type") or []
+    recurrent = sum(layer not in _ATTENTION for layer in layers)
+    if recurrent:
+        return (
+            f"{recurrent} of its {len(layers)} layers are recurrent ({text.model_type}), and their state would run on "
+            "from each packed sample into the next"
+        )
+    if text.model_type == "granitemoehybrid":
+        return "transformers builds the attention masks of granitemoehybrid without looking where packed samples end"
+    if text.model_type not in KEEPS_APART:
+        return f"whether {text.model_type} keeps packed samples apart is not tested; these do: {', '.join(KEEPS_APART)}"
+    return None
+
+
+EMBEDDING_BITS: dict[str, Literal[8, 4] | None] = {"none": None, "8bit": 8, "4bit": 4}
+_WAY_OUT = {"scan": "auto", "quantised_embeddings": "none", "lean": "false"}
+
+
+def lean_options(recipe: Recipe) -> LeanOptions:
+    """The section `lean` as options."""
+    return LeanOptions(
+        tile_length=recipe.lean.tile_length,
+        scan_chunk_length=recipe.lean.scan_chunk_length,
+        scan=recipe.lean.scan,
+        checkpointing=recipe.lean.checkpoints,
+        loss_tile_bytes=recipe.lean.loss_tile_bytes,
+        dequantised_tile_bytes=recipe.lean.dequantised_tile_bytes,
+        quantised_embeddings=EMBEDDING_BITS[recipe.lean.quantised_embeddings],
+    )
+
+
+@contextmanager
+def lean_refusals(recipe: Recipe) -> Iterator[None]:
+    """Around what applies an idea.
+
+    Raises:
+        UsageError: the model or its device refuses an option; names the recipe's field.
+    """
+    try:
+        yield
+    except RefusedOptionError as error:
+        spec = field_specs()[error.option]
+        value = getattr(recipe.lean, error.option)
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise UsageError(
+            f"{spec.path}: {shown}, and {recipe.base.model!r} cannot: {error.reason}. Allowed here is "
+            f"{allowed(spec)}; set {spec.path} to {_WAY_OUT[error.option]} ({spec.flag} {_WAY_OUT[error.option]})"
+        ) from error
+
+
+def what_is_left_out(report: LeanReport) -> list[str]:
+    """A line for each reason why ideas were not applied: a model that takes few of them should not seem to take all."""
+    by_reason: dict[str, list[str]] = {}
+    for idea in report.not_applied:
+        by_reason.setdefault(idea.detail, []).append(idea.name)
+    return [f"lean leaves out {', '.join(names)}: {reason}" for reason, names in by_reason.items()]

@@ -16,8 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_lowmem.data import CheckedData
 from qlora_lowmem.errors import DoesNotFitError, UsageError
-from qlora_lowmem.models.loading import assert_on_device, load_base, load_tokenizer
-from qlora_lowmem.models.precision import choose_precision
+from qlora_lowmem.models.loading import assert_on_device, choose_precision, load_base, load_tokenizer
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.models.trusted import check_adapter
 from qlora_lowmem.recipe import Recipe

@@ -24,12 +24,9 @@ from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
 from qlora_lowmem.memory.floor import Floor, floor_of
 from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.models.lean_recipe import lean_options, lean_refusals
-from qlora_lowmem.models.loading import load_config, load_tokenizer, skeleton
-from qlora_lowmem.models.packing import why_not_packed
-from qlora_lowmem.models.precision import choose_precision
+from qlora_lowmem.models.loading import choose_precision, load_config, load_tokenizer, skeleton
 from qlora_lowmem.models.sources import ModelSource, resolve_model
-from qlora_lowmem.models.targets import resolve_targets
+from qlora_lowmem.models.targets import lean_options, lean_refusals, resolve_targets, why_not_packed
 from qlora_lowmem.models.trusted import check_checkpoint
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.job import Job, PhaseCallback, apply_memory_limit, build_job, check_warm_up, set_allocator

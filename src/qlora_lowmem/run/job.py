@@ -18,16 +18,13 @@ from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean import LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.models.lean_recipe import lean_options, lean_refusals
-from qlora_lowmem.models.loading import assert_on_device, load_base
-from qlora_lowmem.models.precision import Precision
+from qlora_lowmem.models.loading import Precision, assert_on_device, load_base
 from qlora_lowmem.models.sources import ModelSource
-from qlora_lowmem.models.targets import Targets, resolve_targets
+from qlora_lowmem.models.targets import Targets, lean_options, lean_refusals, resolve_targets
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.contradictions import warm_up_beyond
-from qlora_lowmem.tokens.dataset import TrainingData, synthetic_data
+from qlora_lowmem.tokens.dataset import TrainingData, hold_out, synthetic_data, with_held_out
 from qlora_lowmem.training.adamw import adamw_of
-from qlora_lowmem.training.held_out import hold_out, with_held_out
 from qlora_lowmem.training.trainer import LowMemTrainer
 
 _NEVER = 2**31 - 1  # steps: transformers evaluates at the end in any case

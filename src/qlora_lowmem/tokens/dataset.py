@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -29,7 +30,6 @@ from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.tokens.encoding import Encoded, Encoder
 from qlora_lowmem.tokens.store import TokenReport, TokenTally, open_tokens, write_tokens
 from qlora_lowmem.tokens.templates import check_templates, choose_marking, learns_to_stop
-from qlora_lowmem.training.held_out import folder_of, with_held_out
 
 TOKENS_FOLDER = "tokenised"
 _LOCK = ".lock"
@@ -243,3 +243,38 @@ def _packed(recipe: Recipe, dataset: Dataset) -> Dataset:
         return dataset
     with writing("the packed samples", folder_of(dataset)):
         return pack_dataset(dataset, recipe.batch.max_seq_length, "bfd")
+
+
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
+    """(what is trained on, what is evaluated on): `fraction` of the samples, rounded up, chosen by the seed.
+
+    Nothing is copied: both read the same file through lists of indices beside it.
+
+    Raises:
+        UsageError: nothing would be left to train on, or the lists cannot be written.
+    """
+    if not fraction:
+        return dataset, None
+    held = math.ceil(fraction * len(dataset))
+    if held >= len(dataset):
+        raise UsageError(
+            f"data.eval_fraction: {fraction:g} of {len(dataset)} samples leaves none to train on; hold out less"
+        )
+    with writing("the list of samples held out", folder_of(dataset)):
+        parts = dataset.train_test_split(test_size=held, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def folder_of(dataset: Dataset) -> Path:
+    """Where a data set's file lies, beside which lists and packed copies of it are written; of one in memory, `.`."""
+    return next((Path(file["filename"]).parent for file in dataset.cache_files), Path())
+
+
+def with_held_out(samples: int, fraction: float) -> int:
+    """How many samples there must be for `samples` to be left to train on."""
+    if not fraction:
+        return samples
+    total = math.ceil(samples / (1 - fraction))
+    while total - math.ceil(fraction * total) < samples:
+        total += 1
+    return total
