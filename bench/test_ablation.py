@@ -31,7 +31,7 @@ def allocated(profile_of: Callable[[str], MemoryProfile]) -> Allocated:
     to 1 MiB each, which hides what a few adapters take; the steady step has that behind it."""
 
     def get(name: str, phase: str = "steady") -> int:
-        return next(each.allocated for each in profile_of(name).phases if each.name == phase)
+        return profile_of(name).phases[phase].allocated
 
     return get
 

@@ -37,7 +37,7 @@ def test_kinds_sum_to_the_peak(runs: dict[str, "Future[RecipeRun]"], name: str, 
     found, profile = run.attribution, run.profile
     assert found is not None
     assert profile is not None
-    steady = next(phase for phase in profile.phases if phase.name == "steady")
+    steady = profile.phases["steady"]
     inside = sum(count for kind, count in found.kinds.items() if kind not in OUTSIDE_ALLOCATED)
     assert inside == steady.allocated
     assert sum(found.kinds.values()) == steady.device

@@ -9,7 +9,7 @@ from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.phases import Life, live
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.memory.profile import PHASES, PhasePeak
+from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.phases_table import write_phases
@@ -36,8 +36,8 @@ def lives(results_folder: Path) -> dict[str, Life]:
     return found
 
 
-def _peak(life: Life, phase: str) -> PhasePeak:
-    return next(peak for peak in life.profile.phases if peak.name == phase)
+def _peak(life: Life, phase: str) -> Peak:
+    return life.profile.phases[phase]
 
 
 def _write(folder: Path, lives: dict[str, Life]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from reality.comparison import Comparison
 from reality.explained import explained_bytes
 from reality.rows import FACTORY, FITCHECK, FMS, FMS_LATER, PEFT, UNSLOTH, PublishedPeak, published_peaks
@@ -22,7 +22,7 @@ def _first(source: str, part: str = "") -> PublishedPeak:
 
 
 def _plan(allocated: int, reserved: int, device: int) -> MemoryProfile:
-    phases = (PhasePeak("load", 1, 1, 1), PhasePeak("steady", allocated, reserved, device))
+    phases = {"load": Peak(1, 1, 1), "steady": Peak(allocated, reserved, device)}
     return MemoryProfile("a-card", "virtual", 2**40, 0, phases)
 
 

@@ -34,7 +34,7 @@ def test_a_timed_step_is_the_trainers_step(
     assert profile is not None
     assert (done.value["steps"], done.value["tokens"]) == (5, 2 * 256)
     first, *steady = done.value["peaks"]
-    by_phase = {phase.name: phase.allocated for phase in profile.phases}
+    by_phase = {name: peak.allocated for name, peak in profile.phases.items()}
     assert abs(first - by_phase["first step"]) <= 4096
     assert all(abs(peak - by_phase["steady"]) <= 4096 for peak in steady)
     # What stays is what the libraries keep for the process: two cuBLAS workspaces and a few tables.

@@ -116,8 +116,7 @@ class Runs:
 
     def steady(self, model: str, name: str) -> int:
         """Allocated bytes at the peak of the second step: all there is, without what only the first one does."""
-        phases = self.profile(model, name).phases
-        return next(phase.allocated for phase in phases if phase.name == "steady")
+        return self.profile(model, name).phases["steady"].allocated
 
     def attribution(self, model: str, name: str) -> Attribution:
         """The steady peak by kind.

@@ -24,7 +24,7 @@ class Comparison:
     @property
     def plan_bytes(self) -> int:
         """The plan's figure of the same kind as the published one."""
-        steady = next(phase for phase in self.plan.phases if phase.name == "steady")
+        steady = self.plan.phases["steady"]
         if self.row.measures == "allocated":
             return steady.allocated
         return self.plan.peak_reserved_bytes if self.row.measures == "reserved" else self.plan.peak_device_bytes

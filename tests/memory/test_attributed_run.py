@@ -41,7 +41,7 @@ def test_kinds_sum_and_peaks_stay(recipe_runs: virtual_gpu.Server, tiny_hybrid: 
         found = attributed.attribution
         assert found is not None
         assert found.phase == ("first step" if "max_steps" in change else "steady")
-        phase = next(p for p in attributed.profile.phases if p.name == found.phase)
+        phase = attributed.profile.phases[found.phase]
         assert (found.allocated_bytes, found.reserved_bytes) == (phase.allocated, phase.reserved)
         assert sum(found.kinds.values()) == found.device_bytes == phase.device
         assert found.faults == 0

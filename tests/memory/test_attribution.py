@@ -15,7 +15,7 @@ from qlora_lowmem.memory.explanation import Evidence, explain
 from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.memory.owners import Owner
-from qlora_lowmem.memory.profile import PhasePeak
+from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.memory.scopes import Scope, ScopeWindow
 from qlora_lowmem.memory.timeline import MAX_POINTS, chosen_events
 from qlora_lowmem.results.kinds.attribution_table import kinds_table, owners_table, write_picture
@@ -61,8 +61,8 @@ def attributed(before: list[Any], during: list[Any], slack: int = 0, outside: in
     evidence.seen = [(positions[-1] + 1, address, Owner("checkpoints", "input", "")) for address in living[2::3]]
     history = replay(start, allocator.snapshot())
     peak = history.peak_bytes
-    phase = PhasePeak("steady", peak, peak + slack, peak + slack + outside)
-    return explain(history, evidence, phase, "card", "virtual"), history
+    highest = Peak(peak, peak + slack, peak + slack + outside)
+    return explain(history, evidence, "steady", highest, "card", "virtual"), history
 
 
 @settings(deadline=None)
@@ -102,9 +102,10 @@ def test_the_moment_is_where_the_youngest_blocks_code_ran() -> None:
 def test_bytes_that_the_history_missed_are_unexplained() -> None:
     found, history = attributed([0], [(2048, 0, [])])
     evidence = Evidence(ScopeWindow(0), {})
-    phase = PhasePeak("steady", 4096, 8192, 8192)
+    highest = Peak(4096, 8192, 8192)
 
-    assert explain(history, evidence, phase, "card", "virtual").kinds["unexplained"] >= 4096 - found.allocated_bytes
+    found_again = explain(history, evidence, "steady", highest, "card", "virtual")
+    assert found_again.kinds["unexplained"] >= 4096 - found.allocated_bytes
 
 
 def test_a_block_belongs_to_whoever_held_it_then() -> None:
@@ -121,7 +122,7 @@ def test_a_block_belongs_to_whoever_held_it_then() -> None:
     history = replay(start, allocator.snapshot())
 
     found = explain(
-        history, evidence, PhasePeak("steady", history.peak_bytes, 0 + history.peak_bytes, 3 * 3 * MIB), "c", "virtual"
+        history, evidence, "steady", Peak(history.peak_bytes, 0 + history.peak_bytes, 3 * 3 * MIB), "c", "virtual"
     )
 
     assert found.kinds["checkpoints"] == 3 * MIB

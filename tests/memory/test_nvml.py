@@ -22,7 +22,7 @@ recorder = Recorder("a card", "virtual")
 with recorder.phase("load"):
     kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
 profile = recorder.profile()
-print(json.dumps([profile.outside_allocator_bytes, profile.phases[0].reserved]))
+print(json.dumps([profile.outside_allocator_bytes, profile.peak.reserved]))
 """
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.plan.kept_runs import Tally
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
@@ -46,8 +46,8 @@ class FakeRuns:
         tally.asked += 1
         self.asked.append(recipe)
         needed = self.need(recipe)
-        peak = PhasePeak("steady", needed, needed, min(needed, card.total_bytes))
-        profile = MemoryProfile(card.name, "virtual", card.total_bytes, 0, (peak,))
+        peak = Peak(needed, needed, min(needed, card.total_bytes))
+        profile = MemoryProfile(card.name, "virtual", card.total_bytes, 0, {"steady": peak})
         message = "CUDA out of memory." if needed > card.total_bytes else None
         run = RecipeRun(None if self.failure else profile, message, failure=self.failure, trainable_parameters=1000)
         return _done(run)

@@ -11,7 +11,7 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.plan import cache
 from qlora_lowmem.plan import kept_runs as runs
 from qlora_lowmem.plan.cache import RunCache, run_key
@@ -22,9 +22,7 @@ from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
 
 CARD = virtual_gpu.get_card("rtx-4050-laptop-6gb")
 RECIPE = load_recipe(RECIPES / "optimised.yaml")
-RUN = RecipeRun(
-    MemoryProfile(CARD.name, "virtual", CARD.total_bytes, 1, (PhasePeak("steady", 1, 2, 3),)), floor_bytes=4
-)
+RUN = RecipeRun(MemoryProfile(CARD.name, "virtual", CARD.total_bytes, 1, {"steady": Peak(1, 2, 3)}), floor_bytes=4)
 
 
 def test_what_was_put_is_got_and_nothing_else(tmp_path: Path) -> None:

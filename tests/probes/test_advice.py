@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.plan.advice import candidate_changes, knobs_of
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe.io import load_recipe, replace_field
@@ -46,7 +46,7 @@ def test_another_optimizer_takes_what_only_adamw_has_with_it() -> None:
 
 
 def run(needed: int | None) -> RecipeRun:
-    peaks = (PhasePeak("steady", 0, 0, needed or 0),)
+    peaks = {"steady": Peak(0, 0, needed or 0)}
     return RecipeRun(MemoryProfile("card", "virtual", 1, 0, peaks) if needed is not None else None, failure="none")
 
 

@@ -22,7 +22,7 @@ from qlora_lowmem.gate.cases import CaseResult
 from qlora_lowmem.gate.report import write_report
 from qlora_lowmem.gate.rows import Row
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
-from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
 from qlora_lowmem.memory.timeline import Timeline
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.attribution_table import write_attribution
@@ -92,7 +92,7 @@ def write_all(folder: Path, names: Sequence[str] = ("tiny",)) -> None:
     write_report(folder, gate_rows(names), ENVIRONMENT)
     (folder / "trend.json").unlink()
     recipe = load_recipe(RECIPES / "optimised.yaml")
-    peaks = MemoryProfile(CARD, "virtual", 6 * GIB, 0, (PhasePeak("steady", GIB, 2 * GIB, 3 * GIB),))
+    peaks = MemoryProfile(CARD, "virtual", 6 * GIB, 0, {"steady": Peak(GIB, 2 * GIB, 3 * GIB)})
     fits = CaseResult(recipe, CARD, "virtual", fits=True, profile=peaks, floor_bytes=GIB // 2)
     too_large = CaseResult(recipe, CARD, "virtual", fits=False, profile=None, out_of_memory="CUDA out of memory")
     failed = CaseResult(recipe, CARD, "virtual", fits=False, profile=None, failure="ValueError: x")
@@ -123,7 +123,7 @@ def _phases(names: Sequence[str]) -> dict[str, list[PhaseBytes]]:
 
 def trained(name: str, **changes: object) -> dict[str, object]:
     """What `train --json` writes, as far as a page shows it."""
-    phases = tuple(PhasePeak(phase, GIB + n, 2 * GIB, 3 * GIB + n) for n, phase in enumerate(("load", "steady")))
+    phases = {phase: Peak(GIB + n, 2 * GIB, 3 * GIB + n) for n, phase in enumerate(("load", "steady"))}
     peaks = MemoryProfile(CARD, "virtual", 6 * GIB, 0, phases).to_dict()
     return (
         peaks

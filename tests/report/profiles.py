@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 
 GIB = 2**30
 MEASURED = MemoryProfile(
@@ -10,20 +10,20 @@ MEASURED = MemoryProfile(
     provenance="measured",
     total_bytes=6 * GIB,
     outside_allocator_bytes=GIB // 2,
-    phases=(
-        PhasePeak("load", 1 * GIB, 2 * GIB, 2 * GIB + GIB // 2),
-        PhasePeak("first step", 3 * GIB, 4 * GIB, 4 * GIB + GIB // 2),
-        PhasePeak("steady", 2 * GIB, 4 * GIB, 4 * GIB + GIB // 2),
-    ),
+    phases={
+        "load": Peak(1 * GIB, 2 * GIB, 2 * GIB + GIB // 2),
+        "first step": Peak(3 * GIB, 4 * GIB, 4 * GIB + GIB // 2),
+        "steady": Peak(2 * GIB, 4 * GIB, 4 * GIB + GIB // 2),
+    },
 )
 
 
 def predicted(allocated: float = 0.0, reserved: float = 0.0) -> MemoryProfile:
     """The measured profile with relative errors in every phase."""
-    phases = tuple(
-        replace(
-            phase, allocated=round(phase.allocated * (1 + allocated)), reserved=round(phase.reserved * (1 + reserved))
+    phases = {
+        name: replace(
+            peak, allocated=round(peak.allocated * (1 + allocated)), reserved=round(peak.reserved * (1 + reserved))
         )
-        for phase in MEASURED.phases
-    )
+        for name, peak in MEASURED.phases.items()
+    }
     return replace(MEASURED, device="rtx-4050-laptop-6gb", provenance="virtual", phases=phases)

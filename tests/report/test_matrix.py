@@ -5,7 +5,7 @@ from pathlib import Path
 from helpers import RECIPES
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import CaseResult
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.matrix import write_matrix
 
@@ -13,7 +13,7 @@ from qlora_lowmem.results.kinds.matrix import write_matrix
 def test_results_go_where_asked(tmp_path: Path) -> None:
     """A table for every device, in the three formats, from one small case."""
     recipe = load_recipe(RECIPES / "optimised.yaml")
-    peaks = MemoryProfile("some-card", "virtual", 6 * 2**30, 0, (PhasePeak("steady", 2**30, 2 * 2**30, 3 * 2**30),))
+    peaks = MemoryProfile("some-card", "virtual", 6 * 2**30, 0, {"steady": Peak(2**30, 2 * 2**30, 3 * 2**30)})
     fits = CaseResult(recipe, "some-card", "virtual", fits=True, profile=peaks)
     failed = CaseResult(recipe, "some-card", "virtual", fits=False, profile=None, failure="line one\nValueError: x")
     write_matrix(tmp_path, [fits, failed], provenance_record("some-card", "virtual"))

@@ -10,13 +10,13 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands import phases
 from qlora_lowmem.commands.phases import Life
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.phases_table import phase_bytes, write_phases
 from qlora_lowmem.results.registry import sections_of
 from report.examples import CARD, ENVIRONMENT
 
-PEAKS = (PhasePeak("load", 1, 2, 3), PhasePeak("steady", 4, 5, 6))
+PEAKS = {"load": Peak(1, 2, 3), "steady": Peak(4, 5, 6)}
 
 
 def life(**out_of_memory: str) -> Life:
@@ -45,7 +45,7 @@ def test_memory_that_ran_out_is_a_field_of_its_phase(
 
 
 def test_memory_that_ran_out_before_any_phase_counts_to_the_first() -> None:
-    (found,) = phase_bytes((), 7, out_of_memory={"training": "no room"})
+    (found,) = phase_bytes({}, 7, out_of_memory={"training": "no room"})
     assert (found.phase, found.device, found.out_of_memory) == ("load", 0, "no room")
 
 

@@ -29,7 +29,7 @@ def test_the_whole_run_is_the_highest_of_the_phases() -> None:
 
 
 def test_a_phase_that_one_run_lacks_is_left_out() -> None:
-    short = replace(predicted(), phases=predicted().phases[:2])
+    short = replace(predicted(), phases=dict(list(predicted().phases.items())[:2]))
     assert {figure.phase for figure in compare("r", short, MEASURED)} == {"load", "first step", WHOLE_RUN}
 
 

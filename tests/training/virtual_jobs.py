@@ -20,4 +20,4 @@ def train(content: dict[str, Any], warm_up: bool = False, resume: bool = False) 
     except OutOfGpuMemoryError as error:
         return {"phase": error.phase, "checkpoint": error.checkpoint and error.checkpoint.name}
     assert outcome.profile is not None
-    return {"steps": outcome.steps, "phases": {peak.name: peak.allocated for peak in outcome.profile.phases}}
+    return {"steps": outcome.steps, "phases": {name: peak.allocated for name, peak in outcome.profile.phases.items()}}

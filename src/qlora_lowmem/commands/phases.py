@@ -23,7 +23,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError
-from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
 from qlora_lowmem.recipe import Recipe
@@ -89,17 +89,11 @@ def live(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server) -> 
 
 
 def _joined(profiles: Sequence[MemoryProfile]) -> MemoryProfile:
-    found = []
-    for name in PHASES:
-        peaks = [phase for profile in profiles for phase in profile.phases if phase.name == name]
-        if peaks:
-            readings = [
-                max(getattr(peak, reading) for peak in peaks) for reading in ("allocated", "reserved", "device")
-            ]
-            found.append(PhasePeak(name, *readings))
+    there = [name for name in PHASES if any(name in profile.phases for profile in profiles)]
+    found = {name: Peak.highest(p.phases[name] for p in profiles if name in p.phases) for name in there}
     first = profiles[0]
     outside = max(profile.outside_allocator_bytes for profile in profiles)
-    return MemoryProfile(first.device, first.provenance, first.total_bytes, outside, tuple(found))
+    return MemoryProfile(first.device, first.provenance, first.total_bytes, outside, found)
 
 
 def live_here(content: dict[str, Any], folder: str, part: str) -> dict[str, Any]:

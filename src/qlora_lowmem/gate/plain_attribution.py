@@ -44,8 +44,8 @@ def attribute(history: History, evidence: PlainEvidence, profile: MemoryProfile,
     Args:
         root: beginning of the paths of the project's own code, left out of lines.
     """
-    phase = profile.phases[0]
-    missing = phase.allocated - history.peak_bytes
+    ((phase, highest),) = profile.phases.items()
+    missing = highest.allocated - history.peak_bytes
     if missing < 0:
         return None
     blocks = history.blocks
@@ -63,18 +63,18 @@ def attribute(history: History, evidence: PlainEvidence, profile: MemoryProfile,
         name = block_of(_module(owner, scope))
         modules[name] = modules.get(name, 0) + block.requested
     sums["unexplained"] += missing
-    sums["slack"] = phase.reserved - phase.allocated
-    sums["outside"] = phase.device - phase.reserved
+    sums["slack"] = highest.reserved - highest.allocated
+    sums["outside"] = highest.device - highest.reserved
     youngest = next((scopes[index] for index in reversed(alive) if scopes[index] is not None), None)
     return Attribution(
         device=profile.device,
         provenance=profile.provenance,
-        phase=phase.name,
+        phase=phase,
         moment=_moment(youngest),
         kinds={kind: count for kind, count in sums.items() if count},
-        allocated_bytes=phase.allocated,
-        reserved_bytes=phase.reserved,
-        device_bytes=phase.device,
+        allocated_bytes=highest.allocated,
+        reserved_bytes=highest.reserved,
+        device_bytes=highest.device,
         owners=_lines(((blocks[i], kinds[i], owners[i], scopes[i]) for i in alive), root),
         timeline=timeline(history, kinds, [scope.phase if scope else "" for scope in scopes], list(KINDS)),
         modules=dict(sorted(modules.items())),

@@ -18,7 +18,7 @@ from qlora_lowmem.memory.device import device_name
 from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.nvml import device_handle
 from qlora_lowmem.memory.owners import quantisation_tensors
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak, provenance_here
+from qlora_lowmem.memory.profile import MemoryProfile, Peak, provenance_here
 from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot
 
 # Of the allocator's history; a test with more keeps its peak and loses its attribution.
@@ -100,7 +100,7 @@ class PlainRecorder:
             provenance=provenance_here(),
             total_bytes=int(torch.cuda.get_device_properties(self._index).total_memory),
             outside_allocator_bytes=outside,
-            phases=(PhasePeak("test", allocated, reserved, reserved + outside),),
+            phases={"test": Peak(allocated, reserved, reserved + outside)},
         )
         with no_collection():
             after = take_snapshot()

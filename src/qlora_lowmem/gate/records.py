@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
-from qlora_lowmem.memory.profile import MemoryProfile, PhasePeak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 
 # Lines of code that a record keeps, the largest: as many as an attribution has (`explanation.MAX_OWNERS`).
 MAX_LINES = 40
@@ -101,7 +101,7 @@ def record_of(
         allocated=profile.peak_allocated_bytes,
         reserved=profile.peak_reserved_bytes,
         device=profile.peak_device_bytes,
-        phases={phase.name: phase.allocated for phase in profile.phases},
+        phases={name: peak.allocated for name, peak in profile.phases.items()},
         versions=dict(versions or {}),
     )
     return attributed(record, attribution) if attribution is not None else record
@@ -123,6 +123,6 @@ def _lines(owners: tuple[OwnerLine, ...]) -> dict[str, int]:
 
 def profile_of(record: Record) -> MemoryProfile:
     """A record's peaks as a profile of one phase, for tables and relations."""
-    peak = PhasePeak("peak", record.allocated, record.reserved, record.device)
+    peak = Peak(record.allocated, record.reserved, record.device)
     provenance: Any = record.key.provenance
-    return MemoryProfile(record.key.device, provenance, 0, record.device - record.reserved, (peak,))
+    return MemoryProfile(record.key.device, provenance, 0, record.device - record.reserved, {"peak": peak})

@@ -54,7 +54,7 @@ class Attribution:
         moment: where the step was then, `recompute of model.layers.39.mamba`.
         kinds: bytes by key of `kinds.KINDS`, zeros left out, in that order. They sum to `device_bytes`, and without
             the kinds `slack` and `outside` to `allocated_bytes`, exactly.
-        allocated_bytes, reserved_bytes, device_bytes: the phase's peaks, as in `PhasePeak`.
+        allocated_bytes, reserved_bytes, device_bytes: the phase's peaks, as in `Peak`.
         owners: the lines of code that own most, largest first.
         modules: requested bytes of all that was alive at the peak, by block of the model (`block_of`); empty name:
             outside of the model.

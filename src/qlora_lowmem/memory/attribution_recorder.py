@@ -91,10 +91,10 @@ class AttributionRecorder(TrainerCallback):
         workspaces = dict.fromkeys(library_workspaces(self._device), _WORKSPACE)
         evidence.at_start = {**workspaces, **evidence.at_start}
         evidence.at_end = {**workspaces, **evidence.at_end}
-        phase = next(phase for phase in profile.phases if phase.name == self._phase)
+        peak = profile.phases[self._phase]
         with no_collection():
             history = replay(before, after, self._device)
-            return explain(history, evidence, phase, profile.device, profile.provenance)
+            return explain(history, evidence, self._phase, peak, profile.device, profile.provenance)
 
     def save_snapshot(self, path: Path) -> None:
         """Write the recorded window for https://pytorch.org/memory_viz, which opens it as torch's own `_dump_snapshot`.

@@ -8,7 +8,7 @@ from qlora_lowmem.memory.attribution import Attribution, OwnerLine, block_of
 from qlora_lowmem.memory.history import BEFORE, Block, History
 from qlora_lowmem.memory.kinds import KINDS, kind_of, owner_line
 from qlora_lowmem.memory.owners import Owner
-from qlora_lowmem.memory.profile import PhasePeak, Provenance
+from qlora_lowmem.memory.profile import Peak, Provenance
 from qlora_lowmem.memory.scopes import Scope, ScopeWindow, position_of
 from qlora_lowmem.memory.timeline import timeline
 
@@ -31,8 +31,10 @@ class Evidence:
     seen: list[tuple[int, int, Owner]] = field(default_factory=list)
 
 
-def explain(history: History, evidence: Evidence, phase: PhasePeak, device: str, provenance: Provenance) -> Attribution:
-    """Attribute the peak of `history`, which is the allocated peak of `phase`.
+def explain(
+    history: History, evidence: Evidence, phase: str, peak: Peak, device: str, provenance: Provenance
+) -> Attribution:
+    """Attribute the peak of `history`, which is the allocated one of `phase`.
 
     Raises:
         QloraLowmemError: the history's peak is higher than what torch counted.
@@ -44,30 +46,30 @@ def explain(history: History, evidence: Evidence, phase: PhasePeak, device: str,
         kind_of(owner, scope, block.frames, before=block.born == BEFORE)
         for block, owner, scope in zip(blocks, found, scopes, strict=True)
     ]
-    peak = history.peak_event
-    alive = [index for index, block in enumerate(blocks) if block.born <= peak < block.died]
+    event = history.peak_event
+    alive = [index for index, block in enumerate(blocks) if block.born <= event < block.died]
     sums = dict.fromkeys(KINDS, 0)
     for index in alive:
         sums[kinds[index]] += blocks[index].requested
         sums["rounding"] += blocks[index].size - blocks[index].requested
-    missing = phase.allocated - history.peak_bytes
+    missing = peak.allocated - history.peak_bytes
     if missing < 0:
         raise QloraLowmemError(
             f"the allocator's history comes to {history.peak_bytes} bytes at its peak and torch counted "
-            f"{phase.allocated}. Please report this with the versions of torch and the recipe"
+            f"{peak.allocated}. Please report this with the versions of torch and the recipe"
         )
     sums["unexplained"] += missing
-    sums["slack"] = phase.reserved - phase.allocated
-    sums["outside"] = phase.device - phase.reserved
+    sums["slack"] = peak.reserved - peak.allocated
+    sums["outside"] = peak.device - peak.reserved
     return Attribution(
         device=device,
         provenance=provenance,
-        phase=phase.name,
+        phase=phase,
         moment=_moment([(kinds[index], scopes[index]) for index in alive]),
         kinds={kind: count for kind, count in sums.items() if count},
-        allocated_bytes=phase.allocated,
-        reserved_bytes=phase.reserved,
-        device_bytes=phase.device,
+        allocated_bytes=peak.allocated,
+        reserved_bytes=peak.reserved,
+        device_bytes=peak.device,
         owners=_owner_lines((blocks[i], kinds[i], found[i], scopes[i]) for i in alive),
         timeline=timeline(history, kinds, [scope.phase if scope else "" for scope in scopes], list(KINDS)),
         faults=history.faults,

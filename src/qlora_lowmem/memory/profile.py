@@ -1,6 +1,7 @@
 """A job's peaks, phase by phase. Bytes are integers; nothing here touches a device."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from qlora_lowmem import virtual_gpu
@@ -18,20 +19,24 @@ PHASES = ("load", "resume", "warm-up", "first step", "steady", "evaluate", "save
 
 
 @dataclass(frozen=True)
-class PhasePeak:
-    """The highest readings within one phase of a job, in bytes.
+class Peak:
+    """The highest readings within a stretch of a job, in bytes, each at its own moment.
 
     Attributes:
-        name: one of `PHASES`.
         allocated: `torch.cuda.max_memory_allocated()`: blocks in use by tensors.
         reserved: `torch.cuda.max_memory_reserved()`: segments that the caching allocator took from the card.
         device: what the card had to hold: reserved, plus the CUDA context and whatever bypassed the allocator.
     """
 
-    name: str
-    allocated: int
-    reserved: int
-    device: int
+    allocated: int = 0
+    reserved: int = 0
+    device: int = 0
+
+    @classmethod
+    def highest(cls, peaks: Iterable["Peak"]) -> "Peak":
+        """The highest of each figure; zeros where there are no peaks."""
+        found = list(peaks)
+        return cls(*(max((getattr(peak, f.name) for peak in found), default=0) for f in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -43,29 +48,34 @@ class MemoryProfile:
         provenance: `virtual` (executed on a virtual GPU) or `measured` (on the hardware itself).
         total_bytes: the card's memory as CUDA reports it.
         outside_allocator_bytes: CUDA context, and library allocations that bypass the caching allocator.
-        phases: peaks in the order of `PHASES`, those that were there.
+        phases: peaks by phase, in the order of `PHASES`, those that were there.
     """
 
     device: str
     provenance: Provenance
     total_bytes: int
     outside_allocator_bytes: int
-    phases: tuple[PhasePeak, ...]
+    phases: Mapping[str, Peak]
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all phases."""
+        return Peak.highest(self.phases.values())
 
     @property
     def peak_allocated_bytes(self) -> int:
         """The highest allocated peak of all phases."""
-        return max((phase.allocated for phase in self.phases), default=0)
+        return self.peak.allocated
 
     @property
     def peak_reserved_bytes(self) -> int:
         """The highest reserved peak of all phases."""
-        return max((phase.reserved for phase in self.phases), default=0)
+        return self.peak.reserved
 
     @property
     def peak_device_bytes(self) -> int:
         """What the card must hold, CUDA context included."""
-        return max((phase.device for phase in self.phases), default=0)
+        return self.peak.device
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, the three peaks on top."""
@@ -77,7 +87,7 @@ class MemoryProfile:
             "provenance": self.provenance,
             "total_bytes": self.total_bytes,
             "outside_allocator_bytes": self.outside_allocator_bytes,
-            "phases": [asdict(phase) for phase in self.phases],
+            "phases": [{"name": name, **asdict(peak)} for name, peak in self.phases.items()],
         }
 
     @classmethod
@@ -88,5 +98,8 @@ class MemoryProfile:
             provenance=content["provenance"],
             total_bytes=content["total_bytes"],
             outside_allocator_bytes=content["outside_allocator_bytes"],
-            phases=tuple(PhasePeak(**phase) for phase in content["phases"]),
+            phases={
+                phase["name"]: Peak(phase["allocated"], phase["reserved"], phase["device"])
+                for phase in content["phases"]
+            },
         )

@@ -11,7 +11,7 @@ import pynvml
 import torch
 
 from qlora_lowmem.memory.nvml import device_handle
-from qlora_lowmem.memory.profile import PHASES, MemoryProfile, PhasePeak, Provenance
+from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak, Provenance
 
 
 class Recorder:
@@ -25,7 +25,7 @@ class Recorder:
         self._device_name = device_name
         self._provenance = provenance
         self._index = index
-        self._phases: dict[str, PhasePeak] = {}
+        self._phases: dict[str, Peak] = {}
         self._current: str | None = None
         self._outside = 0
         self._handle = device_handle(index)
@@ -60,13 +60,8 @@ class Recorder:
         # `reserved` now is subtracted, not its peak.
         now = self._used() - self._used_by_others - torch.cuda.memory_reserved(self._index)
         self._outside = max(self._outside, now)
-        before = self._phases.get(self._current, PhasePeak(self._current, 0, 0, 0))
-        self._phases[self._current] = PhasePeak(
-            self._current,
-            max(before.allocated, allocated),
-            max(before.reserved, reserved),
-            max(before.device, reserved + self._outside),
-        )
+        now_highest = Peak(allocated, reserved, reserved + self._outside)
+        self._phases[self._current] = Peak.highest((self._phases.get(self._current, Peak()), now_highest))
         self._current = None
 
     @property
@@ -111,7 +106,7 @@ class Recorder:
             provenance=self._provenance,
             total_bytes=int(torch.cuda.get_device_properties(self._index).total_memory),
             outside_allocator_bytes=self._outside,
-            phases=tuple(self._phases[name] for name in PHASES if name in self._phases),
+            phases={name: self._phases[name] for name in PHASES if name in self._phases},
         )
 
     def _info(self) -> "pynvml.c_nvmlMemory_t":

@@ -80,7 +80,7 @@ def _cells(result: CaseResult) -> list[str]:
             else f"failed: {(result.failure or '').strip().splitlines()[-1]}"
         )
         return [recipe.name, result.card, *[""] * (len(_HEADERS) - 3), reason]
-    by_phase = {phase.name: gib(phase.allocated) for phase in profile.phases}
+    by_phase = {name: gib(peak.allocated) for name, peak in profile.phases.items()}
     return [
         recipe.name,
         result.card,

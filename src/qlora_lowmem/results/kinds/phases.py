@@ -19,7 +19,7 @@ class PhaseBytes:
 
     Attributes:
         phase: one of `memory.profile.PHASES`.
-        allocated, reserved, device: as `memory.profile.PhasePeak` has them; if memory ran out, until there.
+        allocated, reserved, device: as `memory.profile.Peak` has them; if memory ran out, until there.
         allocated_budget, device_budget: what the first and the last may be; None where nobody set one.
         floor: what no method of training the recipe avoids, the same in every phase; 0 where no step ended.
         out_of_memory: torch's message if memory ran out in this phase, else empty.

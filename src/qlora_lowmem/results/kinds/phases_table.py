@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.memory.profile import PHASES, PhasePeak
+from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.results.kinds.phases import PhaseBytes
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
@@ -32,7 +32,7 @@ _SIZES = (
 
 
 def phase_bytes(
-    phases: Sequence[PhasePeak],
+    phases: Mapping[str, Peak],
     device_budget: int,
     allocated_budgets: Mapping[str, int] | None = None,
     out_of_memory: Mapping[str, str] | None = None,
@@ -47,12 +47,12 @@ def phase_bytes(
             moment that is no phase (between two of them) counts to the last phase with readings.
         floor: what no method of training the recipe avoids; 0 where no step ended.
     """
-    peaks = {peak.name: peak for peak in phases}
+    peaks = dict(phases)
     messages = {}
     for name, message in (out_of_memory or {}).items():
-        phase = name if name in PHASES else phases[-1].name if phases else PHASES[0]
+        phase = name if name in PHASES else list(phases)[-1] if phases else PHASES[0]
         messages[phase] = message or "out of memory"
-        peaks.setdefault(phase, PhasePeak(phase, 0, 0, 0))
+        peaks.setdefault(phase, Peak())
     return tuple(
         PhaseBytes(
             name,

@@ -61,23 +61,17 @@ def compare(recipe: str, predicted: MemoryProfile, measured: MemoryProfile) -> l
     """
     if predicted.provenance != "virtual":
         raise ValueError(f"{recipe}: the predicted profile is {predicted.provenance}; it must be virtual")
-    by_name = {phase.name: phase for phase in predicted.phases}
-    common = [phase for phase in measured.phases if phase.name in by_name]
+    common = [phase for phase in measured.phases if phase in predicted.phases]
     if not common:
         raise ValueError(f"{recipe}: the two profiles have no phase in common")
+    pairs = [(phase, predicted.phases[phase], measured.phases[phase]) for phase in common]
     figures = [
-        Figure(recipe, phase.name, reading, getattr(by_name[phase.name], reading), getattr(phase, reading))
-        for phase in common
+        Figure(recipe, phase, reading, getattr(one, reading), getattr(other, reading))
+        for phase, one, other in pairs
         for reading in READINGS
     ]
     whole = [
-        Figure(
-            recipe,
-            WHOLE_RUN,
-            reading,
-            getattr(predicted, f"peak_{reading}_bytes"),
-            getattr(measured, f"peak_{reading}_bytes"),
-        )
+        Figure(recipe, WHOLE_RUN, reading, getattr(predicted.peak, reading), getattr(measured.peak, reading))
         for reading in READINGS
     ]
     return figures + whole

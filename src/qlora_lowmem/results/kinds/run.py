@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.memory.profile import PHASES, PhasePeak
+from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.results.cards import usable_bytes
 from qlora_lowmem.results.kinds.phases import PhaseBytes
 from qlora_lowmem.results.kinds.phases_section import chart_of, tables_of
@@ -34,12 +34,12 @@ def read(content: Fields) -> tuple[Provenance, Run]:
     Raises:
         ValueError: a field is missing or of another kind; a phase that no run has.
     """
-    peaks = []
+    peaks = {}
     for phase in content.objects("phases"):
         if phase.text("name") not in PHASES:
             raise ValueError(f"phases: {phase.text('name')!r} is not one of {', '.join(PHASES)}")
         sizes = phase.count("allocated"), phase.count("reserved"), phase.count("device")
-        peaks.append(PhasePeak(phase.text("name"), *sizes))
+        peaks[phase.text("name")] = Peak(*sizes)
     ran_out = {}
     if content.raw.get("failure") is not None:
         failure = content.object("failure")
