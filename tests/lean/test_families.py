@@ -1,6 +1,8 @@
 """Families built like Llama, in tiles, beside transformers' own forward."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_lowmem.lean import LeanOptions, apply_lean, decoder, foresee_lean
+from qlora_lowmem.lean.families import TILED_FAMILIES, takes_tiles
 
 from .conftest import VOCABULARY, batch_of, lean_copy, relative, step
 
@@ -199,6 +203,24 @@ def test_what_tiles_do_not_know_keeps_the_general_ideas(
     assert words in str(report)
     if "attention_dropout" not in changes:
         assert_same_step(plain, SMALL, batch_of(2, 30))
+
+
+def test_a_configuration_says_before_torch_is_there_what_the_model_takes() -> None:
+    """Each type is the class that transformers makes of it, and a refusal is the same from the file and the model."""
+    assert {kind: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] for kind in TILED_FAMILIES} == {
+        kind: family.causal_class for kind, family in TILED_FAMILIES.items()
+    }
+    for kind in FAMILIES:
+        assert takes_tiles({"model_type": kind})
+        for changes in ({}, {"attention_dropout": 0.1}, {"hidden_act": "gelu"}):
+            with torch.device("meta"):
+                skeleton = bare(kind, **changes)
+            assert takes_tiles({"model_type": kind, **changes}) is ("tiles" in foresee_lean(skeleton).applied)
+    assert not takes_tiles({"model_type": "gemma"})
+    assert not takes_tiles({})
+    program = "from qlora_lowmem.lean.families import *; import sys; print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma"])

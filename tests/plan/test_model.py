@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.lean.families import takes_tiles
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.plan.advice import takes_tiles
 from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
@@ -20,8 +20,8 @@ START = Recipe(name="start")
 
 @pytest.mark.parametrize(
     ("model", "context", "tiles"),
-    [("granite-4.0-h-1b", 131_072, True), ("meta-llama/Llama-3.2-3B", 131_072, False),
-     ("smollm2-135m-instruct", 8192, False)],
+    [("granite-4.0-h-1b", 131_072, True), ("meta-llama/Llama-3.2-3B", 131_072, True),
+     ("smollm2-135m-instruct", 8192, True)],
 )  # fmt: skip
 def test_a_known_architecture(model: str, context: int, tiles: bool) -> None:
     asked = replace_fields(START, {"model": model, "data": "mine.jsonl"})
@@ -75,7 +75,7 @@ def test_random_weights_of_a_model_on_the_hub_are_asked_for_by_its_revision(
     assert resolve_model(asked.base.model, "pretrained", "v2").architecture is None
     modules, parameters = check_model(replace_fields(asked, {"weights": "random"}))
     assert min(modules, parameters) > 0
-    assert takes_tiles(replace_fields(asked, {"weights": "random"}))
+    assert takes_tiles(resolve_model(asked.base.model, "random", "v2").text_config)
     assert fetched == ["v2"] * 3
 
 

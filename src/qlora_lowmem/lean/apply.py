@@ -9,21 +9,15 @@ from torch import nn
 from qlora_lowmem.lean import generic, granite, llama
 from qlora_lowmem.lean.decoder import Family, patch
 from qlora_lowmem.lean.embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
+from qlora_lowmem.lean.families import TILED_FAMILIES, why_not_tiles
 from qlora_lowmem.lean.linear4bit import patch_linear_4bit
 from qlora_lowmem.lean.options import Idea, LeanOptions, LeanReport, RefusedOptionError
 from qlora_lowmem.lean.scan_choice import choose_scan, refused_triton, why_never_triton
 from qlora_lowmem.lean.scoring import head_of
 
 _OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
-_FAMILIES: dict[str, Family] = {
-    "GraniteMoeHybridForCausalLM": granite.FAMILY,
-    "GraniteForCausalLM": llama.FAMILY,
-    "LlamaForCausalLM": llama.FAMILY,
-    "MistralForCausalLM": llama.FAMILY,
-    "Qwen2ForCausalLM": llama.FAMILY,
-    "Qwen3ForCausalLM": llama.FAMILY,
-    "SmolLM3ForCausalLM": llama.FAMILY,
-}
+_BUILT_LIKE = {"granite": granite.FAMILY, "llama": llama.FAMILY}
+_FAMILIES = {each.causal_class: each for each in TILED_FAMILIES.values()}
 
 
 def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanReport:
@@ -115,13 +109,11 @@ def _causal_language_model(model: nn.Module) -> Any:
 def _family_of(causal: Any) -> tuple[Family | None, str]:
     """The family that serves a model; or None, and why no family does."""
     name = type(causal).__name__
-    family = _FAMILIES.get(name)
-    if family is None:
+    known = _FAMILIES.get(name)
+    if known is None:
         return None, f"layers in tiles are known for {', '.join(_FAMILIES)}, not for {name}"
-    refusal, dropout = family.why_not(causal), causal.config.attention_dropout
-    if refusal is None and dropout:
-        refusal = f"attention_dropout={dropout}: attention by blocks of keys has no dropout; set it to 0"
-    return (family, "") if refusal is None else (None, refusal)
+    refusal = why_not_tiles(known, causal.config.to_dict())
+    return (_BUILT_LIKE[known.built_like], "") if refusal is None else (None, refusal)
 
 
 def _mamba_mixers(causal: Any) -> list[Any]:

@@ -48,14 +48,12 @@ class Family:
 
     Attributes:
         tiled_layer: a decoder layer of theirs as a `TiledLayer`, for one forward.
-        why_not: why a model of the family is not served, or None.
         backbone_output, causal_output: classes in the model's own module that its forwards return.
         plain_keywords: keywords whose calls take the decoder's own forward.
         window: tokens that the narrowest of a model's layers sees, by its config; None where all see everything.
     """
 
     tiled_layer: Callable[[Any, SequenceInputs, LeanOptions], TiledLayer]
-    why_not: Callable[[Any], str | None]
     backbone_output: str
     causal_output: str
     plain_keywords: tuple[str, ...]

@@ -103,15 +103,8 @@ def _tiled_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> Ti
     return AttentionLayer(layer, inputs, layer.self_attn, functools.partial(_feed_forward, layer), _modules(layer))
 
 
-def _why_not(causal: Any) -> str | None:
-    if causal.config.hidden_act != "silu":
-        return f"hidden_act={causal.config.hidden_act!r}: the convolution in tiles applies SiLU"
-    return None
-
-
 FAMILY = Family(
     _tiled_layer,
-    _why_not,
     backbone_output="MoeModelOutputWithPast",
     causal_output="MoeCausalLMOutputWithPast",
     plain_keywords=("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),

@@ -25,13 +25,6 @@ def _tiled_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> Ti
     return AttentionLayer(layer, inputs, layer.self_attn, functools.partial(_feed_forward, layer.mlp), (layer.mlp,))
 
 
-def _why_not(causal: Any) -> str | None:
-    config = causal.config
-    if config.hidden_act != "silu":
-        return f"hidden_act={config.hidden_act!r}: the feed-forward part in tiles is a SwiGLU"
-    return None
-
-
 def _window(config: Any) -> int | None:
     # Mistral has one window for all layers where its config names no types; the others list a type a layer.
     types = getattr(config, "layer_types", None)
@@ -42,7 +35,6 @@ def _window(config: Any) -> int | None:
 # Packed samples are told apart by their positions, which are given in no other case: the model's own masks keep them.
 FAMILY = Family(
     _tiled_layer,
-    _why_not,
     backbone_output="BaseModelOutputWithPast",
     causal_output="CausalLMOutputWithPast",
     window=_window,

@@ -10,11 +10,9 @@ import json
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qlora_lowmem.errors import UsageError
-
-T = TypeVar("T")
 
 # Names a person may write without a hub organisation, and where the pretrained weights are.
 _HUB_IDS = {
@@ -47,19 +45,17 @@ class ModelSource:
     architecture: dict[str, Any] | None = None
 
     @property
-    def model_type(self) -> str | None:
-        """The architecture's `model_type`; None where the configuration is not at hand."""
-        return self._of_the_text_model("model_type", str)
+    def text_config(self) -> dict[str, Any]:
+        """The configuration of the text model, which may stand inside a larger one; empty where it is not at hand."""
+        architecture = self.architecture or {}
+        inner: dict[str, Any] = architecture.get("text_config", architecture)
+        return inner
 
     @property
     def context_length(self) -> int | None:
         """The longest sequence, in tokens, that the model was made for; None where nothing says so."""
-        return self._of_the_text_model("max_position_embeddings", int)
-
-    def _of_the_text_model(self, key: str, kind: type[T]) -> T | None:
-        architecture = self.architecture or {}
-        value = architecture.get("text_config", architecture).get(key)
-        return value if isinstance(value, kind) else None
+        value = self.text_config.get("max_position_embeddings")
+        return value if isinstance(value, int) else None
 
 
 def known_architectures() -> list[str]:

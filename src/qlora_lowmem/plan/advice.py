@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
+from qlora_lowmem.lean.families import takes_tiles
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe
@@ -21,8 +22,6 @@ from qlora_lowmem.units import format_bytes
 
 # Room for everything: no recipe of this project's models needs as much.
 ROOMY_BYTES = 1 << 42
-# The models whose layers the lean implementations know how to run in tiles.
-TILED_MODEL_TYPE = "granitemoehybrid"
 
 # In the order of a reader who wants memory: what costs nothing, what costs time, what changes the result.
 CostKind = Literal["none", "slower", "changes training"]
@@ -114,11 +113,6 @@ def card_like(device: str, total_bytes: int) -> virtual_gpu.Card | None:
     return None
 
 
-def takes_tiles(recipe: Recipe) -> bool:
-    """Whether the lean implementations run this model's layers in tiles."""
-    return resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision).model_type == TILED_MODEL_TYPE
-
-
 def candidate_changes(recipe: Recipe) -> list[Change]:
     """The single changes that this recipe has not made yet."""
     changes = []
@@ -142,7 +136,7 @@ def _wanted(recipe: Recipe) -> list[tuple[bool, dict[str, Any], CostKind, str, b
     """(applies, fields, kind of cost, the cost in words, whether a step multiplies more)."""
     batch, memory, lean = recipe.batch, recipe.memory, recipe.lean
     half, together = batch.max_seq_length // 2, batch.batch_size * batch.gradient_accumulation_steps
-    tiles = takes_tiles(recipe)
+    tiles = takes_tiles(resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision).text_config)
     needed = {
         "gradient_checkpointing": (memory.gradient_checkpointing, True),
         "loss": (memory.loss, "fused"),

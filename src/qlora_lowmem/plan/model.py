@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from qlora_lowmem.lean.families import takes_tiles
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.plan.advice import TILED_MODEL_TYPE
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
 from qlora_lowmem.recipe.io import replace_fields
 
@@ -50,4 +50,4 @@ def planned_model(recipe: Recipe) -> PlannedModel:
             planned = replace_fields(planned, {"model": str(source.folder), "revision": None})
     else:
         source = resolve_model(base.model, base.weights, base.revision)
-    return PlannedModel(planned, recipe, source.context_length, source.model_type == TILED_MODEL_TYPE)
+    return PlannedModel(planned, recipe, source.context_length, takes_tiles(source.text_config))

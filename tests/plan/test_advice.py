@@ -1,14 +1,16 @@
 """Single changes of a recipe: what the flags say is what is tried, and each has a cost in words."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
+from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.plan.advice import candidate_changes, knobs_of
 from qlora_lowmem.plan.recipe_runs import RecipeRun
-from qlora_lowmem.recipe.io import load_recipe, replace_field
+from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
 from qlora_lowmem.virtual_gpu import get_card
 
 
@@ -26,10 +28,13 @@ def test_the_flags_make_the_recipe_that_is_tried(shipped: Path) -> None:
         assert change.cost
 
 
-def test_only_what_the_model_takes_is_proposed() -> None:
+def test_only_what_the_model_takes_is_proposed(tmp_path: Path) -> None:
     optimised = load_recipe(RECIPES / "optimised.yaml")
     assert "--lean true" in {change.flags for change in candidate_changes(optimised)}
-    other = replace_field(optimised, "model", "llama-3.2-3b")
+    llama = replace_field(optimised, "model", "llama-3.2-3b")
+    assert "--lean true" in {change.flags for change in candidate_changes(llama)}
+    (tmp_path / "config.json").write_text(json.dumps(architecture("llama-3.2-3b") | {"hidden_act": "gelu"}))
+    other = replace_fields(optimised, {"model": str(tmp_path), "weights": "random"})
     assert not any("lean" in change.flags for change in candidate_changes(other))
     lean = {change.flags for change in candidate_changes(load_recipe(RECIPES / "lean.yaml"))}
     assert {"--checkpoints host", "--quantised-embeddings 8bit", "--quantised-embeddings 4bit"} <= lean

@@ -1,0 +1,56 @@
+"""Whose decoder layers run in tiles: asked by `apply_lean` of a model, and by plans of a configuration.
+
+Imports nothing heavy, so that a plan and the checks of a recipe can ask before torch is there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TiledFamily:
+    """Models whose layers run in tiles.
+
+    Attributes:
+        causal_class: their class in transformers.
+        built_like: the file of this package that holds their layers: `granite` or `llama`.
+    """
+
+    causal_class: str
+    built_like: str
+
+
+# By `model_type`, as `config.json` names it.
+TILED_FAMILIES = {
+    "granitemoehybrid": TiledFamily("GraniteMoeHybridForCausalLM", "granite"),
+    "granite": TiledFamily("GraniteForCausalLM", "llama"),
+    "llama": TiledFamily("LlamaForCausalLM", "llama"),
+    "mistral": TiledFamily("MistralForCausalLM", "llama"),
+    "qwen2": TiledFamily("Qwen2ForCausalLM", "llama"),
+    "qwen3": TiledFamily("Qwen3ForCausalLM", "llama"),
+    "smollm3": TiledFamily("SmolLM3ForCausalLM", "llama"),
+}
+_NEEDS_SILU = {
+    "granite": "the convolution in tiles applies SiLU",
+    "llama": "the feed-forward part in tiles is a SwiGLU",
+}
+
+
+def why_not_tiles(family: TiledFamily, config: Mapping[str, Any]) -> str | None:
+    """What in a model's configuration (`config.json`, or a configuration's `to_dict`) its layers in tiles do not know.
+
+    What a file leaves out is what transformers takes then: SiLU, and no dropout.
+    """
+    activation, dropout = config.get("hidden_act", "silu"), config.get("attention_dropout")
+    if activation != "silu":
+        return f"hidden_act={activation!r}: {_NEEDS_SILU[family.built_like]}"
+    if dropout:
+        return f"attention_dropout={dropout}: attention by blocks of keys has no dropout; set it to 0"
+    return None
+
+
+def takes_tiles(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this configuration runs its layers in tiles; False where it names no `model_type`."""
+    family = TILED_FAMILIES.get(str(config.get("model_type")))
+    return family is not None and why_not_tiles(family, config) is None
