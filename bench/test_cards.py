@@ -9,9 +9,9 @@ import pytest
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.gate.cases import CaseResult, VirtualRunner
+from qlora_lowmem.gate.cases import VirtualRunner
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.results.kinds.matrix import write_matrix
+from qlora_lowmem.results.kinds.matrix import CaseResult, write_matrix
 
 SIX_GB_CARDS = [card.name for card in virtual_gpu.all_cards() if card.name.endswith("-6gb")]
 

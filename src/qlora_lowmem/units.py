@@ -58,3 +58,8 @@ def format_bytes(count: int) -> str:
     if size >= KIB:
         return f"{sign}{size / KIB:.1f} KiB"
     return f"{sign}{size} B"
+
+
+def format_signed(count: int) -> str:
+    """A difference in bytes: `"+3.0 MiB"`, `"-512 B"`, `"0 B"`."""
+    return f"+{format_bytes(count)}" if count > 0 else format_bytes(count)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from qlora_lowmem.gate.records import Key, Record
+from qlora_lowmem.results.kinds.verdicts import Key, Record
 
 KEY = Key(
     device="rtx-4050-laptop-6gb",

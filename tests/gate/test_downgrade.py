@@ -17,10 +17,11 @@ from qlora_lowmem.commands.bisect import RecipeMeasure, bisect
 from qlora_lowmem.commands.overlays import Overlays, default_folder
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.gate.environment_key import key_of
-from qlora_lowmem.gate.records import Record, attributed
+from qlora_lowmem.gate.records import attributed
 from qlora_lowmem.gate.verdicts import EXACT, NotComparable, Regressed, compare
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.models.sources import architecture
+from qlora_lowmem.results.kinds.verdicts import Record
 
 pytestmark = pytest.mark.slow
 

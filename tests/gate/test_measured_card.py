@@ -13,10 +13,11 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.gate import measured_card
-from qlora_lowmem.gate.cases import CaseResult, VirtualRunner
+from qlora_lowmem.gate.cases import VirtualRunner
 from qlora_lowmem.gate.measured_card import DeviceProperties, properties_of_this_machine, virtual_twin
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.results.kinds.matrix import CaseResult
 from qlora_lowmem.results.kinds.prediction_table import compare, misses
 
 BLACKWELL_LAPTOP = DeviceProperties(

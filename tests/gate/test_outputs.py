@@ -9,9 +9,9 @@ import yaml
 
 from gate.examples import KEY, record
 from helpers import ROOT
-from qlora_lowmem.gate.budget import Budget, OverBudget
+from qlora_lowmem.gate.budget import OverBudget
 from qlora_lowmem.gate.report import annotations, summary, trend, write_report
-from qlora_lowmem.gate.rows import Row
+from qlora_lowmem.results.kinds.verdicts import Budget, Row
 
 RECORD = {
     "provenance": "virtual",

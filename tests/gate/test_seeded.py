@@ -10,15 +10,15 @@ import pytest
 from gate.seeds import HARMLESS, MODEL, REGRESSIONS
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.gate.cases import CaseResult
 from qlora_lowmem.gate.recipes import recipe_record
-from qlora_lowmem.gate.records import Record
 from qlora_lowmem.gate.verdicts import EXACT, Pass, Regressed, compare
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.results.kinds.matrix import CaseResult
+from qlora_lowmem.results.kinds.verdicts import Record
 
 pytestmark = pytest.mark.slow
 

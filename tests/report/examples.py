@@ -17,19 +17,17 @@ from qlora_lowmem.commands import longest
 from qlora_lowmem.commands.lengths import LengthRow
 from qlora_lowmem.commands.lengths import write_table as write_lengths
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.gate.budget import Budget
-from qlora_lowmem.gate.cases import CaseResult
 from qlora_lowmem.gate.report import write_report
-from qlora_lowmem.gate.rows import Row
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
 from qlora_lowmem.memory.timeline import Timeline
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.attribution_table import write_attribution
-from qlora_lowmem.results.kinds.matrix import write_matrix
+from qlora_lowmem.results.kinds.matrix import CaseResult, write_matrix
 from qlora_lowmem.results.kinds.phases import PhaseBytes
 from qlora_lowmem.results.kinds.phases_table import write_phases
 from qlora_lowmem.results.kinds.prediction_table import compare, write_prediction
+from qlora_lowmem.results.kinds.verdicts import Budget, Row
 from qlora_lowmem.results.kinds.waterfall import Step
 from qlora_lowmem.results.kinds.waterfall_table import write_waterfall
 from report.profiles import MEASURED, predicted

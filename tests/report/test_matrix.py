@@ -4,10 +4,9 @@ from pathlib import Path
 
 from helpers import RECIPES
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.gate.cases import CaseResult
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.results.kinds.matrix import write_matrix
+from qlora_lowmem.results.kinds.matrix import CaseResult, write_matrix
 
 
 def test_results_go_where_asked(tmp_path: Path) -> None:

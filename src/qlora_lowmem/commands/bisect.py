@@ -17,8 +17,7 @@ from pathlib import Path
 from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
 from qlora_lowmem.commands.overlays import Overlays, default_folder, installed, read_constraints
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.gate.difference import signed
-from qlora_lowmem.units import format_bytes
+from qlora_lowmem.units import format_bytes, format_signed
 
 # Allocated bytes in an environment of these versions; None where the recipe does not run in it.
 Measure = Callable[[Mapping[str, str]], int | None]
@@ -55,13 +54,13 @@ class Found:
         """For a terminal."""
         named = " or ".join(f"{name} {self.versions[name][0]} -> {self.versions[name][1]}" for name in self.packages)
         lines = [
-            f"{named}: {signed(self.jump)} ({self.jump:+,} bytes)",
-            f"good {format_bytes(self.good)}, bad {format_bytes(self.bad)}, difference {signed(self.bad - self.good)}; "
-            f"{len(self.steps)} environments tried",
+            f"{named}: {format_signed(self.jump)} ({self.jump:+,} bytes)",
+            f"good {format_bytes(self.good)}, bad {format_bytes(self.bad)}, "
+            f"difference {format_signed(self.bad - self.good)}; {len(self.steps)} environments tried",
         ]
         if self.jump != self.bad - self.good:
             rest = self.bad - self.good - self.jump
-            lines.append(f"the other {signed(rest)} come from other packages: bisect again without this one")
+            lines.append(f"the other {format_signed(rest)} come from other packages: bisect again without this one")
         if len(self.packages) > 1:
             lines.append("the environments between them do not run, so it is one of these, or both together")
         return "\n".join(lines)

@@ -17,7 +17,7 @@ from typing import Any
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import write_whole
-from qlora_lowmem.gate.records import Record
+from qlora_lowmem.results.kinds.verdicts import Record
 
 SCHEMA = 1
 _LOCK_SECONDS = 30.0

@@ -2,34 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from tabulate import tabulate
 
-from qlora_lowmem.gate.difference import changes, signed
-from qlora_lowmem.gate.records import Record
+from qlora_lowmem.gate.difference import changes
 from qlora_lowmem.memory.kinds import KINDS
-from qlora_lowmem.units import format_bytes, parse_bytes
+from qlora_lowmem.results.kinds.verdicts import FIGURES, Budget, Record
+from qlora_lowmem.units import format_bytes, format_signed, parse_bytes
 
-Figure = Literal["allocated", "reserved", "device"]
-FIGURES: tuple[Figure, ...] = get_args(Figure)
 _LARGEST = 5
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a test may use.
-
-    Attributes:
-        limit: in bytes.
-        of: which figure: what tensors take (`allocated`), what torch took from the card for them (`reserved`), or
-            that with the CUDA context (`device`).
-        card: the virtual card that it runs on; not used with --gpu.
-    """
-
-    limit: int
-    of: Figure
-    card: str
 
 
 def budget_of(
@@ -119,10 +101,10 @@ class OverBudget:
         return "\n".join(lines)
 
     def _grown(self, reference: Record) -> list[str]:
-        total = signed(self.record.allocated - reference.allocated)
+        total = format_signed(self.record.allocated - reference.allocated)
         head = f"{total} since {self.reference_name} ({format_bytes(reference.allocated)} allocated):"
         rows = [
-            [signed(change.bytes), change.name or "(outside of the model)", change.remark]
+            [format_signed(change.bytes), change.name or "(outside of the model)", change.remark]
             for change in changes(reference.modules, self.record.modules)[:_LARGEST]
         ]
         return [head, *_indented(rows, ("", "module", ""))]

@@ -6,48 +6,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.memory.profile import MemoryProfile, Provenance, provenance_here
+from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
 from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
-from qlora_lowmem.recipe import Recipe, recipe_hash
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.results.kinds.matrix import CaseResult
 
 # Where a recipe that does not fit its card is run again, to say what it would need.
 ROOMY_BYTES = 80 * 10**9
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What a recipe came to on a card.
-
-    Attributes:
-        fits: it trained on the card itself, within the memory that a job can count on there (`Card.usable_bytes`).
-        profile: its peaks there; where it does not fit, the peaks with more room (a virtual card of the same kind with
-            80 GB; a real one without the cap), which say what it would need; None if that failed too.
-        out_of_memory: torch's message, if it ran out on the card.
-        failure: any other failure.
-        floor_bytes: what no method of training the recipe avoids (`memory.floor`).
-    """
-
-    recipe: Recipe
-    card: str
-    provenance: Provenance
-    fits: bool
-    profile: MemoryProfile | None
-    out_of_memory: str | None = None
-    failure: str | None = None
-    trainable_parameters: int = 0
-    floor_bytes: int = 0
-
-    @property
-    def recipe_hash(self) -> str:
-        """Equal hashes are the same training job."""
-        return recipe_hash(self.recipe)
 
 
 class Runner(Protocol):

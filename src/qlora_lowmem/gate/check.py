@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qlora_lowmem.gate.artefacts import keep, snapshot_path
-from qlora_lowmem.gate.records import Record, attributed
-from qlora_lowmem.gate.rows import Row
+from qlora_lowmem.gate.records import attributed
 from qlora_lowmem.gate.verdicts import Missing, Regressed, Verdict, compare
+from qlora_lowmem.results.kinds.verdicts import Record, Row
 
 if TYPE_CHECKING:
     from qlora_lowmem.gate.session import GateSession

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from qlora_lowmem.gate.records import MAX_LINES, Record
+from qlora_lowmem.gate.records import MAX_LINES
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
-from qlora_lowmem.units import format_bytes
+from qlora_lowmem.results.kinds.verdicts import Record
+from qlora_lowmem.units import format_bytes, format_signed
 
 _ROWS = 6
 
@@ -117,7 +118,7 @@ def _table(title: str, found: tuple[Change, ...], rows: int) -> str:
             KINDS.get(change.name, change.name) if title == "kind" else change.name or "(outside of the model)",
             _size(change.before),
             _size(change.after),
-            signed(change.bytes),
+            format_signed(change.bytes),
             change.remark,
         ]
         for change in found
@@ -134,8 +135,3 @@ def _table(title: str, found: tuple[Change, ...], rows: int) -> str:
 
 def _size(count: int | None) -> str:
     return "-" if count is None else format_bytes(count)
-
-
-def signed(count: int) -> str:
-    """`+3.0 MiB`, `-512 B`, `0 B`."""
-    return f"+{format_bytes(count)}" if count > 0 else format_bytes(count)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from qlora_lowmem.environment import versions
-from qlora_lowmem.gate.records import Key
+from qlora_lowmem.results.kinds.verdicts import Key
 
 # In the order in which torch 2.14 reads them; the first that is set decides.
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

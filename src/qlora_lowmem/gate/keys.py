@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from qlora_lowmem.gate.budget import Budget
-    from qlora_lowmem.gate.rows import Row
     from qlora_lowmem.gate.session import GateSession
+    from qlora_lowmem.results.kinds.verdicts import Budget, Row
 
 ROW: "pytest.StashKey[Row]" = pytest.StashKey()
 BUDGET: "pytest.StashKey[Budget]" = pytest.StashKey()

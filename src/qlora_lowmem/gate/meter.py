@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from qlora_lowmem.gate.artefacts import keep
-from qlora_lowmem.gate.budget import Budget, over_budget
+from qlora_lowmem.gate.budget import over_budget
 from qlora_lowmem.gate.environment_key import allocator_of_environment, key_of
 from qlora_lowmem.gate.keys import ROW
-from qlora_lowmem.gate.records import Record, record_of
-from qlora_lowmem.gate.rows import Row
+from qlora_lowmem.gate.records import record_of
 from qlora_lowmem.gate.verdicts import Gate, Regressed, compare
+from qlora_lowmem.results.kinds.verdicts import Budget, Record, Row
 
 
 @dataclass(frozen=True)

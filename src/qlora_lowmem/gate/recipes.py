@@ -1,11 +1,12 @@
 """The record of a recipe's run, for its baseline."""
 
 from qlora_lowmem.environment import versions
-from qlora_lowmem.gate.cases import CaseResult
 from qlora_lowmem.gate.environment_key import key_of
-from qlora_lowmem.gate.records import Record, record_of
+from qlora_lowmem.gate.records import record_of
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.results.kinds.matrix import CaseResult
+from qlora_lowmem.results.kinds.verdicts import Record
 
 
 def recipe_record(result: CaseResult, attribution: Attribution | None = None) -> Record:

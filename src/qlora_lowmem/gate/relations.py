@@ -9,9 +9,8 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_lowmem.gate.difference import signed
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.units import format_bytes
+from qlora_lowmem.units import format_bytes, format_signed
 
 Profile = MemoryProfile | int
 
@@ -29,7 +28,7 @@ class RelationBroken:
         """One or two lines."""
         text = (
             f"{self.relation}: {format_bytes(self.less)} against {format_bytes(self.more)} "
-            f"({signed(self.less - self.more)}, {self.less - self.more:+,} bytes)"
+            f"({format_signed(self.less - self.more)}, {self.less - self.more:+,} bytes)"
         )
         return f"{text}\nit should hold because: {self.why}" if self.why else text
 

@@ -11,12 +11,10 @@ import pytest
 
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.baselines import BaselineError, baseline_path, record_baselines
-from qlora_lowmem.gate.difference import signed
-from qlora_lowmem.gate.rows import Row
-from qlora_lowmem.results.kinds.verdicts import Held, verdicts
+from qlora_lowmem.results.kinds.verdicts import Held, Row, verdicts
 from qlora_lowmem.results.style import save
 from qlora_lowmem.results.tables import markdown_table, provenance_lines
-from qlora_lowmem.units import MIB
+from qlora_lowmem.units import MIB, format_signed
 
 if TYPE_CHECKING:
     from qlora_lowmem.gate.session import GateSession
@@ -137,7 +135,7 @@ def _escaped(text: str, in_property: bool = False) -> str:
 
 def _cells(row: Row) -> list[str]:
     against = row.held_against
-    difference = signed(row.judged - against) if against is not None and row.record else "-"
+    difference = format_signed(row.judged - against) if against is not None and row.record else "-"
     sizes = [_mib(getattr(row.record, what)) if row.record else "-" for what in ("allocated", "reserved", "device")]
     return [row.case, row.verdict, sizes[0], _mib(against) if against is not None else "-", difference, *sizes[1:]]
 

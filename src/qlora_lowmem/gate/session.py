@@ -14,11 +14,10 @@ from qlora_lowmem.units import parse_bytes
 if TYPE_CHECKING:
     from qlora_lowmem import virtual_gpu
     from qlora_lowmem.gate.meter import Case
-    from qlora_lowmem.gate.records import Record
     from qlora_lowmem.gate.report import Finished
-    from qlora_lowmem.gate.rows import Row
     from qlora_lowmem.gate.verdicts import Gate, Verdict
     from qlora_lowmem.memory.attribution import Attribution
+    from qlora_lowmem.results.kinds.verdicts import Record, Row
 
 # What every worker imports.
 WORKER_MODULES = ["torch", "qlora_lowmem.gate.worker", "qlora_lowmem.gate.plain_recorder", "qlora_lowmem.gate.outer"]
@@ -183,8 +182,8 @@ class GateSession:
     def case_of(self, item: pytest.Item) -> "Case | None":
         """A budgeted test and what it is held against; None for any other."""
         from qlora_lowmem.gate.meter import Case
-        from qlora_lowmem.gate.records import Record
         from qlora_lowmem.memory.device import device_name
+        from qlora_lowmem.results.kinds.verdicts import Record
 
         budget = item.stash.get(BUDGET, None)
         if budget is None:
@@ -266,7 +265,7 @@ class GateSession:
         content = getattr(report, REPORT_ATTRIBUTE, None)
         if content is None:
             return
-        from qlora_lowmem.gate.rows import Row
+        from qlora_lowmem.results.kinds.verdicts import Row
 
         row = Row.from_dict(content)
         self.rows.append(row)

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from qlora_lowmem.gate.difference import Difference, difference, signed
-from qlora_lowmem.gate.records import VERSION_FIELDS, Record
-from qlora_lowmem.units import MIB, format_bytes
+from qlora_lowmem.gate.difference import Difference, difference
+from qlora_lowmem.gate.records import VERSION_FIELDS
+from qlora_lowmem.results.kinds.verdicts import Record
+from qlora_lowmem.units import MIB, format_bytes, format_signed
 
 Name = Literal["PASS", "REGRESSED", "IMPROVED", "NOT COMPARABLE", "NEW", "MISSING"]
 
@@ -67,7 +68,8 @@ class _Compared(Verdict):
     def _sizes(self) -> str:
         return (
             f"allocated {format_bytes(self.measured.allocated)} ({self.measured.allocated:,} bytes), "
-            f"baseline {format_bytes(self.baseline.allocated)}, difference {signed(self.bytes)} ({self.bytes:+,} bytes)"
+            f"baseline {format_bytes(self.baseline.allocated)}, "
+            f"difference {format_signed(self.bytes)} ({self.bytes:+,} bytes)"
         )
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from qlora_lowmem.gate.budget import Budget
 from qlora_lowmem.gate.meter import Case, Meter
-from qlora_lowmem.gate.records import Record
 from qlora_lowmem.gate.verdicts import Gate, Tolerance
+from qlora_lowmem.results.kinds.verdicts import Budget, Record
 
 
 class WorkerPlugin:

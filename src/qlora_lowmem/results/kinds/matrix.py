@@ -1,11 +1,43 @@
 """The comparison table of a benchmark run: one row a recipe, one set of files a device."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.gate.cases import CaseResult
+from qlora_lowmem.memory.profile import MemoryProfile, Provenance
+from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What a recipe came to on a card.
+
+    Attributes:
+        fits: it trained on the card itself, within the memory that a job can count on there (`Card.usable_bytes`).
+        profile: its peaks there; where it does not fit, the peaks with more room (a virtual card of the same kind with
+            80 GB; a real one without the cap), which say what it would need; None if that failed too.
+        out_of_memory: torch's message, if it ran out on the card.
+        failure: any other failure.
+        floor_bytes: what no method of training the recipe avoids (`memory.floor`).
+    """
+
+    recipe: Recipe
+    card: str
+    provenance: Provenance
+    fits: bool
+    profile: MemoryProfile | None
+    out_of_memory: str | None = None
+    failure: str | None = None
+    trainable_parameters: int = 0
+    floor_bytes: int = 0
+
+    @property
+    def recipe_hash(self) -> str:
+        """Equal hashes are the same training job."""
+        return recipe_hash(self.recipe)
+
 
 _HEADERS = (
     "recipe",

@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_lowmem.gate.budget import FIGURES
-from qlora_lowmem.gate.difference import signed
-from qlora_lowmem.gate.rows import Row
-from qlora_lowmem.results.kinds.verdicts import Held, verdicts
+from qlora_lowmem.results.kinds.verdicts import FIGURES, Held, Row, verdicts
 from qlora_lowmem.results.parts import Cell, Chart, Provenance, Section, Source, Table
 from qlora_lowmem.results.reading import Fields, provenance_of
-from qlora_lowmem.units import MIB
+from qlora_lowmem.units import MIB, format_signed
 
 
 def recognises(content: dict[str, Any]) -> bool:
@@ -85,7 +82,7 @@ def _table(rows: Sequence[Row]) -> Table:
                 _verdict(row),
                 sizes[0],
                 _mib(against),
-                Cell(signed(change), change) if change is not None else Cell("-"),
+                Cell(format_signed(change), change) if change is not None else Cell("-"),
                 *sizes[1:],
             )
         )
