@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import qlora_lowmem
+from qlora_lowmem.commands import COMMANDS
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.models.sources import architecture, known_architectures, resolve_model
 from qlora_lowmem.recipe import SECTIONS
@@ -72,17 +73,6 @@ def _field(spec: FieldSpec) -> str:
     )
 
 
-def commands() -> list[str]:
-    """The package's commands, as `python -m` takes them: modules that run as a program and read a command line."""
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if 'if __name__ == "__main__":' in text and "argparse" in text:
-            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-            found.append(".".join(parts[:-1] if parts[-1] == "__main__" else parts))
-    return found
-
-
 def commands_page() -> str:
     """`--help` of every command, and the options that the plugin gives pytest."""
     parts = [
@@ -90,9 +80,16 @@ def commands_page() -> str:
         "[Recipe fields](recipe.md).\n\nExit codes: 0 done, 1 a failure of ours, 2 usage, configuration or data, 3 out "
         "of GPU memory or does not fit, 130 interrupted."
     ]
-    parts += [f"## {name}\n\n```text\n{_without_recipe(_printed('-m', name, '--help'))}\n```" for name in commands()]
+    parts += [
+        f"## {name}\n\nAlso `python -m {listed.module}`.\n\n```text\n{_without_recipe(_help(name))}\n```"
+        for name, listed in COMMANDS.items()
+    ]
     parts.append(f"## The pytest plugin\n\n```text\n{_plugin_options()}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _help(name: str) -> str:
+    return _printed("-c", "from qlora_lowmem.commands.frame import main; raise SystemExit(main())", name, "--help")
 
 
 def _printed(*arguments: str) -> str:

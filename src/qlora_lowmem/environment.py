@@ -11,6 +11,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+SCRIPT = "qlora-lowmem"
+_PACKAGE = "qlora_lowmem"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "triton", "fla-core")
 
 
@@ -44,16 +46,34 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command that runs, as one would type it: `python -m qlora_lowmem.train ...`, `pytest bench/`."""
+    """The command that runs, as it was typed: `qlora-lowmem train ...`, `python -m qlora_lowmem.train ...`."""
+    return " ".join([_program(), *map(shlex.quote, sys.argv[1:])])
+
+
+def _program() -> str:
     program, package = Path(sys.argv[0]), Path(__file__).parent
     if program.suffix == ".py" and program.is_relative_to(package):
         parts = program.relative_to(package.parent).with_suffix("").parts
-        name = "python -m " + ".".join(part for part in parts if part != "__main__")
-    elif program.name == "__main__.py":
-        name = f"python -m {program.parent.name}"
-    else:
-        name = program.name
-    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+        return "python -m " + ".".join(part for part in parts if part != "__main__")
+    return f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+
+
+def typed(name: str = "") -> str:
+    """How one types the package's command `name` in the way in which this process was called; without it, the script.
+
+    That is `qlora-lowmem NAME` or `python -m qlora_lowmem NAME` where one of these two was, `python -m
+    qlora_lowmem.NAME` in any other program.
+    """
+    called = _program()
+    if called == f"python -m {_PACKAGE}" or called == SCRIPT:
+        return f"{called} {name}".rstrip()
+    return f"python -m {_PACKAGE}.{name}" if name else SCRIPT
+
+
+def words_of(name: str) -> list[str]:
+    """The first words of a new process that runs the package's command `name`, as `typed` has it."""
+    first, *rest = typed(name).split()
+    return [sys.executable, *([sys.argv[0]] if first == SCRIPT else []), *rest]
 
 
 def provenance_record(device: str, provenance: str, driver: str | None = None) -> dict[str, object]:

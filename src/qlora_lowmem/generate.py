@@ -1,8 +1,3 @@
-"""`python -m qlora_lowmem.generate`."""
+from qlora_lowmem.commands.frame import start
 
-import sys
-
-from qlora_lowmem.commands.generate import main
-
-if __name__ == "__main__":
-    sys.exit(main())
+start(__name__, "generate")

@@ -1,6 +1,6 @@
 """Which package made a recipe need more: bisects between two environments, one package at a time.
 
-    python -m qlora_lowmem.gate.bisect --good constraints-a.txt --bad constraints-b.txt --config RECIPE
+    qlora-lowmem bisect --good constraints-a.txt --bad constraints-b.txt --config RECIPE
 
 Every step is a run on a virtual card in an environment of its own, made of overlays: nothing that is installed changes.
 """
@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.commands.overlays import Overlays, default_folder, installed, read_constraints
-from qlora_lowmem.errors import UsageError
+from qlora_lowmem.environment import words_of
+from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.units import format_bytes, format_signed
 
 # Allocated bytes in an environment of these versions; None where the recipe does not run in it.
@@ -137,7 +138,7 @@ class RecipeMeasure:
         named = ", ".join(f"{name} {version}" for name, version in sorted(different.items())) or "what is installed"
         with tempfile.TemporaryDirectory() as folder:
             summary = Path(folder) / "summary.json"
-            command = [sys.executable, "-m", "qlora_lowmem.train", "--config", str(self._config), "--quiet"]
+            command = [*words_of("train"), "--config", str(self._config), "--quiet"]
             command += ["--device", "virtual", "--data", "synthetic", "--no-advice", *self._card]
             command += ["--output-dir", str(Path(folder) / "out"), "--json", str(summary)]
             environment = self._overlays.environment(different)
@@ -153,26 +154,26 @@ class RecipeMeasure:
         return peak
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qlora_lowmem.gate.bisect", description=(__doc__ or "").splitlines()[0]
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("--good", metavar="FILE", type=Path, required=True, help="constraints before (pip freeze)")
     parser.add_argument("--bad", metavar="FILE", type=Path, required=True, help="constraints after")
     parser.add_argument("--config", metavar="RECIPE", type=Path, required=True, help="what is measured")
     parser.add_argument("--card", metavar="NAME", help="a virtual card on which it fits (default: the recipe's)")
     parser.add_argument("--overlays", metavar="DIR", type=Path, help="where packages are kept (default: the cache)")
     add_json_argument(parser)
-    given = parser.parse_args(arguments)
-    overlays = Overlays(given.overlays or default_folder())
-    good, bad = read_constraints(given.good), read_constraints(given.bad)
-    found = bisect(good, bad, RecipeMeasure(given.config, given.card, overlays))
-    write_json(given.json, asdict(found))
-    if given.json != "-":
+
+
+def run(options: argparse.Namespace) -> int:
+    """Bisect and say what was found."""
+    overlays = Overlays(options.overlays or default_folder())
+    good, bad = read_constraints(options.good), read_constraints(options.bad)
+    found = bisect(good, bad, RecipeMeasure(options.config, options.card, overlays))
+    write_json(options.json, asdict(found))
+    if options.json != "-":
         print(found.render())
-    return 0
+    return EXIT_OK
 
 
-if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+COMMAND = Command("bisect", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,7 +1,7 @@
 """Where every byte of a recipe's peak is: by kind, by line of code, over a step.
 
-    python -m qlora_lowmem.explain --config bench/recipes/optimised.yaml --svg peak.svg
-    python -m qlora_lowmem.explain --config bench/recipes/optimised.yaml --device cuda --snapshot peak.pickle
+    qlora-lowmem explain --config bench/recipes/optimised.yaml --svg peak.svg
+    qlora-lowmem explain --config bench/recipes/optimised.yaml --device cuda --snapshot peak.pickle
 
 Runs the recipe's steps with synthetic samples on a virtual card, or on the GPU with --device cuda, and keeps no
 adapter. A recipe that the virtual card cannot hold is explained on one of its kind with 80 GiB.
@@ -11,35 +11,24 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
-from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.recipe_runs import recipe_card
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.units import GIB
 
 _ROOMY_BYTES = 80 * GIB
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code, as `qlora_lowmem.train` does."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line: the command's own flags, then one for each field of the recipe."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.explain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags, then one for each field of the recipe."""
     parser.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file (bench/recipes/)")
     add_json_argument(parser)
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as a Markdown page")
@@ -47,11 +36,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--png", metavar="FILE", help="the same picture as PNG")
     parser.add_argument("--snapshot", metavar="FILE", help="write what https://pytorch.org/memory_viz opens")
     add_override_arguments(parser)
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit code; 3 if the card is too small, and one of its kind with 80 GiB too."""
     recipe = load_recipe(options.config, {"device": "virtual"} | overrides_from(options))
     if recipe.run.device == "cpu":
         raise UsageError("run.device: 'cpu' has no GPU memory to explain; use --device virtual or --device cuda")
@@ -60,7 +48,7 @@ def _run(arguments: list[str]) -> int:
     resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
     _check_targets(options)
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
-        return _on_virtual_card(recipe, arguments)
+        return _on_virtual_card(recipe, options.words)
     return _explain(recipe, options)
 
 
@@ -74,7 +62,7 @@ def _check_targets(options: argparse.Namespace) -> None:
 def _on_virtual_card(recipe: Recipe, arguments: list[str]) -> int:
     """Start this command again as a process on the virtual card; if that is too small, on one of its kind with more."""
     card = recipe_card(recipe)
-    command = [sys.executable, "-m", "qlora_lowmem.explain", *arguments]
+    command = [*words_of("explain"), *arguments]
     env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
     code = virtual_gpu.run(command, card, env=env).exit_code
     if code == EXIT_DOES_NOT_FIT and _can_grow(card):
@@ -121,5 +109,5 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("explain", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

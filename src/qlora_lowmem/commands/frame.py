@@ -1,36 +1,128 @@
-"""What every command shares: errors as one message with an exit code, JSON to a file or standard output."""
+"""What every command shares: the parser, errors as one message with an exit code, JSON to a file or standard output.
+
+A command is a module of this folder and a line of `commands.COMMANDS`. The module's docstring is what `--help` prints,
+with examples that begin with `qlora-lowmem NAME`, and at its end stands
+
+    COMMAND = Command("explain", __doc__, add_arguments, run)
+    main, parser = COMMAND.main, COMMAND.parser
+
+where `add_arguments(parser)` adds its flags (`add_json_argument` is `--json`) and `run(options)` does what is asked and
+returns the exit code: `options` are the parsed flags, `options.words` the command line as it was given. What `run`
+raises becomes a message and an exit code here. It imports heavy libraries once it has checked what it was given.
+
+`python -m qlora_lowmem.explain` is a file of two lines, `start(__name__, "explain")`. What runs a command in a new
+process takes its first words from `environment.words_of("explain")`, so that it is recorded as it was typed.
+"""
 
 import argparse
+import difflib
+import importlib
 import json
 import logging
 import os
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem import virtual_gpu
+import qlora_lowmem
+from qlora_lowmem.commands import COMMANDS
+from qlora_lowmem.environment import SCRIPT, typed
 from qlora_lowmem.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
+    EXIT_OK,
     EXIT_USAGE,
     QloraLowmemError,
     StoppedBySignal,
     UsageError,
 )
 from qlora_lowmem.files import write_whole
+from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 
 TRACEBACK_VARIABLE = "QLORA_LOWMEM_TRACEBACK"
 
 
-def run_command(body: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command's body and turn what it raises into one message and an exit code; no traceback reaches a user."""
+@dataclass(frozen=True)
+class Command:
+    """A command, declared.
+
+    Attributes:
+        name: in `COMMANDS`.
+        description: for `--help`; `qlora-lowmem NAME` in it is shown as the command was called.
+        add_arguments: adds its flags to a parser.
+        run: does it. Returns the exit code: 0 done, 2 usage, 3 does not fit; what it raises has its own.
+    """
+
+    name: str
+    description: str | None
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+    def parser(self, prog: str | None = None) -> argparse.ArgumentParser:
+        """The command line. `prog` is how it was called (default: with `python -m`)."""
+        prog = prog or f"python -m {COMMANDS[self.name].module}"
+        parser = RecipeArgumentParser(
+            prog=prog,
+            description=(self.description or "").replace(f"{SCRIPT} {self.name}", prog),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_arguments(parser)
+        return parser
+
+    def main(self, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+        """Run it on the words of a command line (default: the process's). Returns the exit code; raises no error."""
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        return guarded(lambda: self.run(self.parser(prog).parse_args(words, argparse.Namespace(words=words))))
+
+
+def start(module: str, name: str | None = None) -> None:
+    """The body of a module that `python -m` takes: runs the command `name`, without one the script, and exits.
+
+    Args:
+        module: the module's `__name__`; nothing is run where it is only imported.
+    """
+    if module == "__main__":
+        sys.exit(guarded(lambda: main() if name is None else _main_of(name)()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script `qlora-lowmem COMMAND ...`. Returns the exit code."""
+    return guarded(lambda: _script(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _script(words: list[str]) -> int:
+    name, *rest = words or ["--help"]
+    if name in ("-h", "--help"):
+        lines = (f"  {each:<12} {listed.line}" for each, listed in COMMANDS.items())
+        print(f"usage: {typed()} COMMAND [ARGUMENT ...]\n\n{qlora_lowmem.__doc__}\n\ncommands:", *lines, sep="\n")
+        print(f"\n{typed('COMMAND')} --help shows a command's flags; {typed()} --version the version.")
+        return EXIT_OK if words else EXIT_USAGE
+    if name == "--version":
+        print(f"{SCRIPT} {qlora_lowmem.__version__}")
+        return EXIT_OK
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{typed()}: no command {name!r}{hint} ({typed()} --help lists every command)")
+    return _main_of(name)(rest, f"{typed()} {name}")
+
+
+def _main_of(name: str) -> Callable[..., int]:
+    """The function that runs a command: `main(arguments, prog)`, both optional."""
+    module = "virtual_gpu.__main__" if name == "virtual-gpu" else f"commands.{name}"
+    found: Callable[..., int] = importlib.import_module(f"qlora_lowmem.{module}").main
+    return found
+
+
+def guarded(body: Callable[[], int]) -> int:
+    """Turn what a command raises into one message and an exit code; no traceback reaches a user."""
     # As it is imported, it tells of a faster CPU kernel that is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return body(arguments)
+        return body()
     except StoppedBySignal as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
@@ -39,10 +131,12 @@ def run_command(body: Callable[[list[str]], int], arguments: list[str]) -> int:
         return EXIT_INTERRUPTED
     except QloraLowmemError as error:
         return _fail(error, error.exit_code)
-    except virtual_gpu.VirtualGPUError as error:
-        return _fail(error, EXIT_USAGE)
-    except Exception as error:  # anything else is ours to repair, and is told as such
-        print(
+    except Exception as error:
+        from qlora_lowmem.virtual_gpu import VirtualGPUError
+
+        if isinstance(error, VirtualGPUError):
+            return _fail(error, EXIT_USAGE)
+        print(  # anything else is ours to repair, and is told as such
             f"error: an unexpected failure: {type(error).__name__}: {error}\n"
             f"This is a fault of qlora_lowmem. Run again with {TRACEBACK_VARIABLE}=1 and report what it prints.",
             file=sys.stderr,
@@ -59,6 +153,8 @@ def _fail(error: Exception, exit_code: int) -> int:
 
 def _show_traceback() -> None:
     if os.environ.get(TRACEBACK_VARIABLE) == "1":
+        import traceback
+
         traceback.print_exc()
 
 

@@ -1,7 +1,7 @@
 """What training changed: the base model's words beside the adapter's, and the loss on samples held out.
 
-    python -m qlora_lowmem.generate --run outputs/demo --prompt "Who are you?"
-    python -m qlora_lowmem.generate --config bench/recipes/demo.yaml --prompt "Who are you?" \\
+    qlora-lowmem generate --run outputs/demo --prompt "Who are you?"
+    qlora-lowmem generate --config bench/recipes/demo.yaml --prompt "Who are you?" \\
         --data bench/recipes/demo-held-out.jsonl --samples 12
 
 The base is loaded once, in 4 bits as in training, and stays on the device; its adapter is switched off for "before"
@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.data import CheckedData, check_data
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 from qlora_lowmem.run_folder.resumption import RECIPE_FILE, recipe_of_run
 
 if TYPE_CHECKING:
@@ -36,18 +34,8 @@ if TYPE_CHECKING:
 _NARROWEST = 20
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 done, 1 a failure of ours, 2 usage, 3 does not fit, 130 interrupted."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("--run", metavar="DIR", help="output folder of a run, or one of its checkpoints")
     parser.add_argument(
         "--config",
@@ -72,11 +60,10 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_json_argument(parser)
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The command. Returns the exit code: 0 done, 1 a failure of ours, 2 usage, 3 does not fit, 130 interrupted."""
     if not options.prompt and not options.data:
         raise UsageError("nothing to show: give --prompt TEXT, --data FILE or both")
     for flag, value in (("--samples", options.samples), ("--max-new-tokens", options.max_new_tokens)):
@@ -183,5 +170,5 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("generate", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

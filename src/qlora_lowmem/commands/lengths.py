@@ -1,7 +1,7 @@
-"""Memory against sequence length, every length run: `python -m qlora_lowmem.lengths --config RECIPE`.
+"""Memory against sequence length, every length run: `qlora-lowmem lengths --config RECIPE`.
 
-    python -m qlora_lowmem.lengths --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card t4-16gb
-    python -m qlora_lowmem.lengths --config bench/recipes/lean.yaml --lengths 1024 8192 65536 --table results/mine
+    qlora-lowmem lengths --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card t4-16gb
+    qlora-lowmem lengths --config bench/recipes/lean.yaml --lengths 1024 8192 65536 --table results/mine
 
 Each length is a whole run on a virtual card with room for all of them, so that one that does not fit has its need too:
 two optimizer steps of one or two micro-batches, every sample at full length. All runs are forks of one worker, so
@@ -19,14 +19,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError, UsageError
 from qlora_lowmem.plan.advice import ROOMY_BYTES
 from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server, shortened, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
 
 # Up to where a model of one billion parameters without lean no longer fits a 6 GB card.
@@ -127,18 +127,8 @@ def write_table(
     write_result(folder, "lengths", content, markdown, plain)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit code 3 if a length that was asked for does not fit the card, or a recipe at none of the default
-    lengths, which are meant to go past its end.
-    """
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.lengths", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
     parser.add_argument(
         "--lengths",
@@ -150,12 +140,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", metavar="DIR", help="write lengths.json, .md and .csv there, as in results/CARD")
     add_json_argument(parser)
     add_override_arguments(parser)
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
+    """The command. Exit code 3 if a length that was asked for does not fit the card, or a recipe at none of the default
+    lengths, which are meant to go past its end.
+    """
     started = time.perf_counter()
-    options = parser().parse_args(arguments)
     for length in options.lengths or ():
         if length < 2:
             raise UsageError(f"--lengths: {length} is too short; the loss predicts each next token, so give 2 or more")
@@ -187,5 +178,5 @@ def _fits(rows: Sequence[LengthRow], asked: bool) -> bool:
     return {row.recipe for row in rows if row.fits} == {row.recipe for row in rows}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("lengths", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,6 +1,6 @@
-"""The longest sequence that trains on a card, found by running: `python -m qlora_lowmem.longest --config RECIPE`.
+"""The longest sequence that trains on a card, found by running: `qlora-lowmem longest --config RECIPE`.
 
-    python -m qlora_lowmem.longest --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card t4-16gb
+    qlora-lowmem longest --config bench/recipes/optimised.yaml bench/recipes/lean.yaml --card t4-16gb
 
 Each probe is a whole run on a virtual card: two optimizer steps of the recipe's micro-batches, two at most, every
 sample at full length. A step of more micro-batches takes as much, and a few bytes a token for the batches that wait.
@@ -18,14 +18,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.plan.maximum import reach
 from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_card, recipe_server, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     gib,
@@ -126,27 +126,18 @@ def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any], c
     write_result(folder, "longest", content, markdown, plain)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit code 3 if a recipe does not fit at any length."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.longest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
     parser.add_argument("--limit", type=int, default=131072, metavar="N", help="look no further (default: 131072)")
     parser.add_argument("--step", type=int, default=1024, metavar="N", help="precision in tokens (default: 1024)")
     parser.add_argument("--table", metavar="DIR", help="write longest.json, .md and .csv there, as in results/CARD")
     add_json_argument(parser)
     add_override_arguments(parser)
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The command. Exit code 3 if a recipe does not fit at any length."""
     for flag in ("limit", "step"):
         if getattr(options, flag) < 1:
             raise UsageError(f"--{flag}: {getattr(options, flag)} is not a number of tokens; give 1 or more")
@@ -172,5 +163,5 @@ def _run(arguments: list[str]) -> int:
     return EXIT_OK if all(row.tokens for row in rows) else EXIT_DOES_NOT_FIT
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("longest", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,7 +1,7 @@
 """Merge a trained adapter into its base model: 16-bit safetensors that any program loads without PEFT.
 
-    python -m qlora_lowmem.merge --run outputs/optimised --to merged/optimised
-    python -m qlora_lowmem.merge --run outputs/optimised/checkpoint-500 --to merged/step-500 --dtype fp16 --device cpu
+    qlora-lowmem merge --run outputs/optimised --to merged/optimised
+    qlora-lowmem merge --run outputs/optimised/checkpoint-500 --to merged/step-500 --dtype fp16 --device cpu
 
 The base model is read from its safetensors files a few rows at a time; on a GPU lie about 100 MiB, never the model.
 The adapter was trained on 4-bit weights and is merged into the 16-bit ones that they were made of, so the merged model
@@ -16,22 +16,20 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_lowmem.commands.frame import (
+    Command,
     add_json_argument,
     check_json_target,
     check_new_folder,
-    run_command,
     write_json,
 )
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe, recipe_hash
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 from qlora_lowmem.run_folder.resumption import recipe_of_run
 from qlora_lowmem.units import format_bytes
 
@@ -51,18 +49,8 @@ _TOKENIZER = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code, as `qlora_lowmem.train` does."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.merge",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument(
         "--run", required=True, metavar="FOLDER", help="a run's output folder, or one of its checkpoints"
     )
@@ -73,11 +61,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_json_argument(parser, checked=False)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The command. Returns the exit code, as `qlora_lowmem.train` does."""
     run, to = Path(options.run), check_new_folder("--to", options.to)
     check_json_target(options.json, coming=to)
     recipe = recipe_of_run(run)
@@ -193,5 +180,5 @@ def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str) -> N
     (to / "README.md").write_text(text, encoding="utf-8")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("merge", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,7 +1,7 @@
 """The peak of every phase of a run's life on a card: a card that trains must also load, evaluate, save and merge.
 
-    python -m qlora_lowmem.phases --config bench/recipes/optimised.yaml bench/recipes/lean.yaml
-    python -m qlora_lowmem.phases --config bench/recipes/lean.yaml --card rtx-2060-6gb --json phases.json
+    qlora-lowmem phases --config bench/recipes/optimised.yaml bench/recipes/lean.yaml
+    qlora-lowmem phases --config bench/recipes/lean.yaml --card rtx-2060-6gb --json phases.json
 
 Runs on a virtual card, from a checkpoint of the recipe's architecture at full size: load it, try the longest batch,
 train two steps, evaluate and save after each, go on from the first checkpoint in a fresh process, merge the adapter
@@ -20,7 +20,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
@@ -28,7 +28,7 @@ from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, recipe_from_dict, replace_fields
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.results.kinds.phases import PhaseBytes
 from qlora_lowmem.results.kinds.phases_table import phase_bytes, phases_content
 from qlora_lowmem.results.tables import floor_lines, phase_table
@@ -130,24 +130,15 @@ def _lived(recipe: Recipe, model: Path) -> Recipe:
     return replace_fields(recipe, changes)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code, as `qlora_lowmem.train` does."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line: the command's own flags, then one for each field of the recipe."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.phases", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags, then one for each field of the recipe."""
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="recipes, YAML files")
     add_json_argument(parser)
     add_override_arguments(parser)
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The command. Returns the exit code, as `qlora_lowmem.train` does."""
     recipes = [load_recipe(path, {"device": "virtual"} | overrides_from(options)) for path in options.config]
     cards = [recipe_card(recipe) for recipe in recipes]
     for recipe in recipes:
@@ -177,5 +168,5 @@ def _names(lives: Sequence[Life]) -> list[str]:
     return [f"{name} ({place})" if names.count(name) > 1 else name for place, name in enumerate(names, start=1)]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("phases", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,8 +1,8 @@
 """Will it fit, how far does it reach, and what to change: answered by running it on a virtual card.
 
-    python -m qlora_lowmem.plan --config bench/recipes/optimised.yaml --card rtx-4050-laptop-6gb
-    python -m qlora_lowmem.plan --model ibm-granite/granite-4.0-h-1b --card rtx-3060-laptop-6gb --write mine.yaml
-    python -m qlora_lowmem.plan --model granite-4.0-h-1b llama-3.2-3b --card rtx-3060-12gb rtx-3090-24gb
+    qlora-lowmem plan --config bench/recipes/optimised.yaml --card rtx-4050-laptop-6gb
+    qlora-lowmem plan --model ibm-granite/granite-4.0-h-1b --card rtx-3060-laptop-6gb --write mine.yaml
+    qlora-lowmem plan --model granite-4.0-h-1b llama-3.2-3b --card rtx-3060-12gb rtx-3090-24gb
 
 With --config: does the recipe fit as it is, where do its bytes go, what is the longest sequence and the largest batch,
 which single changes save how much for which cost, each of them run. If it does not fit, a recipe that does.
@@ -32,7 +32,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, run_command, write_json
+from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
 from qlora_lowmem.files import cache_folder
@@ -49,7 +49,7 @@ from qlora_lowmem.plan.table import plans_table
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, Run
 from qlora_lowmem.recipe.commented import commented_yaml
 from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.recipe.sections import is_hub_data
 from qlora_lowmem.units import format_bytes
 
@@ -60,16 +60,8 @@ DEFAULT_STEP = 256
 _OWN = ("name", "model", "weights", "max_seq_length", "data", "train_on", "device", "card", "output_dir", "resume")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line: the command's own flags, then one for each field of the recipe that it does not ask itself."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags, then one for each field of the recipe that it does not ask itself."""
     what = parser.add_argument_group("what to plan")
     what.add_argument("--config", nargs="+", metavar="RECIPE", help="one recipe or more (bench/recipes/)")
     what.add_argument(
@@ -102,11 +94,10 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--write", metavar="FILE", help="write the recipe that fits, each knob with what it does")
     out.add_argument("--force", action="store_true", help="let --write replace a file")
     add_override_arguments(parser, without=_OWN)
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The command."""
     _check_numbers(options)
     target = _checked_target(options)
     recipes = _recipes(options)
@@ -316,5 +307,5 @@ def _write_json(options: argparse.Namespace, plans: list[Plan], cards: list[virt
     write_json(options.json, content | {"cases": [plan.to_dict() for plan in plans]})
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("plan", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,23 +1,17 @@
-"""The README's figures, from `results/`: `python -m qlora_lowmem.commands.readme` writes them between the markers."""
+"""The README's figures, from `results/`: `qlora-lowmem readme` writes them between the markers."""
 
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.commands.frame import run_command
+from qlora_lowmem.commands.frame import Command
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor
 
 CARD = "rtx-4050-laptop-6gb"
 _BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
-
-
-def main() -> int:
-    """The command; exit code 2 if the README or the results are not there."""
-    return run_command(_run, sys.argv[1:])
 
 
 def matrix_table(content: dict[str, Any]) -> str:
@@ -51,11 +45,14 @@ def readme_block(content: dict[str, Any]) -> str:
     )
 
 
-def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m qlora_lowmem.commands.readme", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("--results", default="results", metavar="DIR", help="where the tables are (default: results)")
     parser.add_argument("--readme", default="README.md", metavar="FILE", help="the file to write into")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the figures. Exit code 2 if the README or the results are not there."""
     source, readme = Path(options.results) / CARD / "matrix.json", Path(options.readme)
     try:
         content, text = json.loads(source.read_text(encoding="utf-8")), readme.read_text(encoding="utf-8")
@@ -70,5 +67,5 @@ def _run(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("readme", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,7 +1,7 @@
 """One HTML page of what the project's commands wrote: charts, tables, and where each figure comes from.
 
-    python -m qlora_lowmem.report.page results/rtx-4050-laptop-6gb results/reality.json --output report.html
-    python -m qlora_lowmem.report.page before.json after.json --output compared.html --charts charts
+    qlora-lowmem report results/rtx-4050-laptop-6gb results/reality.json --output report.html
+    qlora-lowmem report before.json after.json --output compared.html --charts charts
 
 Give folders, whose JSON files are read, or files: what `pytest bench/`, `pytest bench/test_lean_families.py`,
 `pytest bench/test_phases.py`, `pytest bench/test_reality.py`, `pytest --vram-report`, `explain --json`,
@@ -10,39 +10,26 @@ needs no network and no JavaScript; two attributions are shown side by side.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_lowmem.commands.frame import run_command
+from qlora_lowmem.commands.frame import Command
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import write_whole
 from qlora_lowmem.results.registry import sections_of
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; exit code 2 if a file is missing or not what it should be."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qlora_lowmem.report.page",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("results", nargs="+", metavar="PATH", type=Path, help="a folder of results, or JSON files")
     parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
     parser.add_argument("--title", metavar="TEXT", help="its title (default: names the cards)")
     parser.add_argument("--charts", metavar="DIR", help="write every chart there as SVG and PNG as well")
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Write the page. Exit code 2 if a file is missing or not what it should be."""
     output = Path(options.output)
     if not output.resolve().parent.is_dir():
         raise UsageError(f"--output: the folder of {options.output!r} does not exist; make it, or give another file")
@@ -68,5 +55,5 @@ def _run(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("report", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,7 +1,7 @@
 """Fine-tune with QLoRA in as little GPU memory as the recipe allows, or learn why it does not fit.
 
-    python -m qlora_lowmem.train --config bench/recipes/optimised.yaml --data my.jsonl --weights pretrained
-    python -m qlora_lowmem.train --config bench/recipes/optimised.yaml --device virtual --card rtx-4050-laptop-6gb
+    qlora-lowmem train --config bench/recipes/optimised.yaml --data my.jsonl --weights pretrained
+    qlora-lowmem train --config bench/recipes/optimised.yaml --device virtual --card rtx-4050-laptop-6gb
 
 Every field of the recipe is a flag. Training stays on the GPU and fails rather than spill into system memory.
 """
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, check_json_target, run_command, write_json
+from qlora_lowmem.commands.frame import Command, add_json_argument, check_json_target, write_json
 from qlora_lowmem.data import CheckedData, check_data
-from qlora_lowmem.environment import is_first, processes
+from qlora_lowmem.environment import is_first, processes, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.recipe_runs import recipe_card
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.run.summary import last_lines, summary_of
 from qlora_lowmem.training.loggers import check_logger
 
@@ -33,18 +33,8 @@ if TYPE_CHECKING:
     from qlora_lowmem.tokens.store import TokenReport
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 done, 1 a failure of ours, 2 usage, 3 does not fit, 130 interrupted."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line: the command's own flags, then one for each field of the recipe."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags, then one for each field of the recipe."""
     parser.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file (bench/recipes/)")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and what would be trained; train nothing"
@@ -62,11 +52,10 @@ def parser() -> argparse.ArgumentParser:
         "accumulation, lean, checkpoints or activations in host memory",
     )
     add_override_arguments(parser)
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The command. Returns the exit code: 0 done, 1 a failure of ours, 2 usage, 3 does not fit, 130 interrupted."""
     recipe = load_recipe(options.config, overrides_from(options))
     makes_folder = recipe.run.device != "virtual" and not options.dry_run
     check_json_target(options.json, coming=Path(recipe.run.output_dir) if makes_folder else None)
@@ -78,8 +67,8 @@ def _run(arguments: list[str]) -> int:
         return _dry_run(recipe, checked, options)
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
         assert card is not None
-        return _on_virtual_card(recipe, card, arguments, options)
-    return _train(recipe, checked, options, arguments)
+        return _on_virtual_card(recipe, card, options.words, options)
+    return _train(recipe, checked, options)
 
 
 def _read_data(recipe: Recipe, *, quiet: bool) -> CheckedData | None:
@@ -129,30 +118,29 @@ def _dry_run(recipe: Recipe, checked: CheckedData | None, options: argparse.Name
     return EXIT_OK
 
 
-def _train(recipe: Recipe, checked: CheckedData | None, options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _train(recipe: Recipe, checked: CheckedData | None, options: argparse.Namespace) -> int:
     """Train in this process, on the GPU that CUDA shows (real or virtual) or on the CPU."""
     from qlora_lowmem.run_folder.checkpoints import newest_whole
     from qlora_lowmem.run_folder.resumption import checkpoint_to_resume, held_folder
 
     if virtual_gpu.current_card() is not None:
-        return _train_here(recipe, checked, options, arguments, None)
+        return _train_here(recipe, checked, options, None)
     if not is_first():  # the first process holds the folder for all
         found = newest_whole(Path(recipe.run.output_dir))
-        return _train_here(recipe, checked, options, arguments, found.checkpoint)
+        return _train_here(recipe, checked, options, found.checkpoint)
     with held_folder(Path(recipe.run.output_dir)):
         found = checkpoint_to_resume(recipe)
         for note in found.notes:
             _say(f"note: {note}")
         if found.checkpoint is not None:
             _say(f"resuming from {found.checkpoint}")
-        return _train_here(recipe, checked, options, arguments, found.checkpoint)
+        return _train_here(recipe, checked, options, found.checkpoint)
 
 
 def _train_here(
     recipe: Recipe,
     checked: CheckedData | None,
     options: argparse.Namespace,
-    arguments: Sequence[str],
     resume_from: Path | None,
 ) -> int:
     from qlora_lowmem.files import json_values
@@ -205,7 +193,7 @@ def _train_here(
             from qlora_lowmem.plan.fallback import start_again
 
             log.note({"out_of_memory": error.phase, "retreat": retreat.changes})
-            start_again(arguments, retreat)
+            start_again(options.words, retreat)
         content = summary_of(recipe, None) | error.profile.to_dict() | {"fits": False, "failure": failure}
         return _does_not_fit(recipe, content, options)
     if not is_first():
@@ -241,7 +229,7 @@ def _on_virtual_card(recipe: Recipe, card: virtual_gpu.Card, arguments: list[str
     """Start this command again as a process on the virtual card, and add the advice that needs more such runs."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "summary.json"
-        command = [sys.executable, "-m", "qlora_lowmem.train", *arguments, "--no-advice", "--json", str(result)]
+        command = [*words_of("train"), *arguments, "--no-advice", "--json", str(result)]
         # That values are not real is said by the summary, which has no loss.
         env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
         report = virtual_gpu.run(command, card, env=env, stdout=sys.stderr if options.json == "-" else None)
@@ -309,5 +297,5 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("train", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

@@ -1,8 +1,8 @@
 """A running job's memory in the terminal: the card, the job's part, its allocator, the peak, the room that is left.
 
-    python -m qlora_lowmem.watch                             the first GPU, with all that runs on it
-    python -m qlora_lowmem.watch --output-dir outputs/mine   a job of qlora_lowmem.train, its allocator included
-    python -m qlora_lowmem.watch --pid 4242                  any other program's process
+    qlora-lowmem watch                             the first GPU, with all that runs on it
+    qlora-lowmem watch --output-dir outputs/mine   a job of qlora_lowmem.train, its allocator included
+    qlora-lowmem watch --pid 4242                  any other program's process
 
 Warns before the card or the job's own cap is full, and under Windows and WSL when the driver begins to use system
 memory. Ends with the job (exit code 0), or by Ctrl-C (130).
@@ -12,20 +12,18 @@ import argparse
 import contextlib
 import json
 import math
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 
-from qlora_lowmem.commands.frame import run_command
+from qlora_lowmem.commands.frame import Command
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.memory.live import MEMORY_FILE, LiveMemory, read_live
 from qlora_lowmem.recipe.memory import parse_memory_limit
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 from qlora_lowmem.units import GIB
 from qlora_lowmem.watch import judgement
 from qlora_lowmem.watch.readings import Nvml, Reading, card_of, is_running, look, system
@@ -34,16 +32,8 @@ from qlora_lowmem.watch.view import Frame, card_bytes, line, render
 _HISTORY = 60
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 the job ended, 2 nothing to watch, 130 interrupted."""
-    return run_command(_run, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = RecipeArgumentParser(
-        prog="python -m qlora_lowmem.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--output-dir", metavar="DIR", help=f"the output folder of a run: its {MEMORY_FILE} is read")
     what.add_argument("--pid", type=int, metavar="PID", help="a process: its part of the card, and it ends with it")
@@ -59,11 +49,10 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--once", action="store_true", help="one look, then end")
     parser.add_argument("--json", action="store_true", help="a JSON object a look, one a line, instead of the view")
-    return parser
 
 
-def _run(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The command. Returns the exit code: 0 the job ended, 2 nothing to watch, 130 interrupted."""
     _check(options)
     watch = Watch(options.output_dir, options.pid, options.gpu, options.interval, options.warn)
     console = Console()
@@ -173,5 +162,5 @@ def _first_word(folder: Path) -> LiveMemory:
         ) from None
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("watch", __doc__, add_arguments, run)
+main, parser = COMMAND.main, COMMAND.parser

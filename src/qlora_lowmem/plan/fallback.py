@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from qlora_lowmem.environment import words_of
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
@@ -67,5 +68,5 @@ def start_again(arguments: Sequence[str], retreat: Retreat) -> NoReturn:
     """Replace this process by the command with the changes: a fresh process has the card's memory to itself."""
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-m", "qlora_lowmem.train", *arguments, *retreat.flags]
+    command = [*words_of("train"), *arguments, *retreat.flags]
     os.execv(sys.executable, command)

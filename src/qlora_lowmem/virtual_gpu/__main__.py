@@ -45,15 +45,15 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(_EXIT_USAGE, f"{self.prog}: {message} (--help shows how it is used)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = _OneLineParser(
-        prog="python -m qlora_lowmem.virtual_gpu",
+        prog=prog,
         usage="%(prog)s --card NAME [options] -- COMMAND [ARGUMENT ...]",
         description=(
             "Runs a program that uses PyTorch on a virtual GPU: real operators and allocator, a named card's memory, "
             "no computation (values are zeros). Passes the program's exit code through, and tells its peaks."
         ),
-        epilog="example: python -m qlora_lowmem.virtual_gpu --card rtx-4050-laptop-6gb -- python train.py --epochs 1",
+        epilog="example: %(prog)s --card rtx-4050-laptop-6gb -- python train.py --epochs 1",
     )
     parser.add_argument("--card", metavar="NAME", help="which card; --list-cards shows them")
     parser.add_argument("--count", metavar="N", type=_positive, default=1, help="how many such cards (default 1)")
@@ -67,15 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code.
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m qlora_lowmem.virtual_gpu") -> int:
+    """Runs the command line, called as `prog`; returns the exit code.
 
     The program's own; 128 + n if signal n ended it; 130 when interrupted; 2 for a wrong command line or a machine that
     cannot host a virtual GPU.
     """
     # Ending takes the program along: the default action would leave it running.
     signal.signal(signal.SIGTERM, _terminate)
-    parser = _parser()
+    parser = _parser(prog)
     options = parser.parse_args(arguments)
     if options.list_cards:
         print(_card_table())

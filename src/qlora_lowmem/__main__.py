@@ -1,0 +1,3 @@
+from qlora_lowmem.commands.frame import start
+
+start(__name__)
