@@ -13,6 +13,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "guard.h"
+
 namespace vgpu {
 namespace {
 
@@ -50,21 +52,15 @@ ProcessIdentity identify(int pid) {
   return identity;
 }
 
-void lock_process() { pthread_mutex_lock(&mutex); }
-void unlock_process() { pthread_mutex_unlock(&mutex); }
-
 // A forked child has no context, whatever its parent had; which account it uses is looked up afresh.
 void after_fork_in_child() {
-  pthread_mutex_init(&mutex, nullptr);
   context_in_parent = context_in_parent || (own != nullptr && own->contexts != 0);
   own = nullptr;
   mapped = nullptr;
   looked = false;
 }
 
-__attribute__((constructor)) void register_fork_handlers() {
-  pthread_atfork(lock_process, unlock_process, after_fork_in_child);
-}
+__attribute__((constructor)) void register_fork_handler() { pthread_atfork(nullptr, nullptr, after_fork_in_child); }
 
 // Reads CUDA_VISIBLE_DEVICES as the driver does: a list of numbers that ends at the first that is not a device.
 void find_visible_devices() {
@@ -118,7 +114,6 @@ void map_account() {
 class Lock {
  public:
   Lock() {
-    lock_process();
     if (!looked) map_account();
     if (mapped == nullptr) return;
     fd_ = open(path, O_RDWR | O_CLOEXEC);
@@ -127,12 +122,12 @@ class Lock {
   }
   ~Lock() {
     if (fd_ >= 0) close(fd_);
-    unlock_process();
   }
   Lock(const Lock&) = delete;
   Lock& operator=(const Lock&) = delete;
 
  private:
+  Guard<mutex> guard_;
   int fd_ = -1;
 };
 

@@ -1,61 +1,102 @@
 #include "attributes.h"
 
 #include <cuda.h>
+#include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdio>
+#include <cstring>
 
 namespace vgpu {
+namespace {
 
-int device_attribute(int attribute, int device) {
-  const Device& d = device_row(device);
-  switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return static_cast<int>(d.compute_major);
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: return static_cast<int>(d.compute_minor);
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return static_cast<int>(d.sm_count);
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: return static_cast<int>(d.shared_per_block);
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: return static_cast<int>(d.shared_per_block_optin);
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: return static_cast<int>(d.shared_per_sm);
-    case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: return d.compute_major >= 8 ? 1024 : 0;
-    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: return 65536;
-    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR: return static_cast<int>(d.registers_per_sm);
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return static_cast<int>(d.threads_per_sm);
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: return static_cast<int>(d.blocks_per_sm);
-    case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: return static_cast<int>(d.l2_bytes);
-    case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: return static_cast<int>(d.bus_width_bits);
-    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: return static_cast<int>(d.clock_khz);
-    case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: return static_cast<int>(d.memory_clock_khz);
-    case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID: return machine_index(device) + 1;
+// A figure, where cudaDeviceProp has it, and what it is on a card.
+struct Attribute {
+  int number;
+  size_t offset, bytes;  // 0 bytes: no field
+  int (*value)(const Device& card, int device);
+};
+
+#define FIELD(name) offsetof(cudaDeviceProp, name), sizeof(cudaDeviceProp::name)
+#define ELEMENT(name, index) offsetof(cudaDeviceProp, name) + index * sizeof(int), sizeof(int)
+#define NO_FIELD 0, 0
+#if CUDART_VERSION < 13000
+#define FIELD_UNTIL_12(name) FIELD(name)
+#else
+#define FIELD_UNTIL_12(name) NO_FIELD
+#endif
+#define ATTRIBUTE(name, field, value) \
+  {CU_DEVICE_ATTRIBUTE_##name, field, \
+   []([[maybe_unused]] const Device& card, [[maybe_unused]] int device) { return static_cast<int>(value); }}
+
+// What is not in the table is 0. What is refused is also not announced: multicast, memory pools, peer access, fabric
+// handles, GPUDirect.
+constexpr Attribute kAttributes[] = {
+    ATTRIBUTE(COMPUTE_CAPABILITY_MAJOR, FIELD(major), card.compute_major),
+    ATTRIBUTE(COMPUTE_CAPABILITY_MINOR, FIELD(minor), card.compute_minor),
+    ATTRIBUTE(MULTIPROCESSOR_COUNT, FIELD(multiProcessorCount), card.sm_count),
+    ATTRIBUTE(MAX_SHARED_MEMORY_PER_BLOCK, FIELD(sharedMemPerBlock), card.shared_per_block),
+    ATTRIBUTE(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, FIELD(sharedMemPerBlockOptin), card.shared_per_block_optin),
+    ATTRIBUTE(MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, FIELD(sharedMemPerMultiprocessor), card.shared_per_sm),
+    ATTRIBUTE(RESERVED_SHARED_MEMORY_PER_BLOCK, FIELD(reservedSharedMemPerBlock), card.compute_major >= 8 ? 1024 : 0),
+    ATTRIBUTE(MAX_REGISTERS_PER_MULTIPROCESSOR, FIELD(regsPerMultiprocessor), card.registers_per_sm),
+    ATTRIBUTE(MAX_THREADS_PER_MULTIPROCESSOR, FIELD(maxThreadsPerMultiProcessor), card.threads_per_sm),
+    ATTRIBUTE(MAX_BLOCKS_PER_MULTIPROCESSOR, FIELD(maxBlocksPerMultiProcessor), card.blocks_per_sm),
+    ATTRIBUTE(L2_CACHE_SIZE, FIELD(l2CacheSize), card.l2_bytes),
+    ATTRIBUTE(GLOBAL_MEMORY_BUS_WIDTH, FIELD(memoryBusWidth), card.bus_width_bits),
+    ATTRIBUTE(CLOCK_RATE, FIELD_UNTIL_12(clockRate), card.clock_khz),
+    ATTRIBUTE(MEMORY_CLOCK_RATE, FIELD_UNTIL_12(memoryClockRate), card.memory_clock_khz),
+    ATTRIBUTE(PCI_BUS_ID, FIELD(pciBusID), machine_index(device) + 1),
     // The same on every card of the table (CUDA C++ Programming Guide, table of technical specifications).
-    case CU_DEVICE_ATTRIBUTE_WARP_SIZE: return 32;
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: return 1024;
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X:
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y: return 1024;
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Z: return 64;
-    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X: return 2147483647;
-    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y:
-    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z: return 65535;
-    case CU_DEVICE_ATTRIBUTE_TOTAL_CONSTANT_MEMORY: return 65536;
-    case CU_DEVICE_ATTRIBUTE_MAX_PITCH: return 2147483647;
-    case CU_DEVICE_ATTRIBUTE_TEXTURE_ALIGNMENT: return 512;
-    case CU_DEVICE_ATTRIBUTE_TEXTURE_PITCH_ALIGNMENT: return 32;
-    case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: return 2;
-    case CU_DEVICE_ATTRIBUTE_GPU_OVERLAP:
-    case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:
-    case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS:
-    case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
-    case CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED:
-    case CU_DEVICE_ATTRIBUTE_GLOBAL_L1_CACHE_SUPPORTED:
-    case CU_DEVICE_ATTRIBUTE_LOCAL_L1_CACHE_SUPPORTED:
-    case CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY:
-    case CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS:
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_PREEMPTION_SUPPORTED:
-    case CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH:
-    case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED:
-    case CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM:
-    case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED:
-    case CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: return 1;
-    // What is refused is also not announced: multicast, memory pools, peer access, fabric handles, GPUDirect.
-    default: return 0;
+    ATTRIBUTE(WARP_SIZE, FIELD(warpSize), 32),
+    ATTRIBUTE(MAX_REGISTERS_PER_BLOCK, FIELD(regsPerBlock), 65536),
+    ATTRIBUTE(MAX_THREADS_PER_BLOCK, FIELD(maxThreadsPerBlock), 1024),
+    ATTRIBUTE(MAX_BLOCK_DIM_X, ELEMENT(maxThreadsDim, 0), 1024),
+    ATTRIBUTE(MAX_BLOCK_DIM_Y, ELEMENT(maxThreadsDim, 1), 1024),
+    ATTRIBUTE(MAX_BLOCK_DIM_Z, ELEMENT(maxThreadsDim, 2), 64),
+    ATTRIBUTE(MAX_GRID_DIM_X, ELEMENT(maxGridSize, 0), 2147483647),
+    ATTRIBUTE(MAX_GRID_DIM_Y, ELEMENT(maxGridSize, 1), 65535),
+    ATTRIBUTE(MAX_GRID_DIM_Z, ELEMENT(maxGridSize, 2), 65535),
+    ATTRIBUTE(TOTAL_CONSTANT_MEMORY, FIELD(totalConstMem), 65536),
+    ATTRIBUTE(MAX_PITCH, FIELD(memPitch), 2147483647),
+    ATTRIBUTE(TEXTURE_ALIGNMENT, FIELD(textureAlignment), 512),
+    ATTRIBUTE(TEXTURE_PITCH_ALIGNMENT, FIELD(texturePitchAlignment), 32),
+    ATTRIBUTE(ASYNC_ENGINE_COUNT, FIELD(asyncEngineCount), 2),
+    ATTRIBUTE(GPU_OVERLAP, FIELD_UNTIL_12(deviceOverlap), 1),
+    ATTRIBUTE(CAN_MAP_HOST_MEMORY, FIELD(canMapHostMemory), 1),
+    ATTRIBUTE(CONCURRENT_KERNELS, FIELD(concurrentKernels), 1),
+    ATTRIBUTE(UNIFIED_ADDRESSING, FIELD(unifiedAddressing), 1),
+    ATTRIBUTE(STREAM_PRIORITIES_SUPPORTED, FIELD(streamPrioritiesSupported), 1),
+    ATTRIBUTE(GLOBAL_L1_CACHE_SUPPORTED, FIELD(globalL1CacheSupported), 1),
+    ATTRIBUTE(LOCAL_L1_CACHE_SUPPORTED, FIELD(localL1CacheSupported), 1),
+    ATTRIBUTE(MANAGED_MEMORY, FIELD(managedMemory), 1),
+    ATTRIBUTE(CONCURRENT_MANAGED_ACCESS, FIELD(concurrentManagedAccess), 1),
+    ATTRIBUTE(COMPUTE_PREEMPTION_SUPPORTED, FIELD(computePreemptionSupported), 1),
+    ATTRIBUTE(COOPERATIVE_LAUNCH, FIELD(cooperativeLaunch), 1),
+    ATTRIBUTE(HOST_REGISTER_SUPPORTED, FIELD(hostRegisterSupported), 1),
+    ATTRIBUTE(CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, FIELD(canUseHostPointerForRegisteredMem), 1),
+    ATTRIBUTE(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, NO_FIELD, 1),
+    ATTRIBUTE(HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, NO_FIELD, 1),
+};
+
+}  // namespace
+
+int device_attribute(int number, int device) {
+  for (const Attribute& attribute : kAttributes) {
+    if (attribute.number == number) return attribute.value(device_row(device), device);
+  }
+  return 0;
+}
+
+void describe_device(cudaDeviceProp* properties, int device) {
+  const Device& card = device_row(device);
+  memset(properties, 0, sizeof *properties);
+  snprintf(properties->name, sizeof properties->name, "%s", card.name);
+  memcpy(properties->uuid.bytes, card.uuid, sizeof card.uuid);
+  properties->totalGlobalMem = card.total_bytes;
+  for (const Attribute& attribute : kAttributes) {
+    int64_t value = attribute.value(card, device);  // a field is an int or a size_t
+    memcpy(reinterpret_cast<char*>(properties) + attribute.offset, &value, attribute.bytes);
   }
 }
 

@@ -1,11 +1,11 @@
 // libcuda.so.1: memory. Virtual memory management is what PyTorch's expandable segments are made of.
 #include <cuda.h>
-#include <pthread.h>
 
 #include <cstring>
 #include <map>
 
 #include "account.h"
+#include "guard.h"
 #include "memory.h"
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -33,14 +33,6 @@ State& state() {
   static State* instance = new State;  // leaked: allocators unmap while the process exits
   return *instance;
 }
-
-class Guard {
- public:
-  Guard() { pthread_mutex_lock(&mutex); }
-  ~Guard() { pthread_mutex_unlock(&mutex); }
-  Guard(const Guard&) = delete;
-  Guard& operator=(const Guard&) = delete;
-};
 
 void drop_reference(std::map<CUmemGenericAllocationHandle, Physical>::iterator it) {
   if (--it->second.references > 0) return;
@@ -89,14 +81,14 @@ API CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, con
   if (properties->requestedHandleTypes == CU_MEM_HANDLE_TYPE_FABRIC) return CUDA_ERROR_NOT_PERMITTED;
   bytes = round_up(bytes, kGranularity);
   if (!take(device, bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
-  Guard guard;
+  Guard<mutex> guard;
   *handle = state().next++;
   state().handles[*handle] = {bytes, device, 1, *properties};
   return CUDA_SUCCESS;
 }
 
 API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
-  Guard guard;
+  Guard<mutex> guard;
   auto it = state().handles.find(handle);
   if (it == state().handles.end()) return CUDA_ERROR_INVALID_VALUE;
   drop_reference(it);
@@ -105,7 +97,7 @@ API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
 
 API CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t, CUmemGenericAllocationHandle handle,
                       unsigned long long) {
-  Guard guard;
+  Guard<mutex> guard;
   auto it = state().handles.find(handle);
   if (it == state().handles.end() || !is_device_address(pointer(address))) return CUDA_ERROR_INVALID_VALUE;
   ++it->second.references;
@@ -115,7 +107,7 @@ API CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t, CUmemGenericAll
 }
 
 API CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
-  Guard guard;
+  Guard<mutex> guard;
   auto& mappings = state().mappings;
   map_addresses(pointer(address), bytes, -1);
   for (auto it = mappings.lower_bound(address); it != mappings.end() && it->first < address + bytes;) {
@@ -129,7 +121,7 @@ API CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
 API CUresult cuMemSetAccess(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t) { return CUDA_SUCCESS; }
 
 API CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* address) {
-  Guard guard;
+  Guard<mutex> guard;
   auto& mappings = state().mappings;
   auto it = mappings.upper_bound(reinterpret_cast<CUdeviceptr>(address));
   if (it == mappings.begin()) return CUDA_ERROR_INVALID_VALUE;
@@ -142,7 +134,7 @@ API CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, v
 
 API CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* properties,
                                                     CUmemGenericAllocationHandle handle) {
-  Guard guard;
+  Guard<mutex> guard;
   auto it = state().handles.find(handle);
   if (it == state().handles.end()) return CUDA_ERROR_INVALID_VALUE;
   *properties = it->second.properties;

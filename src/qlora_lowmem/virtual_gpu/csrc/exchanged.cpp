@@ -1,10 +1,10 @@
 #include "exchanged.h"
 
-#include <pthread.h>
-
 #include <cstring>
 #include <map>
 #include <vector>
+
+#include "guard.h"
 
 namespace vgpu {
 namespace {
@@ -20,19 +20,6 @@ struct Range {
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 std::map<uint64_t, Range>* ranges = nullptr;  // leaked on purpose; by start address, not overlapping
 uint32_t count = 0;  // read without the lock: launches are frequent, and mostly there is nothing to forget
-
-class Guard {
- public:
-  Guard() { pthread_mutex_lock(&mutex); }
-  ~Guard() { pthread_mutex_unlock(&mutex); }
-  Guard(const Guard&) = delete;
-  Guard& operator=(const Guard&) = delete;
-};
-
-__attribute__((constructor)) void register_fork_handlers() {
-  pthread_atfork([] { pthread_mutex_lock(&mutex); }, [] { pthread_mutex_unlock(&mutex); },
-                 [] { pthread_mutex_init(&mutex, nullptr); });
-}
 
 uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
 
@@ -76,7 +63,7 @@ bool too_long(uint64_t start, uint64_t bytes) {
 }
 
 void pass_on(const void* target, const void* source, uint64_t bytes, bool by_collective) {
-  Guard guard;
+  Guard<mutex> guard;
   if (too_long(number(target), bytes)) return;
   const char* at = nullptr;
   if (const Range* range = find(number(source), bytes, &at)) {
@@ -90,7 +77,7 @@ void pass_on(const void* target, const void* source, uint64_t bytes, bool by_col
 }  // namespace
 
 void note_written(const void* device_address, const void* source, uint64_t bytes) {
-  Guard guard;
+  Guard<mutex> guard;
   if (too_long(number(device_address), bytes)) return;
   put(number(device_address), static_cast<const char*>(source), bytes, false);
 }
@@ -101,14 +88,14 @@ void note_exchanged(const void* target, const void* source, uint64_t bytes) { pa
 
 void forget_written() {
   if (__atomic_load_n(&count, __ATOMIC_RELAXED) == 0) return;
-  Guard guard;
+  Guard<mutex> guard;
   ranges->clear();
   update_count();
 }
 
 bool read_exchanged(void* target, const void* source, uint64_t bytes) {
   if (__atomic_load_n(&count, __ATOMIC_RELAXED) == 0) return false;
-  Guard guard;
+  Guard<mutex> guard;
   const char* at = nullptr;
   const Range* range = find(number(source), bytes, &at);
   if (range == nullptr || !range->exchanged) return false;

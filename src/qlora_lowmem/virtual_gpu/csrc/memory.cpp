@@ -1,6 +1,5 @@
 #include "memory.h"
 
-#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -11,6 +10,7 @@
 #include <new>
 
 #include "exchanged.h"
+#include "guard.h"
 
 namespace vgpu {
 namespace {
@@ -89,19 +89,6 @@ State& state() {
   return *instance;
 }
 
-class Guard {
- public:
-  Guard() { pthread_mutex_lock(&mutex); }
-  ~Guard() { pthread_mutex_unlock(&mutex); }
-  Guard(const Guard&) = delete;
-  Guard& operator=(const Guard&) = delete;
-};
-
-__attribute__((constructor)) void register_fork_handlers() {
-  pthread_atfork([] { pthread_mutex_lock(&mutex); }, [] { pthread_mutex_unlock(&mutex); },
-                 [] { pthread_mutex_init(&mutex, nullptr); });
-}
-
 uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
 void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
 
@@ -141,7 +128,7 @@ bool is_device_address(const void* address) { return number(address) >= kBase &&
 void* allocate_device(int device, uint64_t bytes) {
   bytes = round_up(bytes, kGranularity);
   if (!take(device, bytes)) return nullptr;
-  Guard guard;
+  Guard<mutex> guard;
   State& s = state();
   if (s.arenas[device] == nullptr) s.arenas[device] = new Arena(kBase + device * kDeviceArena, kDeviceArena);
   uint64_t place = s.arenas[device]->take(bytes, kGranularity);
@@ -151,7 +138,7 @@ void* allocate_device(int device, uint64_t bytes) {
 }
 
 bool free_device(void* address) {
-  Guard guard;
+  Guard<mutex> guard;
   State& s = state();
   auto it = s.allocations.find(number(address));
   if (it == s.allocations.end()) return false;
@@ -163,7 +150,7 @@ bool free_device(void* address) {
 }
 
 void* reserve_addresses(uint64_t bytes, uint64_t alignment) {
-  Guard guard;
+  Guard<mutex> guard;
   State& s = state();
   bytes = round_up(bytes, kGranularity);
   uint64_t place = s.reserved.take(bytes, std::max(alignment, kGranularity));
@@ -172,7 +159,7 @@ void* reserve_addresses(uint64_t bytes, uint64_t alignment) {
 }
 
 bool release_addresses(void* address) {
-  Guard guard;
+  Guard<mutex> guard;
   State& s = state();
   auto it = s.reservations.find(number(address));
   if (it == s.reservations.end()) return false;
@@ -182,7 +169,7 @@ bool release_addresses(void* address) {
 }
 
 void map_addresses(void* address, uint64_t bytes, int device) {
-  Guard guard;
+  Guard<mutex> guard;
   auto& mappings = state().mappings;
   uint64_t start = number(address), end = start + bytes;
   for (auto it = mappings.lower_bound(start); it != mappings.end() && it->first < end;) it = mappings.erase(it);
@@ -191,7 +178,7 @@ void map_addresses(void* address, uint64_t bytes, int device) {
 
 bool find_device_block(const void* address, Block* block) {
   if (!is_device_address(address)) return false;
-  Guard guard;
+  Guard<mutex> guard;
   State& s = state();
   auto size = [](const Allocation& allocation) { return allocation.bytes; };
   auto it = containing(s.allocations, number(address), size);
@@ -214,14 +201,14 @@ void* allocate_host(HostOrigin origin, uint64_t bytes, int device) {
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) return nullptr;
   take_host(booked_as(origin), bytes);
-  Guard guard;
+  Guard<mutex> guard;
   state().host[number(base)] = {base, bytes, origin, device};
   return base;
 }
 
 bool register_host(void* base, uint64_t bytes, int device) {
   {
-    Guard guard;
+    Guard<mutex> guard;
     if (!state().host.insert({number(base), {base, bytes, HostOrigin::kRegistered, device}}).second) return false;
   }
   take_host(HostKind::kPinned, bytes);
@@ -231,7 +218,7 @@ bool register_host(void* base, uint64_t bytes, int device) {
 bool unregister_host(void* base) {
   HostBlock block;
   {
-    Guard guard;
+    Guard<mutex> guard;
     auto& host = state().host;
     auto it = host.find(number(base));
     if (it == host.end() || it->second.origin != HostOrigin::kRegistered) return false;
@@ -245,7 +232,7 @@ bool unregister_host(void* base) {
 bool free_host(void* base) {
   HostBlock block;
   {
-    Guard guard;
+    Guard<mutex> guard;
     auto& host = state().host;
     auto it = host.find(number(base));
     if (it == host.end() || it->second.origin == HostOrigin::kRegistered) return false;
@@ -258,7 +245,7 @@ bool free_host(void* base) {
 }
 
 bool find_host_block(const void* address, HostBlock* block) {
-  Guard guard;
+  Guard<mutex> guard;
   auto& host = state().host;
   auto it = containing(host, number(address), [](const HostBlock& b) { return std::max<uint64_t>(b.bytes, 1); });
   if (it == host.end()) return false;

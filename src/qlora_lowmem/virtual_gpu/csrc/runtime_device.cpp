@@ -1,7 +1,4 @@
 // libcudart: devices, their properties, errors.
-#include <cstdio>
-#include <cstring>
-
 #include "attributes.h"
 #include "runtime.h"
 
@@ -37,52 +34,6 @@ constexpr ErrorText kErrorTexts[] = {
     {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
      "operation not permitted when stream is capturing"},
 };
-
-void fill_properties(cudaDeviceProp* p, int device) {
-  const Device& d = device_row(device);
-  memset(p, 0, sizeof *p);
-  snprintf(p->name, sizeof p->name, "%s", d.name);
-  memcpy(p->uuid.bytes, d.uuid, sizeof d.uuid);
-  p->totalGlobalMem = d.total_bytes;
-  p->sharedMemPerBlock = d.shared_per_block;
-  p->sharedMemPerBlockOptin = d.shared_per_block_optin;
-  p->sharedMemPerMultiprocessor = d.shared_per_sm;
-  p->reservedSharedMemPerBlock = d.compute_major >= 8 ? 1024 : 0;
-  p->regsPerBlock = 65536;
-  p->regsPerMultiprocessor = static_cast<int>(d.registers_per_sm);
-  p->warpSize = 32;
-  p->memPitch = 2147483647;
-  p->maxThreadsPerBlock = 1024;
-  p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
-  p->maxThreadsDim[2] = 64;
-  p->maxGridSize[0] = 2147483647;
-  p->maxGridSize[1] = p->maxGridSize[2] = 65535;
-  p->totalConstMem = 65536;
-  p->major = static_cast<int>(d.compute_major);
-  p->minor = static_cast<int>(d.compute_minor);
-  p->textureAlignment = 512;
-  p->texturePitchAlignment = 32;
-  p->multiProcessorCount = static_cast<int>(d.sm_count);
-  p->canMapHostMemory = 1;
-  p->concurrentKernels = 1;
-  p->pciBusID = machine_index(device) + 1;
-  p->asyncEngineCount = 2;
-  p->unifiedAddressing = 1;
-  p->memoryBusWidth = static_cast<int>(d.bus_width_bits);
-  p->l2CacheSize = static_cast<int>(d.l2_bytes);
-  p->maxThreadsPerMultiProcessor = static_cast<int>(d.threads_per_sm);
-  p->maxBlocksPerMultiProcessor = static_cast<int>(d.blocks_per_sm);
-  p->streamPrioritiesSupported = 1;
-  p->globalL1CacheSupported = p->localL1CacheSupported = 1;
-  p->managedMemory = p->concurrentManagedAccess = 1;
-  p->computePreemptionSupported = 1;
-  p->canUseHostPointerForRegisteredMem = p->hostRegisterSupported = 1;
-  p->cooperativeLaunch = 1;
-#if CUDART_VERSION < 13000
-  p->clockRate = static_cast<int>(d.clock_khz);
-  p->memoryClockRate = static_cast<int>(d.memory_clock_khz);
-#endif
-}
 
 const ErrorText* text_of(cudaError_t error) {
   for (const ErrorText& entry : kErrorTexts) {
@@ -165,7 +116,7 @@ API cudaError_t cudaGetDeviceFlags(unsigned* flags) {
 
 API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (cudaError_t error = check_device(device)) return error;
-  fill_properties(properties, device);
+  describe_device(properties, device);
   return cudaSuccess;
 }
 

@@ -1,12 +1,12 @@
 // libcudart: kernels. None is loaded and none runs; what libraries ask about them is answered.
 #include <dlfcn.h>
-#include <pthread.h>
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "exchanged.h"
+#include "guard.h"
 #include "runtime.h"
 
 using namespace vgpu;
@@ -59,19 +59,14 @@ int architecture_for(const FatBinaryWrapper* wrapper, int card) {
 }
 
 const FatBinaryWrapper* module_of(const void* host_function) {
-  pthread_mutex_lock(&mutex);
-  const FatBinaryWrapper* found = nullptr;
+  Guard<mutex> guard;
+  if (kernels == nullptr) return nullptr;
   auto before = [](const Kernel& a, const Kernel& b) { return a.host_function < b.host_function; };
-  if (kernels != nullptr) {
-    if (!sorted) std::sort(kernels->begin(), kernels->end(), before);
-    sorted = true;
-    auto it = std::lower_bound(kernels->begin(), kernels->end(), Kernel{host_function, nullptr}, before);
-    if (it != kernels->end() && it->host_function == host_function) {
-      found = reinterpret_cast<const FatBinaryWrapper*>(it->module);
-    }
-  }
-  pthread_mutex_unlock(&mutex);
-  return found;
+  if (!sorted) std::sort(kernels->begin(), kernels->end(), before);
+  sorted = true;
+  auto it = std::lower_bound(kernels->begin(), kernels->end(), Kernel{host_function, nullptr}, before);
+  bool found = it != kernels->end() && it->host_function == host_function;
+  return found ? reinterpret_cast<const FatBinaryWrapper*>(it->module) : nullptr;
 }
 
 struct CallConfiguration {
@@ -96,11 +91,10 @@ API char __cudaInitModule(void**) { return 1; }
 
 API void __cudaRegisterFunction(void** module, const char* host_function, char*, const char*, int, void*, void*, void*,
                                 void*, int*) {
-  pthread_mutex_lock(&mutex);
+  Guard<mutex> guard;
   if (kernels == nullptr) kernels = new std::vector<Kernel>();
   kernels->push_back({host_function, module});
   sorted = false;
-  pthread_mutex_unlock(&mutex);
 }
 API void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 API void __cudaRegisterManagedVar(void**, void**, char*, const char*, int, size_t, int, int) {}
