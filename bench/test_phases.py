@@ -12,7 +12,7 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.results.kinds.phases_table import write_phases
+from qlora_lowmem.results.kinds.phases import write_phases
 from qlora_lowmem.units import parse_bytes
 
 pytestmark = pytest.mark.phases

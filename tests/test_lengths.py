@@ -10,6 +10,7 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.commands import lengths
+from qlora_lowmem.results.kinds.lengths import Length
 from qlora_lowmem.results.tables import gib
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -60,9 +61,9 @@ def test_the_exit_code_says_whether_it_fits(
     """The default lengths go past the card's end: there it is enough that one fits."""
     seen: list[int] = []
 
-    def measure(_: object, tokens: list[int], *__: object) -> list[lengths.LengthRow]:
+    def measure(_: object, tokens: list[int], *__: object) -> list[Length]:
         seen.extend(tokens)
-        return [lengths.LengthRow("r", count, count <= longest, 1, 2, 3, 4) for count in tokens]
+        return [Length("r", count, count <= longest, 1, 2, 3, 4) for count in tokens]
 
     monkeypatch.setattr(lengths, "measure_lengths", measure)
     assert lengths.main([*CONFIG, *asked]) == code

@@ -12,9 +12,8 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -27,33 +26,16 @@ from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server, shortened,
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
-from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
+from qlora_lowmem.results.kinds.lengths import Length, lengths_table, write_lengths
+from qlora_lowmem.results.tables import gib
 
 # Up to where a model of one billion parameters without lean no longer fits a 6 GB card.
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
-@dataclass(frozen=True)
-class LengthRow:
-    """A recipe's peaks at one sequence length, in bytes.
-
-    Attributes:
-        fits: what the device held, against the card's usable memory.
-        floor_bytes: what no method avoids at that length (`memory.floor`).
-    """
-
-    recipe: str
-    tokens: int
-    fits: bool
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_device_bytes: int
-    floor_bytes: int
-
-
 def measure_lengths(
     recipes: Sequence[Recipe], lengths: Sequence[int], card: virtual_gpu.Card, server: virtual_gpu.Server
-) -> list[LengthRow]:
+) -> list[Length]:
     """Every recipe at every length, in that order.
 
     Raises:
@@ -74,7 +56,7 @@ def measure_lengths(
             raise QloraLowmemError(f"{name} at {length:,} tokens fails: {reason}")
         peaks = run.profile
         rows.append(
-            LengthRow(
+            Length(
                 name,
                 length,
                 peaks.peak_device_bytes <= card.usable_bytes,
@@ -85,46 +67,6 @@ def measure_lengths(
             )
         )
     return rows
-
-
-def lengths_table(rows: Sequence[LengthRow]) -> str:
-    """The rows as a Markdown table."""
-    headers = ["recipe", "tokens", "allocated GiB", "floor GiB", "x floor", "reserved GiB", "on the card GiB", "fits"]
-    cells = [
-        [
-            row.recipe,
-            f"{row.tokens:,}",
-            gib(row.peak_allocated_bytes),
-            gib(row.floor_bytes),
-            times_floor(row.peak_allocated_bytes, row.floor_bytes),
-            gib(row.peak_reserved_bytes),
-            gib(row.peak_device_bytes),
-            "yes" if row.fits else "no",
-        ]
-        for row in rows
-    ]
-    return markdown_table(headers, cells)
-
-
-def write_table(
-    folder: Path, rows: Sequence[LengthRow], card: virtual_gpu.Card, seconds: float, record: dict[str, Any]
-) -> None:
-    """Write `lengths` as JSON, Markdown and CSV."""
-    markdown = (
-        f"# Memory against sequence length on {card.name}\n\n"
-        f"{len(rows)} runs in {seconds:.1f} s, imports included. The card has {gib(card.usable_bytes)} GiB usable, the "
-        f"CUDA context in it; what needs more ran on a card of the same kind with room for it. {FLOOR_TEXT}\n\n"
-        f"{lengths_table(rows)}\n\n{provenance_lines(record)}\n"
-    )
-    plain = [asdict(row) for row in rows]
-    content = {
-        "environment": record,
-        "device": card.name,
-        "provenance": "virtual",
-        "usable_bytes": card.usable_bytes,
-        "cases": plain,
-    }
-    write_result(folder, "lengths", content, markdown, plain)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     if options.table:
-        write_table(Path(options.table), rows, card, seconds, provenance_record(card.name, "virtual"))
+        write_lengths(Path(options.table), rows, card, seconds, provenance_record(card.name, "virtual"))
     peaks = {
         key: max(getattr(row, key) for row in rows)
         for key in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes")
@@ -171,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_OK if _fits(rows, asked=options.lengths is not None) else EXIT_DOES_NOT_FIT
 
 
-def _fits(rows: Sequence[LengthRow], asked: bool) -> bool:
+def _fits(rows: Sequence[Length], asked: bool) -> bool:
     """Whether every length fits that was asked for; else, whether every recipe fits at some length."""
     if asked:
         return all(row.fits for row in rows)

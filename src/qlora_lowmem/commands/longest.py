@@ -9,11 +9,9 @@ sample at full length. A step of more micro-batches takes as much, and a few byt
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -26,38 +24,8 @@ from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_card, recipe_server,
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
-from qlora_lowmem.results.tables import (
-    FLOOR_TEXT,
-    gib,
-    known_gib,
-    markdown_table,
-    provenance_lines,
-    times_floor,
-    write_result,
-)
-
-
-@dataclass(frozen=True)
-class Longest:
-    """The longest sequence of a recipe on a card, in tokens, and its peaks in bytes. 0 tokens: not even the shortest.
-
-    Attributes:
-        limited_by: `memory`, or `limit` where the longest length asked for fits.
-        next_tokens: the shortest length that was seen not to fit; 0 where none was.
-        floor_bytes: what no method avoids at the longest length (`memory.floor`).
-        host_bytes: page-locked host memory at the longest length.
-    """
-
-    recipe: str
-    card: str
-    tokens: int
-    next_tokens: int
-    limited_by: str
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_device_bytes: int
-    floor_bytes: int
-    host_bytes: int
+from qlora_lowmem.results.kinds.longest import Longest, write_longest
+from qlora_lowmem.results.tables import gib
 
 
 def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
@@ -92,40 +60,6 @@ def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, 
     )
 
 
-def write_table(folder: Path, rows: Sequence[Longest], record: dict[str, Any], changes: dict[str, str]) -> None:
-    """Write the table as JSON, Markdown and CSV.
-
-    Args:
-        changes: fields of every recipe that were given on the command line.
-    """
-    cells = [
-        [
-            row.recipe,
-            f"{row.tokens:,}",
-            f"{row.next_tokens:,}" if row.next_tokens else "(not looked further)",
-            gib(row.peak_allocated_bytes),
-            known_gib(row.floor_bytes),
-            times_floor(row.peak_allocated_bytes, row.floor_bytes),
-            gib(row.peak_device_bytes),
-            gib(row.host_bytes),
-        ]
-        for row in rows
-    ]
-    headers = ["recipe", "longest that trains", "does not fit", "allocated", "floor", "x floor", "on the card", "host"]
-    changed = ", ".join(f"`{name}: {value}`" for name, value in changes.items())
-    markdown = (
-        f"# The longest sequence on {record['device']}\n\nTokens of one sample, batch 1, found by running each length "
-        "(two optimizer steps of one or two micro-batches). Peaks in GiB; what a job can use of the card holds the "
-        f"CUDA context too; host is page-locked memory. {FLOOR_TEXT}"
-        f"{f' Changed in every recipe: {changed}.' if changed else ''}\n\n"
-        f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
-    )
-    plain = [asdict(row) for row in rows]
-    content = {"environment": record, "device": record["device"], "provenance": "virtual", "changes": changes}
-    content["cases"] = plain
-    write_result(folder, "longest", content, markdown, plain)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
@@ -155,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if options.table:
-        write_table(Path(options.table), rows, record, changes)
+        write_longest(Path(options.table), rows, record, changes)
     peaks = {key: max(getattr(row, key) for row in rows) for key in ("peak_allocated_bytes", "peak_reserved_bytes")}
     peaks["peak_device_bytes"] = max(row.peak_device_bytes for row in rows)
     cases = json.loads(json.dumps([asdict(row) for row in rows]))

@@ -29,8 +29,7 @@ from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, recipe_from_dict, replace_fields
 from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
-from qlora_lowmem.results.kinds.phases import PhaseBytes
-from qlora_lowmem.results.kinds.phases_table import phase_bytes, phases_content
+from qlora_lowmem.results.kinds.phases import PhaseBytes, phase_bytes, phases_content
 from qlora_lowmem.results.tables import floor_lines, phase_table
 from qlora_lowmem.units import format_bytes
 

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 import qlora_lowmem
-from qlora_lowmem.results.parts import Chart, Section
+from qlora_lowmem.results.kind import Chart, Section
 from qlora_lowmem.results.style import Style, save, svg_text
 from qlora_lowmem.results.svg import inline
 from qlora_lowmem.results.theme import DARK, LIGHT, TOKENS, css_variables

@@ -1,78 +1,50 @@
 """Which file is which, and what becomes of each kind: files in, sections out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.results.kind import Fields, Kind, NoObjectError, Section, Source, read_json
 from qlora_lowmem.results.kinds import (
-    attribution_section as attribution,
-)
-from qlora_lowmem.results.kinds import (
-    families_section as families,
-)
-from qlora_lowmem.results.kinds import (
-    lengths_section as lengths,
-)
-from qlora_lowmem.results.kinds import (
+    attribution_section,
+    families_section,
+    lengths,
     longest,
+    matrix_section,
+    phases,
+    prediction_section,
+    published_section,
+    run,
+    verdicts_section,
+    waterfall_section,
 )
-from qlora_lowmem.results.kinds import (
-    matrix_section as matrix,
-)
-from qlora_lowmem.results.kinds import (
-    phases_section as phases,
-)
-from qlora_lowmem.results.kinds import (
-    prediction_section as prediction,
-)
-from qlora_lowmem.results.kinds import (
-    published_section as published,
-)
-from qlora_lowmem.results.kinds import (
-    run as runs,
-)
-from qlora_lowmem.results.kinds import (
-    verdicts_section as verdicts,
-)
-from qlora_lowmem.results.kinds import (
-    waterfall_section as waterfall,
-)
-from qlora_lowmem.results.parts import Section, Source
-from qlora_lowmem.results.reading import Fields, NoObjectError, read_json
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of file.
-
-    Attributes:
-        text: what it is, with the command that writes it.
-        recognises: whether an object is of this kind, by its fields.
-        read: from the object to its provenance and what its section needs; its exceptions say what is wrong with it.
-        sections: sections of all files of this kind.
-    """
-
-    text: str
-    recognises: Callable[[dict[str, Any]], bool]
-    read: Callable[[Fields], tuple[Any, Any]]
-    sections: Callable[[Sequence[tuple[Source, Any]]], list[Section]]
+def _old(module: Any, text: str) -> Kind[Any]:
+    return Kind(
+        text,
+        module.recognises,
+        lambda content: module.read(content)[1],
+        module.sections,
+        lambda content: module.read(content)[0],
+    )
 
 
 # In the order of the page.
-KINDS: tuple[Kind, ...] = (
-    Kind("a waterfall (pytest bench/test_lean.py)", waterfall.recognises, waterfall.read, waterfall.sections),
-    Kind("lean on models (pytest bench/test_lean_families.py)", families.recognises, families.read, families.sections),
-    Kind("an attribution (explain --json)", attribution.recognises, attribution.read, attribution.sections),
-    Kind("peaks by phase (phases --json)", phases.recognises, phases.read, phases.sections),
-    Kind("a training run (train --json)", runs.recognises, runs.read, runs.sections),
-    Kind("peaks by length (lengths --table)", lengths.recognises, lengths.read, lengths.sections),
-    Kind("the longest sequences (longest --table)", longest.recognises, longest.read, longest.sections),
-    Kind("a prediction (pytest bench/ --gpu)", prediction.recognises, prediction.read, prediction.sections),
-    Kind("published peaks (pytest bench/test_reality.py)", published.recognises, published.read, published.sections),
-    Kind("verdicts (pytest --vram-report)", verdicts.recognises, verdicts.read, verdicts.sections),
-    Kind("a matrix (pytest bench/)", matrix.recognises, matrix.read, matrix.sections),
+KINDS: tuple[Kind[Any], ...] = (
+    _old(waterfall_section, "a waterfall (pytest bench/test_lean.py)"),
+    _old(families_section, "lean on models (pytest bench/test_lean_families.py)"),
+    _old(attribution_section, "an attribution (explain --json)"),
+    phases.KIND,
+    run.KIND,
+    lengths.KIND,
+    longest.KIND,
+    _old(prediction_section, "a prediction (pytest bench/ --gpu)"),
+    _old(published_section, "published peaks (pytest bench/test_reality.py)"),
+    _old(verdicts_section, "verdicts (pytest --vram-report)"),
+    _old(matrix_section, "a matrix (pytest bench/)"),
 )
 
 
@@ -114,7 +86,8 @@ def sections_of(paths: Sequence[Path]) -> Made:
             left_out.append(path)
             continue
         try:
-            provenance, data = KINDS[number].read(Fields(content))
+            fields, kind = Fields(content), KINDS[number]
+            data, provenance = kind.read(fields), kind.provenance(fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not {KINDS[number].text} as it should be: {error}; write it again") from None
         found.setdefault(number, []).append((Source(_label(path, files), provenance), data))

@@ -1,20 +1,90 @@
-"""Rows of figures as Markdown, CSV and JSON."""
+"""Tables of figures: columns declared once, shown as Markdown and on a page; rows written as JSON and CSV."""
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tabulate import tabulate
 
+from qlora_lowmem import virtual_gpu
 from qlora_lowmem.files import write_whole
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.units import GIB, format_bytes
 
 # For the text of a table that has the column.
 FLOOR_TEXT = "The floor is what no method avoids: weights as stored, adapters with their state, two residual tensors."
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a table.
+
+    Attributes:
+        text: what people read.
+        value: the figure behind it for machines, bytes as an integer; None for words.
+        tone: `good` or `bad` for a verdict, `strong` for a subtotal, else empty.
+    """
+
+    text: str
+    value: int | float | None = None
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows.
+
+    Attributes:
+        caption: what it holds, with the unit of its figures.
+        headers: of the columns.
+        rows: as many cells each as there are headers.
+    """
+
+    caption: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    @property
+    def figures(self) -> frozenset[int]:
+        """The columns, from 0, that hold figures."""
+        return frozenset(
+            column for column in range(len(self.headers)) if any(row[column].value is not None for row in self.rows)
+        )
+
+
+@dataclass(frozen=True)
+class Column(Generic[_Row]):
+    """A column of a table, wherever it is shown.
+
+    Attributes:
+        heading: in Markdown.
+        cell: from a row to its cell.
+        page_heading: on a page, where that is another.
+        page_cell: the same of its cell.
+    """
+
+    heading: str
+    cell: Callable[[_Row], Cell]
+    page_heading: str = ""
+    page_cell: Callable[[_Row], Cell] | None = None
+
+
+def markdown_of(columns: Sequence[Column[_Row]], rows: Sequence[_Row], text_columns: int = 1) -> str:
+    """The rows as a GitHub table; the first `text_columns` columns are text, the rest figures."""
+    cells = [[column.cell(row).text for column in columns] for row in rows]
+    return markdown_table([column.heading for column in columns], cells, text_columns)
+
+
+def page_table(caption: str, columns: Sequence[Column[_Row]], rows: Sequence[_Row]) -> Table:
+    """The rows as a table of a page."""
+    headers = tuple(column.page_heading or column.heading.replace("x floor", "× floor") for column in columns)
+    return Table(caption, headers, tuple(tuple((c.page_cell or c.cell)(row) for c in columns) for row in rows))
 
 
 def gib(count: int) -> str:
@@ -30,6 +100,37 @@ def known_gib(count: int) -> str:
 def times_floor(allocated_bytes: int, floor_bytes: int) -> str:
     """An allocated peak as a multiple of its floor, with a dash where either is 0, which stands for not known."""
     return f"{allocated_bytes / floor_bytes:.2f}" if allocated_bytes and floor_bytes else "-"
+
+
+def gib_cell(count: int, tone: str = "") -> Cell:
+    """Bytes as GiB, for a column that names the unit."""
+    return Cell(gib(count), count, tone)
+
+
+def known_gib_cell(count: int | None) -> Cell:
+    """The same, with a dash for 0 and None, which stand for not known."""
+    return gib_cell(count) if count else Cell("-")
+
+
+def ratio_cell(text: str, value: float, tone: str = "") -> Cell:
+    """A figure without a unit of its own, to six digits for machines."""
+    return Cell(text, float(f"{value:.6g}"), tone)
+
+
+def times_floor_cell(allocated_bytes: int, floor_bytes: int) -> Cell:
+    """An allocated peak as a multiple of its floor, with a dash where either is not known."""
+    text = times_floor(allocated_bytes, floor_bytes)
+    return Cell(text) if text == "-" else ratio_cell(text, allocated_bytes / floor_bytes)
+
+
+def size_cell(count: int) -> Cell:
+    """Bytes with a unit that suits them."""
+    return Cell(format_bytes(count), count)
+
+
+def count_cell(count: int) -> Cell:
+    """A number of things."""
+    return Cell(f"{count:,}", count)
 
 
 def floor_lines(allocated_bytes: int, floor_bytes: int) -> tuple[str, str]:
@@ -55,10 +156,23 @@ def phase_table(profile: MemoryProfile) -> str:
     return f"\n{table}\n(card: {gib(profile.total_bytes)} GiB)"
 
 
+def usable_bytes(card: str) -> int | None:
+    """What a job, its CUDA context included, can count on on that card; None for one that the table does not have."""
+    try:
+        return virtual_gpu.get_card(card).usable_bytes
+    except virtual_gpu.UnknownCardError:
+        return None
+
+
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A GitHub table; the first `text_columns` columns are text, the rest figures."""
     align = ["left" if index < text_columns else "right" for index in range(len(headers))]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def markdown_page(title: str, parts: Sequence[str], record: dict[str, Any]) -> str:
+    """A result for people: a heading, paragraphs and tables, and where the figures come from."""
+    return "\n\n".join((f"# {title}", *parts, provenance_lines(record))) + "\n"
 
 
 def provenance_lines(record: dict[str, Any]) -> str:

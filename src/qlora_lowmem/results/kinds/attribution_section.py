@@ -8,20 +8,9 @@ from typing import Any
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.memory.timeline import chosen_events
+from qlora_lowmem.results.kind import Chart, Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.kinds.attribution import breakdown, group_bytes, peaks, timeline
-from qlora_lowmem.results.parts import (
-    Cell,
-    Chart,
-    Provenance,
-    Section,
-    Source,
-    Table,
-    count_cell,
-    gib_cell,
-    ratio_cell,
-)
-from qlora_lowmem.results.reading import Fields, provenance_of
-from qlora_lowmem.results.tables import gib
+from qlora_lowmem.results.tables import Cell, Table, count_cell, gib, gib_cell, ratio_cell
 from qlora_lowmem.results.theme import GROUPS
 from qlora_lowmem.units import MIB, format_bytes
 

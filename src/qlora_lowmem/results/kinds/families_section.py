@@ -3,21 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from qlora_lowmem.results.kind import Chart, Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.kinds.families import Pair, families
-from qlora_lowmem.results.parts import (
-    Cell,
-    Chart,
-    Provenance,
-    Section,
-    Source,
-    Table,
-    count_cell,
-    gib_cell,
-    ratio_cell,
-    times_floor_cell,
-)
-from qlora_lowmem.results.reading import Fields, provenance_of
-from qlora_lowmem.results.tables import FLOOR_TEXT
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Table, count_cell, gib_cell, ratio_cell, times_floor_cell
 
 
 def recognises(content: dict[str, Any]) -> bool:

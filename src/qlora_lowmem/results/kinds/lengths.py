@@ -1,11 +1,28 @@
 """What the card must hold against the length of a sequence, and what it has."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.results.kind import Chart, Fields, Kind, Provenance, Section, each_its_own
 from qlora_lowmem.results.style import Style, legend_label, plain
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    Cell,
+    Column,
+    count_cell,
+    gib,
+    gib_cell,
+    known_gib_cell,
+    markdown_of,
+    markdown_page,
+    page_table,
+    times_floor_cell,
+    write_result,
+)
 from qlora_lowmem.results.theme import SERIES
 from qlora_lowmem.units import GIB
 
@@ -19,25 +36,107 @@ _LOGARITHMIC_FROM = 6  # where the largest is that many times the smallest
 
 
 @dataclass(frozen=True)
-class LengthPoint:
-    """One recipe at one length.
+class Length:
+    """A recipe's peaks at one sequence length, in bytes; 0 where one is not known.
 
     Attributes:
-        recipe: its name.
-        tokens: of a sequence.
-        fits: whether it trained within what the card has.
-        peak_device_bytes: what the card must hold, with the context; 0 where that is not known.
-        floor_bytes: what no method avoids at that length.
+        fits: what the device held, against the card's usable memory.
+        floor_bytes: what no method avoids at that length (`memory.floor`).
     """
 
     recipe: str
     tokens: int
     fits: bool
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
     peak_device_bytes: int
     floor_bytes: int
 
 
-def lengths(style: Style, points: Sequence[LengthPoint], usable_bytes: int) -> "Figure":
+_COLUMNS: tuple[Column[Length], ...] = (
+    Column("recipe", lambda row: Cell(row.recipe)),
+    Column("tokens", lambda row: count_cell(row.tokens)),
+    Column("allocated GiB", lambda row: known_gib_cell(row.peak_allocated_bytes), "allocated"),
+    Column("floor GiB", lambda row: gib_cell(row.floor_bytes), "floor"),
+    Column("x floor", lambda row: times_floor_cell(row.peak_allocated_bytes, row.floor_bytes)),
+    Column("reserved GiB", lambda row: known_gib_cell(row.peak_reserved_bytes), "reserved"),
+    Column("on the card GiB", lambda row: known_gib_cell(row.peak_device_bytes), "on the card"),
+    Column("fits", lambda row: Cell("yes" if row.fits else "no"), "verdict", lambda row: _verdict(row)),
+)
+
+
+def _verdict(row: Length) -> Cell:
+    return Cell("fits", tone="good") if row.fits else Cell("does not fit", tone="bad")
+
+
+def lengths_table(rows: Sequence[Length]) -> str:
+    """The rows as a Markdown table."""
+    return markdown_of(_COLUMNS, rows)
+
+
+def write_lengths(
+    folder: Path, rows: Sequence[Length], card: virtual_gpu.Card, seconds: float, record: dict[str, Any]
+) -> None:
+    """Write `lengths` as JSON, Markdown and CSV; `seconds` is what all runs took."""
+    text = (
+        f"{len(rows)} runs in {seconds:.1f} s, imports included. The card has {gib(card.usable_bytes)} GiB usable, the "
+        f"CUDA context in it; what needs more ran on a card of the same kind with room for it. {FLOOR_TEXT}"
+    )
+    markdown = markdown_page(
+        f"Memory against sequence length on {card.name}", (text, markdown_of(_COLUMNS, rows)), record
+    )
+    cases = [asdict(row) for row in rows]
+    content = {"environment": record, "device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes}
+    write_result(folder, "lengths", content | {"cases": cases}, markdown, cases)
+
+
+@dataclass(frozen=True)
+class _File:
+    device: str
+    usable_bytes: int
+    rows: tuple[Length, ...]
+
+
+def _read(content: Fields) -> _File:
+    rows, usable = content.rows("cases", Length), content.count("usable_bytes")
+    if not usable or not all(row.tokens and row.floor_bytes for row in rows):
+        raise ValueError("usable_bytes, or a case's tokens or floor, is 0")
+    return _File(content.text("device"), usable, rows)
+
+
+def _section(_provenance: Provenance, file: _File) -> Section:
+    chart = Chart(
+        "lengths",
+        "Memory against sequence length",
+        f"{gib(file.usable_bytes)} GiB can be used on {file.device}. {_longest(file.rows)}",
+        lambda style: lengths(style, file.rows, file.usable_bytes),
+        (page_table("Peaks in GiB by recipe and length", _COLUMNS, file.rows),),
+    )
+    return Section(
+        name="lengths",
+        title="How long a sequence may be",
+        text="What the card must hold at the peak, CUDA context included, for one sequence of that many tokens. The "
+        f"dashed line is what a job can use on this card. {FLOOR_TEXT}",
+        charts=(chart,),
+    )
+
+
+def _longest(rows: Sequence[Length]) -> str:
+    parts = []
+    for recipe in dict.fromkeys(row.recipe for row in rows):
+        fitting = [row.tokens for row in rows if row.recipe == recipe and row.fits]
+        parts.append(f"{recipe} {max(fitting):,} tokens" if fitting else f"{recipe} at none of them")
+    return f"The longest of these lengths that fits: {', '.join(parts)}."
+
+
+def _recognises(content: Mapping[str, Any]) -> bool:
+    return "usable_bytes" in content and isinstance(content.get("cases"), list)
+
+
+KIND = Kind("peaks by length (lengths --table)", _recognises, _read, each_its_own(_section))
+
+
+def lengths(style: Style, points: Sequence[Length], usable_bytes: int) -> "Figure":
     """A line a recipe, a thin one its floor; filled marks fit, hollow do not, a cross is where the need is unknown."""
     figure = style.figure(4.6 if style.narrow else 4.4)
     axes = figure.subplots()
@@ -54,7 +153,7 @@ def lengths(style: Style, points: Sequence[LengthPoint], usable_bytes: int) -> "
     return figure
 
 
-def _line(axes: "Axes", style: Style, number: int, found: Sequence[LengthPoint], usable_bytes: int) -> None:
+def _line(axes: "Axes", style: Style, number: int, found: Sequence[Length], usable_bytes: int) -> None:
     colour, marker = style.theme[SERIES[number % len(SERIES)]], _MARKERS[number % len(_MARKERS)]
     known = [point for point in found if point.peak_device_bytes]
     axes.plot(
@@ -81,7 +180,7 @@ def _line(axes: "Axes", style: Style, number: int, found: Sequence[LengthPoint],
         )
 
 
-def _scales(axes: "Axes", style: Style, points: Sequence[LengthPoint], usable_bytes: int) -> None:
+def _scales(axes: "Axes", style: Style, points: Sequence[Length], usable_bytes: int) -> None:
     tokens = sorted({point.tokens for point in points})
     axes.set_xscale("log", base=2)
     low, high = math.floor(math.log2(tokens[0])), math.ceil(math.log2(tokens[-1]))
@@ -107,7 +206,7 @@ def _tokens(count: int) -> str:
 
 
 def _legend(
-    figure: "Figure", style: Style, recipes: Sequence[str], points: Sequence[LengthPoint], usable_bytes: int
+    figure: "Figure", style: Style, recipes: Sequence[str], points: Sequence[Length], usable_bytes: int
 ) -> None:
     from matplotlib.lines import Line2D
 

@@ -1,104 +1,105 @@
 """The longest sequence that trains, recipe by recipe."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.results.parts import (
+from qlora_lowmem.results.kind import Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
     Cell,
-    Provenance,
-    Section,
-    Source,
-    Table,
+    Column,
     count_cell,
+    gib,
     known_gib_cell,
+    markdown_of,
+    markdown_page,
+    page_table,
     size_cell,
     times_floor_cell,
+    write_result,
 )
-from qlora_lowmem.results.reading import Fields, provenance_of
-
-
-@dataclass(frozen=True)
-class _Longest:
-    recipe: str
-    tokens: int
-    next_tokens: int
-    allocated: int
-    device: int
-    floor: int
-    host: int
 
 
 @dataclass(frozen=True)
 class Longest:
-    """The content of a `longest.json`; `changes` are fields of every recipe."""
+    """The longest sequence of a recipe on a card, in tokens, and its peaks in bytes. 0 tokens: not even the shortest.
 
+    Attributes:
+        next_tokens: the shortest length that was seen not to fit; 0 where none was.
+        limited_by: `memory`, or `limit` where the longest length asked for fits.
+        floor_bytes: what no method avoids at the longest length (`memory.floor`).
+        host_bytes: page-locked host memory at the longest length.
+    """
+
+    recipe: str
+    card: str
+    tokens: int
+    next_tokens: int
+    limited_by: str
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_device_bytes: int
+    floor_bytes: int
+    host_bytes: int
+
+
+_COLUMNS: tuple[Column[Longest], ...] = (
+    Column("recipe", lambda row: Cell(row.recipe)),
+    Column("longest that trains", lambda row: count_cell(row.tokens), "longest"),
+    Column("does not fit", lambda row: _next(row, "(not looked further)"), "", lambda row: _next(row)),
+    Column("allocated", lambda row: known_gib_cell(row.peak_allocated_bytes), "allocated GiB"),
+    Column("floor", lambda row: known_gib_cell(row.floor_bytes), "floor GiB"),
+    Column("x floor", lambda row: times_floor_cell(row.peak_allocated_bytes, row.floor_bytes)),
+    Column("on the card", lambda row: known_gib_cell(row.peak_device_bytes), "on the card GiB"),
+    Column("host", lambda row: Cell(gib(row.host_bytes)), "pinned host memory", lambda row: size_cell(row.host_bytes)),
+)
+
+
+def _next(row: Longest, unknown: str = "not looked further") -> Cell:
+    return count_cell(row.next_tokens) if row.next_tokens else Cell(unknown)
+
+
+def write_longest(folder: Path, rows: Sequence[Longest], record: dict[str, Any], changes: Mapping[str, str]) -> None:
+    """Write `longest` as JSON, Markdown and CSV.
+
+    Args:
+        changes: fields of every recipe that were given on the command line.
+    """
+    changed = ", ".join(f"`{name}: {value}`" for name, value in changes.items())
+    text = (
+        "Tokens of one sample, batch 1, found by running each length (two optimizer steps of one or two "
+        "micro-batches). Peaks in GiB; what a job can use of the card holds the CUDA context too; host is page-locked "
+        f"memory. {FLOOR_TEXT}{f' Changed in every recipe: {changed}.' if changed else ''}"
+    )
+    markdown = markdown_page(f"The longest sequence on {record['device']}", (text, markdown_of(_COLUMNS, rows)), record)
+    plain = [asdict(row) for row in rows]
+    content = {"environment": record, "device": record["device"], "provenance": "virtual", "changes": changes}
+    write_result(folder, "longest", content | {"cases": plain}, markdown, plain)
+
+
+@dataclass(frozen=True)
+class _File:
     changes: str
-    cases: tuple[_Longest, ...]
+    rows: tuple[Longest, ...]
 
 
-def recognises(content: dict[str, Any]) -> bool:
-    """Cases that say what did not fit any more."""
-    cases = content.get("cases")
-    return isinstance(cases, list) and any(isinstance(case, dict) and "next_tokens" in case for case in cases)
+def _read(content: Fields) -> _File:
+    changes = content.object("changes").texts()
+    return _File(", ".join(f"{name} {value}" for name, value in changes.items()), content.rows("cases", Longest))
 
 
-def read(content: Fields) -> tuple[Provenance, Longest]:
-    """Its cases, in bytes and tokens; the floor of a recipe that fits at no length is 0."""
-    cases = tuple(
-        _Longest(
-            case.text("recipe"),
-            case.count("tokens"),
-            case.count("next_tokens"),
-            case.count("peak_allocated_bytes"),
-            case.count("peak_device_bytes"),
-            case.count("floor_bytes"),
-            case.count("host_bytes"),
-        )
-        for case in content.objects("cases")
-    )
-    changes = content.object("changes")
-    given = ", ".join(f"{name} {changes.text(name)}" for name in changes.raw)
-    return provenance_of(content), Longest(given, cases)
-
-
-def sections(found: Sequence[tuple[Source, Longest]]) -> list[Section]:
-    """One section a file."""
-    return [_section(source, data, len(found) > 1) for source, data in found]
-
-
-def _section(source: Source, data: Longest, several: bool) -> Section:
-    cases = data.cases
-    best = max(cases, key=lambda case: case.tokens)
-    rows = tuple(
-        (
-            Cell(case.recipe),
-            count_cell(case.tokens),
-            count_cell(case.next_tokens) if case.next_tokens else Cell("not looked further"),
-            known_gib_cell(case.allocated),
-            known_gib_cell(case.floor),
-            times_floor_cell(case.allocated, case.floor),
-            known_gib_cell(case.device),
-            size_cell(case.host),
-        )
-        for case in cases
-    )
-    headers = (
-        "recipe",
-        "longest",
-        "does not fit",
-        "allocated GiB",
-        "floor GiB",
-        "× floor",
-        "on the card GiB",
-        "pinned host memory",
-    )
+def _section(_provenance: Provenance, file: _File) -> Section:
+    best = max(file.rows, key=lambda row: row.tokens)
     return Section(
         name="longest",
-        title=f"The longest sequence that trains{f', {source.provenance.device}' if several else ''}",
+        title="The longest sequence that trains",
         text="Tokens of one sample at batch size 1, found by running each length: two optimizer steps of one or two "
-        "micro-batches." + (f" Changed in every recipe: {data.changes}." if data.changes else ""),
-        sources=(source,),
-        tables=(Table("Tokens, and peaks at the longest", headers, rows),),
+        "micro-batches." + (f" Changed in every recipe: {file.changes}." if file.changes else ""),
+        tables=(page_table("Tokens, and peaks at the longest", _COLUMNS, file.rows),),
         highlights=((f"{best.tokens:,} tokens", f"the longest sequence that trains ({best.recipe})"),),
     )
+
+
+KIND = Kind("the longest sequences (longest --table)", has_rows("cases", "next_tokens"), _read, each_its_own(_section))

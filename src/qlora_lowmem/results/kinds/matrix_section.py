@@ -4,17 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lowmem.results.parts import (
-    Cell,
-    Provenance,
-    Section,
-    Source,
-    Table,
-    count_cell,
-    known_gib_cell,
-    times_floor_cell,
-)
-from qlora_lowmem.results.reading import Fields, provenance_of
+from qlora_lowmem.results.kind import Fields, Provenance, Section, Source, provenance_of
+from qlora_lowmem.results.tables import Cell, Table, count_cell, known_gib_cell, times_floor_cell
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,27 @@
-"""What the card holds in each phase of a run, a panel a recipe, with what it may hold."""
+"""The whole life of a run: the peak of every phase, from loading to merging, beside what the card may hold."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_lowmem.memory.profile import PHASES
+from qlora_lowmem.memory.profile import PHASES, Peak
+from qlora_lowmem.results.kind import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.style import SMALL, Style, legend_label, name_rows, plain, row_height, words_behind
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    Cell,
+    Column,
+    Table,
+    gib,
+    gib_cell,
+    known_gib_cell,
+    markdown_of,
+    markdown_page,
+    page_table,
+    times_floor_cell,
+    write_result,
+)
 from qlora_lowmem.units import GIB
 
 if TYPE_CHECKING:
@@ -58,6 +74,243 @@ class PhaseBytes:
     def end(self) -> int:
         """Where its bar or its mark ends, whichever is further."""
         return max(self.device, self.allocated_budget or 0)
+
+
+def phase_bytes(
+    phases: Mapping[str, Peak],
+    device_budget: int,
+    allocated_budgets: Mapping[str, int] | None = None,
+    out_of_memory: Mapping[str, str] | None = None,
+    floor: int = 0,
+) -> tuple[PhaseBytes, ...]:
+    """The phases of a profile beside their budgets, in bytes and in the order of a run's life.
+
+    Args:
+        device_budget: what the card may hold in every phase.
+        allocated_budgets: what tensors may take, by phase; None where nobody set budgets.
+        out_of_memory: torch's message by the phase in which memory ran out. A phase that has no readings gets zeros; a
+            moment that is no phase (between two of them) counts to the last phase with readings.
+        floor: what no method of training the recipe avoids; 0 where no step ended.
+    """
+    peaks = dict(phases)
+    messages = {}
+    for name, message in (out_of_memory or {}).items():
+        phase = name if name in PHASES else list(phases)[-1] if phases else PHASES[0]
+        messages[phase] = message or "out of memory"
+        peaks.setdefault(phase, Peak())
+    return tuple(
+        PhaseBytes(
+            name,
+            peaks[name].allocated,
+            allocated_budgets[name] if allocated_budgets is not None else None,
+            peaks[name].reserved,
+            peaks[name].device,
+            device_budget,
+            floor,
+            messages.get(name, ""),
+        )
+        for name in PHASES
+        if name in peaks
+    )
+
+
+def highest(life: Sequence[PhaseBytes]) -> PhaseBytes:
+    """The phase in which tensors take most, the first of those with the same: what is held against the floor."""
+    return max(life, key=lambda each: each.allocated)
+
+
+Lives = Mapping[str, Sequence[PhaseBytes]]  # the phases of each recipe, in the order of PHASES
+
+_PHASE, _BUDGET = "phase", "budget"
+_Row = tuple[str, PhaseBytes]  # a recipe and one of its phases
+_COLUMNS: tuple[Column[_Row], ...] = (
+    Column("recipe", lambda row: Cell(row[0])),
+    Column(_PHASE, lambda row: Cell(row[1].phase)),
+    Column("allocated", lambda row: gib_cell(row[1].allocated)),
+    Column(_BUDGET, lambda row: known_gib_cell(row[1].allocated_budget), "allocated budget"),
+    Column("reserved", lambda row: gib_cell(row[1].reserved)),
+    Column("on the card", lambda row: gib_cell(row[1].device)),
+    Column("budget on the card", lambda row: gib_cell(row[1].device_budget), "card budget"),
+)
+_FLOOR_COLUMNS: tuple[Column[_Row], ...] = (
+    Column("recipe", lambda row: Cell(row[0])),
+    Column("highest in", lambda row: Cell(row[1].phase)),
+    Column("allocated", lambda row: gib_cell(row[1].allocated)),
+    Column("floor", lambda row: known_gib_cell(row[1].floor)),
+    Column("x floor", lambda row: times_floor_cell(row[1].allocated, row[1].floor)),
+)
+
+
+def _rows(lives: Lives) -> list[_Row]:
+    return [(recipe, each) for recipe, life in lives.items() for each in life]
+
+
+def _highest(lives: Lives) -> list[_Row]:
+    """The phase of each in which tensors take most, the first of those with the same: it is held against the floor."""
+    return [(recipe, max(life, key=lambda each: each.allocated)) for recipe, life in lives.items()]
+
+
+def phases_content(lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
+    """What `phases.json` and `qlora_lowmem.phases --json` hold; `record` is the figures' provenance."""
+    cases = [
+        {
+            "recipe": recipe,
+            "phase": each.phase,
+            "allocated_bytes": each.allocated,
+            "allocated_budget_bytes": each.allocated_budget,
+            "reserved_bytes": each.reserved,
+            "device_bytes": each.device,
+            "device_budget_bytes": each.device_budget,
+            "floor_bytes": each.floor,
+            "out_of_memory": each.out_of_memory or None,
+        }
+        for recipe, each in _rows(lives)
+    ]
+    return {"environment": record, "cases": cases}
+
+
+def write_phases(folder: Path, lives: Lives, record: dict[str, Any], about: str) -> None:
+    """Write `phases` as JSON, Markdown and CSV; `about` says what ran."""
+    rows, content = _rows(lives), phases_content(lives, record)
+    ran_out = "\n".join(
+        f"- {recipe}, {each.phase}: {each.out_of_memory}" for recipe, each in rows if each.out_of_memory
+    )
+    parts = [
+        f"{about} Reserved does not fall within a process: the allocator keeps what it has.",
+        markdown_of(_COLUMNS, rows, text_columns=2),
+        f"The highest phase of each beside the floor of its training steps. {FLOOR_TEXT}",
+        markdown_of(_FLOOR_COLUMNS, _highest(lives), text_columns=2),
+        *(("Out of memory, with the highest readings until there:", ran_out) if ran_out else ()),
+    ]
+    markdown = markdown_page(f"Every phase of a run on {record['device']}, in GiB", parts, record)
+    write_result(folder, "phases", content, markdown, content["cases"])
+
+
+def _read(content: Fields) -> Lives:
+    """The cases of a `phases.json`; a phase is one that runs have, once a recipe, and a recipe has one floor."""
+    lives: dict[str, dict[str, PhaseBytes]] = {}
+    for case in content.objects("cases"):
+        found = _phase(case)
+        life = lives.setdefault(case.text("recipe"), {})
+        if found.phase not in PHASES:
+            raise ValueError(f"phase: {found.phase!r} is not one of {', '.join(PHASES)}")
+        if found.phase in life:
+            raise ValueError(f"phase: {case.text('recipe')!r} has {found.phase!r} twice")
+        if not found.device_budget or found.allocated_budget == 0:
+            raise ValueError(f"a budget of the phase {found.phase!r} is 0")
+        if any(other.floor != found.floor for other in life.values()):
+            raise ValueError(f"floor_bytes: {case.text('recipe')!r} has several")
+        life[found.phase] = found
+    return {recipe: tuple(life[name] for name in PHASES if name in life) for recipe, life in lives.items()}
+
+
+def _phase(case: Fields) -> PhaseBytes:
+    return PhaseBytes(
+        phase=case.text("phase"),
+        allocated=case.count("allocated_bytes"),
+        allocated_budget=None if case["allocated_budget_bytes"] is None else case.count("allocated_budget_bytes"),
+        reserved=case.count("reserved_bytes"),
+        device=case.count("device_bytes"),
+        device_budget=case.count("device_budget_bytes"),
+        floor=case.count("floor_bytes"),
+        out_of_memory="" if case["out_of_memory"] is None else case.text("out_of_memory") or "out of memory",
+    )
+
+
+def _section(_provenance: Provenance, lives: Lives) -> Section:
+    every = [each for _, each in _rows(lives)]
+    within = sum(not each.fails for each in every)
+    budgets = (
+        "Each phase has a budget for what tensors take, and one for what the card holds with the CUDA context, which is"
+        if any(each.allocated_budget is not None for each in every)
+        else "What the card may hold is what a job can use there; with the CUDA context, what it holds is"
+    )
+    return Section(
+        name="phases",
+        title="The whole life of a run",
+        text=f"A card that trains must also load, evaluate, save and merge. {budgets} the figure behind a bar. "
+        "Resuming and merging are processes of their own. Within a process reserved does not fall: the allocator keeps "
+        f"what it has. {FLOOR_TEXT}",
+        charts=(chart_of("phases", lives, missing=True),),
+        tables=tables_of(lives),
+        highlights=((f"{within} of {len(every)}", "phases of a run stay within their budgets"),),
+    )
+
+
+KIND = Kind(
+    "peaks by phase (phases --json)", has_rows("cases", "phase", "device_budget_bytes"), _read, each_its_own(_section)
+)
+
+
+def chart_of(name: str, lives: Lives, missing: bool) -> Chart:
+    """The chart of those phases with a table a recipe; `missing`: name the phases of a whole life that have none."""
+    texts = (_verdicts(lives), _most(lives), *(_missing(lives) if missing else ()))
+    return Chart(
+        name,
+        "Peak of each phase",
+        " ".join(text for text in texts if text),
+        lambda style: phases(style, lives),
+        tuple(_table(recipe, life) for recipe, life in lives.items()),
+    )
+
+
+def tables_of(lives: Lives) -> tuple[Table, ...]:
+    """The highest phase of each recipe beside its floor, and what torch said where memory ran out."""
+    floors = page_table("What tensors take at most, beside the floor, in GiB", _FLOOR_COLUMNS, _highest(lives))
+    columns: tuple[Column[_Row], ...] = (
+        Column("recipe", lambda row: Cell(row[0])),
+        Column(_PHASE, lambda row: Cell(row[1].phase, tone="bad")),
+        Column("torch says", lambda row: Cell(row[1].out_of_memory)),
+    )
+    ran_out = [row for row in _rows(lives) if row[1].out_of_memory]
+    return (floors, page_table("Where memory ran out", columns, ran_out)) if ran_out else (floors,)
+
+
+def _verdicts(lives: Lives) -> str:
+    ran_out = [f"{each.phase} of {recipe}" for recipe, life in lives.items() for each in life if each.out_of_memory]
+    over = [f"{each.phase} of {recipe}" for recipe, life in lives.items() for each in life if each.over]
+    texts = [
+        *([f"Out of memory: {', '.join(ran_out)}; the peaks there are those until then."] if ran_out else []),
+        *([f"Over budget: {', '.join(over)}."] if over else []),
+    ]
+    return " ".join(texts) or f"All {sum(map(len, lives.values()))} phases stay within their budgets."
+
+
+def _most(lives: Lives) -> str:
+    """The phase in which the card holds most, the first of those with the same."""
+    parts = []
+    for recipe, life in lives.items():
+        top = max(life, key=lambda each: each.device)
+        parts.append(f"{recipe} {gib(top.device)} of {gib(top.device_budget)} GiB ({top.phase})")
+    return f"The most that the card holds, and the first phase with it: {', '.join(parts)}."
+
+
+def _missing(lives: Lives) -> list[str]:
+    """What has no figures: a run that memory ended has none of the phases after that."""
+    missing = [
+        f"{name} of {recipe}"
+        for recipe, life in lives.items()
+        for name in PHASES
+        if name not in {each.phase for each in life}
+    ]
+    return [f"Without figures: {', '.join(missing)}."] if missing else []
+
+
+def _table(recipe: str, life: Sequence[PhaseBytes]) -> Table:
+    """Without a column of budgets where nobody set one for what tensors take."""
+    budgets = any(each.allocated_budget is not None for each in life)
+    columns = [column for column in _COLUMNS[1:] if budgets or column.heading != _BUDGET]
+    rows = [(recipe, each) for each in life]
+    return page_table(f"Peaks of {recipe} in GiB by phase", [*columns, Column("verdict", _verdict)], rows)
+
+
+def _verdict(row: _Row) -> Cell:
+    _, each = row
+    if each.out_of_memory:
+        return Cell("out of memory", tone="bad")
+    readings = (("allocated", each.allocated_over), ("on the card", each.device_over))
+    over = [name for name, found in readings if found]
+    return Cell(f"over: {' and '.join(over)}", tone="bad") if over else Cell("within budget", tone="good")
 
 
 def phases(style: Style, lives: Mapping[str, Sequence[PhaseBytes]]) -> "Figure":

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_lowmem.results.kind import Chart, Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.kinds.prediction import prediction
 from qlora_lowmem.results.kinds.prediction_table import LIMITS, READINGS, WHOLE_RUN, Figure
-from qlora_lowmem.results.parts import Cell, Chart, Provenance, Section, Source, Table, gib_cell, ratio_cell
-from qlora_lowmem.results.reading import Fields, provenance_of
+from qlora_lowmem.results.tables import Cell, Table, gib_cell, ratio_cell
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_lowmem.results.kind import Chart, Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.kinds.published import FIGURES, Published, published
-from qlora_lowmem.results.parts import Cell, Chart, Provenance, Section, Source, Table, gib_cell, ratio_cell
-from qlora_lowmem.results.reading import Fields, provenance_of
-from qlora_lowmem.results.tables import gib
+from qlora_lowmem.results.tables import Cell, Table, gib, gib_cell, ratio_cell
 
 _OUT_OF_MEMORY = "out of memory"  # in the place of a figure: no peak was published, only that a card was too small
 

@@ -1,18 +1,14 @@
 """Training runs: the peaks by phase of what `train --json` says of each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.memory.profile import PHASES, Peak
-from qlora_lowmem.results.cards import usable_bytes
-from qlora_lowmem.results.kinds.phases import PhaseBytes
-from qlora_lowmem.results.kinds.phases_section import chart_of, tables_of
-from qlora_lowmem.results.kinds.phases_table import phase_bytes
-from qlora_lowmem.results.parts import Provenance, Section, Source
-from qlora_lowmem.results.reading import Fields, provenance_of
-from qlora_lowmem.results.tables import FLOOR_TEXT
+from qlora_lowmem.results.kind import Fields, Kind, Section, Source
+from qlora_lowmem.results.kinds.phases import PhaseBytes, chart_of, phase_bytes, tables_of
+from qlora_lowmem.results.tables import FLOOR_TEXT, usable_bytes
 
 
 @dataclass(frozen=True)
@@ -23,17 +19,12 @@ class Run:
     phases: tuple[PhaseBytes, ...]
 
 
-def recognises(content: dict[str, Any]) -> bool:
-    """A recipe and the phases of its run."""
+def _recognises(content: Mapping[str, Any]) -> bool:
     return isinstance(content.get("recipe"), dict) and isinstance(content.get("phases"), list)
 
 
-def read(content: Fields) -> tuple[Provenance, Run]:
-    """The phases of a `train --json`, and where memory ran out if it did.
-
-    Raises:
-        ValueError: a field is missing or of another kind; a phase that no run has.
-    """
+def _read(content: Fields) -> Run:
+    """The phases of a `train --json`, and where memory ran out if it did."""
     peaks = {}
     for phase in content.objects("phases"):
         if phase.text("name") not in PHASES:
@@ -50,10 +41,10 @@ def read(content: Fields) -> tuple[Provenance, Run]:
     name = content.object("recipe").raw.get("name")
     floor = 0 if ran_out else content.count("floor_bytes")
     phases = phase_bytes(peaks, budget, out_of_memory=ran_out, floor=floor)
-    return provenance_of(content), Run(name if isinstance(name, str) else "", phases)
+    return Run(name if isinstance(name, str) else "", phases)
 
 
-def sections(found: Sequence[tuple[Source, Run]]) -> list[Section]:
+def _sections(found: Sequence[tuple[Source, Run]]) -> list[Section]:
     """One section for all runs, side by side."""
     names = [run.recipe for _, run in found]
     lives = {}
@@ -72,3 +63,6 @@ def sections(found: Sequence[tuple[Source, Run]]) -> list[Section]:
             tables=tables_of(lives),
         )
     ]
+
+
+KIND = Kind("a training run (train --json)", _recognises, _read, _sections)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from qlora_lowmem.results.kind import Chart, Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.kinds.verdicts import FIGURES, Held, Row, verdicts
-from qlora_lowmem.results.parts import Cell, Chart, Provenance, Section, Source, Table
-from qlora_lowmem.results.reading import Fields, provenance_of
+from qlora_lowmem.results.tables import Cell, Table
 from qlora_lowmem.units import MIB, format_signed
 
 

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_lowmem.results.cards import usable_bytes
+from qlora_lowmem.results.kind import Chart, Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.kinds.waterfall import Step, waterfall
-from qlora_lowmem.results.parts import Cell, Chart, Provenance, Section, Source, Table, gib_cell, times_floor_cell
-from qlora_lowmem.results.reading import Fields, provenance_of
-from qlora_lowmem.results.tables import FLOOR_TEXT, gib
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Table, gib, gib_cell, times_floor_cell, usable_bytes
 from qlora_lowmem.units import GIB
 
 

@@ -4,10 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.results.cards import usable_bytes
 from qlora_lowmem.results.kinds.waterfall import Step, waterfall
 from qlora_lowmem.results.style import save
-from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    gib,
+    markdown_table,
+    provenance_lines,
+    times_floor,
+    usable_bytes,
+    write_result,
+)
 
 
 def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any]) -> None:

@@ -12,9 +12,9 @@ from qlora_lowmem.commands import phases
 from qlora_lowmem.commands.phases import Life
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.results.kinds.phases_table import phase_bytes, write_phases
+from qlora_lowmem.results.kinds.phases import phase_bytes, write_phases
 from qlora_lowmem.results.registry import sections_of
-from report.examples import CARD, ENVIRONMENT
+from results.examples import CARD, ENVIRONMENT
 
 PEAKS = {"load": Peak(1, 2, 3), "steady": Peak(4, 5, 6)}
 

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.results.kinds.prediction_table import LIMITS, WHOLE_RUN, Figure, compare, misses, write_prediction
-from report.profiles import GIB, MEASURED, predicted
+from results.profiles import GIB, MEASURED, predicted
 
 
 def test_every_phase_and_reading_is_compared() -> None:

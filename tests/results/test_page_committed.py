@@ -6,8 +6,8 @@ from pathlib import Path
 from helpers import ROOT
 from qlora_lowmem.results.page import named
 from qlora_lowmem.results.registry import KINDS, sections_of
-from report.examples import CARD
-from report.pages import SECTIONS, parsed, table
+from results.examples import CARD
+from results.pages import SECTIONS, parsed, table
 
 # What is committed has no card of this project's own to measure, and no run of a person's.
 COMMITTED = [name for name in SECTIONS if name not in {"runs", "prediction"}]

@@ -10,10 +10,11 @@ from bs4 import BeautifulSoup
 from helpers import ROOT
 from qlora_lowmem.commands.report import main
 from qlora_lowmem.results import style, theme
+from qlora_lowmem.results.kind import Section
 from qlora_lowmem.results.kinds import published
-from qlora_lowmem.results.parts import Cell, Section
 from qlora_lowmem.results.registry import sections_of
-from report.pages import parsed, table
+from qlora_lowmem.results.tables import Cell
+from results.pages import parsed, table
 
 REALITY = ROOT / "results" / "reality.json"
 

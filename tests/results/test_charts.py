@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.results import style, svg, theme
 from qlora_lowmem.results.kinds import attribution, families, lengths, phases, verdicts, waterfall
-from report.examples import STEPS
-from report.examples import attribution as example
+from results.examples import STEPS
+from results.examples import attribution as example
 
 
 @pytest.mark.parametrize("found", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
@@ -101,7 +101,7 @@ def phase(name: str, device: int = 2**32) -> phases.PhaseBytes:
         lambda look: attribution.breakdown(look, example()),
         lambda look: attribution.timeline(look, example()),
         lambda look: attribution.peaks(look, [("_a", example()), ("b" * 300, example(1))]),
-        lambda look: lengths.lengths(look, [lengths.LengthPoint("$\\frac{", 1024, False, 0, 2**29)], 2**33),
+        lambda look: lengths.lengths(look, [lengths.Length("$\\frac{", 1024, False, 0, 0, 0, 2**29)], 2**33),
         lambda look: phases.phases(look, {"$\\frac{": [phase("merge", 0)]}),
         lambda look: phases.phases(
             look, {"_a": [phase("load")], "b" * 300: [phase("save", 2**34)], "": [phase("save")]}

@@ -13,9 +13,6 @@ from pathlib import Path
 from gate.examples import record
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands import longest
-from qlora_lowmem.commands.lengths import LengthRow
-from qlora_lowmem.commands.lengths import write_table as write_lengths
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.report import write_report
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
@@ -23,14 +20,15 @@ from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
 from qlora_lowmem.memory.timeline import Timeline
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.attribution_table import write_attribution
+from qlora_lowmem.results.kinds.lengths import Length, write_lengths
+from qlora_lowmem.results.kinds.longest import Longest, write_longest
 from qlora_lowmem.results.kinds.matrix import CaseResult, write_matrix
-from qlora_lowmem.results.kinds.phases import PhaseBytes
-from qlora_lowmem.results.kinds.phases_table import write_phases
+from qlora_lowmem.results.kinds.phases import PhaseBytes, write_phases
 from qlora_lowmem.results.kinds.prediction_table import compare, write_prediction
 from qlora_lowmem.results.kinds.verdicts import Budget, Row
 from qlora_lowmem.results.kinds.waterfall import Step
 from qlora_lowmem.results.kinds.waterfall_table import write_waterfall
-from report.profiles import MEASURED, predicted
+from results.profiles import MEASURED, predicted
 
 CARD = "rtx-4050-laptop-6gb"
 MIB, GIB = 2**20, 2**30
@@ -82,8 +80,8 @@ def write_all(folder: Path, names: Sequence[str] = ("tiny",)) -> None:
     (folder / "train.json").write_text(json.dumps(trained(names[-1])))
     (folder / "reality.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": published(names)}))
     write_lengths(folder, _lengths(names), virtual_gpu.get_card(CARD), 1.5, ENVIRONMENT)
-    rows = [longest.Longest(name, CARD, 4096, 8192, "memory", 3 * GIB, 4 * GIB, 5 * GIB, GIB, 15) for name in names]
-    longest.write_table(folder, rows, ENVIRONMENT, {"target_modules": "all-linear"})
+    rows = [Longest(name, CARD, 4096, 8192, "memory", 3 * GIB, 4 * GIB, 5 * GIB, GIB, 15) for name in names]
+    write_longest(folder, rows, ENVIRONMENT, {"target_modules": "all-linear"})
     figures = [f for name in names for f in compare(name, predicted(allocated=0.004, reserved=0.05), MEASURED)]
     measured = provenance_record(MEASURED.device, "measured", "580.1")
     write_prediction(folder, figures, measured, "A twin.", dict.fromkeys(names, "it does not fit"))
@@ -154,10 +152,10 @@ def families(names: Sequence[str]) -> list[dict[str, object]]:
     ]
 
 
-def _lengths(names: Sequence[str]) -> list[LengthRow]:
+def _lengths(names: Sequence[str]) -> list[Length]:
     needs = {"plain": (GIB, 9 * GIB)} | dict.fromkeys(names, (GIB, 2 * GIB))
     return [
-        LengthRow(recipe, tokens, need < 5 * GIB, need - 3, need - 2, need, GIB // 2 + tokens)
+        Length(recipe, tokens, need < 5 * GIB, need - 3, need - 2, need, GIB // 2 + tokens)
         for recipe, sizes in needs.items()
         for tokens, need in zip((1024, 8192), sizes, strict=True)
     ]

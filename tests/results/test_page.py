@@ -16,8 +16,8 @@ from qlora_lowmem.results.kinds.attribution_table import write_attribution
 from qlora_lowmem.results.page import named
 from qlora_lowmem.results.registry import KINDS as KINDS_OF_FILE
 from qlora_lowmem.results.registry import sections_of
-from report.examples import ENVIRONMENT, attribution, write_all
-from report.pages import SECTIONS, parsed, table, values
+from results.examples import ENVIRONMENT, attribution, write_all
+from results.pages import SECTIONS, parsed, table, values
 
 
 def test_every_kind_of_file_has_its_section(soup: BeautifulSoup) -> None:

@@ -8,7 +8,7 @@ from bs4 import BeautifulSoup
 
 from helpers import ROOT
 from qlora_lowmem.commands.report import main
-from report.examples import CARD, write_all
+from results.examples import CARD, write_all
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
-from qlora_lowmem.results.parts import Section
+from qlora_lowmem.results.kind import Section
 from qlora_lowmem.results.registry import sections_of
 
 FAMILIES = ROOT / "results" / "lean-families.json"

@@ -7,7 +7,7 @@ from bs4 import BeautifulSoup
 
 from qlora_lowmem.memory.profile import PHASES
 from qlora_lowmem.results.registry import sections_of
-from report.pages import table, values
+from results.pages import table, values
 
 SIZES = ("allocated_bytes", "allocated_budget_bytes", "reserved_bytes", "device_bytes", "device_budget_bytes")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.results.registry import sections_of
-from report.examples import CARD, trained
+from results.examples import CARD, trained
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
