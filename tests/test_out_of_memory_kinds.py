@@ -160,22 +160,22 @@ def test_before_and_after() -> None:
 
 
 def test_merge(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_lowmem.commands.merge import merge_run
-    from qlora_lowmem.models import loading, merging
+    from qlora_lowmem.models import merging
     from qlora_lowmem.recipe.io import replace_fields
+    from qlora_lowmem.run import merge
 
     pretrained = replace_fields(recipe, {"weights": "pretrained", "model": str(write_tiny_chat(tmp_path / "model"))})
     monkeypatch.setattr(merging.Adapter, "read", lambda _: None)
-    monkeypatch.setattr(loading, "weights_folder", lambda *_: tmp_path / "model")
-    monkeypatch.setattr(executing, "start_recorder", lambda _: FakeRecorder())
-    monkeypatch.setattr("qlora_lowmem.run.job.apply_memory_limit", lambda *_: 0)
+    monkeypatch.setattr(merge, "weights_folder", lambda *_: tmp_path / "model")
+    monkeypatch.setattr(merge, "start_recorder", lambda _: FakeRecorder())
+    monkeypatch.setattr(merge, "apply_memory_limit", lambda *_: 0)
     for error, kind in (
         (torch.AcceleratorError(CUDA), executing.OutOfGpuMemoryError),
         (MemoryError(), executing.OutOfHostMemoryError),
     ):
         monkeypatch.setattr(merging, "merge", failing(error))
         with pytest.raises(kind, match="merge"):
-            merge_run(pretrained, tmp_path, tmp_path / "merged", "bf16", "cuda")
+            merge.merge_run(pretrained, tmp_path, tmp_path / "merged", "bf16", "cuda")
 
 
 # Takes a context, then runs the command given: two programs on one card.

@@ -97,8 +97,8 @@ def _joined(profiles: Sequence[MemoryProfile]) -> MemoryProfile:
 
 def live_here(content: dict[str, Any], folder: str, part: str) -> dict[str, Any]:
     """In the worker: one part of a life, with what the parts before it left in `folder`."""
-    from qlora_lowmem.commands.merge import merge_run
     from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
+    from qlora_lowmem.run.merge import merge_run
 
     run = Path(folder) / "run"
     recipe = _lived(recipe_from_dict(content), Path(folder) / "model")
