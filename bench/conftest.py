@@ -10,10 +10,9 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
 from qlora_lowmem.gate.cases import GpuRunner, Matrix, Runner, VirtualRunner
-from qlora_lowmem.gate.measured_card import properties_of_this_machine
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.gate.session import GateSession
-from qlora_lowmem.memory.device import driver_version
+from qlora_lowmem.memory.device import driver_version, properties_of_this_machine
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe import Recipe

@@ -12,8 +12,7 @@ from matrix_recipes import ORDER
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.cases import Matrix, VirtualRunner
-from qlora_lowmem.gate.measured_card import properties_of_this_machine, virtual_twin
-from qlora_lowmem.memory.device import driver_version
+from qlora_lowmem.memory.device import driver_version, properties_of_this_machine, virtual_twin
 from qlora_lowmem.memory.profile import provenance_here
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field

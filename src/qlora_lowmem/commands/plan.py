@@ -36,11 +36,11 @@ from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
 from qlora_lowmem.files import cache_folder
+from qlora_lowmem.memory.device import card_of_this_machine
 from qlora_lowmem.plan import screen
 from qlora_lowmem.plan.answers import Plan
 from qlora_lowmem.plan.cache import RunCache
 from qlora_lowmem.plan.kept_runs import Runs
-from qlora_lowmem.plan.machine import card_of_this_machine
 from qlora_lowmem.plan.model import PlannedModel, planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, Planner
 from qlora_lowmem.plan.recipe_runs import recipe_server

@@ -14,9 +14,8 @@ from torch.cuda import memory as cuda_memory
 from qlora_lowmem.gate.plain_attribution import PlainEvidence, PlainOwner, attribute
 from qlora_lowmem.gate.plain_scopes import PlainScopes
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.memory.device import device_name
+from qlora_lowmem.memory.device import device_handle, device_name
 from qlora_lowmem.memory.history import replay
-from qlora_lowmem.memory.nvml import device_handle
 from qlora_lowmem.memory.owners import quantisation_tensors
 from qlora_lowmem.memory.profile import MemoryProfile, Peak, provenance_here
 from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot

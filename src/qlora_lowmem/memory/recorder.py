@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pynvml
 import torch
 
-from qlora_lowmem.memory.nvml import device_handle
+from qlora_lowmem.memory.device import device_handle
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak, Provenance
 
 

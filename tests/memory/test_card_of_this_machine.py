@@ -9,14 +9,14 @@ import pytest
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.plan.machine import _used_by_others
+from qlora_lowmem.memory.device import _used_by_others
 
 _CODE = """
 import json, os, torch
 if HELD:
     held = torch.zeros(HELD >> 2, device="cuda:0")  # on this machine's first card
 os.environ["CUDA_VISIBLE_DEVICES"] = VISIBLE
-from qlora_lowmem.plan.machine import card_of_this_machine
+from qlora_lowmem.memory.device import card_of_this_machine
 card = card_of_this_machine()
 figures = [card.total_bytes, card.usable_bytes, card.context_bytes]
 print(json.dumps([card.name, card.title, *figures, card.sources["usable_bytes"]]))

@@ -12,9 +12,9 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.gate import measured_card
 from qlora_lowmem.gate.cases import VirtualRunner
-from qlora_lowmem.gate.measured_card import DeviceProperties, properties_of_this_machine, virtual_twin
+from qlora_lowmem.memory import device
+from qlora_lowmem.memory.device import DeviceProperties, properties_of_this_machine, virtual_twin
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.matrix import CaseResult
@@ -35,7 +35,7 @@ BLACKWELL_LAPTOP = DeviceProperties(
 
 def _asked_on(card: virtual_gpu.Card, folder: Path) -> DeviceProperties:
     with (folder / "properties.json").open("w+") as file:
-        report = virtual_gpu.run([sys.executable, "-m", "qlora_lowmem.gate.measured_card"], card, stdout=file)
+        report = virtual_gpu.run([sys.executable, "-m", "qlora_lowmem.memory.device"], card, stdout=file)
         assert report.exit_code == 0
         file.seek(0)
         return DeviceProperties(**json.load(file))
@@ -67,14 +67,14 @@ def test_the_nearest_card_is_of_the_same_generation_and_then_of_the_nearest_memo
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: Found no NVIDIA driver on your system.")
-    monkeypatch.setattr(measured_card.subprocess, "run", lambda *_args, **_kwargs: failed)
+    monkeypatch.setattr(device.subprocess, "run", lambda *_args, **_kwargs: failed)
     with pytest.raises(UsageError, match=r"--gpu needs a GPU that torch can use.*Found no NVIDIA driver"):
         properties_of_this_machine()
 
 
 def test_properties_come_back_from_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
     answered = subprocess.CompletedProcess([], 0, json.dumps(asdict(BLACKWELL_LAPTOP)), "")
-    monkeypatch.setattr(measured_card.subprocess, "run", lambda *_args, **_kwargs: answered)
+    monkeypatch.setattr(device.subprocess, "run", lambda *_args, **_kwargs: answered)
     assert properties_of_this_machine() == BLACKWELL_LAPTOP
 
 

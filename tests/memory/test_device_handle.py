@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pynvml
 import pytest
 
-from qlora_lowmem.memory.nvml import device_handle
+from qlora_lowmem.memory.device import device_handle
 from qlora_lowmem.virtual_gpu import get_card
 
 PROGRAM = """
