@@ -58,7 +58,7 @@ NOT_RUN = {
     "cp outputs/gate/gate.json results/rtx-4050-laptop-6gb/": "needs the report of that run",
     "git add bench/baselines": "a person's own commit",
     "python -m qlora_lowmem.gate.bisect --good before.txt --bad after.txt --config bench/recipes/optimised.yaml": (
-        "installs packages; tests/gate/test_bisect.py runs it"
+        "installs packages; tests/commands/test_bisect.py runs it"
     ),
 }
 

@@ -6,6 +6,7 @@ Needs a package index for the older version, which lands in the cache as an over
 import json
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 
 from gate.seeds import MODEL
 from helpers import RECIPES
-from qlora_lowmem.commands.bisect import RecipeMeasure, bisect
-from qlora_lowmem.commands.overlays import Overlays, default_folder
+from qlora_lowmem.commands.bisect import bisect, measure_recipe, overlaid
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import cache_folder
 from qlora_lowmem.gate.environment_key import key_of
 from qlora_lowmem.gate.records import attributed
 from qlora_lowmem.gate.verdicts import EXACT, NotComparable, Regressed, compare
@@ -29,13 +30,13 @@ OLD = "5.17.0"
 
 
 @pytest.fixture(scope="module")
-def overlays() -> Overlays:
-    made = Overlays(default_folder())
+def overlays() -> Path:
+    folder = cache_folder() / "overlays"
     try:
-        made.environment({"transformers": OLD})
+        overlaid({"transformers": OLD}, folder)
     except UsageError as error:
         pytest.skip(f"no package index: {error}")
-    return made
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def explained(recipe: Path, environment: dict[str, str]) -> Record:
     return attributed(Record(key, peak, 0, 0, versions=versions), found)
 
 
-def test_it_is_caught_and_attributed_to_the_scan(recipe: Path, overlays: Overlays) -> None:
-    before, after = (explained(recipe, overlays.environment(pins)) for pins in ({}, {"transformers": OLD}))
+def test_it_is_caught_and_attributed_to_the_scan(recipe: Path, overlays: Path) -> None:
+    before, after = (explained(recipe, overlaid(pins, overlays)) for pins in ({}, {"transformers": OLD}))
     assert isinstance(compare("downgrade", before, after, EXACT), NotComparable), "the key has the version"
     verdict = compare("downgrade", before, after, EXACT, across_versions=True)
     assert isinstance(verdict, Regressed)
@@ -86,9 +87,10 @@ def test_it_is_caught_and_attributed_to_the_scan(recipe: Path, overlays: Overlay
     assert f"transformers {metadata.version('transformers')} -> {OLD}" in verdict.render()
 
 
-def test_the_bisection_names_it(recipe: Path, overlays: Overlays) -> None:
+def test_the_bisection_names_it(recipe: Path, overlays: Path) -> None:
     """Among packages that changed with it, one of which has no effect."""
     now = {name: metadata.version(name) for name in ("tabulate", "transformers")}
-    found = bisect(now, now | {"tabulate": "0.9.0", "transformers": OLD}, RecipeMeasure(recipe, None, overlays))
+    measure = partial(measure_recipe, config=recipe, card=None, folder=overlays)
+    found = bisect(now, now | {"tabulate": "0.9.0", "transformers": OLD}, measure)
     assert found.packages == ("transformers",)
     assert found.jump > 0

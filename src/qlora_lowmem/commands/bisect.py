@@ -7,18 +7,27 @@ Every step is a run on a virtual card in an environment of its own, made of over
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
-from qlora_lowmem.commands.overlays import Overlays, default_folder, installed, read_constraints
 from qlora_lowmem.environment import words_of
 from qlora_lowmem.errors import EXIT_OK, UsageError
+from qlora_lowmem.files import cache_folder, whole_folder
 from qlora_lowmem.units import format_bytes, format_signed
+
+_PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*==\s*([^\s;#]+)")
 
 # Allocated bytes in an environment of these versions; None where the recipe does not run in it.
 Measure = Callable[[Mapping[str, str]], int | None]
@@ -125,33 +134,108 @@ def _nearest_that_runs(low: int, high: int, peak_with: Callable[[int], int | Non
     return None
 
 
-class RecipeMeasure:
-    """Measures a recipe on a virtual card in environments made of overlays."""
+def measure_recipe(versions: Mapping[str, str], *, config: Path, card: str | None, folder: Path) -> int | None:
+    """Measure a recipe on a virtual card in an environment of these versions, made of overlays kept in `folder`.
 
-    def __init__(self, config: Path, card: str | None, overlays: Overlays) -> None:
-        self._config, self._overlays = config, overlays
-        self._card = ["--card", card] if card else []
+    Returns:
+        Allocated bytes; None, and the reason on stderr, if the recipe does not run.
+    """
+    different = {name: version for name, version in versions.items() if installed(name) != version}
+    named = ", ".join(f"{name} {version}" for name, version in sorted(different.items())) or "what is installed"
+    with tempfile.TemporaryDirectory() as scratch:
+        summary = Path(scratch) / "summary.json"
+        command = [*words_of("train"), "--config", str(config), "--quiet", *(["--card", card] if card else [])]
+        command += ["--device", "virtual", "--data", "synthetic", "--no-advice"]
+        command += ["--output-dir", str(Path(scratch) / "out"), "--json", str(summary)]
+        environment = overlaid(different, folder)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        content = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    if not content.get("fits"):
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+        print(f"{named}: does not run: {reason}", file=sys.stderr)
+        return None
+    peak = int(content["peak_allocated_bytes"])
+    print(f"{named}: {format_bytes(peak)}", file=sys.stderr)
+    return peak
 
-    def __call__(self, versions: Mapping[str, str]) -> int | None:
-        """Allocated bytes; None, and the reason on stderr, if the recipe does not run."""
-        different = {name: version for name, version in versions.items() if installed(name) != version}
-        named = ", ".join(f"{name} {version}" for name, version in sorted(different.items())) or "what is installed"
-        with tempfile.TemporaryDirectory() as folder:
-            summary = Path(folder) / "summary.json"
-            command = [*words_of("train"), "--config", str(self._config), "--quiet"]
-            command += ["--device", "virtual", "--data", "synthetic", "--no-advice", *self._card]
-            command += ["--output-dir", str(Path(folder) / "out"), "--json", str(summary)]
-            environment = self._overlays.environment(different)
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            content = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-        if not content.get("fits"):
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-            print(f"{named}: does not run: {reason}", file=sys.stderr)
-            return None
-        peak = int(content["peak_allocated_bytes"])
-        print(f"{named}: {format_bytes(peak)}", file=sys.stderr)
-        return peak
+
+def read_constraints(path: Path) -> dict[str, str]:
+    """Exact versions of a constraints file by normalised package name; comments, options and ranges are left out.
+
+    Raises:
+        UsageError: it cannot be read, or pins nothing.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"{path}: the constraints cannot be read: {error.strerror}") from None
+    matches = filter(None, (_PIN.match(line.strip()) for line in lines))
+    pins: dict[str, str] = {canonicalize_name(match[1]): match[2] for match in matches}
+    if not pins:
+        raise UsageError(f"{path}: no line of the form package==version; write the versions with pip freeze")
+    return pins
+
+
+def installed(name: str) -> str | None:
+    """The version of a package in this environment; None if it is not there."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def overlaid(versions: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Environment variables in which Python sees these versions before what is installed.
+
+    An overlay is a folder with one version of one package, and of its dependencies those alone that are not installed
+    in a version that it accepts; a process sees it first by having it on PYTHONPATH. So torch is not installed again.
+    Overlays are kept, `NAME-VERSION/site-packages` in `folder`, and used again.
+
+    Raises:
+        UsageError: pip cannot get one of them.
+    """
+    paths = [str(_overlay(folder, n, v)) for n, v in sorted(versions.items()) if installed(n) != v]
+    before = os.environ.get("PYTHONPATH")
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])])}
+
+
+def _overlay(folder: Path, name: str, version: str) -> Path:
+    # `site-packages`, so that lines of code are named as those of installed packages are (`kinds.line_of`).
+    target = folder / f"{name}-{version}" / "site-packages"
+    if not target.is_dir():
+        with whole_folder(target) as scratch:
+            wanted = [f"{name}=={version}"]
+            while wanted:
+                _install(scratch, wanted)
+                wanted = _absent(scratch)
+    return target
+
+
+def _install(target: Path, requirements: list[str]) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *requirements]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
+        raise UsageError(f"{', '.join(requirements)} cannot be installed: {errors[-1]}")
+
+
+def _absent(target: Path) -> list[str]:
+    """Requirements of what is in `target` that are neither there nor installed in a version that they accept."""
+    inside = list(metadata.distributions(path=[str(target)]))
+    there = {canonicalize_name(found.name) for found in inside}
+    needed = [Requirement(text) for found in inside for text in found.requires or ()]
+    applies = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+    absent = {
+        canonicalize_name(need.name): f"{need.name}{need.specifier}"
+        for need in applies
+        if canonicalize_name(need.name) not in there and not _meets(installed(need.name), need)
+    }
+    return sorted(absent.values())
+
+
+def _meets(version: str | None, requirement: Requirement) -> bool:
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,9 +250,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Bisect and say what was found."""
-    overlays = Overlays(options.overlays or default_folder())
+    folder = options.overlays or cache_folder() / "overlays"
     good, bad = read_constraints(options.good), read_constraints(options.bad)
-    found = bisect(good, bad, RecipeMeasure(options.config, options.card, overlays))
+    found = bisect(good, bad, partial(measure_recipe, config=options.config, card=options.card, folder=folder))
     write_json(options.json, asdict(found))
     if options.json != "-":
         print(found.render())

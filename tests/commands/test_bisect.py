@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lowmem.commands import overlays
-from qlora_lowmem.commands.bisect import Found, bisect, main
-from qlora_lowmem.commands.overlays import Overlays, read_constraints
+from qlora_lowmem.commands import bisect as command
+from qlora_lowmem.commands.bisect import Found, bisect, main, overlaid, read_constraints
 from qlora_lowmem.errors import UsageError
 
 GOOD = dict.fromkeys("abcdefgh", "1") | {"same": "1"}
@@ -93,12 +92,11 @@ def test_overlays_are_made_once_and_come_first(tmp_path: Path, monkeypatch: pyte
         calls.append(command)
         return type("Done", (), {"returncode": 0, "stderr": ""})
 
-    monkeypatch.setattr(overlays.subprocess, "run", pip)
-    monkeypatch.setattr(overlays, "installed", lambda name: {"same": "1"}.get(name))
+    monkeypatch.setattr(command.subprocess, "run", pip)
+    monkeypatch.setattr(command, "installed", lambda name: {"same": "1"}.get(name))
     monkeypatch.setenv("PYTHONPATH", "/before")
-    made = Overlays(tmp_path)
     for _ in range(2):
-        environment = made.environment({"package": "2", "same": "1"})
+        environment = overlaid({"package": "2", "same": "1"}, tmp_path)
         assert environment["PYTHONPATH"] == f"{tmp_path / 'package-2' / 'site-packages'}:/before"
     assert len(calls) == 1
     assert calls[0][-1] == "package==2"
@@ -110,7 +108,8 @@ def test_the_command_says_what_it_found(
 ) -> None:
     for name, version in (("good", "1"), ("bad", "2")):
         (tmp_path / f"{name}.txt").write_text(f"a=={version}\nb=={version}\n")
-    monkeypatch.setattr("qlora_lowmem.commands.bisect.RecipeMeasure", lambda *_: Measure(b=50))
+    monkeypatch.setattr(command, "measure_recipe", lambda versions, **_: measure(versions))
+    measure = Measure(b=50)
     flags = ["--good", str(tmp_path / "good.txt"), "--bad", str(tmp_path / "bad.txt"), "--config", "recipe.yaml"]
     assert main([*flags, "--json", str(tmp_path / "found.json")]) == 0
     assert "b 1 -> 2: +50 B" in capsys.readouterr().out
