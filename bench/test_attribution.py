@@ -8,10 +8,9 @@ import pytest
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.gate.cases import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.memory.kinds import OUTSIDE_ALLOCATED
-from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.attribution_table import write_attribution
 
@@ -23,7 +22,7 @@ def runs(request: pytest.FixtureRequest, on_gpu: bool) -> dict[str, "Future[Reci
     """Each recipe's run with attribution, on a card of the default kind with room for it."""
     if on_gpu:
         pytest.skip("measured attribution: python -m qlora_lowmem.explain --config RECIPE --device cuda")
-    card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD).with_memory(ROOMY_BYTES)
+    card = roomy(virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD))
     server = request.getfixturevalue("virtual_server")
     return {
         name: submit_recipe(server, load_recipe(RECIPES / f"{name}.yaml"), card, attribute=True) for name in EXPLAINED

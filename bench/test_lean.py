@@ -10,9 +10,8 @@ import pytest
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.gate.cases import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
-from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.results.kinds.waterfall_table import Step, write_waterfall
@@ -58,7 +57,7 @@ def runs(
         pytest.skip("the ladder is virtual; lean.yaml is measured by pytest bench/test_budgets.py --gpu")
     card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD)
     server = request.getfixturevalue("virtual_server")
-    running = {idea: submit_recipe(server, recipe, card.with_memory(ROOMY_BYTES)) for idea, recipe in ladder()}
+    running = {idea: submit_recipe(server, recipe, roomy(card)) for idea, recipe in ladder()}
     yield running
     steps = []
     for idea, future in running.items():

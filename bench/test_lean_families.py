@@ -10,9 +10,8 @@ from tqdm.auto import tqdm
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.gate.cases import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
-from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, submit_recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.results.kinds.families import Pair
 from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
@@ -39,7 +38,7 @@ def rows(request: pytest.FixtureRequest, on_gpu: bool, results_folder: Path) -> 
     """Every model at every length, on a card of the default kind with room for all."""
     if on_gpu:
         pytest.skip("random weights of 8 B models are virtual; lean.yaml is measured by bench/test_budgets.py --gpu")
-    card = virtual_gpu.get_card(DEFAULT_CARD).with_memory(ROOMY_BYTES)
+    card = roomy(virtual_gpu.get_card(DEFAULT_CARD))
     server = request.getfixturevalue("virtual_server")
     runs: dict[tuple[str, int, str], Future[RecipeRun]] = {
         (model, tokens, name): _submit(server, card, model, name, tokens)
@@ -88,8 +87,8 @@ def _write(folder: Path, rows: list[Pair]) -> None:
     ]
     markdown = (
         "# Lean on the models that people fine-tune\n\nAllocated peaks in GiB, random weights of each architecture, "
-        "batch 1, r 8 on all linear layers, on a card of the kind with 80 GB: the optimised recipe (checkpointing, "
-        f"fused loss) and lean, which is exact. {FLOOR_TEXT}\n\n"
+        "batch 1, r 8 on all linear layers, on a card of the kind with room for everything: the optimised recipe "
+        f"(checkpointing, fused loss) and lean, which is exact. {FLOOR_TEXT}\n\n"
         f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
     )
     plain = [

@@ -12,14 +12,12 @@ import pytest
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.plan.answers import Plan
-from qlora_lowmem.plan.cache import RunCache
-from qlora_lowmem.plan.kept_runs import Runs
+from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.maximum import room_left
 from qlora_lowmem.plan.model import planned_model
-from qlora_lowmem.plan.pair import Extent, Pair
+from qlora_lowmem.plan.pair import Extent, Pair, sweep
 from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, submit_recipe, two_steps
-from qlora_lowmem.plan.sweep import sweep
-from qlora_lowmem.plan.table import Again, write_plans
+from qlora_lowmem.plan.screen import Again, write_plans
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
 

@@ -11,8 +11,7 @@ from published.rows import fine_tuning_runs
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.plan.advice import ROOMY_BYTES
-from qlora_lowmem.plan.recipe_runs import submit_recipe
+from qlora_lowmem.plan.recipe_runs import roomy, submit_recipe
 from reality.comparison import Comparison
 from reality.rows import FACTORY, FITCHECK, FMS, PEFT, PublishedPeak, published_peaks
 from reality.table import SOURCES, write_reality
@@ -49,7 +48,7 @@ def server(on_gpu: bool, request: pytest.FixtureRequest) -> virtual_gpu.Server:
 def plans(server: virtual_gpu.Server) -> dict[str, MemoryProfile]:
     """The peaks of every recipe, by the row's key; each card with as much memory as is asked of it."""
     runs = {
-        row.key: submit_recipe(server, row.recipe, virtual_gpu.get_card(row.card).with_memory(ROOMY_BYTES), timeout=300)
+        row.key: submit_recipe(server, row.recipe, roomy(virtual_gpu.get_card(row.card)), timeout=300)
         for row in {row.key: row for row in ROWS}.values()
     }
     profiles = {}

@@ -15,8 +15,8 @@ import pytest
 from matrix_recipes import ORDER
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.gate.cases import ROOMY_BYTES
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
+from qlora_lowmem.plan.recipe_runs import roomy
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_result
 from qlora_lowmem.units import MIB, format_bytes
@@ -77,7 +77,7 @@ def comparisons(
     from witness.step import bear_witness  # brings torch and all of its company: not for those who leave this out
 
     server: virtual_gpu.Server = request.getfixturevalue("virtual_server")
-    card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD).with_memory(ROOMY_BYTES)
+    card = roomy(virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD))
     workspaces = 2 * WORKSPACE_BYTES[card.compute_capability < (9, 0)]
     recipes = [each for each in recipes if each.name in WITNESSED]
     runs = {each.name: _submit(server, "steady_counters", each, card) for each in recipes}

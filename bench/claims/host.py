@@ -9,12 +9,12 @@ from claims.verdicts import Exactly
 from claims.ways_out import saving
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
-from qlora_lowmem.plan.advice import ROOMY_BYTES
+from qlora_lowmem.plan.recipe_runs import roomy
 
 
 def submit(server: virtual_gpu.Server) -> "dict[str, Future[virtual_gpu.JobResult]]":
     """Queue a packed row on each model, with as much memory as it takes."""
-    card = virtual_gpu.get_card(DEFAULT_CARD).with_memory(ROOMY_BYTES)
+    card = roomy(virtual_gpu.get_card(DEFAULT_CARD))
     row = {"length": 1024, "samples": 4}
     return {
         model: server.submit("claims.packed:packed_forward", {"name": model, **row}, card, timeout=120)

@@ -12,8 +12,7 @@ from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.plan.advice import ROOMY_BYTES
-from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 
@@ -144,7 +143,7 @@ def run_all(server: virtual_gpu.Server) -> Runs:
     """Every case on its card, with a progress bar."""
     futures: dict[tuple[str, str], Future[RecipeRun]] = {}
     for (model, name), case in CASES.items():
-        card = virtual_gpu.get_card(case.card).with_memory(ROOMY_BYTES)
+        card = roomy(virtual_gpu.get_card(case.card))
         recipe = recipe_of(model, case)
         futures[model, name] = submit_recipe(server, recipe, card, timeout=300, attribute=case.attribute)
     bar = tqdm(futures.items(), desc="claims", unit="run")

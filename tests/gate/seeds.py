@@ -51,7 +51,7 @@ def run(content: dict[str, Any], seed: str) -> dict[str, Any]:
     """In the worker: the recipe with the seeded change."""
     if seed:
         (REGRESSIONS[seed].patch if seed in REGRESSIONS else HARMLESS[seed])()
-    from qlora_lowmem.plan.recipe_runs import run_here
+    from qlora_lowmem.plan.worker import run_here
 
     return run_here(content, attribute=True)
 

@@ -5,6 +5,7 @@ import json
 from concurrent.futures import Future
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gate.seeds import HARMLESS, MODEL, REGRESSIONS
@@ -12,9 +13,8 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.gate.recipes import recipe_record
 from qlora_lowmem.gate.verdicts import EXACT, Pass, Regressed, compare
-from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models.sources import architecture
+from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.matrix import CaseResult
@@ -41,10 +41,10 @@ class Runs:
     def record(self, base: str, seed: str) -> Record:
         job = self._jobs[base, seed].result()
         assert job.value is not None, job.output_tail
-        assert job.value.get("failure") is None, job.value["failure"]
-        profile = MemoryProfile.from_dict(job.value["profile"])
-        result = CaseResult(self._recipes[base], CARD.name, "virtual", fits=True, profile=profile)
-        return recipe_record(result, Attribution.from_dict(job.value["attribution"]))
+        run = msgspec.convert(job.value, RecipeRun)
+        assert run.failure is None, run.failure
+        result = CaseResult(self._recipes[base], CARD.name, "virtual", fits=True, profile=run.profile)
+        return recipe_record(result, run.attribution)
 
 
 @pytest.fixture(scope="module")

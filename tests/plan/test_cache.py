@@ -7,15 +7,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
-from qlora_lowmem.plan import cache
-from qlora_lowmem.plan import kept_runs as runs
-from qlora_lowmem.plan.cache import RunCache, run_key
-from qlora_lowmem.plan.kept_runs import Runs, Tally
+from qlora_lowmem.plan import kept_runs
+from qlora_lowmem.plan.kept_runs import RunCache, Runs, Tally, run_key
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
@@ -27,10 +26,10 @@ RUN = RecipeRun(MemoryProfile(CARD.name, "virtual", CARD.total_bytes, 1, {"stead
 
 def test_what_was_put_is_got_and_nothing_else(tmp_path: Path) -> None:
     kept = RunCache(tmp_path)
-    assert kept.get("ab12") is None
+    assert kept.get("ab12", dict) is None
     kept.put("ab12", {"a": [1, None]})
-    assert RunCache(tmp_path).get("ab12") == {"a": [1, None]}
-    assert kept.get("ab13") is None
+    assert RunCache(tmp_path).get("ab12", dict) == {"a": [1, None]}
+    assert kept.get("ab13", dict) is None
     assert not list(tmp_path.rglob(".*")), "no scratch file stays"
 
 
@@ -39,9 +38,9 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, damage: bytes) -> Non
     kept = RunCache(tmp_path)
     kept.put("ab12", {"a": 1})
     (tmp_path / "ab" / "ab12.json").write_bytes(damage)
-    assert kept.get("ab12") is None
+    assert kept.get("ab12", dict) is None
     kept.put("ab12", {"a": 2})
-    assert kept.get("ab12") == {"a": 2}
+    assert kept.get("ab12", dict) == {"a": 2}
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,10 +68,10 @@ def test_keys_differ_where_answers_may() -> None:
 def test_a_key_knows_versions_and_this_packages_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     before = run_key("run", RECIPE, CARD)
     with monkeypatch.context() as changed:
-        changed.setattr(cache, "versions", lambda: {"torch": "another"})
+        changed.setattr(kept_runs, "versions", lambda: {"torch": "another"})
         assert run_key("run", RECIPE, CARD) != before
     with monkeypatch.context() as changed:
-        changed.setattr(cache, "_source_hash", lambda: "another")
+        changed.setattr(kept_runs, "_source_hash", lambda: "another")
         assert run_key("run", RECIPE, CARD) != before
     assert run_key("run", RECIPE, CARD) == before
 
@@ -97,7 +96,7 @@ def test_a_key_knows_the_code_of_every_function_that_a_run_is() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = done.stdout.split()
     assert set(modules) <= set(imported)
-    assert not [name for name in imported if name.split(".")[1] in cache._NOT_RUN]
+    assert not [name for name in imported if name.split(".")[1] in kept_runs._NOT_RUN]
 
 
 def test_a_local_model_counts_by_its_content(tiny_hybrid: Path, tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_a_local_model_counts_by_its_content(tiny_hybrid: Path, tmp_path: Path) 
 
 
 def test_a_run_survives_the_cache() -> None:
-    again = RecipeRun.from_dict(json.loads(json.dumps(RUN.to_dict())))
+    again = msgspec.json.decode(msgspec.json.encode(RUN), type=RecipeRun)
     assert again == RUN
 
 
@@ -127,7 +126,7 @@ def submissions(monkeypatch: pytest.MonkeyPatch, run: RecipeRun) -> list[Recipe]
         future.set_result(run)
         return future
 
-    monkeypatch.setattr(runs, "submit_recipe", submit)
+    monkeypatch.setattr(kept_runs, "submit_recipe", submit)
     return asked
 
 

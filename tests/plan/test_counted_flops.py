@@ -7,8 +7,7 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.plan.cache import RunCache
-from qlora_lowmem.plan.kept_runs import Runs, Tally
+from qlora_lowmem.plan.kept_runs import RunCache, Runs, Tally
 from qlora_lowmem.recipe.io import load_recipe, replace_fields
 from qlora_lowmem.virtual_gpu import Server, get_card
 

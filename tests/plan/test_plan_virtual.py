@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from helpers import RECIPES, ROOT
-from qlora_lowmem.plan.cache import RunCache
-from qlora_lowmem.plan.kept_runs import Runs
+from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.maximum import room_left
 from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, Planner

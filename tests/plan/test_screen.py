@@ -9,8 +9,7 @@ from helpers import RECIPES
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.plan.advice import Knob
 from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal, Tried
-from qlora_lowmem.plan.screen import cost, lines
-from qlora_lowmem.plan.table import Again, plans_table, row, write_plans
+from qlora_lowmem.plan.screen import Again, cost, lines, plans_table, row, write_plans
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.units import GIB, MIB
 

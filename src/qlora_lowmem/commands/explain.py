@@ -4,7 +4,7 @@
     qlora-lowmem explain --config bench/recipes/optimised.yaml --device cuda --snapshot peak.pickle
 
 Runs the recipe's steps with synthetic samples on a virtual card, or on the GPU with --device cuda, and keeps no
-adapter. A recipe that the virtual card cannot hold is explained on one of its kind with 80 GiB.
+adapter. A recipe that the virtual card cannot hold is explained on one of its kind with room for it.
 """
 
 import argparse
@@ -18,13 +18,10 @@ from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.plan.recipe_runs import recipe_card
+from qlora_lowmem.plan.recipe_runs import recipe_card, roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
-from qlora_lowmem.units import GIB
-
-_ROOMY_BYTES = 80 * GIB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit code; 3 if the card is too small, and one of its kind with 80 GiB too."""
+    """Returns the exit code; 3 if the card is too small, and one of its kind with room for everything too."""
     recipe = load_recipe(options.config, {"device": "virtual"} | overrides_from(options))
     if recipe.run.device == "cpu":
         raise UsageError("run.device: 'cpu' has no GPU memory to explain; use --device virtual or --device cuda")
@@ -66,13 +63,13 @@ def _on_virtual_card(recipe: Recipe, arguments: list[str]) -> int:
     env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
     code = virtual_gpu.run(command, card, env=env).exit_code
     if code == EXIT_DOES_NOT_FIT and _can_grow(card):
-        print("so it is explained on a card of the same kind with 80 GiB", file=sys.stderr)
-        code = virtual_gpu.run(command, card.with_memory(_ROOMY_BYTES), env=env).exit_code
+        print("so it is explained on a card of the same kind with room for it", file=sys.stderr)
+        code = virtual_gpu.run(command, roomy(card), env=env).exit_code
     return code
 
 
 def _can_grow(card: virtual_gpu.Card | None) -> bool:
-    return card is not None and card.total_bytes < _ROOMY_BYTES
+    return card is not None and card.total_bytes < roomy(card).total_bytes
 
 
 def _explain(recipe: Recipe, options: argparse.Namespace) -> int:

@@ -21,8 +21,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError, UsageError
-from qlora_lowmem.plan.advice import ROOMY_BYTES
-from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server, shortened, submit_recipe
+from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server, roomy, shortened, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
@@ -41,12 +40,12 @@ def measure_lengths(
     Raises:
         QloraLowmemError: a run fails.
     """
-    roomy = card.with_memory(ROOMY_BYTES)
+    room = roomy(card)
     submitted = []
     for recipe in recipes:
         short = shortened(recipe)
         for length in lengths:
-            future = submit_recipe(server, replace_field(short, "max_seq_length", length), roomy)
+            future = submit_recipe(server, replace_field(short, "max_seq_length", length), room)
             submitted.append((recipe.name, length, future))
     rows = []
     for name, length, future in tqdm(submitted, desc="lengths", unit="run"):

@@ -39,13 +39,11 @@ from qlora_lowmem.files import cache_folder
 from qlora_lowmem.memory.device import card_of_this_machine
 from qlora_lowmem.plan import screen
 from qlora_lowmem.plan.answers import Plan
-from qlora_lowmem.plan.cache import RunCache
-from qlora_lowmem.plan.kept_runs import Runs
+from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.model import PlannedModel, planned_model
-from qlora_lowmem.plan.pair import Extent, Pair, Planner
+from qlora_lowmem.plan.pair import Extent, Pair, Planner, sweep
 from qlora_lowmem.plan.recipe_runs import recipe_server
-from qlora_lowmem.plan.sweep import sweep
-from qlora_lowmem.plan.table import plans_table
+from qlora_lowmem.plan.screen import plans_table
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, Run
 from qlora_lowmem.recipe.commented import commented_yaml
 from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields

@@ -41,7 +41,7 @@ def readme_block(content: dict[str, Any]) -> str:
     return (
         f"Granite-4.0-H-1B on `{CARD}`, peaks in GiB. {FLOOR_TEXT}\n\n{matrix_table(content)}\n\n"
         f"{provenance_lines(content['environment'])} A recipe that does not fit ran on a card of the same kind with "
-        f"80 GB; its row says what it would need. All tables: [`results/`](results/).\n"
+        f"room for it; its row says what it would need. All tables: [`results/`](results/).\n"
     )
 
 

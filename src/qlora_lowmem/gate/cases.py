@@ -14,12 +14,9 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
-from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe
+from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.results.kinds.matrix import CaseResult
-
-# Where a recipe that does not fit its card is run again, to say what it would need.
-ROOMY_BYTES = 80 * 10**9
 
 
 class Runner(Protocol):
@@ -67,8 +64,8 @@ class VirtualRunner:
                 if run.out_of_memory is None:
                     result.set_result(case)
                     return
-                roomy = submit_recipe(self._server, recipe, self._card.with_memory(ROOMY_BYTES))
-                roomy.add_done_callback(lambda second: self._needs(case, second, result))
+                again = submit_recipe(self._server, recipe, roomy(self._card))
+                again.add_done_callback(lambda second: self._needs(case, second, result))
             except BaseException as error:  # handed to whoever waits
                 result.set_exception(error)
 
@@ -77,7 +74,7 @@ class VirtualRunner:
 
     def attribute(self, result: CaseResult, snapshot: Path | None = None) -> Attribution | None:
         """Run the case again, on a roomy card if it does not fit, and attribute its peak."""
-        card = self._card if result.out_of_memory is None else self._card.with_memory(ROOMY_BYTES)
+        card = self._card if result.out_of_memory is None else roomy(self._card)
         return submit_recipe(self._server, result.recipe, card, attribute=True, snapshot=snapshot).result().attribution
 
     @staticmethod

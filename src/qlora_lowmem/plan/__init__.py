@@ -2,13 +2,9 @@
 
 model.py    what a recipe's model is, without its weights
 machine.py  the GPU of this machine as a virtual card
-cache.py    runs that were made before
-runs.py     runs, each made once
 ladder.py   from the fastest recipe to the leanest
 answers.py  what a plan says
 pair.py     one (recipe, card) pair planned
-sweep.py    many pairs
 screen.py   an answer for a terminal
-table.py    many answers as a table
 __main__.py the command
 """

@@ -15,13 +15,10 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.lean.families import takes_tiles
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, submit_recipe, two_steps
+from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, roomy, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
 from qlora_lowmem.units import format_bytes
-
-# Room for everything: no recipe of this project's models needs as much.
-ROOMY_BYTES = 1 << 42
 
 # In the order of a reader who wants memory: what costs nothing, what costs time, what changes the result.
 CostKind = Literal["none", "slower", "changes training"]
@@ -216,13 +213,13 @@ def advise(recipe: Recipe, card: virtual_gpu.Card, note: Callable[[str], None]) 
         virtual_gpu.VirtualGPUUnavailable: this machine cannot run one.
         QloraLowmemError: the recipe itself fails for another reason than memory.
     """
-    roomy = card.with_memory(ROOMY_BYTES)
+    room = roomy(card)
     recipe = two_steps(recipe)
     changes = candidate_changes(recipe)
     note(f"trying {len(changes)} changes on a virtual {card.name} with room for all of them ...")
     with recipe_server() as server:
         futures: list[Future[RecipeRun]] = [
-            submit_recipe(server, each, roomy) for each in (recipe, *(change.recipe for change in changes))
+            submit_recipe(server, each, room) for each in (recipe, *(change.recipe for change in changes))
         ]
         base, *runs = [future.result() for future in tqdm(futures, desc="advice", unit="run")]
     if base.profile is None:

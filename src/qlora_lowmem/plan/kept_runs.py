@@ -1,20 +1,97 @@
-"""Runs on virtual cards, each made once: asked of this process first, then of the cache, then of the server."""
+"""Runs on virtual cards, each made once: asked of this process first, then of the cache, then of the server.
 
+The cache keeps them by what they were made from: recipe, card, versions, and this package's own code.
+"""
+
+import functools
+import hashlib
+import json
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
 
+import msgspec
+
+import qlora_lowmem
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.environment import versions
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.plan.cache import RunCache, run_key
+from qlora_lowmem.files import write_whole
+from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe, two_steps
-from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import replace_fields
 
+# Rooms whose code no run comes to: they ask for runs, or show what came of them.
+_NOT_RUN = {"commands", "gate", "results", "watch", "__pycache__"}
+_SUFFIXES = {".py", ".cpp", ".h", ".toml", ".json"}
 # FLOPs grow with the sequence in each recipe alike; a short one says how they compare.
 COUNTED_TOKENS = 1024
+
+Answer = TypeVar("Answer")
+
+
+class RunCache:
+    """Answers by key, a JSON file each; a folder that cannot be written is said once and then done without."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def get(self, key: str, kind: type[Answer]) -> Answer | None:
+        """What was kept under `key`; None if nothing was, or if it is damaged."""
+        if self._folder is None:
+            return None
+        try:
+            return msgspec.json.decode(self._path(self._folder, key).read_bytes(), type=kind)
+        except (OSError, ValueError):
+            return None
+
+    def put(self, key: str, answer: object) -> None:
+        """Keep `answer` under `key`, whole or not at all."""
+        if self._folder is None:
+            return
+        path = self._path(self._folder, key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, msgspec.json.encode(answer))
+        except OSError as error:
+            print(f"plan: {self._folder} cannot be written ({error.strerror}); nothing is cached", file=sys.stderr)
+            self._folder = None
+
+    @staticmethod
+    def _path(folder: Path, key: str) -> Path:
+        return folder / key[:2] / f"{key}.json"
+
+
+def run_key(question: str, recipe: Recipe, card: virtual_gpu.Card) -> str:
+    """The key of what a run of `recipe` on `card` answers to `question`: equal keys are equal answers."""
+    figures = {each.name: getattr(card, each.name) for each in fields(card) if each.name != "sources"}
+    content = [question, recipe_hash(recipe), _model_content(recipe), figures, versions(), _source_hash()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _model_content(recipe: Recipe) -> Any:
+    """What the model's name leads to now: a folder or a file may change under its name."""
+    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    if source.gguf is None:
+        return source.architecture
+    status = source.gguf.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+@functools.cache
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    root = Path(qlora_lowmem.__file__).parent
+    for path in sorted(root.rglob("*")):
+        inside = path.relative_to(root)
+        if path.suffix in _SUFFIXES and not _NOT_RUN & set(inside.parts):
+            digest.update(str(inside).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -33,18 +110,17 @@ class Runs:
         self._cache = cache
         self._note = note
         self._lock = threading.Lock()
-        self._made: dict[str, Future[dict[str, Any]]] = {}
+        self._made: dict[str, Future[Any]] = {}
 
     def submit(
         self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally, attribute: bool = False
     ) -> "Future[RecipeRun]":
         """The recipe's steps on the card, as `submit_recipe`."""
 
-        def run() -> "Future[dict[str, Any]]":
-            return _mapped(submit_recipe(self._server, recipe, card, attribute=attribute), RecipeRun.to_dict)
+        def run() -> "Future[RecipeRun]":
+            return submit_recipe(self._server, recipe, card, attribute=attribute)
 
-        answer = self._answer("attributed run" if attribute else "run", recipe, card, tally, run)
-        return _mapped(answer, RecipeRun.from_dict)
+        return self._answer("attributed run" if attribute else "run", recipe, card, tally, RecipeRun, run)
 
     def count_flops(self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally) -> "Future[int]":
         """FLOPs of one micro-batch of one sample of the recipe, of 1,024 tokens at most, on a card with room for it.
@@ -55,11 +131,11 @@ class Runs:
         one = {"max_seq_length": length, "batch_size": 1, "gradient_accumulation_steps": 1, "scan": "plain"}
         short = replace_fields(two_steps(recipe), one | {"max_steps": 1, "warmup_steps": 0})
 
-        def run() -> "Future[dict[str, Any]]":
-            job = self._server.submit("qlora_lowmem.plan.flops:count_here", {"content": short.to_dict()}, card)
+        def run() -> "Future[int]":
+            job = self._server.submit("qlora_lowmem.plan.worker:count_here", {"content": short.to_dict()}, card)
             return _mapped(job, _value_of)
 
-        return _mapped(self._answer("flops", short, card, tally, run), lambda content: int(content["flops"]))
+        return self._answer("flops", short, card, tally, int, run)
 
     def _answer(
         self,
@@ -67,17 +143,18 @@ class Runs:
         recipe: Recipe,
         card: virtual_gpu.Card,
         tally: Tally,
-        run: "Callable[[], Future[dict[str, Any]]]",
-    ) -> "Future[dict[str, Any]]":
+        kind: type[Answer],
+        run: "Callable[[], Future[Answer]]",
+    ) -> "Future[Answer]":
         key = run_key(question, recipe, card)
         with self._lock:
             if key in self._made:
                 return self._made[key]
             tally.asked += 1
-            kept = self._cache.get(key)
+            kept = self._cache.get(key, kind)
             if kept is not None:
                 tally.cached += 1
-                answer: Future[dict[str, Any]] = Future()
+                answer: Future[Answer] = Future()
                 answer.set_result(kept)
             else:
                 answer = run()
@@ -85,16 +162,16 @@ class Runs:
             self._made[key] = answer
         return answer
 
-    def _keep(self, key: str, done: "Future[dict[str, Any]]") -> None:
-        if done.exception() is None and not done.result().get("failure"):
+    def _keep(self, key: str, done: "Future[Any]") -> None:
+        if done.exception() is None and not getattr(done.result(), "failure", None):
             self._cache.put(key, done.result())
         self._note()
 
 
-def _value_of(job: virtual_gpu.JobResult) -> dict[str, Any]:
+def _value_of(job: virtual_gpu.JobResult) -> int:
     if job.value is None:
         raise QloraLowmemError(f"counting FLOPs failed: {job.error or job.output_tail[-500:]}")
-    return dict(job.value)
+    return int(job.value)
 
 
 def _mapped(future: "Future[Any]", change: Callable[[Any], Any]) -> "Future[Any]":

@@ -1,19 +1,19 @@
-"""One pair planned: a recipe on a card, or the best recipe for a model on a card."""
+"""A pair planned: a recipe on a card, or the best recipe for a model on a card; and many pairs side by side."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.plan.advice import ROOMY_BYTES, Change, Knob, candidate_changes, knobs_of
+from qlora_lowmem.plan.advice import Change, Knob, candidate_changes, knobs_of
 from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Tried, limit_of, need_of
 from qlora_lowmem.plan.kept_runs import Runs, Tally
 from qlora_lowmem.plan.ladder import Rung, ladder, rungs
 from qlora_lowmem.plan.maximum import Reach, reach_in_full, room_left
 from qlora_lowmem.plan.model import PlannedModel
-from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, two_steps
+from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, two_steps
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field, replace_fields
 
@@ -61,7 +61,7 @@ class Planner:
         self._pair = pair
         self._recipe = pair.model.recipe
         self._card = pair.card
-        self._roomy = pair.card.with_memory(ROOMY_BYTES)
+        self._roomy = roomy(pair.card)
         self._full = extent.full
         self._step = extent.step
         self._limit, self._last = self._where_to_stop(extent.limit)
@@ -223,3 +223,36 @@ class Planner:
 def ranked(knobs: Collection[Knob]) -> tuple[Knob, ...]:
     """By cost first: what costs nothing, what is exact but slower, what changes training; in each, the most saved."""
     return tuple(sorted(knobs, key=lambda knob: (_KINDS_OF_COST.index(knob.kind), -knob.saves_bytes)))
+
+
+def sweep(
+    pairs: Sequence[Pair], extent: Extent, runs: Runs, server: virtual_gpu.Server, *, workers: int
+) -> Iterator[tuple[int, Plan]]:
+    """Each pair's number and answer as it is ready. A pair that fails says why, and the others go on.
+
+    Ended early, it closes the server, so that nothing is waited for; the cache has what was made until then.
+
+    Raises:
+        virtual_gpu.VirtualGPUUnavailable: this machine cannot host a virtual GPU.
+    """
+    pool = ThreadPoolExecutor(workers)
+    try:
+        planned = {pool.submit(_plan, pair, extent, runs): number for number, pair in enumerate(pairs)}
+        for done in as_completed(planned):
+            yield planned[done], done.result()
+    except BaseException:
+        server.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _plan(pair: Pair, extent: Extent, runs: Runs) -> Plan:
+    planner = Planner(pair, extent, runs, _SILENT)
+    try:
+        return planner.plan()
+    except QloraLowmemError as error:
+        return planner.nothing(failure=str(error))
+
+
+_SILENT: Callable[[str], None] = lambda _what: None  # noqa: E731

@@ -1,25 +1,26 @@
 """Recipes run on virtual cards, many in one go: heavy imports are made once, then every run is a fork of its own."""
 
-import traceback
-from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
+from qlora_lowmem.recipe.io import replace_field, replace_fields
 
-_HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "qlora_lowmem.run.execute")
+# No recipe of any model here needs as much.
+_ROOM_FOR_EVERYTHING = 1 << 42
+_HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "qlora_lowmem.plan.worker")
 
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """What a recipe came to on a virtual card.
+    """What a recipe came to on a virtual card; `msgspec` makes its JSON, and reads it.
 
     Attributes:
         profile: the peaks; None if it failed for another reason than memory.
@@ -40,24 +41,6 @@ class RecipeRun:
     floor_bytes: int = 0
     pinned_host_bytes: int = 0
     attribution: Attribution | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        profile, attribution = self.profile, self.attribution
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {
-            "profile": profile.to_dict() if profile else None,
-            "attribution": attribution.to_dict() if attribution else None,
-        }
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "RecipeRun":
-        """The inverse of `to_dict`."""
-        profile, attribution = content.get("profile"), content.get("attribution")
-        made = {
-            "profile": MemoryProfile.from_dict(profile) if profile else None,
-            "attribution": Attribution.from_dict(attribution) if attribution else None,
-        }
-        return cls(**{**content, **made})
 
 
 def two_steps(recipe: Recipe) -> Recipe:
@@ -88,6 +71,11 @@ def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
         raise UsageError(f"run.card: {error}") from None
 
 
+def roomy(card: virtual_gpu.Card) -> virtual_gpu.Card:
+    """A card of the same kind with room for everything: what a recipe needs there, it needs."""
+    return card.with_memory(_ROOM_FOR_EVERYTHING)
+
+
 def recipe_server(max_workers: int = 2) -> virtual_gpu.Server:
     """A server of virtual runs with everything imported that a recipe needs."""
     return virtual_gpu.Server(preload=_HEAVY, max_workers=max_workers)
@@ -110,7 +98,7 @@ def submit_recipe(
     if recipe.data.data != "synthetic":
         recipe = replace_field(recipe, "data", "synthetic")
     arguments = {"content": recipe.to_dict(), "attribute": attribute, "snapshot": str(snapshot) if snapshot else None}
-    job = server.submit("qlora_lowmem.plan.recipe_runs:run_here", arguments, card, timeout=timeout)
+    job = server.submit("qlora_lowmem.plan.worker:run_here", arguments, card, timeout=timeout)
     result: Future[RecipeRun] = Future()
     job.add_done_callback(lambda done: _pass_on(done, result))
     return result
@@ -126,31 +114,5 @@ def _pass_on(done: "Future[virtual_gpu.JobResult]", result: "Future[RecipeRun]")
         reason = f"the run ended with exit code {job.exit_code}: {job.output_tail[-2000:]}"
         result.set_result(RecipeRun(profile=None, failure=reason))
         return
-    result.set_result(RecipeRun.from_dict({**job.value, "pinned_host_bytes": job.report.peak_pinned_host_bytes}))
-
-
-def run_here(content: dict[str, Any], attribute: bool = False, snapshot: str | None = None) -> dict[str, Any]:
-    """In the worker: run a recipe for its steps and return a `RecipeRun` as plain data."""
-    import tempfile
-
-    from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
-    from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
-
-    recipe = replace_field(recipe_from_dict(content), "device", "virtual")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            attribution = AttributionRecorder(uniform=True) if attribute else None
-            outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=attribution)
-    except OutOfGpuMemoryError as error:
-        return {"profile": error.profile.to_dict(), "out_of_memory": error.torch_message, "phase": error.phase}
-    except Exception:  # what a person reads is made of this in the parent
-        return {"profile": None, "failure": traceback.format_exc()}
-    if attribution is not None and snapshot is not None and outcome.attribution is not None:
-        attribution.save_snapshot(Path(snapshot))
-    assert outcome.profile is not None
-    value: dict[str, Any] = {
-        "profile": outcome.profile.to_dict(),
-        "trainable_parameters": outcome.trainable_parameters,
-        "floor_bytes": outcome.floor.total,
-    }
-    return value | ({"attribution": outcome.attribution.to_dict()} if outcome.attribution else {})
+    run = msgspec.convert(job.value, RecipeRun)
+    result.set_result(replace(run, pinned_host_bytes=job.report.peak_pinned_host_bytes))

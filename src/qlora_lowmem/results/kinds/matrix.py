@@ -17,7 +17,7 @@ class CaseResult:
     Attributes:
         fits: it trained on the card itself, within the memory that a job can count on there (`Card.usable_bytes`).
         profile: its peaks there; where it does not fit, the peaks with more room (a virtual card of the same kind with
-            80 GB; a real one without the cap), which say what it would need; None if that failed too.
+            room for it; a real one without the cap), which say what it would need; None if that failed too.
         out_of_memory: torch's message, if it ran out on the card.
         failure: any other failure.
         floor_bytes: what no method of training the recipe avoids (`memory.floor`).
@@ -68,7 +68,7 @@ def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, 
         f"# {record['device']}\n\n"
         "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
         f"context. {FLOOR_TEXT} A recipe that does not fit is run again where it has room, on a virtual card of the "
-        "same kind with 80 GB or on the real one without a cap: its figures are what it would need.\n\n"
+        "same kind with room for it or on the real one without a cap: its figures are what it would need.\n\n"
         f"{table}\n\n{provenance_lines(record)}\n"
     )
     content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": rows}

@@ -75,8 +75,8 @@ def _section(source: Source, cases: tuple[Case, ...], several: bool) -> Section:
         name="matrix",
         title=f"The benchmark matrix{f', {source.provenance.device}' if several else ''}",
         text="Peaks in GiB: allocated by phase, then overall, reserved, and what the card must hold with the CUDA "
-        "context. A recipe that does not fit ran on a card of the same kind with 80 GB: its figures are what it would "
-        "need.",
+        "context. A recipe that does not fit ran on a card of the same kind with room for it: its figures are what it "
+        "would need.",
         sources=(source,),
         tables=(_table(cases),),
         highlights=((f"{fitting} of {len(cases)}", f"recipes fit on {source.provenance.device}"),),

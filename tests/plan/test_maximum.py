@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lowmem.plan.search import largest_that_fits
+from qlora_lowmem.plan.maximum import largest_that_fits
 
 STEP = 1024
 

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lowmem.plan.flops import FlopCount, product_with_4bit
+from qlora_lowmem.plan.worker import FlopCount, product_with_4bit
 
 
 def test_forward_and_backward_of_a_product() -> None:
