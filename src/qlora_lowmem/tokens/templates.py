@@ -1,4 +1,4 @@
-"""Chat templates: code of a stranger, so read before it runs; and what of a conversation they render and mark.
+"""Chat templates: third-party code, so read before it runs; and what of a conversation they render and mark.
 
 transformers renders templates in jinja2's `ImmutableSandboxedEnvironment`: attributes that lead out of it are undefined
 there, so that a template which asks for them may print nothing instead of failing. Here it is refused before that.
