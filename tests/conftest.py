@@ -5,14 +5,17 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forked_commands import READ_AT_IMPORT, run_alone, run_forked, start_server
-from helpers import TINY_HYBRID
+from helpers import RECIPES, TINY_HYBRID
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.plan.recipe_runs import recipe_server
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.virtual_gpu.build import ensure_built
 
 
@@ -22,6 +25,18 @@ def tiny_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-hybrid")
     (folder / "config.json").write_text(json.dumps(architecture("granite-4.0-h-350m") | TINY_HYBRID))
     return folder
+
+
+@pytest.fixture
+def tiny_recipe(tiny_hybrid: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """The optimised recipe on the tiny hybrid with dropout, on a CPU; changes by field, `output_dir` by name."""
+
+    def make(output: str, **changes: Any) -> Recipe:
+        small = {"model": str(tiny_hybrid), "device": "cpu", "max_seq_length": 24, "gradient_accumulation_steps": 2}
+        small |= {"max_steps": 6, "save_steps": 1, "save_total_limit": 3, "lora_dropout": 0.1}
+        return load_recipe(RECIPES / "optimised.yaml", small | changes | {"output_dir": str(tmp_path / output)})
+
+    return make
 
 
 @pytest.fixture

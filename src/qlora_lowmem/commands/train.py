@@ -29,7 +29,7 @@ from qlora_lowmem.run.summary import last_lines, summary_of
 from qlora_lowmem.training.loggers import check_logger
 
 if TYPE_CHECKING:
-    from qlora_lowmem.plan.fallback import Retreat
+    from qlora_lowmem.recipe.moves import Change
     from qlora_lowmem.tokens.store import TokenReport
 
 
@@ -187,13 +187,13 @@ def _train_here(
             raise
         failure: dict[str, str | None] = {"phase": error.phase, "message": error.torch_message}
         failure["checkpoint"] = str(error.checkpoint) if error.checkpoint else None
-        # On a virtual card, the process that started this one retreats.
-        retreat = None if virtual else _next_retreat(recipe, failure, options)
-        if retreat is not None:
+        # On a virtual card, the process that started this one falls back.
+        fallback = None if virtual else _next_fallback(recipe, failure, options)
+        if fallback is not None:
             from qlora_lowmem.plan.fallback import start_again
 
-            log.note({"out_of_memory": error.phase, "retreat": retreat.changes})
-            start_again(options.words, retreat)
+            log.note({"out_of_memory": error.phase, "retreat": fallback.changes})
+            start_again(options.words, fallback.flags)
         content = summary_of(recipe, None) | error.profile.to_dict() | {"fits": False, "failure": failure}
         return _does_not_fit(recipe, content, options)
     if not is_first():
@@ -210,13 +210,13 @@ def _train_here(
     return EXIT_OK
 
 
-def _next_retreat(recipe: Recipe, failure: Mapping[str, str | None], options: argparse.Namespace) -> "Retreat | None":
+def _next_fallback(recipe: Recipe, failure: Mapping[str, str | None], options: argparse.Namespace) -> "Change | None":
     """The knob to start again with, said aloud; None where none is asked for or left."""
-    from qlora_lowmem.plan.fallback import next_retreat
+    from qlora_lowmem.plan.fallback import next_fallback
 
     if not options.retreat or processes() > 1:
         return None
-    step = next_retreat(recipe)
+    step = next_fallback(recipe)
     if step is None:
         _say("retreat: no knob is left that keeps what is trained")
         return None
@@ -237,9 +237,9 @@ def _on_virtual_card(recipe: Recipe, card: virtual_gpu.Card, arguments: list[str
     if content is None:
         return report.exit_code
     if report.exit_code == EXIT_DOES_NOT_FIT:
-        retreat = _next_retreat(recipe, content["failure"], options)
-        if retreat is not None:
-            return _on_virtual_card(retreat.recipe, card, [*arguments, *retreat.flags], options)
+        fallback = _next_fallback(recipe, content["failure"], options)
+        if fallback is not None:
+            return _on_virtual_card(fallback.recipe, card, [*arguments, *fallback.flags], options)
         return _does_not_fit(recipe, content, options)
     write_json(options.json, content)
     return report.exit_code

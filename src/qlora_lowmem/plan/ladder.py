@@ -11,30 +11,18 @@ The order of preference, from the first to the last:
 The first rung that fits at the wanted length is the best recipe, and it is then taken as far as it reaches.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
+from qlora_lowmem.recipe.moves import moves, one_by_one
+from qlora_lowmem.recipe.recipe import field_values
 
-
-@dataclass(frozen=True)
-class Rung:
-    """One way of training, `fields` being what it sets of a recipe, and `words` what it costs."""
-
-    name: str
-    words: str
-    fields: Mapping[str, Any]
-
-
-def _rung(name: str, words: str, *sets: Mapping[str, Any]) -> Rung:
-    return Rung(name, words, MappingProxyType({leaf: value for each in sets for leaf, value in each.items()}))
-
-
-_PLAIN: dict[str, Any] = {
+# What every rung starts from: nothing is computed twice, and what costs nothing is made use of.
+_FASTEST: dict[str, Any] = {
     "gradient_checkpointing": False,
     "loss": "fused",
     "attention": "sdpa",
@@ -43,47 +31,57 @@ _PLAIN: dict[str, Any] = {
     "lean": False,
     "quantised_embeddings": "none",
 }
-_CHECKPOINTING = _PLAIN | {"gradient_checkpointing": True}
-# What `auto` takes for the scan depends on whether Triton kernels are installed; `plain` holds the same bytes on every
-# machine, and a proposal has only tens of MiB of room.
-_TILES = _CHECKPOINTING | {"lean": True, "checkpoints": "layer", "loss_tile_bytes": 2**24, "scan": "plain"}
+_MOVES = {move.name: move for move in moves(Recipe(), tiles=True)}
+_CHECKPOINTING = _MOVES["checkpointing"].sets
+# What the parts of a rung's name set: moves, and how they are made here. What `auto` takes for the scan depends on
+# whether Triton kernels are installed; `plain` holds the same bytes on every machine, and a proposal has only tens of
+# MiB of room.
+_PARTS = {name: move.sets for name, move in _MOVES.items()} | {
+    "fastest": {},
+    "tiles": {**_MOVES["tiles"].sets, "checkpoints": "layer", "loss_tile_bytes": 2**24, "scan": "plain"},
+    "segments": {"checkpoints": "segments"},
+    "offloading": {**_CHECKPOINTING, **_MOVES["offloading"].sets},
+}
 # Set by rungs but no part of what they are: a person's own value on the command line is taken instead.
 _YIELDS = frozenset({"scan"})
-_SEGMENTS = _TILES | {"checkpoints": "segments"}
-_HOST = _TILES | {"checkpoints": "host"}
-# With what contradicts any optimizer but adamw_torch as it is by default.
-_EIGHT_BITS = {"optimizer": "adamw_8bit", "optimizer_state_dtype": "auto", "gradient_release": False}
-_OFFLOADING = _CHECKPOINTING | {"activation_offloading": True}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way of training: its `name` lists the moves that it makes, and `words` say what they cost."""
+
+    name: str
+    words: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What it sets of a recipe."""
+        parts = (_PARTS[part] for part in self.name.split(", "))
+        return _FASTEST | {leaf: value for part in parts for leaf, value in part.items()}
+
+    @property
+    def exact(self) -> bool:
+        """Whether it trains what the fastest does, up to rounding."""
+        made = (_MOVES[part] for part in self.name.split(", ") if part in _MOVES)
+        return all(move.kind != "changes training" for move in made)
+
 
 _FIRST = (
-    _rung("fastest", "exact; nothing is computed twice", _PLAIN),
-    _rung("checkpointing", "exact; each layer runs forward twice", _CHECKPOINTING),
+    Rung("fastest", "exact; nothing is computed twice"),
+    Rung("checkpointing", "exact; each layer runs forward twice"),
 )
-# The lean implementations know this model's layers.
 _TILED = (
     *_FIRST,
-    _rung("tiles", "exact; layers run in tiles, each forward twice", _TILES),
-    _rung("tiles, segments", "exact; the inputs of most layers are computed again too", _SEGMENTS),
-    _rung("tiles, host", "exact; layers' inputs travel to host memory and back", _HOST),
-    _rung("tiles, host, 8-bit embeddings", "changes the model a little", _HOST, {"quantised_embeddings": "8bit"}),
-    _rung(
-        "tiles, host, 4-bit embeddings, 8-bit AdamW",
-        "changes the model and its training a little",
-        _HOST,
-        {"quantised_embeddings": "4bit"} | _EIGHT_BITS,
-    ),
+    Rung("tiles", "exact; layers run in tiles, each forward twice"),
+    Rung("tiles, segments", "exact; the inputs of most layers are computed again too"),
+    Rung("tiles, host", "exact; layers' inputs travel to host memory and back"),
+    Rung("tiles, host, 8-bit embeddings", "changes the model a little"),
+    Rung("tiles, host, 4-bit embeddings, 8-bit AdamW", "changes the model and its training a little"),
 )
 _OTHER = (
     *_FIRST,
-    _rung(
-        "offloading", "exact; kept activations travel to host memory", _CHECKPOINTING, {"activation_offloading": True}
-    ),
-    _rung(
-        "offloading, 8-bit AdamW",
-        "the optimizer's state is rounded to 8 bits",
-        _CHECKPOINTING,
-        {"activation_offloading": True} | _EIGHT_BITS,
-    ),
+    Rung("offloading", "exact; kept activations travel to host memory"),
+    Rung("offloading, 8-bit AdamW", "the optimizer's state is rounded to 8 bits"),
 )
 
 
@@ -91,7 +89,7 @@ def rungs(*, tiles: bool) -> tuple[Rung, ...]:
     """Every rung, the fastest first.
 
     Args:
-        tiles: whether the lean implementations run the model's layers in tiles; otherwise they save nothing.
+        tiles: as for `recipe.moves.moves`.
     """
     return _TILED if tiles else _OTHER
 
@@ -107,33 +105,19 @@ def ladder(recipe: Recipe, *, tiles: bool, fixed: Collection[str], climbing: boo
             out, but for `scan`, which it then leaves alone.
         climbing: the recipe is known not to fit, so rungs that keep more than it does are left out.
     """
-    batch = recipe.batch
+    now = field_values(recipe)
+    releases = now["gradient_release"] and "gradient_release" in fixed
+    split = now["batch_size"] > 1 and not releases and not {"batch_size", "gradient_accumulation_steps"} & set(fixed)
     for rung in rungs(tiles=tiles):
         fields = {leaf: value for leaf, value in rung.fields.items() if leaf not in _YIELDS & set(fixed)}
-        if climbing and _keeps_more(fields, recipe):
-            continue
-        releases = recipe.optimizer.gradient_release and "gradient_release" in fixed
-        if batch.batch_size > 1 and not releases and not {"batch_size", "gradient_accumulation_steps"} & set(fixed):
-            together = batch.batch_size * batch.gradient_accumulation_steps
-            fields |= {"batch_size": 1, "gradient_accumulation_steps": together, "gradient_release": False}
+        if climbing and any(now[leaf] and not fields[leaf] for leaf in ("gradient_checkpointing", "lean")):
+            continue  # it keeps more
         try:
-            changed = replace_fields(recipe, fields)
+            changed = replace_fields(recipe, fields | one_by_one(recipe) if split else fields)
         except UsageError:
             continue  # a field that no rung sets contradicts this one
-        if any(_value(changed, leaf) != _value(recipe, leaf) for leaf in fixed if leaf in fields):
+        made = field_values(changed)
+        if any(made[leaf] != now[leaf] for leaf in fixed if leaf in fields):
             continue
         if changed != recipe or not climbing:
             yield rung, changed
-
-
-def _keeps_more(fields: Mapping[str, Any], recipe: Recipe) -> bool:
-    return (recipe.memory.gradient_checkpointing and not fields["gradient_checkpointing"]) or (
-        recipe.lean.lean and not fields["lean"]
-    )
-
-
-def _value(recipe: Recipe, leaf: str) -> Any:
-    for section in (recipe.base, recipe.batch, recipe.memory, recipe.lean, recipe.optimizer):
-        if leaf in vars(section):
-            return getattr(section, leaf)
-    raise KeyError(leaf)

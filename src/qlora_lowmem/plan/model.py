@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean.families import takes_tiles
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
@@ -51,3 +52,11 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     else:
         source = resolve_model(base.model, base.weights, base.revision)
     return PlannedModel(planned, recipe, source.context_length, takes_tiles(source.text_config))
+
+
+def runs_in_tiles(recipe: Recipe) -> bool:
+    """Whether lean runs this recipe's model in tiles; False where its configuration is not to be had."""
+    try:
+        return planned_model(recipe).tiles
+    except UsageError:
+        return False

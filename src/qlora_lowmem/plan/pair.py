@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.plan.advice import Change, Knob, candidate_changes, knobs_of
+from qlora_lowmem.plan.advice import Knob, candidate_changes, knobs_of
 from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Tried, limit_of, need_of
 from qlora_lowmem.plan.kept_runs import Runs, Tally
 from qlora_lowmem.plan.ladder import Rung, ladder, rungs
@@ -16,9 +17,9 @@ from qlora_lowmem.plan.model import PlannedModel
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, two_steps
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field, replace_fields
+from qlora_lowmem.recipe.moves import Change, CostKind
 
 BATCH_LIMIT = 256
-_KINDS_OF_COST = ("none", "slower", "changes training")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Planner:
     def _of_the_recipe(self) -> Plan:
         recipe, card = self._recipe, self._card
         self._note("the recipe as it is")
-        changes = candidate_changes(shortened(recipe)) if self._full else []
+        changes = candidate_changes(shortened(recipe), tiles=self._pair.model.tiles) if self._full else []
         alone = self._submit(two_steps(recipe), card, attribute=self._full)
         waiting = [self._submit(each, self._roomy) for each in self._each_changed(changes)]
         run = alone.result()
@@ -170,7 +171,7 @@ class Planner:
         return replace(proposal, kinds=kinds, flops_ratio=self._flops_ratio(recipe, self._fastest(recipe)))
 
     def _fastest(self, recipe: Recipe) -> Recipe:
-        return replace_fields(recipe, dict(rungs(tiles=self._pair.model.tiles)[0].fields))
+        return replace_fields(recipe, rungs(tiles=self._pair.model.tiles)[0].fields)
 
     def _longest(self, recipe: Recipe) -> tuple[Limit, RecipeRun | None]:
         """The longest sequence, its steps run in full; the wanted one where no multiple of the step is as long."""
@@ -196,11 +197,11 @@ class Planner:
         base, *runs = [future.result() for future in waiting]
         if base.profile is None:
             raise QloraLowmemError(f"{self._recipe.name} fails with room for everything too: {base.failure}")
-        by_flags = {change.flags: change for change in changes}
+        by_flags = {" ".join(change.flags): change for change in changes}
         counted = []
         for knob in knobs_of(base, changes, runs, self._card):
             change = by_flags[knob.change]
-            ratio = self._flops_ratio(change.recipe, self._recipe) if change.recomputes else None
+            ratio = self._flops_ratio(change.recipe, self._recipe) if change.move.recomputes else None
             counted.append(replace(knob, flops_ratio=ratio))
         return ranked(counted)
 
@@ -222,7 +223,7 @@ class Planner:
 
 def ranked(knobs: Collection[Knob]) -> tuple[Knob, ...]:
     """By cost first: what costs nothing, what is exact but slower, what changes training; in each, the most saved."""
-    return tuple(sorted(knobs, key=lambda knob: (_KINDS_OF_COST.index(knob.kind), -knob.saves_bytes)))
+    return tuple(sorted(knobs, key=lambda knob: (get_args(CostKind).index(knob.kind), -knob.saves_bytes)))
 
 
 def sweep(

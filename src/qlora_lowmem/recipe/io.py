@@ -10,7 +10,7 @@ from typing import Any
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe.checks import FieldSpec, InvalidValueError, check_value, closest, field_specs, parse_text
 from qlora_lowmem.recipe.contradictions import contradictions
-from qlora_lowmem.recipe.recipe import SECTIONS, Recipe
+from qlora_lowmem.recipe.recipe import SECTIONS, Recipe, field_values
 from qlora_lowmem.recipe.sections import SYNTHETIC, is_hub_data
 from qlora_lowmem.recipe.yaml_text import Entry, FileFault, parse_recipe_text, read_recipe_text
 
@@ -125,10 +125,7 @@ def replace_fields(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: as `replace_field`.
     """
-    draft = _Draft()
-    for name, spec in field_specs().items():
-        draft.values[name] = getattr(getattr(recipe, spec.section) if spec.section else recipe, name)
-        draft.written_at[name] = "as it was"
+    draft = _Draft(field_values(recipe), dict.fromkeys(field_specs(), "as it was"))
     _take_overrides(draft, changes)
     return _finish(draft, "this change")
 

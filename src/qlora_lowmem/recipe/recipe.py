@@ -81,6 +81,14 @@ def recipe_fields() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
             yield section, each
 
 
+def field_values(recipe: Recipe) -> dict[str, Any]:
+    """The value of every field by its leaf name."""
+    return {
+        each.name: getattr(getattr(recipe, section) if section else recipe, each.name)
+        for section, each in recipe_fields()
+    }
+
+
 # What says where and how often, not what is trained or what it needs.
 _OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
 

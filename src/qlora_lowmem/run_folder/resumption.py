@@ -13,6 +13,7 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import writing
 from qlora_lowmem.recipe import Recipe, hashed_fields
 from qlora_lowmem.recipe.io import recipe_from_dict
+from qlora_lowmem.recipe.moves import keeps_training
 from qlora_lowmem.run_folder.checkpoints import Found, discard_unfinished, newest_whole
 from qlora_lowmem.run_folder.marker import RECIPE_FILE, Marker
 from qlora_lowmem.run_folder.ownership import refuse_foreign
@@ -20,28 +21,6 @@ from qlora_lowmem.run_folder.ownership import refuse_foreign
 __all__ = ["RECIPE_FILE", "Change", "changes_between", "checkpoint_to_resume", "held_folder", "recipe_of_run"]
 
 _LOCK = ".lock"
-# What decides how much memory a step takes, and not what is trained: it may change between two starts of a run.
-_MEMORY_ONLY = {
-    ("base", "attention"),
-    *(("memory", leaf) for leaf in ("gradient_checkpointing", "loss", "activation_offloading")),
-    *(("memory", leaf) for leaf in ("expandable_segments", "max_memory")),
-    *(
-        ("lean", leaf)
-        for leaf in (
-            "lean",
-            "tile_length",
-            "scan_chunk_length",
-            "scan",
-            "checkpoints",
-            "loss_tile_bytes",
-            "dequantised_tile_bytes",
-        )
-    ),
-    *(("dataloader", leaf) for leaf in ("dataloader_workers", "pin_memory")),
-    ("optimizer", "gradient_release"),
-}
-_BATCH = {("batch", "batch_size"), ("batch", "gradient_accumulation_steps")}
-_PROCESSES = ("", "the number of processes")
 
 
 @dataclass(frozen=True)
@@ -178,11 +157,9 @@ def changes_between(
         if earlier.get(section, {}).get(leaf) != value
     ]
     if processes[0] != processes[1]:
-        changes.append(Change(*_PROCESSES, *processes))
-    # The batch may be put together in another way, if it takes the same samples a step.
+        changes.append(Change("", "the number of processes", *processes))
     same = _samples_a_step(earlier, processes[0]) == _samples_a_step(now, processes[1])
-    allowed = _MEMORY_ONLY | _BATCH | {_PROCESSES} if same else _MEMORY_ONLY
-    kept = [change for change in changes if (change.section, change.leaf) in allowed]
+    kept = [each for each in changes if (not each.section and same) or keeps_training(each.leaf, same_samples=same)]
     return kept, [change for change in changes if change not in kept]
 
 
