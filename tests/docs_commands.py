@@ -26,7 +26,7 @@ NOT_RUN = {
     (
         'python -m qlora_lowmem.generate --run outputs/demo --prompt "Why is the sky blue?" '
         "--data bench/recipes/demo-held-out.jsonl"
-    ): "needs a trained demo; tests/test_generate.py runs it",
+    ): "needs a trained demo; tests/commands/test_generate.py runs it",
     "python -m qlora_lowmem.merge --run outputs/demo --to outputs/demo-merged": (
         "needs a trained demo; tests/models/test_merging.py runs it"
     ),
