@@ -11,11 +11,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_lowmem.commands.frame import CommandParser
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
 from qlora_lowmem.recipe import SECTIONS, Memory, Recipe, recipe_fields, recipe_hash
 from qlora_lowmem.recipe.checks import field_specs
 from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser, add_override_arguments, overrides_from
+from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.units import GIB
 
 RECIPES = Path(__file__).parents[2] / "bench" / "recipes"
@@ -205,7 +206,7 @@ BAD_ARGUMENTS = [
 
 
 def parse(arguments: list[str]) -> dict[str, str]:
-    parser = RecipeArgumentParser(prog="train")
+    parser = CommandParser("train")
     add_override_arguments(parser)
     return overrides_from(parser.parse_args(arguments))
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.commands.frame import Command, add_json_argument, check_parent, write_json
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.models.sources import resolve_model
@@ -43,17 +43,11 @@ def run(options: argparse.Namespace) -> int:
     if recipe.data.data != SYNTHETIC:
         recipe = replace_field(recipe, "data", SYNTHETIC)
     resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
-    _check_targets(options)
+    for flag in ("markdown", "svg", "png", "snapshot"):
+        check_parent(f"--{flag}", getattr(options, flag))
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
         return _on_virtual_card(recipe, options.words)
     return _explain(recipe, options)
-
-
-def _check_targets(options: argparse.Namespace) -> None:
-    for flag in ("markdown", "svg", "png", "snapshot"):
-        target = getattr(options, flag)
-        if target is not None and not Path(target).resolve().parent.is_dir():
-            raise UsageError(f"--{flag}: the folder of {target!r} does not exist; make it, or give another file")
 
 
 def _on_virtual_card(recipe: Recipe, arguments: list[str]) -> int:

@@ -16,16 +16,19 @@ process takes its first words from `environment.words_of("explain")`, so that it
 
 import argparse
 import difflib
+import errno
 import importlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import qlora_lowmem
 from qlora_lowmem.commands import COMMANDS
@@ -40,9 +43,23 @@ from qlora_lowmem.errors import (
     UsageError,
 )
 from qlora_lowmem.files import write_whole
-from qlora_lowmem.recipe.overrides import RecipeArgumentParser
 
 TRACEBACK_VARIABLE = "QLORA_LOWMEM_TRACEBACK"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are `UsageError`s that suggest the nearest flag. Flags are never abbreviated."""
+
+    def __init__(self, prog: str, description: str = "") -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        for unknown in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            near = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1, cutoff=0.6)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{self.prog}: {message} ({self.prog} --help lists every flag)")
 
 
 @dataclass(frozen=True)
@@ -64,11 +81,7 @@ class Command:
     def parser(self, prog: str | None = None) -> argparse.ArgumentParser:
         """The command line. `prog` is how it was called (default: with `python -m`)."""
         prog = prog or f"python -m {COMMANDS[self.name].module}"
-        parser = RecipeArgumentParser(
-            prog=prog,
-            description=(self.description or "").replace(f"{SCRIPT} {self.name}", prog),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        parser = CommandParser(prog, (self.description or "").replace(f"{SCRIPT} {self.name}", prog))
         self.add_arguments(parser)
         return parser
 
@@ -164,19 +177,12 @@ def add_json_argument(parser: argparse.ArgumentParser, *, checked: bool = True) 
     Args:
         checked: False for a command that makes a folder which FILE may be in: it calls `check_json_target` itself.
     """
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        type=_json_target if checked else str,
-        help="write a summary for machines; - is standard output",
-    )
+    about = "write a summary for machines; - is standard output"
+    parser.add_argument("--json", metavar="FILE", type=_json_target if checked else str, help=about)
 
 
 def _json_target(target: str) -> str:
-    """argparse names the flag itself."""
-    reason = _why_not_a_file(target)
-    if reason is not None:
-        raise argparse.ArgumentTypeError(f"{target!r} cannot be written ({reason}); give another file")
+    check_json_target(target)
     return target
 
 
@@ -189,66 +195,19 @@ def check_json_target(target: str | None, *, coming: Path | None = None) -> None
     Raises:
         UsageError: nothing can be written there.
     """
-    if target is None:
+    if target is None or target == "-":
         return
-    parent = Path(os.path.realpath(target)).parent
-    if target and coming is not None and not parent.exists() and parent == Path(os.path.realpath(coming)):
-        return
-    reason = _why_not_a_file(target)
-    if reason is not None:
-        raise _cannot_write(target, reason)
-
-
-def _cannot_write(target: str, reason: str) -> UsageError:
-    return UsageError(f"--json: {target!r} cannot be written ({reason}); give another file")
-
-
-def _why_not_a_file(target: str) -> str | None:
-    """Why `write_json` would fail; found out as it writes, by a scratch file beside the target."""
-    if target == "-":
-        return None
-    if not target.strip():
-        return "it is empty"
-    try:
-        if Path(target).is_dir():
-            return "it is a folder"
-        if not _is_special(target):
-            scratch = _scratch(target)
-            scratch.touch()
-            scratch.unlink()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def _is_special(target: str) -> bool:
-    """Whether it is a pipe or a device, which is written into and not replaced."""
-    return Path(target).exists() and not Path(target).is_file()
-
-
-def _scratch(target: str) -> Path:
     path = Path(os.path.realpath(target))
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def check_new_folder(flag: str, target: str) -> Path:
-    """The folder that a command will make, made sure of before there is work to lose.
-
-    Raises:
-        UsageError: it is there already and holds something, or cannot be made there.
-    """
-    path = Path(os.path.realpath(target)) if target.strip() else None
-    if path is None:
-        raise UsageError(f"{flag}: {target!r} names no folder; give a new one")
-    try:
-        if path.exists() and (not path.is_dir() or path == Path.cwd() or any(path.iterdir())):
-            raise UsageError(f"{flag}: {target!r} exists already; give a new folder")
-        with tempfile.TemporaryDirectory(dir=next(each for each in path.parents if each.exists())):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"{flag}: {target!r} cannot be written ({reason}); give another folder") from None
-    return Path(target)
+    if target and coming is not None and not path.parent.exists() and path.parent == Path(os.path.realpath(coming)):
+        return
+    with _writing("--json", target, "file"):
+        if not target.strip():
+            raise FileNotFoundError(errno.ENOENT, "it is empty")
+        if Path(target).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not _is_special(Path(target)):
+            with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+                pass
 
 
 def write_json(target: str | None, content: dict[str, Any]) -> None:
@@ -263,10 +222,49 @@ def write_json(target: str | None, content: dict[str, Any]) -> None:
     if target == "-":
         sys.stdout.write(text)
         return
-    try:
-        if _is_special(target):
+    with _writing("--json", target, "file"):
+        if _is_special(Path(target)):
             Path(target).write_text(text, encoding="utf-8")
-            return
-        write_whole(Path(target), text)
+        else:
+            write_whole(Path(target), text)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, which is written into and not replaced."""
+    return path.exists() and not path.is_file()
+
+
+def check_new_folder(flag: str, target: str) -> Path:
+    """The folder that a command will make, made sure of before there is work to lose.
+
+    Raises:
+        UsageError: it is there already and holds something, or cannot be made there.
+    """
+    if not target.strip():
+        raise UsageError(f"{flag}: {target!r} names no folder; give a new one")
+    path = Path(os.path.realpath(target))
+    with _writing(flag, target, "folder"):
+        if path.exists() and (not path.is_dir() or path == Path.cwd() or any(path.iterdir())):
+            raise UsageError(f"{flag}: {target!r} exists already; give a new folder")
+        with tempfile.TemporaryDirectory(dir=next(each for each in path.parents if each.exists())):
+            pass
+    return Path(target)
+
+
+def check_parent(flag: str, target: str | None) -> None:
+    """Refuse a file in a folder that is not there; None is no file.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if target is not None and not Path(target).resolve().parent.is_dir():
+        raise UsageError(f"{flag}: the folder of {target!r} does not exist; make it, or give another file")
+
+
+@contextmanager
+def _writing(flag: str, target: str, kind: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _cannot_write(target, error.strerror or str(error)) from None
+        reason = error.strerror or str(error)
+        raise UsageError(f"{flag}: {target!r} cannot be written ({reason}); give another {kind}") from None

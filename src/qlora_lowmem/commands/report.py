@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_lowmem.commands.frame import Command
+from qlora_lowmem.commands.frame import Command, check_parent
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import write_whole
 from qlora_lowmem.results.registry import sections_of
@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the page. Exit code 2 if a file is missing or not what it should be."""
     output = Path(options.output)
-    if not output.resolve().parent.is_dir():
-        raise UsageError(f"--output: the folder of {options.output!r} does not exist; make it, or give another file")
+    check_parent("--output", options.output)
     if options.charts and Path(options.charts).exists() and not Path(options.charts).is_dir():
         raise UsageError(f"--charts: {options.charts!r} is a file; give a folder, which is made if it is not there")
     made = sections_of(options.results)

@@ -1,28 +1,10 @@
 """The recipe on the command line: one flag a field, its help taken from the field."""
 
 import argparse
-import difflib
-import re
 from collections.abc import Collection
-from typing import Any, NoReturn
 
-from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe.checks import FieldSpec, allowed, field_specs
 from qlora_lowmem.recipe.recipe import SECTIONS
-
-
-class RecipeArgumentParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are `UsageError`s that suggest the nearest flag. Flags are never abbreviated."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and exiting."""
-        for unknown in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
-            near = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1, cutoff=0.6)
-            message += f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{self.prog}: {message} ({self.prog} --help lists every flag)")
 
 
 def add_override_arguments(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
