@@ -57,6 +57,20 @@ def test_the_length_is_asked_as_here_or_as_in_the_other_commands(flag: str, caps
 
 
 @pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ([], "tiles, host, 40,000 tokens; longest sequence 40,000 tokens (no longer one was tried"),
+        (["--limit", "131072"], "tiles, host, 65,792 tokens; longest sequence 65,792 tokens (66,048 does not"),
+    ],
+)
+def test_the_limit_follows_what_is_wanted(limit: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", "llama-3.2-3b", "--card", "rtx-3060-laptop-6gb", "--seq", "40000", *limit]
+    assert command.main(asked) == EXIT_OK
+    assert f"Proposed: {said}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("workers")
 def test_one_bad_model_of_a_sweep_is_a_row_and_the_others_are_planned(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

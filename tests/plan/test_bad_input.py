@@ -27,13 +27,17 @@ CASES = [
     pytest.param(flags("--config", "nowhere.yaml", *CARD), ("nowhere.yaml: no such recipe",), id="recipe missing"),
     pytest.param(flags("--model", "granite-4.0-h-2b", *CARD), ("base.model", "Did you mean"), id="model"),
     pytest.param(flags(*MODEL, *CARD, "--seq", "1"), ("--seq: 1", "2 or more"), id="length of one"),
-    pytest.param(flags(*MODEL, *CARD, "--seq", "65536"), ("--seq: 65536", "--limit 32768"), id="length beyond limit"),
+    pytest.param(
+        flags(*MODEL, *CARD, "--seq", "65536", "--limit", "32768"), ("--seq: 65536", "--limit 32768"),
+        id="length beyond limit",
+    ),
     pytest.param(
         flags("--model", "smollm2-135m-instruct", *CARD, "--seq", "16384"), ("--seq", "8192 tokens at most"),
         id="length beyond the model",
     ),
     pytest.param(
-        flags(*MODEL, *CARD, "--max-seq-length", "65536"), ("--seq: 65536", "--limit 32768"), id="by its other name"
+        flags(*MODEL, *CARD, "--max-seq-length", "513", "--limit", "512"), ("--seq: 513", "--limit 512"),
+        id="by its other name",
     ),
     pytest.param(flags(*OPTIMISED, "--card", "all", "rtx-4050"), ("Did you mean rtx-4050-lap",), id="all and one"),
     pytest.param(

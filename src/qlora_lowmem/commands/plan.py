@@ -80,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how far to look")
     how.add_argument(
-        "--limit", type=int, default=DEFAULT_LIMIT, metavar="N", help=f"no longer sequence (default: {DEFAULT_LIMIT})"
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"no longer sequence (default: {DEFAULT_LIMIT}, or --seq where that is more)",
     )
     how.add_argument(
         "--step", type=int, default=DEFAULT_STEP, metavar="N", help=f"of the lengths tried (default: {DEFAULT_STEP})"
@@ -132,6 +135,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value is not None and value < least:
             raise UsageError(f"--{flag}: {value} is not a number of tokens that can be tried; give {least} or more")
+    if options.limit is None:
+        options.limit = max(DEFAULT_LIMIT, options.seq or 0)
     if options.seq is not None and options.seq > options.limit:
         raise UsageError(f"--seq: {options.seq} is beyond --limit {options.limit}; raise the limit, or want less")
 
