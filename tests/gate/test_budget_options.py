@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gate.stranger import Run
+from gate.user_project import Run
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +92,6 @@ def test_projects_without_budgets_pay_nothing() -> None:
     assert set(done.stdout.split()) <= {
         "qlora_lowmem",
         "qlora_lowmem.gate",
-        "qlora_lowmem.gate.keys",
         "qlora_lowmem.gate.plugin",
+        "qlora_lowmem.units",
     }

@@ -17,8 +17,7 @@ from helpers import RECIPES
 from qlora_lowmem.commands.bisect import bisect, measure_recipe, overlaid
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import cache_folder
-from qlora_lowmem.gate.environment_key import key_of
-from qlora_lowmem.gate.records import attributed
+from qlora_lowmem.gate.records import attributed, key_of
 from qlora_lowmem.gate.verdicts import EXACT, NotComparable, Regressed, compare
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.models.sources import architecture

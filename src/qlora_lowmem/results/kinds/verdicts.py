@@ -1,8 +1,8 @@
 """What each case of the gate used, and what that is held against."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_lowmem.results.style import Style, name_rows, plain, row_height, words_behind
 from qlora_lowmem.units import MIB, format_bytes
@@ -67,25 +67,6 @@ class Record:
     modules: Mapping[str, int] = field(default_factory=dict)
     lines: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Record":
-        """The inverse of `to_dict`.
-
-        Raises:
-            KeyError, TypeError: fields that are missing, unknown or of another type.
-        """
-        record = cls(**{**content, "key": Key(**content["key"])})
-        counts = [record.allocated, record.reserved, record.device]
-        for group in (record.phases, record.kinds, record.modules, record.lines):
-            counts.extend(group.values())
-        if any(type(count) is not int for count in counts):
-            raise TypeError("a number of bytes is not an integer")
-        return record
 
 
 @dataclass(frozen=True)
@@ -155,20 +136,6 @@ class Row:
         if self.budget is not None:
             found.append(("vram_limit_bytes", self.budget.limit))
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Row":
-        """The inverse of `to_dict`."""
-        record, baseline = (
-            Record.from_dict(content[name]) if content[name] is not None else None for name in ("record", "baseline")
-        )
-        budget = Budget(**content["budget"]) if content["budget"] is not None else None
-        artefacts = tuple(content["artefacts"])
-        return cls(**{**content, "record": record, "baseline": baseline, "budget": budget, "artefacts": artefacts})
 
 
 @dataclass(frozen=True)

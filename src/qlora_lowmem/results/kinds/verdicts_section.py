@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from qlora_lowmem.results.kind import Chart, Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.kinds.verdicts import FIGURES, Held, Row, verdicts
 from qlora_lowmem.results.tables import Cell, Table
@@ -31,7 +33,7 @@ def read(content: Fields) -> tuple[Provenance, tuple[Row, ...]]:
             budget.count("limit")
             if budget["of"] not in FIGURES:
                 raise ValueError(f"cases: a budget of {budget['of']!r}, which is not one of {', '.join(FIGURES)}")
-        rows.append(Row.from_dict(case.raw))
+        rows.append(msgspec.convert(case.raw, Row))
     return provenance_of(content), tuple(rows)
 
 
