@@ -131,7 +131,7 @@ def _main_of(name: str) -> Callable[..., int]:
 
 
 def guarded(body: Callable[[], int]) -> int:
-    """Turn what a command raises into one message and an exit code; no traceback reaches a user."""
+    """Turn what a command raises into one message and an exit code; no traceback reaches a user who asks for none."""
     # As it is imported, it tells of a faster CPU kernel that is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -142,33 +142,27 @@ def guarded(body: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except QloraLowmemError as error:
-        return _fail(error, error.exit_code)
     except Exception as error:
-        from qlora_lowmem.virtual_gpu import VirtualGPUError
+        text, code = _told(error)
+        print(f"error: {text}", file=sys.stderr)
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            import traceback
 
-        if isinstance(error, VirtualGPUError):
-            return _fail(error, EXIT_USAGE)
-        print(  # anything else is ours to repair, and is told as such
-            f"error: an unexpected failure: {type(error).__name__}: {error}\n"
-            f"This is a fault of qlora_lowmem. Run again with {TRACEBACK_VARIABLE}=1 and report what it prints.",
-            file=sys.stderr,
-        )
-        _show_traceback()
-        return EXIT_FAILURE
+            traceback.print_exc()
+        return code
 
 
-def _fail(error: Exception, exit_code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    _show_traceback()
-    return exit_code
+def _told(error: Exception) -> tuple[str, int]:
+    """What a person is told of an error, and the exit code."""
+    if isinstance(error, QloraLowmemError):
+        return str(error), error.exit_code
+    from qlora_lowmem.virtual_gpu import VirtualGPUError
 
-
-def _show_traceback() -> None:
-    if os.environ.get(TRACEBACK_VARIABLE) == "1":
-        import traceback
-
-        traceback.print_exc()
+    if isinstance(error, VirtualGPUError):
+        return str(error), EXIT_USAGE
+    again = f"Run again with {TRACEBACK_VARIABLE}=1 and report what it prints."
+    failure = f"an unexpected failure: {type(error).__name__}: {error}\nThis is a fault of qlora_lowmem. {again}"
+    return failure, EXIT_FAILURE
 
 
 def add_json_argument(parser: argparse.ArgumentParser, *, checked: bool = True) -> None:
