@@ -9,8 +9,8 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands import phases
-from qlora_lowmem.commands.phases import Life
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
+from qlora_lowmem.plan.questions import Life
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.phases import phase_bytes, write_phases
 from qlora_lowmem.results.registry import sections_of
