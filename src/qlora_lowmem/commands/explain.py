@@ -17,7 +17,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, check_parent, write_json
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import recipe_card, roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe, replace_field
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("run.device: 'cpu' has no GPU memory to explain; use --device virtual or --device cuda")
     if recipe.data.data != SYNTHETIC:
         recipe = replace_field(recipe, "data", SYNTHETIC)
-    resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source_of(recipe)
     for flag in ("markdown", "svg", "png", "snapshot"):
         check_parent(f"--{flag}", getattr(options, flag))
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.questions import Life, live
 from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
 from qlora_lowmem.recipe.io import load_recipe
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     recipes = [load_recipe(path, {"device": "virtual"} | overrides_from(options)) for path in options.config]
     cards = [recipe_card(recipe) for recipe in recipes]
     for recipe in recipes:
-        resolve_model(recipe.base.model, "random", recipe.base.revision)
+        source_of(recipe, weights="random")
     with recipe_server(max_workers=1) as server:
         asked = list(zip(recipes, cards, strict=True))
         lives = [live(recipe, card, server) for recipe, card in tqdm(asked, desc="phases", unit="recipe")]

@@ -20,7 +20,7 @@ from qlora_lowmem.commands.frame import Command, add_json_argument, check_json_t
 from qlora_lowmem.data import CheckedData, check_data
 from qlora_lowmem.environment import is_first, processes, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import recipe_card
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     makes_folder = recipe.run.device != "virtual" and not options.dry_run
     check_json_target(options.json, coming=Path(recipe.run.output_dir) if makes_folder else None)
     checked = _read_data(recipe, quiet=options.quiet)
-    resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source_of(recipe)
     check_logger(recipe.run.report_to)
     card = recipe_card(recipe) if recipe.run.device == "virtual" else None
     if options.dry_run:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qlora_lowmem.memory.owners import quantisation_tensors
 
@@ -57,14 +56,14 @@ def floor_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, residual
     return Floor(base, trained, 2 * residual_elements * _embedding_bytes(model))
 
 
-def _bytes(tensor: Tensor, seen: set[int]) -> int:
-    if isinstance(tensor, DTensor):  # FSDP2 shards it over cards: this one's part counts
+def _bytes(tensor: Any, seen: set[int]) -> int:
+    if hasattr(tensor, "to_local"):  # a DTensor, which FSDP2 shards over cards: this one's part counts
         tensor = tensor.to_local()
     storage = tensor.untyped_storage()
     if storage.data_ptr() in seen:
         return 0
     seen.add(storage.data_ptr())
-    return tensor.numel() * tensor.element_size()
+    return int(tensor.numel() * tensor.element_size())
 
 
 def _embedding_bytes(model: Any) -> int:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
 from qlora_lowmem.models.random_weights import write_zero_checkpoint
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
@@ -77,7 +77,7 @@ def live_here(content: dict[str, Any], folder: str, part: str) -> Any:
 def _lived(recipe: Recipe, model: Path) -> Recipe:
     """`recipe` from a full-size checkpoint in the folder `model`, over two steps with all that comes between."""
     if not model.is_dir():
-        architecture = resolve_model(recipe.base.model, "random", recipe.base.revision).architecture
+        architecture = source_of(recipe, weights="random").architecture
         assert architecture is not None
         write_zero_checkpoint(architecture, model)
     changes: dict[str, Any] = {"weights": "pretrained", "model": str(model), "revision": None, "data": "synthetic"}
