@@ -18,7 +18,7 @@ from qlora_lowmem.memory.owners import Owner
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.memory.scopes import Scope, ScopeWindow
 from qlora_lowmem.memory.timeline import MAX_POINTS, chosen_events
-from qlora_lowmem.results.kinds.attribution_table import kinds_table, owners_table, write_picture
+from qlora_lowmem.results.kinds.attribution import kinds_table, owners_table, write_picture
 
 MIB = 2**20
 SCOPES = (

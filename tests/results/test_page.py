@@ -12,10 +12,9 @@ from bs4 import BeautifulSoup, Tag
 from qlora_lowmem.commands.report import main
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS
-from qlora_lowmem.results.kinds.attribution_table import write_attribution
-from qlora_lowmem.results.page import named
-from qlora_lowmem.results.registry import KINDS as KINDS_OF_FILE
-from qlora_lowmem.results.registry import sections_of
+from qlora_lowmem.results.kinds.attribution import write_attribution
+from qlora_lowmem.results.page import KINDS as KINDS_OF_FILE
+from qlora_lowmem.results.page import named, sections_of
 from results.examples import ENVIRONMENT, attribution, write_all
 from results.pages import SECTIONS, parsed, table, values
 

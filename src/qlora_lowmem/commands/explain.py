@@ -68,7 +68,7 @@ def _can_grow(card: virtual_gpu.Card | None) -> bool:
 
 def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
     from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
-    from qlora_lowmem.results.kinds import attribution_table as report
+    from qlora_lowmem.results.kinds import attribution as report
     from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
     from qlora_lowmem.training.progress import quiet_libraries
 

@@ -11,18 +11,18 @@ imports are paid once.
 import argparse
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.plan.questions import measure_lengths
 from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.results.kinds.lengths import lengths_table, write_lengths
-from qlora_lowmem.results.tables import gib
+from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 
 # Up to where a model of one billion parameters without lean no longer fits a 6 GB card.
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -61,10 +61,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"{len(rows)} runs in {seconds:.1f} s ({usable})", file=sys.stderr)
     if options.table:
         write_lengths(Path(options.table), rows, card, seconds, provenance_record(card.name, "virtual"))
-    peaks = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes")
-    highest = {key: max(getattr(row, key) for row in rows) for key in peaks}
+    highest = peak_fields(Peak.highest(row.peak for row in rows))
     report = {"device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes, "seconds": seconds}
-    write_json(options.json, highest | report | {"cases": [asdict(row) for row in rows]})
+    write_json(options.json, highest | report | {"cases": [plain_row(row) for row in rows]})
     fitting = [row for row in rows if row.fits]
     fits = len(fitting) == len(rows) if options.lengths else {row.recipe for row in fitting} == {r.recipe for r in rows}
     return EXIT_OK if fits else EXIT_DOES_NOT_FIT

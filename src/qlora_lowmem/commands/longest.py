@@ -8,18 +8,18 @@ sample at full length. A step of more micro-batches takes as much, and a few byt
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.plan.maximum import longest
 from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
 from qlora_lowmem.results.kinds.longest import write_longest
-from qlora_lowmem.results.tables import gib
+from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +47,13 @@ def run(options: argparse.Namespace) -> int:
         further = f"{row.next_tokens:,} do not fit" if row.next_tokens else "no longer one was tried"
         print(
             f"{row.recipe}: {row.tokens:,} tokens on {row.card} (virtual); {further}; "
-            f"{gib(row.peak_device_bytes)} GiB on the card, {gib(row.host_bytes)} GiB of host memory pinned",
+            f"{gib(row.peak.device)} GiB on the card, {gib(row.host_bytes)} GiB of host memory pinned",
             file=sys.stderr,
         )
     if options.table:
         write_longest(Path(options.table), rows, record, changes)
-    peaks = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes")
-    highest = {key: max(getattr(row, key) for row in rows) for key in peaks}
-    cases = [asdict(row) for row in rows]
+    highest = peak_fields(Peak.highest(row.peak for row in rows))
+    cases = [plain_row(row) for row in rows]
     write_json(options.json, highest | {"device": card.name, "provenance": "virtual", "cases": cases})
     return EXIT_OK if all(row.tokens for row in rows) else EXIT_DOES_NOT_FIT
 

@@ -171,7 +171,7 @@ class Meter:
 
         found = measurement.attribution
         if isinstance(error, torch.OutOfMemoryError) and found is not None:
-            from qlora_lowmem.results.kinds.attribution_table import headline, owners_table
+            from qlora_lowmem.results.kinds.attribution import headline, owners_table
 
             item.add_report_section("call", "gpu memory", f"{headline(found)}\n\n{owners_table(found, limit=5)}")
 

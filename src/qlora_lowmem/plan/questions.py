@@ -38,18 +38,8 @@ def measure_lengths(
         if run.profile is None or run.out_of_memory is not None:
             reason = (run.failure or run.out_of_memory or "").strip().splitlines()[-1]
             raise QloraLowmemError(f"{name} at {length:,} tokens fails: {reason}")
-        peaks = run.profile
-        rows.append(
-            Length(
-                name,
-                length,
-                peaks.peak_device_bytes <= card.usable_bytes,
-                peaks.peak_allocated_bytes,
-                peaks.peak_reserved_bytes,
-                peaks.peak_device_bytes,
-                run.floor_bytes,
-            )
-        )
+        peak = run.profile.peak
+        rows.append(Length(name, length, peak.device <= card.usable_bytes, peak, run.floor_bytes))
     return rows
 
 
@@ -73,7 +63,7 @@ class Life:
         return not self.out_of_memory and self.profile.peak_device_bytes <= card.usable_bytes
 
     def phases(self, device_budget: int, allocated_budgets: Mapping[str, int] | None = None) -> tuple[PhaseBytes, ...]:
-        """Its phases beside their budgets in bytes, as `report.phases.phase_bytes` says."""
+        """Its phases beside their budgets in bytes, as `phase_bytes` says."""
         return phase_bytes(self.profile.phases, device_budget, allocated_budgets, self.out_of_memory, self.floor_bytes)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lowmem.results.kind import Fields, Provenance, Section, Source, provenance_of
+from qlora_lowmem.results.kinds import Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.tables import Cell, Table, count_cell, known_gib_cell, times_floor_cell
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_lowmem.results.kind import Chart, Fields, Provenance, Section, Source, provenance_of
+from qlora_lowmem.results.kinds import Chart, Fields, Provenance, Section, Source, provenance_of
 from qlora_lowmem.results.kinds.verdicts import FIGURES, Held, Row, verdicts
 from qlora_lowmem.results.tables import Cell, Table
 from qlora_lowmem.units import MIB, format_signed
