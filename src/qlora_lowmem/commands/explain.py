@@ -20,8 +20,7 @@ from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import recipe_card, roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
-from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

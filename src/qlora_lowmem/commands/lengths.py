@@ -19,8 +19,7 @@ from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.plan.questions import measure_lengths
 from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
-from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
 from qlora_lowmem.results.kinds.lengths import lengths_table, write_lengths
 from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 
