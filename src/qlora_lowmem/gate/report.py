@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.results.kinds.verdicts import Held, Row, verdicts
+from qlora_lowmem.results.kinds.verdicts import Row, verdicts, verdicts_table
 from qlora_lowmem.results.style import save
-from qlora_lowmem.results.tables import markdown_table, provenance_lines
-from qlora_lowmem.units import MIB, format_signed
+from qlora_lowmem.results.tables import provenance_lines
+from qlora_lowmem.units import MIB
 
 # What needs nobody's attention.
 QUIET = {"PASS", "WITHIN BUDGET"}
@@ -64,12 +64,7 @@ def summary(rows: Sequence[Row], record: dict[str, Any]) -> str:
     """Markdown: a table, a chart, the failures in full."""
     failing = [row for row in rows if row.fails]
     head = f"{len(failing)} of {len(rows)} cases fail" if failing else f"{len(rows)} cases, none fails"
-    table = markdown_table(
-        ("case", "verdict", "allocated MiB", "held against MiB", "difference", "reserved MiB", "on the card MiB"),
-        [_cells(row) for row in rows],
-        text_columns=2,
-    )
-    parts = [f"## GPU memory: {head}", table, _mermaid(rows)]
+    parts = [f"## GPU memory: {head}", verdicts_table(rows), _mermaid(rows)]
     for row in rows:
         if row.message:
             parts.append(
@@ -98,23 +93,12 @@ def _escaped(text: str, in_property: bool = False) -> str:
     return text.replace(":", "%3A").replace(",", "%2C") if in_property else text
 
 
-def _cells(row: Row) -> list[str]:
-    against = row.held_against
-    difference = format_signed(row.judged - against) if against is not None and row.record else "-"
-    sizes = [_mib(getattr(row.record, what)) if row.record else "-" for what in ("allocated", "reserved", "device")]
-    return [row.case, row.verdict, sizes[0], _mib(against) if against is not None else "-", difference, *sizes[1:]]
-
-
-def _mib(count: int) -> str:
-    return f"{count / MIB:,.1f}"
-
-
 def _mermaid(rows: Sequence[Row]) -> str:
     """Bars are what was measured; the line is what it is held against, where every case has that."""
     shown = [row for row in rows if row.record is not None]
     if not shown:
         return ""
-    names = ", ".join('"' + row.case.rpartition("::")[2].replace('"', "'") + '"' for row in shown)
+    names = ", ".join('"' + row.name.replace('"', "'") + '"' for row in shown)
     bars = ", ".join(f"{row.judged / MIB:.1f}" for row in shown)
     against = [row.held_against for row in shown]
     line = f"\n  line [{', '.join(f'{count / MIB:.1f}' for count in against if count is not None)}]"
@@ -127,5 +111,4 @@ def _mermaid(rows: Sequence[Row]) -> str:
 
 def _write_chart(path: Path, rows: Sequence[Row]) -> None:
     shown = [row for row in rows if row.record is not None]
-    held = [Held(row.case.rpartition("::")[2], row.judged, row.held_against, row.fails) for row in shown]
-    save(lambda style: verdicts(style, held), "Allocated peak, and what it is held against", path)
+    save(lambda style: verdicts(style, shown), "Allocated peak, and what it is held against", path)

@@ -26,29 +26,19 @@ from qlora_lowmem.results.kinds import (
     families,
     lengths,
     longest,
-    matrix_section,
+    matrix,
     phases,
     prediction,
     published,
     read_json,
     run,
-    verdicts_section,
+    verdicts,
     waterfall,
 )
 from qlora_lowmem.results.style import Style, inline, save, svg_text
 from qlora_lowmem.results.theme import DARK, LIGHT, TOKENS, css_variables
 
 _HERE = Path(__file__).parent
-
-
-def _old(module: Any, text: str) -> Kind[Any]:
-    return Kind(
-        text,
-        module.recognises,
-        lambda content: module.read(content)[1],
-        module.sections,
-        lambda content: module.read(content)[0],
-    )
 
 
 # In the order of the page.
@@ -62,8 +52,8 @@ KINDS: tuple[Kind[Any], ...] = (
     longest.KIND,
     prediction.KIND,
     published.KIND,
-    _old(verdicts_section, "verdicts (pytest --vram-report)"),
-    _old(matrix_section, "a matrix (pytest bench/)"),
+    verdicts.KIND,
+    matrix.KIND,
 )
 
 

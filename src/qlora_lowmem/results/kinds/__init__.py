@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
+import msgspec
+
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.results.style import Drawing
 from qlora_lowmem.results.tables import Table
 
@@ -142,6 +144,15 @@ class Fields:
         """The whole object as strings by name."""
         return {name: self.text(name) for name in self.raw}
 
+    def phases(self, name: str) -> dict[str, Peak]:
+        """At least one peak by phase, as `MemoryProfile.to_dict` lists them; each phase is one that runs have."""
+        peaks = {}
+        for phase in self.objects(name):
+            if phase.text("name") not in PHASES:
+                raise ValueError(f"{self._place}{name}: {phase['name']!r} is not one of {', '.join(PHASES)}")
+            peaks[phase.text("name")] = Peak(*(phase.count(field.name) for field in dataclasses.fields(Peak)))
+        return peaks
+
     def row(self, kind: type[_Type]) -> _Type:
         """A dataclass of texts, counts, flags, each from the field of its name, and peaks: what `plain_row` wrote.
 
@@ -155,9 +166,19 @@ class Fields:
         """A list of at least one of those."""
         return tuple(item.row(kind) for item in self.objects(name))
 
+    def convert(self, kind: type[_Type]) -> _Type:
+        """A dataclass of dataclasses, mappings and the like, from the whole object."""
+        try:
+            return msgspec.convert(self.raw, kind)
+        except msgspec.ValidationError as error:
+            why, _, place = str(error).partition(" - at `$.")
+            raise ValueError(f"{self._place}{place.rstrip('`')}: {why}") from None
+
     def _value(self, name: str, hint: Any) -> Any:
         if hint is Peak:
             return Peak(*(self.count(f"peak_{field.name}_bytes") for field in dataclasses.fields(Peak)))
+        if hint == Mapping[str, Peak]:
+            return self.phases(name) if self[name] else {}
         if isinstance(hint, types.UnionType):
             if self[name] is None:
                 return None

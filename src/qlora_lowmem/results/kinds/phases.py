@@ -213,17 +213,6 @@ def _phase(case: Fields) -> PhaseBytes:
     )
 
 
-def peaks_by_phase(content: Fields) -> dict[str, Peak]:
-    """The `phases` of a profile in JSON; each is one that runs have."""
-    peaks = {}
-    for phase in content.objects("phases"):
-        name = phase.text("name")
-        if name not in PHASES:
-            raise ValueError(f"phases: {name!r} is not one of {', '.join(PHASES)}")
-        peaks[name] = Peak(phase.count("allocated"), phase.count("reserved"), phase.count("device"))
-    return peaks
-
-
 def _section(_provenance: Provenance, lives: Lives) -> Section:
     every = [each for _, each in _rows(lives)]
     within = sum(not each.fails for each in every)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lowmem.results.kinds import Fields, Kind, Section, Source, named_by_file
-from qlora_lowmem.results.kinds.phases import PhaseBytes, chart_of, peaks_by_phase, phase_bytes, tables_of
+from qlora_lowmem.results.kinds.phases import PhaseBytes, chart_of, phase_bytes, tables_of
 from qlora_lowmem.results.tables import FLOOR_TEXT, usable_bytes
 
 
@@ -23,7 +23,6 @@ def _recognises(content: Mapping[str, Any]) -> bool:
 
 def _read(content: Fields) -> _Run:
     """The phases of a `train --json`, and where memory ran out if it did."""
-    peaks = peaks_by_phase(content)
     ran_out = {}
     if content.raw.get("failure") is not None:
         failure = content.object("failure")
@@ -33,7 +32,7 @@ def _read(content: Fields) -> _Run:
         raise ValueError("total_bytes is 0")
     name = content.object("recipe").raw.get("name")
     floor = 0 if ran_out else content.count("floor_bytes")
-    phases = phase_bytes(peaks, budget, out_of_memory=ran_out, floor=floor)
+    phases = phase_bytes(content.phases("phases"), budget, out_of_memory=ran_out, floor=floor)
     return _Run(name if isinstance(name, str) else "", phases)
 
 
