@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, check_json_target, write_json
 from qlora_lowmem.data import CheckedData, check_data
@@ -259,7 +261,8 @@ def _does_not_fit(recipe: Recipe, content: dict[str, Any], options: argparse.Nam
     if options.no_advice or processes() > 1:  # advice is for one card
         write_json(options.json, content)
         return EXIT_DOES_NOT_FIT
-    from qlora_lowmem.plan.advice import advise, card_like
+    from qlora_lowmem.memory.device import card_like
+    from qlora_lowmem.plan.advice import advise
 
     card = card_like(content["device"], content["total_bytes"])
     if card is None:
@@ -267,7 +270,7 @@ def _does_not_fit(recipe: Recipe, content: dict[str, Any], options: argparse.Nam
     else:
         try:
             advice = advise(recipe, card, note=_say)
-            content["advice"] = advice.to_dict()
+            content["advice"] = msgspec.to_builtins(advice)
             for text in advice.lines():
                 _say(text)
         except virtual_gpu.VirtualGPUError as error:

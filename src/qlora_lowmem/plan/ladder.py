@@ -58,12 +58,6 @@ class Rung:
         parts = (_PARTS[part] for part in self.name.split(", "))
         return _FASTEST | {leaf: value for part in parts for leaf, value in part.items()}
 
-    @property
-    def exact(self) -> bool:
-        """Whether it trains what the fastest does, up to rounding."""
-        made = (_MOVES[part] for part in self.name.split(", ") if part in _MOVES)
-        return all(move.kind != "changes training" for move in made)
-
 
 _FIRST = (
     Rung("fastest", "exact; nothing is computed twice"),
