@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from gate.user_project import FEW_PLUGINS, Run
+from gate.stranger import FEW_PLUGINS, Run
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.gate.session import GateSession
-from qlora_lowmem.gate.worker import WORKER_MODULES
+from qlora_lowmem.gate.session import WORKER_MODULES, GateSession
 
 # Sessions in this process forget the modules that they imported, and torch cannot be imported twice.
 assert torch.__version__

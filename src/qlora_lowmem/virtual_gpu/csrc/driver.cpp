@@ -1,14 +1,14 @@
-// libcuda.so.1: devices, contexts, errors, and how functions are looked up. Modules, kernels, streams and events, as Triton,
-// Inductor and NVRTC users call them, are generated (stubs.py): nothing is loaded and nothing runs.
+// libcuda.so.1: devices, contexts, errors, and how functions are looked up.
 #include <cuda.h>
 #include <dlfcn.h>
 
 #include <cstdio>
 #include <cstring>
 
+#include "account.h"
 #include "attributes.h"
-#include "errors.h"
-#include "stubs.h"
+
+#define API extern "C" __attribute__((visibility("default")))
 
 using namespace vgpu;
 
@@ -74,11 +74,30 @@ API CUresult cuDriverGetVersion(int* version) {
 }
 
 API CUresult cuGetErrorName(CUresult error, const char** text) {
-  *text = error_text(error).driver_name;
+  switch (error) {
+    case CUDA_SUCCESS: *text = "CUDA_SUCCESS"; break;
+    case CUDA_ERROR_INVALID_VALUE: *text = "CUDA_ERROR_INVALID_VALUE"; break;
+    case CUDA_ERROR_OUT_OF_MEMORY: *text = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+    case CUDA_ERROR_NOT_INITIALIZED: *text = "CUDA_ERROR_NOT_INITIALIZED"; break;
+    case CUDA_ERROR_NO_DEVICE: *text = "CUDA_ERROR_NO_DEVICE"; break;
+    case CUDA_ERROR_INVALID_DEVICE: *text = "CUDA_ERROR_INVALID_DEVICE"; break;
+    case CUDA_ERROR_NOT_SUPPORTED: *text = "CUDA_ERROR_NOT_SUPPORTED"; break;
+    default: *text = "CUDA_ERROR_UNKNOWN"; break;
+  }
   return CUDA_SUCCESS;
 }
+
 API CUresult cuGetErrorString(CUresult error, const char** text) {
-  *text = error_text(error).text;
+  switch (error) {
+    case CUDA_SUCCESS: *text = "no error"; break;
+    case CUDA_ERROR_INVALID_VALUE: *text = "invalid argument"; break;
+    case CUDA_ERROR_OUT_OF_MEMORY: *text = "out of memory"; break;
+    case CUDA_ERROR_NOT_INITIALIZED: *text = "initialization error"; break;
+    case CUDA_ERROR_NO_DEVICE: *text = "no CUDA-capable device is detected"; break;
+    case CUDA_ERROR_INVALID_DEVICE: *text = "invalid device ordinal"; break;
+    case CUDA_ERROR_NOT_SUPPORTED: *text = "operation not supported"; break;
+    default: *text = "unknown error"; break;
+  }
   return CUDA_SUCCESS;
 }
 
@@ -130,6 +149,11 @@ API CUresult cuDeviceComputeCapability(int* major, int* minor, CUdevice device) 
   return CUDA_SUCCESS;
 }
 
+API CUresult cuDeviceCanAccessPeer(int* can, CUdevice, CUdevice) {
+  *can = 0;
+  return CUDA_SUCCESS;
+}
+
 API CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   if (CUresult error = ready()) return error;
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
@@ -137,6 +161,8 @@ API CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   *context = context_of(device);
   return CUDA_SUCCESS;
 }
+
+API CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
 
 API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
@@ -175,10 +201,8 @@ API CUresult cuCtxPopCurrent(CUcontext* context) {
   if (context != nullptr) *context = stack[depth];
   return CUDA_SUCCESS;
 }
-
-API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
-  bool threads = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
-  bool registers = attribute == CU_FUNC_ATTRIBUTE_NUM_REGS;
-  *value = threads ? 1024 : registers ? 32 : 0;  // no spills, no static shared memory
+API CUresult cuCtxGetLimit(size_t* value, CUlimit) {
+  *value = 1 << 20;
   return CUDA_SUCCESS;
 }
+API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }

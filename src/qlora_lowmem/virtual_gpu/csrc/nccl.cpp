@@ -10,9 +10,17 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "account.h"
 #include "exchanged.h"
-#include "stubs.h"
 
+#define API extern "C" __attribute__((visibility("default")))
+
+// What is defined here under NCCL's name is also what its profiling name does.
+#define NCCL_FUNCTION(name, parameters) \
+  API int p##name parameters __attribute__((alias(#name))); \
+  API int name parameters
+
+extern "C" int vgpu_notice(uint32_t notice);
 extern "C" int cudaGetDevice(int*) __attribute__((weak));
 extern "C" int cudaMalloc(void**, size_t) __attribute__((weak));
 extern "C" int cudaFree(void*) __attribute__((weak));
@@ -20,6 +28,7 @@ extern "C" int cudaFree(void*) __attribute__((weak));
 namespace {
 
 constexpr int kSuccess = 0, kCudaError = 1, kInvalidArgument = 4;
+constexpr int kFirstOwnOperation = 5;  // ncclNumOps
 
 struct UniqueId {
   char internal[128];
@@ -49,7 +58,7 @@ uint64_t element_bytes(int type) {
 
 }  // namespace
 
-API int ncclGetUniqueId(UniqueId* id) {
+NCCL_FUNCTION(ncclGetUniqueId, (UniqueId * id)) {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   static uint32_t number = 0;
@@ -59,16 +68,16 @@ API int ncclGetUniqueId(UniqueId* id) {
   memcpy(id->internal, parts, sizeof parts);
   return kSuccess;
 }
-API int ncclCommGetUniqueId(Communicator*, UniqueId* id) { return ncclGetUniqueId(id); }
+NCCL_FUNCTION(ncclCommGetUniqueId, (Communicator*, UniqueId* id)) { return ncclGetUniqueId(id); }
 
-API int ncclCommInitRankConfig(Communicator** made, int ranks, UniqueId, int rank, void*) {
+NCCL_FUNCTION(ncclCommInitRankConfig, (Communicator** made, int ranks, UniqueId, int rank, void*)) {
   return make(made, ranks, rank);
 }
-API int ncclCommInitRank(Communicator** made, int ranks, UniqueId, int rank) { return make(made, ranks, rank); }
-API int ncclCommInitRankScalable(Communicator** made, int ranks, int rank, int, UniqueId*, void*) {
+NCCL_FUNCTION(ncclCommInitRank, (Communicator** made, int ranks, UniqueId, int rank)) { return make(made, ranks, rank); }
+NCCL_FUNCTION(ncclCommInitRankScalable, (Communicator** made, int ranks, int rank, int, UniqueId*, void*)) {
   return make(made, ranks, rank);
 }
-API int ncclCommInitAll(Communicator** made, int count, const int* devices) {
+NCCL_FUNCTION(ncclCommInitAll, (Communicator** made, int count, const int* devices)) {
   for (int rank = 0; rank < count; ++rank) {
     if (int error = make(&made[rank], count, rank)) return error;
     made[rank]->device = devices != nullptr ? devices[rank] : rank;
@@ -76,59 +85,98 @@ API int ncclCommInitAll(Communicator** made, int count, const int* devices) {
   return kSuccess;
 }
 // The members of the new communicator are not known in this process: it counts as many as its parent.
-API int ncclCommSplit(Communicator* from, int color, int key, Communicator** made, void*) {
+NCCL_FUNCTION(ncclCommSplit, (Communicator * from, int color, int key, Communicator** made, void*)) {
   *made = nullptr;
   return color < 0 ? kSuccess : make(made, from->ranks, key >= 0 && key < from->ranks ? key : from->rank);
 }
-API int ncclCommShrink(Communicator* from, int*, int excluded, Communicator** made, void*, int) {
+NCCL_FUNCTION(ncclCommShrink, (Communicator * from, int*, int excluded, Communicator** made, void*, int)) {
   int ranks = from->ranks - excluded;
   return make(made, ranks, from->rank < ranks ? from->rank : ranks - 1);
 }
 
-API int ncclCommCount(const Communicator* communicator, int* count) {
+NCCL_FUNCTION(ncclCommFinalize, (Communicator*)) { return kSuccess; }
+NCCL_FUNCTION(ncclCommDestroy, (Communicator * communicator)) {
+  free(communicator);
+  return kSuccess;
+}
+NCCL_FUNCTION(ncclCommAbort, (Communicator * communicator)) { return ncclCommDestroy(communicator); }
+NCCL_FUNCTION(ncclCommGetAsyncError, (Communicator*, int* error)) {
+  *error = kSuccess;
+  return kSuccess;
+}
+NCCL_FUNCTION(ncclCommCount, (const Communicator* communicator, int* count)) {
   *count = communicator->ranks;
   return kSuccess;
 }
-API int ncclCommUserRank(const Communicator* communicator, int* rank) {
+NCCL_FUNCTION(ncclCommUserRank, (const Communicator* communicator, int* rank)) {
   *rank = communicator->rank;
   return kSuccess;
 }
-API int ncclCommCuDevice(const Communicator* communicator, int* device) {
+NCCL_FUNCTION(ncclCommCuDevice, (const Communicator* communicator, int* device)) {
   *device = communicator->device;
   return kSuccess;
 }
+NCCL_FUNCTION(ncclCommMemStats, (Communicator*, int, uint64_t* value)) {
+  *value = 0;  // of NCCL's own memory, none is known
+  return kSuccess;
+}
 
-API int ncclMemAlloc(void** address, size_t bytes) {
+NCCL_FUNCTION(ncclMemAlloc, (void** address, size_t bytes)) {
   return cudaMalloc != nullptr && cudaMalloc(address, bytes) == 0 ? kSuccess : kCudaError;
 }
-API int ncclMemFree(void* address) {
+NCCL_FUNCTION(ncclMemFree, (void* address)) {
   return cudaFree != nullptr && cudaFree(address) == 0 ? kSuccess : kCudaError;
 }
-API int ncclCommRegister(const Communicator*, void* buffer, size_t, void** handle) {
+NCCL_FUNCTION(ncclCommRegister, (const Communicator*, void* buffer, size_t, void** handle)) {
   *handle = buffer;
   return kSuccess;
 }
-API int ncclCommWindowRegister(Communicator*, void* buffer, size_t, void** window, int) {
+NCCL_FUNCTION(ncclCommDeregister, (const Communicator*, void*)) { return kSuccess; }
+NCCL_FUNCTION(ncclCommWindowRegister, (Communicator*, void* buffer, size_t, void** window, int)) {
   *window = buffer;
   return kSuccess;
 }
-API int ncclWinGetUserPtr(Communicator*, void* window, void** buffer) {
+NCCL_FUNCTION(ncclCommWindowDeregister, (Communicator*, void*)) { return kSuccess; }
+NCCL_FUNCTION(ncclWinGetUserPtr, (Communicator*, void* window, void** buffer)) {
   *buffer = window;
   return kSuccess;
 }
 
+NCCL_FUNCTION(ncclRedOpCreatePreMulSum, (int* operation, void*, int, int, Communicator*)) {
+  *operation = kFirstOwnOperation;
+  return kSuccess;
+}
+NCCL_FUNCTION(ncclRedOpDestroy, (int, Communicator*)) { return kSuccess; }
+
 // Every rank is taken to have sent what this one did (exchanged.h).
-API int ncclBroadcast(const void* from, void* to, size_t count, int type, int, Communicator*, void*) {
+NCCL_FUNCTION(ncclBroadcast, (const void* from, void* to, size_t count, int type, int, Communicator*, void*)) {
   vgpu::note_exchanged(to, from, count * element_bytes(type));
   return kSuccess;
 }
-API int ncclBcast(void* buffer, size_t count, int type, int root, Communicator* communicator, void* stream) {
+NCCL_FUNCTION(ncclBcast, (void* buffer, size_t count, int type, int root, Communicator* communicator, void* stream)) {
   return ncclBroadcast(buffer, buffer, count, type, root, communicator, stream);
 }
-API int ncclAllGather(const void* from, void* to, size_t count, int type, Communicator* communicator, void*) {
+NCCL_FUNCTION(ncclAllGather, (const void* from, void* to, size_t count, int type, Communicator* communicator, void*)) {
   uint64_t bytes = count * element_bytes(type);
   for (int rank = 0; rank < communicator->ranks; ++rank) {
     vgpu::note_exchanged(static_cast<char*>(to) + rank * bytes, from, bytes);
   }
   return kSuccess;
 }
+
+// What these deliver is computed from several ranks, or another's.
+#define NCCL_COMPUTES(name) \
+  NCCL_FUNCTION(name, ()) { \
+    vgpu::forget_written(); \
+    return kSuccess; \
+  }
+NCCL_COMPUTES(ncclAllReduce)
+NCCL_COMPUTES(ncclReduce)
+NCCL_COMPUTES(ncclReduceScatter)
+NCCL_COMPUTES(ncclAlltoAll)
+NCCL_COMPUTES(ncclGather)
+NCCL_COMPUTES(ncclScatter)
+NCCL_COMPUTES(ncclRecv)
+NCCL_FUNCTION(ncclSend, ()) { return kSuccess; }
+NCCL_FUNCTION(ncclGroupStart, ()) { return kSuccess; }
+NCCL_FUNCTION(ncclGroupEnd, ()) { return kSuccess; }

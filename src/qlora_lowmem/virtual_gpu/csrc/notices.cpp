@@ -5,9 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "stubs.h"
+#include "account.h"
 
-// For the hooks.
+// For the generated stubs and the hooks, which are not C++.
+extern "C" VGPU_SHARED int vgpu_notice(uint32_t notice);
 extern "C" VGPU_SHARED void vgpu_hooks_are_in();
 extern "C" VGPU_SHARED bool vgpu_first_notice(uint32_t notice);
 
@@ -66,6 +67,7 @@ void note_missing(const char* name, const char* why) {
 
 using namespace vgpu;
 
+// Says what the notice says, once, and returns every library's code for success.
 int vgpu_notice(uint32_t notice) {
   if (first_notice(notice) && !quiet()) fprintf(stderr, "virtual GPU: %s\n", text_of(notice));
   return 0;

@@ -3,13 +3,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include "account.h"
 #include "memory.h"
-#include "stubs.h"
+
+#define API extern "C" __attribute__((visibility("default")))
 
 // Defines functions whose parameters differ between CUDA versions and do not matter here, under their binary name.
 #define API_NAMED(function, symbol) \
-  API cudaError_t function __asm__(symbol); \
-  API cudaError_t function
+  extern "C" __attribute__((visibility("default"))) cudaError_t function __asm__(symbol); \
+  extern "C" __attribute__((visibility("default"))) cudaError_t function
 
 namespace vgpu {
 
