@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
-from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.environment import provenance_record, typed
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
 from qlora_lowmem.files import cache_folder
 from qlora_lowmem.memory.device import card_of_this_machine
@@ -285,7 +285,7 @@ def _write_recipe(target: Path, pair: Pair, plan: Plan) -> None:
 
 
 def _say_what_next(target: Path, pair: Pair, *, own_data: bool) -> None:
-    train = f"python -m qlora_lowmem.train --config {shlex.quote(str(target))}"
+    train = f"{typed('train')} --config {shlex.quote(str(target))}"
     # As it was planned: with random weights where those will do, and then there is no tokenizer for a person's data.
     planned = " --weights random" if pair.model.recipe.base.weights == "random" else ""
     planned += " --data synthetic" if own_data else ""
