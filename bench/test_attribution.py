@@ -12,7 +12,7 @@ from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.memory.kinds import OUTSIDE_ALLOCATED
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.results.kinds.attribution_table import write_attribution
+from qlora_lowmem.results.kinds.attribution import write_attribution
 
 EXPLAINED = ["baseline", "optimised"]
 

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from matrix_recipes import ORDER
-from qlora_lowmem.gate.cases import Matrix, Runner
-from qlora_lowmem.gate.recipes import recipe_record
+from qlora_lowmem.gate.cases import Matrix, Runner, recipe_record
 from qlora_lowmem.gate.session import GateSession
 from qlora_lowmem.memory.profile import MemoryProfile
 

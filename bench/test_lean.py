@@ -14,7 +14,7 @@ from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.results.kinds.waterfall_table import Step, write_waterfall
+from qlora_lowmem.results.kinds.waterfall import Step, write_waterfall
 from qlora_lowmem.units import GIB, format_bytes
 
 # (idea, the fields that change); each starts where the one before ended.

@@ -13,8 +13,7 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, submit_recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.results.kinds.families import Pair
-from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
+from qlora_lowmem.results.kinds.families import Pair, write_families
 
 pytestmark = pytest.mark.lean
 KNOWN = ("granite-4.0-h-1b", "granite-4.0-1b", "llama-3.2-3b")
@@ -57,7 +56,7 @@ def rows(request: pytest.FixtureRequest, on_gpu: bool, results_folder: Path) -> 
         for model in MODELS
         for tokens in LENGTHS
     }
-    _write(results_folder, list(made.values()))
+    write_families(results_folder, list(made.values()), provenance_record(DEFAULT_CARD, "virtual"))
     return made
 
 
@@ -69,42 +68,6 @@ def _peaks(run: "Future[RecipeRun]") -> tuple[int, int]:
     return done.profile.peak_allocated_bytes, done.floor_bytes
 
 
-def _write(folder: Path, rows: list[Pair]) -> None:
-    record = provenance_record(DEFAULT_CARD, "virtual")
-    headers = ["model", "tokens", "optimised", "lean", "saves", "floor", "x floor", "of what is above the floor"]
-    cells = [
-        [
-            row.model,
-            f"{row.tokens:,}",
-            gib(row.optimised),
-            gib(row.lean),
-            gib(row.saves),
-            gib(row.floor),
-            times_floor(row.lean, row.floor),
-            f"{row.share:.0%}",
-        ]
-        for row in rows
-    ]
-    markdown = (
-        "# Lean on the models that people fine-tune\n\nAllocated peaks in GiB, random weights of each architecture, "
-        "batch 1, r 8 on all linear layers, on a card of the kind with room for everything: the optimised recipe "
-        f"(checkpointing, fused loss) and lean, which is exact. {FLOOR_TEXT}\n\n"
-        f"{markdown_table(headers, cells)}\n\n{provenance_lines(record)}\n"
-    )
-    plain = [
-        {
-            "model": row.model,
-            "tokens": row.tokens,
-            "optimised_allocated_bytes": row.optimised,
-            "lean_allocated_bytes": row.lean,
-            "floor_bytes": row.floor,
-        }
-        for row in rows
-    ]
-    content = {"environment": record, "provenance": "virtual", "cases": plain}
-    write_result(folder, "lean-families", content, markdown, plain)
-
-
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("model", MODELS)
 def test_lean_saves_at_least_a_third_of_what_is_above_the_floor(
@@ -112,4 +75,4 @@ def test_lean_saves_at_least_a_third_of_what_is_above_the_floor(
 ) -> None:
     row = rows[model, tokens]
     assert row.share >= 1 / 3
-    assert row.lean >= row.floor
+    assert row.lean_allocated_bytes >= row.floor_bytes

@@ -7,9 +7,9 @@ import yaml
 
 from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.phases import Life, live
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.memory.profile import PHASES, Peak
+from qlora_lowmem.plan.questions import Life, live
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.phases import write_phases

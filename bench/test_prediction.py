@@ -17,7 +17,7 @@ from qlora_lowmem.memory.profile import provenance_here
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field
 from qlora_lowmem.results.kinds.matrix import CaseResult
-from qlora_lowmem.results.kinds.prediction_table import Figure, compare, misses, write_prediction
+from qlora_lowmem.results.kinds.prediction import Figure, compare, misses, write_prediction
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qlora_lowmem.models.loading import choose_precision, load_tokenizer
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
 from qlora_lowmem.run.job import build_job
@@ -28,7 +28,7 @@ class TrainingSteps:
         """Load the job; may raise `torch.cuda.OutOfMemoryError`."""
         recipe = replace_field(recipe, "max_steps", _STEPS_OF_DATA)
         self.recipe = recipe
-        source = resolve_model(recipe.base.model, recipe.base.weights)
+        source = source_of(recipe)
         precision = choose_precision(recipe, "cuda", torch.cuda.get_device_capability(0) >= (8, 0))
         device = torch.device("cuda", 0)
         job = build_job(recipe, source, precision, None, load_tokenizer(recipe, source), device, [], folder, save=False)

@@ -81,8 +81,8 @@ def commands_page() -> str:
         "of GPU memory or does not fit, 130 interrupted."
     ]
     parts += [
-        f"## {name}\n\nAlso `python -m {listed.module}`.\n\n```text\n{_without_recipe(_help(name))}\n```"
-        for name, listed in COMMANDS.items()
+        f"## {name}\n\nAlso `python -m {module}`.\n\n```text\n{_without_recipe(_help(name))}\n```"
+        for name, (module, _) in COMMANDS.items()
     ]
     parts.append(f"## The pytest plugin\n\n```text\n{_plugin_options()}\n```")
     return "\n\n".join(parts) + "\n"

@@ -154,9 +154,9 @@ def test_other_pages_of_the_reference(reference: ModuleType) -> None:
 
 def test_the_reference_has_the_help_of_every_command(reference: ModuleType) -> None:
     page = reference.commands_page()
-    for name, listed in COMMANDS.items():
+    for name, (module, _) in COMMANDS.items():
         entry = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
-        assert f"Also `python -m {listed.module}`" in entry
+        assert f"Also `python -m {module}`" in entry
         assert f"usage: qlora-lowmem {name} " in entry
         assert "--help" in entry
         assert "--lora-r" not in entry

@@ -1,6 +1,7 @@
 """Bytes: integers inside, units where a person reads or writes. MB is 10^6, MiB is 2^20, and they are never mixed."""
 
 import re
+from fractions import Fraction
 
 KIB = 2**10
 MIB = 2**20
@@ -46,6 +47,20 @@ def parse_bytes(text: str | int) -> int:
     whole, _, fraction = number.partition(".")
     # Integer arithmetic: 5.1 GiB must not depend on how 5.1 rounds in binary.
     return int(whole) * factor + (int(fraction) * factor // 10 ** len(fraction) if fraction else 0)
+
+
+def parse_memory_limit(limit: str | int, total_bytes: int) -> int:
+    """`"90%"` of `total_bytes`, rounded down; or a size, whatever the total.
+
+    Raises:
+        ValueError: not a percentage above 0 and up to 100, nor a size (`parse_bytes`).
+    """
+    if not isinstance(limit, str) or not limit.rstrip().endswith("%"):
+        return parse_bytes(limit)
+    digits = limit.strip()[:-1].strip()
+    if not (digits.isascii() and digits.replace(".", "", 1).isdigit() and 0 < Fraction(digits) <= 100):
+        raise ValueError(f"{limit!r} is not a percentage above 0 % and up to 100 %")
+    return int(total_bytes * Fraction(digits) / 100)
 
 
 def format_bytes(count: int) -> str:

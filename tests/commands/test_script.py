@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ import pytest
 
 from helpers import RECIPES, ROOT
 from qlora_lowmem import __version__, environment
-from qlora_lowmem.commands import COMMANDS, frame
+from qlora_lowmem.commands import COMMANDS, frame, start
 from qlora_lowmem.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"}
@@ -34,9 +35,9 @@ def printed(body, *words):
 
 said = {"": printed(main, "bin/qlora-lowmem", "--help")}
 listing = sorted(sys.modules)
-for name, listed in COMMANDS.items():
+for name, (module, _) in COMMANDS.items():
     new = printed(main, "bin/qlora-lowmem", name, "--help")
-    old = printed(lambda: runpy.run_module(listed.module, run_name="__main__", alter_sys=True), "", "--help")
+    old = printed(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True), "", "--help")
     said[name] = [new, old]
 print(json.dumps({"said": said, "listing": listing, "modules": sorted(sys.modules)}))
 """
@@ -55,7 +56,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][environment.SCRIPT]
     module, function = entry.split(":")
     path = tmp_path_factory.mktemp("bin") / environment.SCRIPT
-    path.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    path.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\n{function}()\n")
     path.chmod(0o755)
     return path
 
@@ -64,8 +65,8 @@ def test_the_list_imports_no_command(helps: dict[str, Any]) -> None:
     code, text = helps["said"][""]
     assert code == EXIT_OK
     assert text.startswith("usage: qlora-lowmem COMMAND [ARGUMENT ...]\n")
-    for name, listed in COMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(listed.line)}$", text, re.MULTILINE)
+    for name, (_, line) in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(line)}$", text, re.MULTILINE)
     ours = {module for module in helps["listing"] if module.startswith("qlora_lowmem.commands.")}
     assert ours == {"qlora_lowmem.commands.frame"}
 
@@ -73,7 +74,7 @@ def test_the_list_imports_no_command(helps: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_old_and_new_names_print_the_same(name: str, helps: dict[str, Any]) -> None:
     shown = []
-    progs = (f"qlora-lowmem {name}", f"python -m {COMMANDS[name].module}")
+    progs = (f"qlora-lowmem {name}", f"python -m {COMMANDS[name][0]}")
     for (code, text), prog in zip(helps["said"][name], progs, strict=True):
         assert code == EXIT_OK
         assert text.startswith(f"usage: {prog} ")
@@ -160,7 +161,49 @@ def test_what_happens_while_a_command_is_imported_is_told(
 
     monkeypatch.setattr(frame.importlib, "import_module", imported)
     with pytest.raises(SystemExit) as ended:
-        frame.start("__main__", "train")
+        start("__main__", "train")
     assert ended.value.code == code
     assert capsys.readouterr().err.startswith(said)
-    frame.start("qlora_lowmem.train", "train")  # imported only: nothing runs
+    start("qlora_lowmem.train", "train")  # imported only: nothing runs
+
+
+INTERRUPTED = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+def main(): print("it runs")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIG_DFL, signal.SIG_IGN])
+def test_an_interrupt_while_a_command_is_imported(number: signal.Handlers, tmp_path: Path) -> None:
+    """Ended at once; in the background of a shell, where interrupts are ignored, they are ignored here too."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    program = (
+        "import sys, qlora_lowmem.commands.frame as frame\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import_module = frame.importlib.import_module\n"
+        "frame.importlib.import_module = lambda _: import_module('interrupted')\n"
+        "from qlora_lowmem.commands import start\n"
+        "start(name='train')\n"
+    )
+    handled = f"import signal; signal.signal(signal.SIGINT, {int(number)}); import os, sys; "
+    started = handled + f"os.execv(sys.executable, [sys.executable, '-c', {program!r}])"
+    run = subprocess.run([sys.executable, "-c", started], capture_output=True, text=True, check=False)
+    if number is signal.SIG_IGN:
+        assert (run.returncode, run.stdout) == (0, "it runs\n"), run.stderr
+    else:
+        assert (run.returncode, run.stdout, run.stderr) == (EXIT_INTERRUPTED, "", "interrupted\n")
+
+
+def test_the_exit_code_is_told_whatever_ran_before(tmp_path: Path) -> None:
+    """CPython's `python -m` would die of the signal for an interrupt that was handled inside of an `exec`."""
+    (tmp_path / "handled.py").write_text(
+        "from qlora_lowmem.commands import frame, start\n"
+        "def main():\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "frame.main_of = lambda _: lambda: frame.guarded(main)\n"
+        "start(name='train')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-m", "handled"], env=env, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (EXIT_INTERRUPTED, "interrupted\n")

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from gate.stranger import FEW_PLUGINS, Run
+from gate.user_project import FEW_PLUGINS, Run
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.gate.session import WORKER_MODULES, GateSession
+from qlora_lowmem.gate.session import GateSession
+from qlora_lowmem.gate.worker import WORKER_MODULES
 
 # Sessions in this process forget the modules that they imported, and torch cannot be imported twice.
 assert torch.__version__

@@ -3,10 +3,11 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from gate.stranger import Run
+from gate.user_project import FEW_PLUGINS, Run, run_pytest
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +83,19 @@ def test_corrupt_baselines_are_one_clear_error(pytester: pytest.Pytester, run_he
     assert (folder / "rtx-4050-laptop-6gb.json").read_text() == "{"
 
 
+def test_a_budget_that_a_conftest_gives(pytester: pytest.Pytester, run_here: Callable[..., Run]) -> None:
+    """Markers that a project's own hook puts on its tests are read like any other."""
+    (pytester.path / "test_it.py").write_text("def test_it(): pass\n")
+    (pytester.path / "conftest.py").write_text(
+        "import pytest\ndef pytest_collection_modifyitems(items):\n"
+        "    items[0].add_marker(pytest.mark.vram_budget('1 Gigs'))\n"
+    )
+    run = run_here()
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "test_it.py::test_it: " in run.stderr
+    assert "unknown unit" in run.stderr
+
+
 def test_projects_without_budgets_pay_nothing() -> None:
     """Loading the plugin imports nothing heavy: neither torch, nor the rest of the gate, nor tables."""
     code = (
@@ -92,6 +106,17 @@ def test_projects_without_budgets_pay_nothing() -> None:
     assert set(done.stdout.split()) <= {
         "qlora_lowmem",
         "qlora_lowmem.gate",
-        "qlora_lowmem.gate.keys",
         "qlora_lowmem.gate.plugin",
+        "qlora_lowmem.units",
     }
+
+
+def test_nor_does_a_session_of_theirs(tmp_path: Path) -> None:
+    """The gate is imported with the first test that it judges."""
+    (tmp_path / "test_it.py").write_text(
+        "import sys\ndef test_it():\n"
+        "    found = [name for name in sys.modules if name == 'torch' or name.startswith('qlora_lowmem.')]\n"
+        "    assert sorted(found) == ['qlora_lowmem.gate', 'qlora_lowmem.gate.plugin', 'qlora_lowmem.units']\n"
+    )
+    run = run_pytest(tmp_path, *FEW_PLUGINS, "-q")
+    assert "1 passed" in run.stdout, run.stdout + run.stderr

@@ -1,4 +1,4 @@
-"""The vram_budget marker in a stranger's project, on the virtual card."""
+"""The vram_budget marker in a user's project, on the virtual card."""
 
 import json
 import pickle
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gate.stranger import FEW_PLUGINS, TEST, Run, run_pytest
+from gate.user_project import FEW_PLUGINS, TEST, Run, run_pytest
 from helpers import ROOT
 from qlora_lowmem import virtual_gpu
 
@@ -90,7 +90,7 @@ class TestInAClass:
 
 
 def test_fresh_folder_with_pip_install(tmp_path: Path) -> None:
-    """The package installed by pip, a stranger's test: passes, and fails when the model grows by a layer."""
+    """The package installed by pip, a user's test: passes, and fails when the model grows by a layer."""
     site, project = tmp_path / "site", tmp_path / "project"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(ROOT)]
     installed = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -10,7 +10,6 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from gate.seeds import MODEL
@@ -18,8 +17,7 @@ from helpers import RECIPES
 from qlora_lowmem.commands.bisect import bisect, measure_recipe, overlaid
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import cache_folder
-from qlora_lowmem.gate.environment_key import key_of
-from qlora_lowmem.gate.records import attributed
+from qlora_lowmem.gate.records import attributed, key_of
 from qlora_lowmem.gate.verdicts import EXACT, NotComparable, Regressed, compare
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.models.sources import architecture
@@ -73,7 +71,7 @@ def explained(recipe: Path, environment: dict[str, str]) -> Record:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
-    found, versions = msgspec.convert(content["attribution"], Attribution), content["environment"]["versions"]
+    found, versions = Attribution.from_dict(content["attribution"]), content["environment"]["versions"]
     key = key_of(found.device, found.provenance, "expandable_segments:False", content["recipe_hash"], versions)
     peak = sum(size for kind, size in found.kinds.items() if kind not in ("slack", "outside"))
     return attributed(Record(key, peak, 0, 0, versions=versions), found)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gate.stranger import FEW_PLUGINS, run_pytest
+from gate.user_project import FEW_PLUGINS, run_pytest
 from helpers import ROOT
 
 OWN = """

@@ -11,7 +11,7 @@ import pytest
 from gate.seeds import HARMLESS, MODEL, REGRESSIONS
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.gate.recipes import recipe_record
+from qlora_lowmem.gate.cases import recipe_record
 from qlora_lowmem.gate.verdicts import EXACT, Pass, Regressed, compare
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.plan.recipe_runs import RecipeRun

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from gate.examples import KEY, record
-from qlora_lowmem.gate.difference import difference
+from qlora_lowmem.gate.records import difference
 from qlora_lowmem.gate.verdicts import (
     EXACT,
     MEASURED,

@@ -18,7 +18,7 @@ from qlora_lowmem.memory.device import DeviceProperties, properties_of_this_mach
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.matrix import CaseResult
-from qlora_lowmem.results.kinds.prediction_table import compare, misses
+from qlora_lowmem.results.kinds.prediction import compare, misses
 
 BLACKWELL_LAPTOP = DeviceProperties(
     name="NVIDIA GeForce RTX 5060 Laptop GPU",

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import RECIPES
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import resolve_model, source_of
 from qlora_lowmem.models.targets import KEEPS_APART, why_not_packed
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.run.execute import check_packing
@@ -80,7 +80,7 @@ def test_a_type_that_was_not_tested_is_refused() -> None:
 
 def test_the_recipe_is_refused_before_anything_loads() -> None:
     recipe = load_recipe(RECIPES / "optimised.yaml", {"packing": True})
-    source = resolve_model(recipe.base.model, recipe.base.weights)
+    source = source_of(recipe)
     with pytest.raises(UsageError, match=r"batch\.packing: true, and 'ibm-granite.*36 of its 40 layers are recurrent"):
         check_packing(recipe, source)
     unpacked = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, packing=False))

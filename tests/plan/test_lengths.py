@@ -10,6 +10,7 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.commands import lengths
+from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds.lengths import Length
 from qlora_lowmem.results.tables import gib
 
@@ -63,7 +64,7 @@ def test_the_exit_code_says_whether_it_fits(
 
     def measure(_: object, tokens: list[int], *__: object) -> list[Length]:
         seen.extend(tokens)
-        return [Length("r", count, count <= longest, 1, 2, 3, 4) for count in tokens]
+        return [Length("r", count, count <= longest, Peak(1, 2, 3), 4) for count in tokens]
 
     monkeypatch.setattr(lengths, "measure_lengths", measure)
     assert lengths.main([*CONFIG, *asked]) == code

@@ -5,11 +5,10 @@ import itertools
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe import Recipe, field_values
 from qlora_lowmem.recipe.checks import field_specs
 from qlora_lowmem.recipe.io import load_recipe, replace_fields
 from qlora_lowmem.recipe.moves import changes_of, keeps_training, moves
-from qlora_lowmem.recipe.recipe import field_values
 
 # A recipe that has made no move at all, and one that has made all that can be made together.
 PLAIN = {"gradient_checkpointing": False, "loss": "full", "attention": "eager", "load_in_4bit": False, "batch_size": 8}

@@ -15,8 +15,7 @@ from qlora_lowmem.commands.frame import CommandParser
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
 from qlora_lowmem.recipe import SECTIONS, Memory, Recipe, recipe_fields, recipe_hash
 from qlora_lowmem.recipe.checks import field_specs
-from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field
 from qlora_lowmem.units import GIB
 
 RECIPES = Path(__file__).parents[2] / "bench" / "recipes"
@@ -380,7 +379,7 @@ def test_the_hash_is_of_the_job_not_of_its_place() -> None:
 
 def test_recipe_and_data_load_without_torch() -> None:
     code = (
-        "import sys, qlora_lowmem.recipe.io, qlora_lowmem.recipe.overrides, qlora_lowmem.data\n"
+        "import sys, qlora_lowmem.recipe.io, qlora_lowmem.recipe.moves, qlora_lowmem.data\n"
         "print(sorted({'torch', 'transformers', 'trl', 'peft', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,18 +15,18 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.report import write_report
-from qlora_lowmem.memory.attribution import Attribution, OwnerLine, Timeline
+from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
+from qlora_lowmem.memory.timeline import Timeline
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.results.kinds.attribution_table import write_attribution
+from qlora_lowmem.results.kinds.attribution import write_attribution
 from qlora_lowmem.results.kinds.lengths import Length, write_lengths
 from qlora_lowmem.results.kinds.longest import Longest, write_longest
 from qlora_lowmem.results.kinds.matrix import CaseResult, write_matrix
 from qlora_lowmem.results.kinds.phases import PhaseBytes, write_phases
-from qlora_lowmem.results.kinds.prediction_table import compare, write_prediction
+from qlora_lowmem.results.kinds.prediction import compare, write_prediction
 from qlora_lowmem.results.kinds.verdicts import Budget, Row
-from qlora_lowmem.results.kinds.waterfall import Step
-from qlora_lowmem.results.kinds.waterfall_table import write_waterfall
+from qlora_lowmem.results.kinds.waterfall import Step, write_waterfall
 from results.profiles import MEASURED, predicted
 
 CARD = "rtx-4050-laptop-6gb"
@@ -79,7 +79,7 @@ def write_all(folder: Path, names: Sequence[str] = ("tiny",)) -> None:
     (folder / "train.json").write_text(json.dumps(trained(names[-1])))
     (folder / "reality.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": published(names)}))
     write_lengths(folder, _lengths(names), virtual_gpu.get_card(CARD), 1.5, ENVIRONMENT)
-    rows = [Longest(name, CARD, 4096, 8192, "memory", 3 * GIB, 4 * GIB, 5 * GIB, GIB, 15) for name in names]
+    rows = [Longest(name, CARD, 4096, 8192, "memory", Peak(3 * GIB, 4 * GIB, 5 * GIB), GIB, 15) for name in names]
     write_longest(folder, rows, ENVIRONMENT, {"target_modules": "all-linear"})
     figures = [f for name in names for f in compare(name, predicted(allocated=0.004, reserved=0.05), MEASURED)]
     measured = provenance_record(MEASURED.device, "measured", "580.1")
@@ -107,12 +107,13 @@ def gate_rows(names: Sequence[str]) -> Sequence[Row]:
 def _phases(names: Sequence[str]) -> dict[str, list[PhaseBytes]]:
     """A life within its budgets, and lives that memory ends at `steady`, after a warm-up that took too much."""
     whole = [
-        PhaseBytes(phase, GIB + n, 2 * GIB, 4 * GIB + n, 5 * GIB + n, 6 * GIB, GIB // 2)
+        PhaseBytes(phase, Peak(GIB + n, 4 * GIB + n, 5 * GIB + n), 6 * GIB, 2 * GIB, GIB // 2)
         for n, phase in enumerate(PHASES)
     ]
     ended = [dataclasses.replace(each, floor=0) for each in whole[:5]]
-    ended[2] = dataclasses.replace(ended[2], allocated=3 * GIB)
-    ended[4] = dataclasses.replace(ended[4], device=6 * GIB + 4, out_of_memory="CUDA out of memory.")
+    ended[2] = dataclasses.replace(ended[2], peak=dataclasses.replace(ended[2].peak, allocated=3 * GIB))
+    more = dataclasses.replace(ended[4].peak, device=6 * GIB + 4)
+    ended[4] = dataclasses.replace(ended[4], peak=more, out_of_memory="CUDA out of memory.")
     return {"whole": whole} | dict.fromkeys(names, ended)
 
 
@@ -154,7 +155,7 @@ def families(names: Sequence[str]) -> list[dict[str, object]]:
 def _lengths(names: Sequence[str]) -> list[Length]:
     needs = {"plain": (GIB, 9 * GIB)} | dict.fromkeys(names, (GIB, 2 * GIB))
     return [
-        Length(recipe, tokens, need < 5 * GIB, need - 3, need - 2, need, GIB // 2 + tokens)
+        Length(recipe, tokens, need < 5 * GIB, Peak(need - 3, need - 2, need), GIB // 2 + tokens)
         for recipe, sizes in needs.items()
         for tokens, need in zip((1024, 8192), sizes, strict=True)
     ]

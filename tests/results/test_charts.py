@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lowmem.memory.kinds import KINDS
-from qlora_lowmem.results import style, svg, theme
+from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.results import style, theme, timeline
 from qlora_lowmem.results.kinds import attribution, families, lengths, phases, verdicts, waterfall
 from results.examples import STEPS
 from results.examples import attribution as example
@@ -47,7 +48,7 @@ steps = st.lists(st.tuples(st.integers(-40, 40), st.integers(-40, 40)), min_size
 def test_a_shorter_path_goes_the_same_way(points: list[tuple[int, int]], closed: bool) -> None:
     """Its corners are those of the path, less the points that a straight level or upright line passes."""
     path = "M " + " \nL ".join(f"{x} {y}" for x, y in points) + (" \nz\n" if closed else "")
-    short = svg.shorter_path(path)
+    short = style.shorter_path(path)
     assert short.endswith("z") == closed
     assert _corners(short.removesuffix("z")) == _without_passed([float(x), float(y)] for x, y in points)
 
@@ -78,17 +79,17 @@ def _without_passed(points: Iterable[list[float]]) -> list[list[float]]:
 
 def test_a_path_with_other_commands_is_refused() -> None:
     with pytest.raises(ValueError, match="other commands"):
-        svg.shorter_path("M 0 0 A 1 1 0 0 0 2 2")
+        style.shorter_path("M 0 0 A 1 1 0 0 0 2 2")
 
 
 def test_a_colour_without_a_role_is_refused() -> None:
     text = '<svg xmlns="http://www.w3.org/2000/svg"><path d="M 0 0" style="fill: #123456"/></svg>'
     with pytest.raises(KeyError):
-        svg.inline(text, "a", "a chart", "b")
+        style.inline(text, "a", "a chart", "b")
 
 
 def phase(name: str, device: int = 2**32) -> phases.PhaseBytes:
-    return phases.PhaseBytes(name, 2**30, 2**31, 2**31, device, 6 * 2**30)
+    return phases.PhaseBytes(name, Peak(2**30, 2**31, device), 6 * 2**30, 2**31)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -99,9 +100,9 @@ def phase(name: str, device: int = 2**32) -> phases.PhaseBytes:
         lambda look: waterfall.waterfall(look, STEPS[:1], 2**33),
         lambda look: families.families(look, [[families.Pair("$\\frac{", 1, 2**31, 2**32, 2**30)]]),
         lambda look: attribution.breakdown(look, example()),
-        lambda look: attribution.timeline(look, example()),
+        lambda look: timeline.timeline(look, example().timeline),
         lambda look: attribution.peaks(look, [("_a", example()), ("b" * 300, example(1))]),
-        lambda look: lengths.lengths(look, [lengths.Length("$\\frac{", 1024, False, 0, 0, 0, 2**29)], 2**33),
+        lambda look: lengths.lengths(look, [lengths.Length("$\\frac{", 1024, False, Peak(), 2**29)], 2**33),
         lambda look: phases.phases(look, {"$\\frac{": [phase("merge", 0)]}),
         lambda look: phases.phases(
             look, {"_a": [phase("load")], "b" * 300: [phase("save", 2**34)], "": [phase("save")]}
@@ -112,11 +113,11 @@ def phase(name: str, device: int = 2**32) -> phases.PhaseBytes:
 def test_drawings_hold_whatever_they_are_given(draw: style.Drawing, narrow: bool) -> None:
     """One step, one point, odd names, nothing at all: a drawing with colours by role comes out, twice the same."""
     text = style.svg_text(draw, style.Style(theme.TOKENS, narrow))
-    found = svg.inline(text, "p", "a <name>", "d")
+    found = style.inline(text, "p", "a <name>", "d")
     assert 'aria-label="a &lt;name&gt;"' in found
     assert "var(--ink)" in found
     assert "#0a00" not in found
-    assert found == svg.inline(style.svg_text(draw, style.Style(theme.TOKENS, narrow)), "p", "a <name>", "d")
+    assert found == style.inline(style.svg_text(draw, style.Style(theme.TOKENS, narrow)), "p", "a <name>", "d")
 
 
 @pytest.mark.parametrize("narrow", [False, True])

@@ -6,17 +6,15 @@ import re
 import shutil
 from pathlib import Path
 
-import msgspec
 import pytest
 from bs4 import BeautifulSoup, Tag
 
 from qlora_lowmem.commands.report import main
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS
-from qlora_lowmem.results.kinds.attribution_table import write_attribution
-from qlora_lowmem.results.page import named
-from qlora_lowmem.results.registry import KINDS as KINDS_OF_FILE
-from qlora_lowmem.results.registry import sections_of
+from qlora_lowmem.results.kinds.attribution import write_attribution
+from qlora_lowmem.results.page import KINDS as KINDS_OF_FILE
+from qlora_lowmem.results.page import named, sections_of
 from results.examples import ENVIRONMENT, attribution, write_all
 from results.pages import SECTIONS, parsed, table, values
 
@@ -282,7 +280,7 @@ def test_two_files_of_one_recipe_are_compared(apart: bool, tmp_path: Path) -> No
 def test_a_file_without_provenance_says_so(tmp_path: Path) -> None:
     """What a failing test of the gate leaves has only the attribution's own."""
     path = tmp_path / "kept.json"
-    path.write_text(json.dumps({"case": "t.py::c", "attribution": msgspec.to_builtins(attribution())}))
+    path.write_text(json.dumps({"case": "t.py::c", "attribution": attribution().to_dict()}))
     output = tmp_path / "report.html"
     assert main([str(path), "--output", str(output)]) == 0
     text = parsed(output).find(class_="made-of").get_text()
@@ -311,12 +309,8 @@ def test_charts_are_written_as_files(results: Path, tmp_path: Path) -> None:
 
 def test_an_attribution_of_explain_is_read(tmp_path: Path) -> None:
     """`explain --json` writes the recipe whole; its name is what counts."""
-    found = msgspec.json.decode(msgspec.json.encode(attribution()), type=Attribution)
-    content = {
-        "recipe": {"name": "mine", "base": {}},
-        "environment": ENVIRONMENT,
-        "attribution": msgspec.to_builtins(found),
-    }
+    found = Attribution.from_dict(json.loads(json.dumps(attribution().to_dict())))
+    content = {"recipe": {"name": "mine", "base": {}}, "environment": ENVIRONMENT, "attribution": found.to_dict()}
     path = tmp_path / "explained.json"
     path.write_text(json.dumps(content))
     (section,) = sections_of([path]).sections

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from helpers import ROOT
-from qlora_lowmem.results.page import named
-from qlora_lowmem.results.registry import KINDS, sections_of
+from qlora_lowmem.results.page import KINDS, named, sections_of
 from results.examples import CARD
 from results.pages import SECTIONS, parsed, table
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
-from qlora_lowmem.results.kind import Section
-from qlora_lowmem.results.registry import sections_of
+from qlora_lowmem.results.kinds import Section
+from qlora_lowmem.results.page import sections_of
 
 FAMILIES = ROOT / "results" / "lean-families.json"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from bs4 import BeautifulSoup
 
 from qlora_lowmem.memory.profile import PHASES
-from qlora_lowmem.results.registry import sections_of
+from qlora_lowmem.results.page import sections_of
 from results.pages import table, values
 
 SIZES = ("allocated_bytes", "allocated_budget_bytes", "reserved_bytes", "device_bytes", "device_budget_bytes")

@@ -10,9 +10,8 @@ from bs4 import BeautifulSoup
 from helpers import ROOT
 from qlora_lowmem.commands.report import main
 from qlora_lowmem.results import style, theme
-from qlora_lowmem.results.kind import Section
-from qlora_lowmem.results.kinds import published
-from qlora_lowmem.results.registry import sections_of
+from qlora_lowmem.results.kinds import Section, published
+from qlora_lowmem.results.page import sections_of
 from qlora_lowmem.results.tables import Cell
 from results.pages import parsed, table
 
@@ -93,7 +92,8 @@ def test_it_is_said_that_others_measured(soup: BeautifulSoup, tmp_path: Path) ->
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("explained", [0, 2**30])
 def test_one_figure_is_drawn(narrow: bool, explained: int) -> None:
-    point = published.Published("_$\\frac{" + "b" * 300, "allocated", 2**32, 2**32, explained)
+    name = "_$\\frac{" + "b" * 300
+    point = published.Published(name, "a run", "a card", "allocated", 2**32, "", 2**32, explained, None, None)
     text = style.svg_text(lambda look: published.published(look, [point]), style.Style(theme.LIGHT, narrow))
     words = {element.text for element in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}text")}
     assert {"measured by others, GiB", "dashed: equal", "allocated"} <= words

@@ -61,7 +61,7 @@ def damaged(folder: Path, name: str, change: dict[str, Any]) -> None:
         ("prediction.json", {"figures.0.reading": "guessed"}, "'guessed' is not one of"),
         ("prediction.json", {"figures.0.measured_bytes": 0}, "is 0 bytes"),
         ("gate.json", {"cases.0.record.kinds": [1]}, "gate.json"),
-        ("gate.json", {"cases.0.record.allocated": "5"}, "not an integer"),
+        ("gate.json", {"cases.0.record.allocated": "5"}, "cases[0].record.allocated: Expected `int`"),
         ("gate.json", {"cases.1.budget.of": "everything"}, "a budget of 'everything'"),
         ("matrix.json", {"cases.0.phases": 5}, "cases[0].phases: 5 is not a list"),
     ],

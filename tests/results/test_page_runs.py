@@ -7,7 +7,7 @@ from pathlib import Path
 
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.results.registry import sections_of
+from qlora_lowmem.results.page import sections_of
 from results.examples import CARD, trained
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

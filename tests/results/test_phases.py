@@ -9,11 +9,11 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands import phases
-from qlora_lowmem.commands.phases import Life
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
+from qlora_lowmem.plan.questions import Life
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.phases import phase_bytes, write_phases
-from qlora_lowmem.results.registry import sections_of
+from qlora_lowmem.results.page import sections_of
 from results.examples import CARD, ENVIRONMENT
 
 PEAKS = {"load": Peak(1, 2, 3), "steady": Peak(4, 5, 6)}
@@ -39,14 +39,14 @@ def test_memory_that_ran_out_is_a_field_of_its_phase(
 ) -> None:
     """Whether that phase had readings or not; between two phases it counts to the last."""
     found = phase_bytes(PEAKS, 7, out_of_memory=ran_out)
-    assert [(each.phase, each.device, each.out_of_memory) for each in found] == expected
+    assert [(each.phase, each.peak.device, each.out_of_memory) for each in found] == expected
     assert [each.fails for each in found] == [bool(message) for *_, message in expected]
     assert {(each.allocated_budget, each.device_budget) for each in found} == {(None, 7)}
 
 
 def test_memory_that_ran_out_before_any_phase_counts_to_the_first() -> None:
     (found,) = phase_bytes({}, 7, out_of_memory={"training": "no room"})
-    assert (found.phase, found.device, found.out_of_memory) == ("load", 0, "no room")
+    assert (found.phase, found.peak.device, found.out_of_memory) == ("load", 0, "no room")
 
 
 def test_the_files_say_where_memory_ran_out(tmp_path: Path) -> None:

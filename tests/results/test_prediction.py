@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.results.kinds.prediction_table import LIMITS, WHOLE_RUN, Figure, compare, misses, write_prediction
+from qlora_lowmem.results.kinds.prediction import LIMITS, WHOLE_RUN, Figure, compare, misses, write_prediction
 from results.profiles import GIB, MEASURED, predicted
 
 

@@ -12,8 +12,9 @@ from helpers import RECIPES
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run_folder.checkpoints import CheckpointStore, newest_whole
+from qlora_lowmem.run_folder.marker import RECIPE_FILE
 from qlora_lowmem.run_folder.ownership import TOTALS, is_our_checkpoint
-from qlora_lowmem.run_folder.resumption import RECIPE_FILE, checkpoint_to_resume, held_folder
+from qlora_lowmem.run_folder.resumption import checkpoint_to_resume, held_folder
 from qlora_lowmem.tokens.dataset import TOKENS_FOLDER, TrainingData
 from tiny_chat import write_tiny_chat
 

@@ -10,8 +10,8 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.phases import live
 from qlora_lowmem.memory.profile import PHASES
+from qlora_lowmem.plan.questions import live
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from tiny_chat import write_tiny_chat
 

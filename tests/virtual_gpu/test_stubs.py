@@ -16,24 +16,30 @@ from qlora_lowmem.virtual_gpu import stubs
         ("cudart", "cudaGraphLaunch", "missing"),
         ("cudnn", "cudnnCreateActivationDescriptor", "handle"),
         ("cudnn", "cudnnBatchNormalizationForwardTrainingEx", "product"),
-        ("cudnn", "cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize", "size"),
+        ("cudnn", "cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize", "number"),
         ("cudnn", "cudnnConvolutionForward", "missing"),
         ("nccl", "ncclGetVersion", "version"),
         ("nccl", "ncclGetErrorString", "text"),
         ("nccl", "ncclDevCommCreate", "missing"),
-        ("cusolver", "cusolverDnSgetrf_bufferSize", "size"),
+        ("cusolver", "cusolverDnSgetrf_bufferSize", "number"),
         ("cusolver", "cusolverDnSgetrf", "product"),
         ("cusolver", "cusolverDnSSgesv_bufferSize", "missing"),
         ("cusolver", "cusolverDnCreateGesvdjInfo", "handle"),
         ("cusparse", "cusparseCreateCsr", "handle"),
         ("cusparse", "cusparseSpMM", "product"),
-        ("cusparse", "cusparseSpMM_bufferSize", "size"),
+        ("cusparse", "cusparseSpMM_bufferSize", "number"),
         ("cusparse", "cusparseSpMM_preprocess", "product"),
         ("cusparse", "cusparseScsrgeam2", "product"),
         ("cusparse", "cusparseDenseToSparse_bufferSize", "missing"),
         ("cufft", "cufftXtExec", "product"),
         ("cufft", "cufftPlan1d", "missing"),
         ("cusparseLt", "cusparseLtInit", "missing"),
+        ("cudart", "cudaStreamSynchronize", "product"),
+        ("cudart", "cudaMemcpyAsync", "same"),
+        ("cudart", "cudaDeviceGetLimit", "number"),
+        ("cudnn", "cudnnCreateTensorDescriptor", "same"),
+        ("nccl", "pncclAllReduce", "same"),
+        ("nccl", "ncclAllReduce", "same"),
     ],
 )
 def test_what_a_function_without_implementation_does(stem, name, kind):
@@ -66,7 +72,26 @@ CUresult CUDAAPI cuMemAlloc(CUdeviceptr *dptr, size_t bytesize);
 
 def test_a_size_is_written_where_the_argument_points():
     """The second argument is in a register; the eighth lies on the stack, above the return address and the seventh."""
-    policy = stubs.Policy(1, sizes=((r"small", ((2, 4),)), (r"late", ((8, 8),))), notice=4)
+    policy = stubs.Policy(1, numbers=((r"small", ((2, 4, 0),)), (r"late", ((8, 8, 0),))), notice=4)
     text = stubs.write_assembly(policy, ["small", "late"], [], 0)
     assert "movl $0, (%rsi)\n    movl $4, %edi\n    jmp vgpu_notice@PLT" in text
     assert "movq 16(%rsp), %rax\n    movq $0, (%rax)" in text
+
+
+def test_a_number_that_is_no_size_is_written_without_a_word():
+    text = stubs.write_assembly(stubs.DRIVER, ["cuOccupancyMaxActiveBlocksPerMultiprocessor"], [], 0)
+    assert "movl $2, (%rdi)\n    xorl %eax, %eax\n    ret" in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "name", "other"),
+    [
+        (stubs.POLICIES["cudart"], "cudaMallocAsync", "cudaMalloc"),
+        (stubs.POLICIES["cudart"], "cudaEventElapsedTime_v2", "cudaEventElapsedTime"),
+        (stubs.POLICIES["nccl"], "pncclAllReduce", "ncclAllReduce"),
+        (stubs.POLICIES["nccl"], "ncclAllReduce", "vgpu_launched"),
+        (stubs.DRIVER, "cuLaunchKernelEx", "vgpu_launched"),
+    ],
+)
+def test_a_function_that_another_answers_jumps_to_it(policy, name, other):
+    assert f"{name}:\n    jmp {other}@PLT\n" in stubs.write_assembly(policy, [name], [], 0)

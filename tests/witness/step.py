@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from qlora_lowmem.models.random_weights import config_from
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.targets import resolve_targets
 from qlora_lowmem.recipe import Recipe
 from witness.autocast import autocast_of_ghosts
@@ -90,7 +90,7 @@ def _refuse_what_is_not_written(recipe: Recipe) -> None:
 
 def _base(recipe: Recipe) -> nn.Module:
     """The model on the meta device, its Linear modules but the (tied) LM head in 4 bits."""
-    source = resolve_model(recipe.base.model, recipe.base.weights)
+    source = source_of(recipe)
     assert source.architecture is not None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_from(source.architecture), dtype=torch.bfloat16)

@@ -1,35 +1,62 @@
 """What a person types: one file a command, none of them with logic; `frame.py` is what they share.
 
-A line here makes a command of a module: `qlora-lowmem NAME`, and the module that `python -m` takes as ever.
+A line of `COMMANDS` makes a command of a module of this folder. `start` runs one: what `qlora-lowmem` and `python -m
+qlora_lowmem.NAME` call before anything else is imported.
 """
 
-from typing import NamedTuple
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-
-class Listed(NamedTuple):
-    """A command as the list knows it, which imports nothing of it.
-
-    Attributes:
-        module: `python -m MODULE` calls it too.
-        line: what it answers, for `qlora-lowmem --help`.
-    """
-
-    module: str
-    line: str
-
-
+# name: (what `python -m` takes for it too, what it answers: a line of `qlora-lowmem --help`)
 COMMANDS = {
-    "plan": Listed("qlora_lowmem.plan", "will it fit, how far does it reach, what to change: a recipe that fits"),
-    "train": Listed("qlora_lowmem.train", "fine-tune by a recipe, on the GPU, a virtual one or the CPU"),
-    "explain": Listed("qlora_lowmem.explain", "where every byte of a recipe's peak is"),
-    "longest": Listed("qlora_lowmem.longest", "the longest sequence that trains on a card"),
-    "lengths": Listed("qlora_lowmem.lengths", "memory against sequence length"),
-    "phases": Listed("qlora_lowmem.phases", "the peak of every phase of a run's life: loading, saving, merging, too"),
-    "generate": Listed("qlora_lowmem.generate", "what training changed: answers and held-out loss, before and after"),
-    "merge": Listed("qlora_lowmem.merge", "merge a trained adapter into its base model"),
-    "watch": Listed("qlora_lowmem.watch", "a running job's memory in the terminal"),
-    "report": Listed("qlora_lowmem.report.page", "one HTML page of what the commands wrote"),
-    "bisect": Listed("qlora_lowmem.gate.bisect", "which package made a recipe need more"),
-    "readme": Listed("qlora_lowmem.report.readme", "write the README's figures, from results/"),
-    "virtual-gpu": Listed("qlora_lowmem.virtual_gpu", "any program on a virtual GPU"),
+    "plan": ("qlora_lowmem.plan", "will it fit, how far does it reach, what to change: a recipe that fits"),
+    "train": ("qlora_lowmem.train", "fine-tune by a recipe, on the GPU, a virtual one or the CPU"),
+    "explain": ("qlora_lowmem.explain", "where every byte of a recipe's peak is"),
+    "longest": ("qlora_lowmem.longest", "the longest sequence that trains on a card"),
+    "lengths": ("qlora_lowmem.lengths", "memory against sequence length"),
+    "phases": ("qlora_lowmem.phases", "the peak of every phase of a run's life: loading, saving, merging, too"),
+    "generate": ("qlora_lowmem.generate", "what training changed: answers and held-out loss, before and after"),
+    "merge": ("qlora_lowmem.merge", "merge a trained adapter into its base model"),
+    "watch": ("qlora_lowmem.watch", "a running job's memory in the terminal"),
+    "report": ("qlora_lowmem.report.page", "one HTML page of what the commands wrote"),
+    "bisect": ("qlora_lowmem.gate.bisect", "which package made a recipe need more"),
+    "readme": ("qlora_lowmem.report.readme", "write the README's figures, from results/"),
+    "virtual-gpu": ("qlora_lowmem.virtual_gpu", "any program on a virtual GPU"),
 }
+
+
+def start(module: str = "__main__", name: str | None = None) -> None:
+    """Run the command `name` on the process's command line, or the script, whose first word names it; then exit.
+
+    Args:
+        module: the `__name__` of the module that calls; nothing is run where it is only imported.
+    """
+    if module == "__main__":
+        with importing():
+            from qlora_lowmem.commands import frame
+        code = frame.guarded(lambda: frame.main() if name is None else frame.main_of(name)())
+        # An interrupt inside of an `exec` of a string, as dataclasses do, makes `python -m` die of SIGINT whatever code
+        # it is given, handled or not (CPython's run_eval_code_obj sets a flag), until the next such `exec` begins.
+        exec("")
+        sys.exit(code)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While modules are imported, Ctrl-C ends the process at once: there is nothing to undo, and some catch it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else it is ignored, as in the background, or another's
+        signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+
+
+def _end(_number: int, _frame: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)

@@ -13,17 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import msgspec
-
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, check_parent, write_json
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import recipe_card, roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
-from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("run.device: 'cpu' has no GPU memory to explain; use --device virtual or --device cuda")
     if recipe.data.data != SYNTHETIC:
         recipe = replace_field(recipe, "data", SYNTHETIC)
-    resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source_of(recipe)
     for flag in ("markdown", "svg", "png", "snapshot"):
         check_parent(f"--{flag}", getattr(options, flag))
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
@@ -70,7 +67,7 @@ def _can_grow(card: virtual_gpu.Card | None) -> bool:
 
 def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
     from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
-    from qlora_lowmem.results.kinds import attribution_table as report
+    from qlora_lowmem.results.kinds import attribution as report
     from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
     from qlora_lowmem.training.progress import quiet_libraries
 
@@ -91,7 +88,7 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
         print(page)
     record = provenance_record(found.device, found.provenance)
     content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "environment": record}
-    write_json(options.json, content | {"floor_bytes": outcome.floor.total, "attribution": msgspec.to_builtins(found)})
+    write_json(options.json, content | {"floor_bytes": outcome.floor.total, "attribution": found.to_dict()})
     if options.markdown:
         Path(options.markdown).write_text(page, encoding="utf-8")
     pictures = [Path(target) for target in (options.svg, options.png) if target]

@@ -10,8 +10,8 @@ where `add_arguments(parser)` adds its flags (`add_json_argument` is `--json`) a
 returns the exit code: `options` are the parsed flags, `options.words` the command line as it was given. What `run`
 raises becomes a message and an exit code here. It imports heavy libraries once it has checked what it was given.
 
-`python -m qlora_lowmem.explain` is a file of two lines, `start(__name__, "explain")`. What runs a command in a new
-process takes its first words from `environment.words_of("explain")`, so that it is recorded as it was typed.
+`python -m qlora_lowmem.explain` is a file of two lines, `commands.start(__name__, "explain")`. What runs a command in a
+new process takes its first words from `environment.words_of("explain")`, so that it is recorded as it was typed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import qlora_lowmem
-from qlora_lowmem.commands import COMMANDS
+from qlora_lowmem.commands import COMMANDS, importing
 from qlora_lowmem.environment import SCRIPT, typed
 from qlora_lowmem.errors import (
     EXIT_FAILURE,
@@ -80,7 +80,7 @@ class Command:
 
     def parser(self, prog: str | None = None) -> argparse.ArgumentParser:
         """The command line. `prog` is how it was called (default: with `python -m`)."""
-        prog = prog or f"python -m {COMMANDS[self.name].module}"
+        prog = prog or f"python -m {COMMANDS[self.name][0]}"
         parser = CommandParser(prog, (self.description or "").replace(f"{SCRIPT} {self.name}", prog))
         self.add_arguments(parser)
         return parser
@@ -91,16 +91,6 @@ class Command:
         return guarded(lambda: self.run(self.parser(prog).parse_args(words, argparse.Namespace(words=words))))
 
 
-def start(module: str, name: str | None = None) -> None:
-    """The body of a module that `python -m` takes: runs the command `name`, without one the script, and exits.
-
-    Args:
-        module: the module's `__name__`; nothing is run where it is only imported.
-    """
-    if module == "__main__":
-        sys.exit(guarded(lambda: main() if name is None else _main_of(name)()))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The script `qlora-lowmem COMMAND ...`. Returns the exit code."""
     return guarded(lambda: _script(list(sys.argv[1:] if arguments is None else arguments)))
@@ -109,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _script(words: list[str]) -> int:
     name, *rest = words or ["--help"]
     if name in ("-h", "--help"):
-        lines = (f"  {each:<12} {listed.line}" for each, listed in COMMANDS.items())
+        lines = (f"  {each:<12} {line}" for each, (_, line) in COMMANDS.items())
         print(f"usage: {typed()} COMMAND [ARGUMENT ...]\n\n{qlora_lowmem.__doc__}\n\ncommands:", *lines, sep="\n")
         print(f"\n{typed('COMMAND')} --help shows a command's flags; {typed()} --version the version.")
         return EXIT_OK if words else EXIT_USAGE
@@ -120,18 +110,19 @@ def _script(words: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"{typed()}: no command {name!r}{hint} ({typed()} --help lists every command)")
-    return _main_of(name)(rest, f"{typed()} {name}")
+    return main_of(name)(rest, f"{typed()} {name}")
 
 
-def _main_of(name: str) -> Callable[..., int]:
+def main_of(name: str) -> Callable[..., int]:
     """The function that runs a command: `main(arguments, prog)`, both optional."""
     module = "virtual_gpu.__main__" if name == "virtual-gpu" else f"commands.{name}"
-    found: Callable[..., int] = importlib.import_module(f"qlora_lowmem.{module}").main
+    with importing():
+        found: Callable[..., int] = importlib.import_module(f"qlora_lowmem.{module}").main
     return found
 
 
 def guarded(body: Callable[[], int]) -> int:
-    """Turn what a command raises into one message and an exit code; no traceback reaches a user."""
+    """Turn what a command raises into one message and an exit code; no traceback reaches a user who asks for none."""
     # As it is imported, it tells of a faster CPU kernel that is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -142,33 +133,27 @@ def guarded(body: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except QloraLowmemError as error:
-        return _fail(error, error.exit_code)
     except Exception as error:
-        from qlora_lowmem.virtual_gpu import VirtualGPUError
+        text, code = _told(error)
+        print(f"error: {text}", file=sys.stderr)
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            import traceback
 
-        if isinstance(error, VirtualGPUError):
-            return _fail(error, EXIT_USAGE)
-        print(  # anything else is ours to repair, and is told as such
-            f"error: an unexpected failure: {type(error).__name__}: {error}\n"
-            f"This is a fault of qlora_lowmem. Run again with {TRACEBACK_VARIABLE}=1 and report what it prints.",
-            file=sys.stderr,
-        )
-        _show_traceback()
-        return EXIT_FAILURE
+            traceback.print_exc()
+        return code
 
 
-def _fail(error: Exception, exit_code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    _show_traceback()
-    return exit_code
+def _told(error: Exception) -> tuple[str, int]:
+    """What a person is told of an error, and the exit code."""
+    if isinstance(error, QloraLowmemError):
+        return str(error), error.exit_code
+    from qlora_lowmem.virtual_gpu import VirtualGPUError
 
-
-def _show_traceback() -> None:
-    if os.environ.get(TRACEBACK_VARIABLE) == "1":
-        import traceback
-
-        traceback.print_exc()
+    if isinstance(error, VirtualGPUError):
+        return str(error), EXIT_USAGE
+    again = f"Run again with {TRACEBACK_VARIABLE}=1 and report what it prints."
+    failure = f"an unexpected failure: {type(error).__name__}: {error}\nThis is a fault of qlora_lowmem. {again}"
+    return failure, EXIT_FAILURE
 
 
 def add_json_argument(parser: argparse.ArgumentParser, *, checked: bool = True) -> None:

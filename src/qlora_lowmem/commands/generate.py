@@ -25,7 +25,7 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.run_folder.resumption import RECIPE_FILE, recipe_of_run
+from qlora_lowmem.run_folder.marker import RECIPE_FILE, recipe_of_run
 
 _NARROWEST = 20
 

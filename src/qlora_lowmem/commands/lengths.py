@@ -11,61 +11,20 @@ imports are paid once.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, QloraLowmemError, UsageError
-from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server, roomy, shortened, submit_recipe
-from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe.io import load_recipe, replace_field
-from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
-from qlora_lowmem.results.kinds.lengths import Length, lengths_table, write_lengths
-from qlora_lowmem.results.tables import gib
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.plan.questions import measure_lengths
+from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
+from qlora_lowmem.results.kinds.lengths import lengths_table, write_lengths
+from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 
 # Up to where a model of one billion parameters without lean no longer fits a 6 GB card.
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
-
-
-def measure_lengths(
-    recipes: Sequence[Recipe], lengths: Sequence[int], card: virtual_gpu.Card, server: virtual_gpu.Server
-) -> list[Length]:
-    """Every recipe at every length, in that order.
-
-    Raises:
-        QloraLowmemError: a run fails.
-    """
-    room = roomy(card)
-    submitted = []
-    for recipe in recipes:
-        short = shortened(recipe)
-        for length in lengths:
-            future = submit_recipe(server, replace_field(short, "max_seq_length", length), room)
-            submitted.append((recipe.name, length, future))
-    rows = []
-    for name, length, future in tqdm(submitted, desc="lengths", unit="run"):
-        run = future.result()
-        if run.profile is None or run.out_of_memory is not None:
-            reason = (run.failure or run.out_of_memory or "").strip().splitlines()[-1]
-            raise QloraLowmemError(f"{name} at {length:,} tokens fails: {reason}")
-        peaks = run.profile
-        rows.append(
-            Length(
-                name,
-                length,
-                peaks.peak_device_bytes <= card.usable_bytes,
-                peaks.peak_allocated_bytes,
-                peaks.peak_reserved_bytes,
-                peaks.peak_device_bytes,
-                run.floor_bytes,
-            )
-        )
-    return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,26 +56,16 @@ def run(options: argparse.Namespace) -> int:
         rows = measure_lengths(recipes, sorted(set(options.lengths or DEFAULT_LENGTHS)), card, server)
     seconds = time.perf_counter() - started
     print(lengths_table(rows), file=sys.stderr)
-    print(
-        f"{len(rows)} runs in {seconds:.1f} s (virtual {card.name}, {gib(card.usable_bytes)} GiB usable)",
-        file=sys.stderr,
-    )
+    usable = f"virtual {card.name}, {gib(card.usable_bytes)} GiB usable"
+    print(f"{len(rows)} runs in {seconds:.1f} s ({usable})", file=sys.stderr)
     if options.table:
         write_lengths(Path(options.table), rows, card, seconds, provenance_record(card.name, "virtual"))
-    peaks = {
-        key: max(getattr(row, key) for row in rows)
-        for key in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes")
-    }
+    highest = peak_fields(Peak.highest(row.peak for row in rows))
     report = {"device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes, "seconds": seconds}
-    write_json(options.json, peaks | report | {"cases": [asdict(row) for row in rows]})
-    return EXIT_OK if _fits(rows, asked=options.lengths is not None) else EXIT_DOES_NOT_FIT
-
-
-def _fits(rows: Sequence[Length], asked: bool) -> bool:
-    """Whether every length fits that was asked for; else, whether every recipe fits at some length."""
-    if asked:
-        return all(row.fits for row in rows)
-    return {row.recipe for row in rows if row.fits} == {row.recipe for row in rows}
+    write_json(options.json, highest | report | {"cases": [plain_row(row) for row in rows]})
+    fitting = [row for row in rows if row.fits]
+    fits = len(fitting) == len(rows) if options.lengths else {row.recipe for row in fitting} == {r.recipe for r in rows}
+    return EXIT_OK if fits else EXIT_DOES_NOT_FIT
 
 
 COMMAND = Command("lengths", __doc__, add_arguments, run)

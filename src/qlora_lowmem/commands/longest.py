@@ -7,57 +7,18 @@ sample at full length. A step of more micro-batches takes as much, and a few byt
 """
 
 import argparse
-import json
 import sys
-from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
-from qlora_lowmem.plan.maximum import reach
-from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_card, recipe_server, submit_recipe
-from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
-from qlora_lowmem.results.kinds.longest import Longest, write_longest
-from qlora_lowmem.results.tables import gib
-
-
-def find(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
-    """The longest sequence of `recipe` on `card`, within what a job can count on there.
-
-    Raises:
-        QloraLowmemError: a run fails for another reason than memory.
-    """
-    bar = tqdm(desc=recipe.name, unit="run")
-
-    def submit(changed: Recipe, card: virtual_gpu.Card) -> "Future[RecipeRun]":
-        return submit_recipe(server, changed, card)
-
-    def note(_leaf: str, length: int, fits: bool) -> None:
-        bar.update(1)
-        bar.set_postfix_str(f"{length:,} tokens {'fit' if fits else 'do not fit'}")
-
-    found = reach(recipe, "max_seq_length", card, submit, limit=limit, step=step, note=note)
-    bar.close()
-    profile = found.run.profile if found.run is not None else None
-    return Longest(
-        recipe.name,
-        card.name,
-        found.value,
-        found.next_value,
-        "memory" if found.next_value else "limit",
-        profile.peak_allocated_bytes if profile else 0,
-        profile.peak_reserved_bytes if profile else 0,
-        profile.peak_device_bytes if profile else 0,
-        found.run.floor_bytes if found.run is not None else 0,
-        found.run.pinned_host_bytes if found.run is not None else 0,
-    )
+from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.plan.maximum import longest
+from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
+from qlora_lowmem.results.kinds.longest import write_longest
+from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,21 +40,20 @@ def run(options: argparse.Namespace) -> int:
     recipes = [load_recipe(path, changes) for path in options.config]
     card = recipe_card(recipes[0])
     with recipe_server() as server:
-        rows = [find(recipe, card, server, limit=options.limit, step=options.step) for recipe in recipes]
+        rows = [longest(recipe, card, server, limit=options.limit, step=options.step) for recipe in recipes]
     record = provenance_record(card.name, "virtual")
     for row in rows:
         further = f"{row.next_tokens:,} do not fit" if row.next_tokens else "no longer one was tried"
         print(
             f"{row.recipe}: {row.tokens:,} tokens on {row.card} (virtual); {further}; "
-            f"{gib(row.peak_device_bytes)} GiB on the card, {gib(row.host_bytes)} GiB of host memory pinned",
+            f"{gib(row.peak.device)} GiB on the card, {gib(row.host_bytes)} GiB of host memory pinned",
             file=sys.stderr,
         )
     if options.table:
         write_longest(Path(options.table), rows, record, changes)
-    peaks = {key: max(getattr(row, key) for row in rows) for key in ("peak_allocated_bytes", "peak_reserved_bytes")}
-    peaks["peak_device_bytes"] = max(row.peak_device_bytes for row in rows)
-    cases = json.loads(json.dumps([asdict(row) for row in rows]))
-    write_json(options.json, peaks | {"device": card.name, "provenance": "virtual", "cases": cases})
+    highest = peak_fields(Peak.highest(row.peak for row in rows))
+    cases = [plain_row(row) for row in rows]
+    write_json(options.json, highest | {"device": card.name, "provenance": "virtual", "cases": cases})
     return EXIT_OK if all(row.tokens for row in rows) else EXIT_DOES_NOT_FIT
 
 

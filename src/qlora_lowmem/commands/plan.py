@@ -45,10 +45,9 @@ from qlora_lowmem.plan.pair import Extent, Pair, Planner, sweep
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.plan.screen import plans_table
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, Run
-from qlora_lowmem.recipe.commented import commented_yaml
-from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
-from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field, replace_fields
 from qlora_lowmem.recipe.sections import is_hub_data
+from qlora_lowmem.recipe.yaml_text import commented_yaml
 from qlora_lowmem.units import format_bytes
 
 DEFAULT_SEQ = 2048

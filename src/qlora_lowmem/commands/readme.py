@@ -4,45 +4,13 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from qlora_lowmem.commands.frame import Command
 from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor
+from qlora_lowmem.results.kinds.matrix import readme_block
 
 CARD = "rtx-4050-laptop-6gb"
 _BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
-
-
-def matrix_table(content: dict[str, Any]) -> str:
-    """The matrix of a `matrix.json` as a short table."""
-    rows = [
-        [
-            f"`{case['recipe']}`",
-            str(case["max_seq_length"]),
-            "yes" if case["gradient_checkpointing"] else "no",
-            case["loss"],
-            gib(case["peak_allocated_bytes"]),
-            gib(case["floor_bytes"]),
-            times_floor(case["peak_allocated_bytes"], case["floor_bytes"]),
-            gib(case["peak_reserved_bytes"]),
-            gib(case["peak_device_bytes"]),
-            "fits" if case["fits"] else "does not fit",
-        ]
-        for case in content["cases"]
-    ]
-    headers = ["recipe", "seq", "checkpointing", "loss"]
-    headers += ["allocated", "floor", "x floor", "reserved", "on the card", "verdict"]
-    return markdown_table(headers, rows)
-
-
-def readme_block(content: dict[str, Any]) -> str:
-    """Table and provenance, as they stand in the README."""
-    return (
-        f"Granite-4.0-H-1B on `{CARD}`, peaks in GiB. {FLOOR_TEXT}\n\n{matrix_table(content)}\n\n"
-        f"{provenance_lines(content['environment'])} A recipe that does not fit ran on a card of the same kind with "
-        f"room for it; its row says what it would need. All tables: [`results/`](results/).\n"
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

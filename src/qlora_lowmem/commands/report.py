@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from qlora_lowmem.commands.frame import Command, check_parent
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import write_whole
-from qlora_lowmem.results.registry import sections_of
+from qlora_lowmem.results.page import render, save_charts, sections_of, title_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +35,6 @@ def run(options: argparse.Namespace) -> int:
     if options.charts and Path(options.charts).exists() and not Path(options.charts).is_dir():
         raise UsageError(f"--charts: {options.charts!r} is a file; give a folder, which is made if it is not there")
     made = sections_of(options.results)
-
-    from qlora_lowmem.results.page import render, save_charts, title_of
-
     count = sum(len(section.charts) for section in made.sections)
     with tqdm(total=count * (2 if options.charts else 1), desc="charts", unit="chart") as bar:
         page = render(options.title or title_of(made.sections), made.sections, bar.update)

@@ -15,16 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, check_json_target, write_json
 from qlora_lowmem.data import CheckedData, check_data
 from qlora_lowmem.environment import is_first, processes, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import recipe_card
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
-from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.recipe.overrides import add_override_arguments, overrides_from
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
 from qlora_lowmem.run.summary import last_lines, summary_of
 from qlora_lowmem.training.loggers import check_logger
 
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     makes_folder = recipe.run.device != "virtual" and not options.dry_run
     check_json_target(options.json, coming=Path(recipe.run.output_dir) if makes_folder else None)
     checked = _read_data(recipe, quiet=options.quiet)
-    resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source_of(recipe)
     check_logger(recipe.run.report_to)
     card = recipe_card(recipe) if recipe.run.device == "virtual" else None
     if options.dry_run:
@@ -260,7 +261,8 @@ def _does_not_fit(recipe: Recipe, content: dict[str, Any], options: argparse.Nam
     if options.no_advice or processes() > 1:  # advice is for one card
         write_json(options.json, content)
         return EXIT_DOES_NOT_FIT
-    from qlora_lowmem.plan.advice import advise, card_like
+    from qlora_lowmem.memory.device import card_like
+    from qlora_lowmem.plan.advice import advise
 
     card = card_like(content["device"], content["total_bytes"])
     if card is None:
@@ -268,7 +270,7 @@ def _does_not_fit(recipe: Recipe, content: dict[str, Any], options: argparse.Nam
     else:
         try:
             advice = advise(recipe, card, note=_say)
-            content["advice"] = advice.to_dict()
+            content["advice"] = msgspec.to_builtins(advice)
             for text in advice.lines():
                 _say(text)
         except virtual_gpu.VirtualGPUError as error:

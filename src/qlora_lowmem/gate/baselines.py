@@ -12,8 +12,11 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import write_whole
@@ -72,9 +75,13 @@ def _read_case(path: Path, name: str, case: Any) -> Record:
             f"recorded, never typed. {again}"
         )
     try:
-        return Record.from_dict(rest)
-    except (KeyError, TypeError) as error:
+        record = msgspec.convert(rest, Record)
+    except msgspec.ValidationError as error:
         raise BaselineError(f"{path}: case {name!r} is not a record: {error}. {again}") from None
+    unknown = sorted(rest.keys() - {field.name for field in fields(Record)})
+    if unknown:  # written again, it would lose them
+        raise BaselineError(f"{path}: case {name!r} is not a record: unknown: {', '.join(unknown)}. {again}")
+    return record
 
 
 def record_baselines(path: Path, records: Mapping[str, Record], *, forget: Collection[str] = ()) -> None:
@@ -104,7 +111,7 @@ def render(records: Mapping[str, Record]) -> str:
     """The file's text: cases sorted, a figure a line, so that a diff shows what changed and nothing else."""
     cases = {}
     for name, record in sorted(records.items()):
-        content = json.loads(json.dumps(record.to_dict(), sort_keys=True))
+        content = msgspec.to_builtins(record, order="sorted")
         cases[name] = {"checksum": _checksum(content), **content}
     return json.dumps({"schema": SCHEMA, "cases": cases}, indent=1, ensure_ascii=False) + "\n"
 

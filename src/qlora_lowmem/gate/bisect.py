@@ -1,3 +1,3 @@
-from qlora_lowmem.commands.frame import start
+from qlora_lowmem.commands import start
 
 start(__name__, "bisect")

@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from qlora_lowmem.gate.difference import changes
+from qlora_lowmem.gate.records import changes
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.results.kinds.verdicts import FIGURES, Budget, Record
 from qlora_lowmem.units import format_bytes, format_signed, parse_bytes

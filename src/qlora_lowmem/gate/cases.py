@@ -5,94 +5,71 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.environment import versions
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
+from qlora_lowmem.gate.records import key_of, record_of
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.results.kinds.matrix import CaseResult
+from qlora_lowmem.results.kinds.verdicts import Record
 
 
-class Runner(Protocol):
-    """Runs cases on one kind of device."""
+def recipe_record(result: CaseResult, attribution: Attribution | None = None) -> Record:
+    """The record of a run that has a profile.
 
-    def submit(self, recipe: Recipe) -> "Future[CaseResult]":
-        """Queue the case."""
-
-    def attribute(self, result: CaseResult, snapshot: Path | None = None) -> Attribution | None:
-        """Run the case again where it has room, and attribute its peak; None where that cannot be done.
-
-        The allocator's snapshot is written to `snapshot` if one was taken.
-        """
+    Raises:
+        ValueError: it has none.
+    """
+    if result.profile is None:
+        raise ValueError(f"{result.recipe.name} has no peaks to record: {result.failure or result.out_of_memory}")
+    found = versions()
+    allocator = f"expandable_segments:{result.recipe.memory.expandable_segments}"  # as `job.set_allocator` pins it
+    key = key_of(result.card, result.provenance, allocator, result.recipe_hash, found)
+    return record_of(key, result.profile, attribution, found)
 
 
 class VirtualRunner:
     """Cases on a virtual card, each a process of its own."""
 
     def __init__(self, server: virtual_gpu.Server, card: virtual_gpu.Card) -> None:
-        self._server = server
-        self._card = card
+        self._server, self._card = server, card
+        self._waiting = ThreadPoolExecutor(max_workers=32, thread_name_prefix="cases")
 
     def submit(self, recipe: Recipe) -> "Future[CaseResult]":
         """Run on the card and, if it is too small, on a roomy one of its kind."""
-        result: Future[CaseResult] = Future()
-
-        def done(first: "Future[RecipeRun]") -> None:
-            try:
-                run = first.result()
-                case = CaseResult(
-                    recipe,
-                    self._card.name,
-                    "virtual",
-                    fits=(
-                        run.profile is not None
-                        and run.out_of_memory is None
-                        and run.profile.peak_device_bytes <= self._card.usable_bytes
-                    ),
-                    profile=run.profile,
-                    out_of_memory=run.out_of_memory,
-                    failure=run.failure,
-                    trainable_parameters=run.trainable_parameters,
-                    floor_bytes=run.floor_bytes,
-                )
-                if run.out_of_memory is None:
-                    result.set_result(case)
-                    return
-                again = submit_recipe(self._server, recipe, roomy(self._card))
-                again.add_done_callback(lambda second: self._needs(case, second, result))
-            except BaseException as error:  # handed to whoever waits
-                result.set_exception(error)
-
-        submit_recipe(self._server, recipe, self._card).add_done_callback(done)
-        return result
+        return self._waiting.submit(self._result, recipe, submit_recipe(self._server, recipe, self._card))
 
     def attribute(self, result: CaseResult, snapshot: Path | None = None) -> Attribution | None:
-        """Run the case again, on a roomy card if it does not fit, and attribute its peak."""
+        """Run the case again, on a roomy card if it does not fit, and attribute its peak.
+
+        The allocator's snapshot is written to `snapshot`.
+        """
         card = self._card if result.out_of_memory is None else roomy(self._card)
         return submit_recipe(self._server, result.recipe, card, attribute=True, snapshot=snapshot).result().attribution
 
-    @staticmethod
-    def _needs(case: CaseResult, second: "Future[RecipeRun]", result: "Future[CaseResult]") -> None:
-        try:
-            run = second.result()
-            profile = run.profile if run.out_of_memory is None else None
-            result.set_result(
-                replace(
-                    case,
-                    profile=profile,
-                    failure=run.failure,
-                    trainable_parameters=run.trainable_parameters,
-                    floor_bytes=run.floor_bytes,
-                )
-            )
-        except BaseException as error:  # handed to whoever waits
-            result.set_exception(error)
+    def _result(self, recipe: Recipe, first: "Future[RecipeRun]") -> CaseResult:
+        run = found = first.result()
+        if run.out_of_memory is not None:
+            found = submit_recipe(self._server, recipe, roomy(self._card)).result()
+        profile = found.profile if found.out_of_memory is None else None
+        return CaseResult(
+            recipe,
+            self._card.name,
+            "virtual",
+            fits=found is run and profile is not None and profile.peak_device_bytes <= self._card.usable_bytes,
+            profile=profile,
+            out_of_memory=run.out_of_memory,
+            failure=found.failure,
+            trainable_parameters=found.trainable_parameters,
+            floor_bytes=found.floor_bytes,
+        )
 
 
 class GpuRunner:
@@ -142,6 +119,9 @@ class GpuRunner:
             trainable_parameters=content.get("trainable_parameters", 0),
             floor_bytes=content.get("floor_bytes", 0),
         )
+
+
+Runner = VirtualRunner | GpuRunner
 
 
 class Matrix:

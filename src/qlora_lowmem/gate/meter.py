@@ -1,50 +1,118 @@
 """Measure budgeted tests in the process that runs them: a worker on a virtual card, or this one with --gpu."""
 
+import json
+import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from qlora_lowmem.gate.artefacts import keep
-from qlora_lowmem.gate.budget import over_budget
-from qlora_lowmem.gate.environment_key import allocator_of_environment, key_of
-from qlora_lowmem.gate.keys import ROW
-from qlora_lowmem.gate.records import record_of
-from qlora_lowmem.gate.verdicts import Gate, Regressed, compare
+from qlora_lowmem.gate import REPORT_ATTRIBUTE
+from qlora_lowmem.gate.budget import OverBudget, over_budget
+from qlora_lowmem.gate.records import allocator_of_environment, key_of, record_of
+from qlora_lowmem.gate.verdicts import Gate, Regressed, Verdict, compare
+from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.results.kinds.verdicts import Budget, Record, Row
+
+_ROW: pytest.StashKey[Row] = pytest.StashKey()
 
 
 @dataclass(frozen=True)
 class Case:
-    """A budgeted test, and what it is held against.
+    """What is judged, and what it is held against.
 
     Attributes:
-        name: the test's node id.
+        name: a test's node id, or a recipe's name.
+        budget: its limit; None for a recipe.
         baseline: its recorded peak, if there is one.
         last_pass: what it used when it last passed here, if that is known.
         gate: tolerances against the baseline.
         recording: a baseline is about to be replaced, so it does not fail the test.
-        artefacts: a folder for what failing runs leave.
+        artefacts: path of a folder for what failing runs leave; made by whoever writes there.
     """
 
     name: str
-    budget: Budget
+    budget: Budget | None
     baseline: Record | None
     last_pass: Record | None
     gate: Gate
     recording: bool
     across_versions: bool
     report_only: bool
-    artefacts: Path
+    artefacts: str
+
+    @property
+    def snapshot_path(self) -> Path:
+        """Where the allocator's snapshot belongs; https://pytorch.org/memory_viz opens it."""
+        return Path(self.artefacts) / f"snapshot-{self._file_name}.pickle"
+
+    def verdict(self, record: Record) -> Verdict:
+        """The record held against the baseline."""
+        return compare(self.name, self.baseline, record, self.gate, across_versions=self.across_versions)
+
+    def keep(self, attribution: Attribution | None, snapshot: dict[str, Any] | None = None) -> tuple[str, ...]:
+        """Write what there is, and return the files of the case: these and a snapshot that lies there already."""
+        kept = []
+        Path(self.artefacts).mkdir(parents=True, exist_ok=True)
+        if attribution is not None:
+            path = Path(self.artefacts) / f"attribution-{self._file_name}.json"
+            content = {"case": self.name, "attribution": attribution.to_dict()}
+            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            kept.append(str(path))
+        if snapshot is not None:
+            from qlora_lowmem.memory.snapshots import write_snapshot
+
+            write_snapshot(snapshot, self.snapshot_path)
+        if self.snapshot_path.is_file():
+            kept.append(str(self.snapshot_path))
+        return tuple(kept)
+
+    def row(
+        self,
+        item: pytest.Item,
+        record: Record,
+        verdict: Verdict,
+        left: tuple[str, ...],
+        failure: OverBudget | None = None,
+    ) -> Row:
+        """What came of it in the test `item`.
+
+        Args:
+            left: files that a failing run left.
+            failure: it is over its budget, whatever its baseline says.
+        """
+        row = Row(self.name, item.location[0], verdict.name, record, self.baseline, self.budget, artefacts=left)
+        if failure is not None:
+            message = replace(failure, artefacts=left).render()
+            return replace(row, verdict="OVER BUDGET", fails=True, message=message)
+        if self.budget is not None and self.baseline is None:
+            return replace(row, verdict="WITHIN BUDGET")
+        if isinstance(verdict, Regressed):
+            verdict = replace(verdict, artefacts=left)
+        fails = verdict.fails and not self.recording and not self.report_only
+        return replace(row, fails=fails, message="" if verdict.name == "PASS" else verdict.render())
+
+    @property
+    def _file_name(self) -> str:
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name).strip("-")
+
+
+def settle(item: pytest.Item, row: Row) -> None:
+    """Put the row on the test's report, and fail the test if the row says so."""
+    item.stash[_ROW] = row
+    item.user_properties.extend(row.properties())
+    if row.fails:
+        pytest.fail(row.message, pytrace=False)
 
 
 class Meter:
     """A plugin that measures tests and fails those over their budget or their baseline.
 
     Args:
-        case_of: the case of a test; None for a test that is not measured.
+        case_of: the case of a test; None for a test that is not measured in this process.
     """
 
     def __init__(self, case_of: Callable[[pytest.Item], Case | None]) -> None:
@@ -55,9 +123,9 @@ class Meter:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         """Fixtures count: models are often made in them."""
         if self._case_of(item) is not None:
-            from qlora_lowmem.memory.recorder import ProgramRecorder
+            from qlora_lowmem.gate.plain_recorder import PlainRecorder
 
-            self._recorder = ProgramRecorder(item.config.rootpath)
+            self._recorder = PlainRecorder(item.config.rootpath)
             self._recorder.start()
         return (yield)
 
@@ -73,7 +141,7 @@ class Meter:
             self._explain_out_of_memory(item, error)
             raise
         measurement, self._recorder = self._recorder.stop(), None
-        self._judge(item, case, measurement)
+        settle(item, _judged(item, case, measurement))
         return result
 
     @pytest.hookimpl(wrapper=True)
@@ -85,34 +153,16 @@ class Meter:
             self._recorder = None
         return (yield)
 
-    def _judge(self, item: pytest.Item, case: Case, measurement: Any) -> None:
-        key = key_of(measurement.profile.device, measurement.profile.provenance, allocator_of_environment())
-        record = record_of(key, measurement.profile, measurement.attribution)
-        reference, name = case.last_pass, "it last passed"
-        if case.baseline is not None and not case.baseline.key.differences(key):
-            reference, name = case.baseline, "its baseline"
-        failure = over_budget(
-            case.name, case.budget, record, measurement.attribution, reference=reference, reference_name=name
-        )
-        verdict = compare(case.name, case.baseline, record, case.gate, across_versions=case.across_versions)
-        regressed = verdict.fails and not case.recording
-        left: tuple[str, ...] = ()
-        if failure is not None or regressed:
-            left = keep(case.artefacts, case.name, measurement.attribution, measurement.snapshot)
-        name = "WITHIN BUDGET" if case.baseline is None else verdict.name
-        row = Row(case.name, item.location[0], name, record, case.baseline, case.budget, artefacts=left)
-        if failure is not None:
-            failure = replace(failure, artefacts=left)
-            row = replace(row, verdict="OVER BUDGET", fails=True, message=failure.render())
-        elif case.baseline is not None and verdict.name != "PASS":
-            if isinstance(verdict, Regressed):
-                verdict = replace(verdict, artefacts=left)
-            row = replace(row, fails=regressed and not case.report_only, message=verdict.render())
-        item.stash[ROW] = row
-        for name, value in row.properties():
-            item.user_properties.append((name, value))
-        if row.fails:
-            pytest.fail(row.message, pytrace=False)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """The report of a judged test carries its row."""
+        report = yield
+        row = item.stash.get(_ROW, None)
+        if row is not None and call.when == "call":
+            setattr(report, REPORT_ATTRIBUTE, msgspec.to_builtins(row))
+        return report
 
     def _explain_out_of_memory(self, item: pytest.Item, error: BaseException) -> None:
         """What the card held when it ran out, beside the test's own error."""
@@ -121,6 +171,22 @@ class Meter:
 
         found = measurement.attribution
         if isinstance(error, torch.OutOfMemoryError) and found is not None:
-            from qlora_lowmem.results.kinds.attribution_table import headline, owners_table
+            from qlora_lowmem.results.kinds.attribution import headline, owners_table
 
             item.add_report_section("call", "gpu memory", f"{headline(found)}\n\n{owners_table(found, limit=5)}")
+
+
+def _judged(item: pytest.Item, case: Case, measurement: Any) -> Row:
+    key = key_of(measurement.profile.device, measurement.profile.provenance, allocator_of_environment())
+    record = record_of(key, measurement.profile, measurement.attribution)
+    reference, name = case.last_pass, "it last passed"
+    if case.baseline is not None and not case.baseline.key.differences(key):
+        reference, name = case.baseline, "its baseline"
+    assert case.budget is not None
+    failure = over_budget(
+        case.name, case.budget, record, measurement.attribution, reference=reference, reference_name=name
+    )
+    verdict = case.verdict(record)
+    wrong = failure is not None or (verdict.fails and not case.recording)
+    left = case.keep(measurement.attribution, measurement.snapshot) if wrong else ()
+    return case.row(item, record, verdict, left, failure)

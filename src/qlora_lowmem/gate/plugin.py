@@ -1,15 +1,18 @@
 """The pytest plugin: budgets on GPU memory, on a virtual card or, with --gpu, a real one.
 
-It is an entry point, so every pytest run on a machine with this package loads it: what is not needed to declare options
-is imported where it is used.
+It is an entry point, so every pytest run on a machine with this package loads it: the gate itself is imported with the
+first test that it judges.
 """
 
-from collections.abc import Generator
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from qlora_lowmem.gate.keys import BUDGET, REPORT_ATTRIBUTE, ROW, SESSION
+from qlora_lowmem.gate import JUDGE, REPORT_ATTRIBUTE
+from qlora_lowmem.units import parse_bytes
 
 if TYPE_CHECKING:
     from qlora_lowmem.gate.session import GateSession
@@ -23,6 +26,7 @@ _INI = (
     ("vram_tolerance_relative", "with --gpu: allowed growth as a share, as in 0.005 (default); the larger holds"),
     ("vram_reserved_tolerance", "allowed growth of reserved bytes over a baseline, as in 64 MiB (default)"),
 )
+_SIZES = ("vram_budget", "vram_tolerance", "vram_reserved_tolerance")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,60 +53,135 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Check the options before anything runs; register the markers."""
+    """Register the marker; check the options before anything runs, but in a worker, where they are not its own."""
     config.addinivalue_line(
         "markers", 'vram_budget(limit, card=NAME, of="allocated"): GPU memory that the test may use, as in "6 GB"'
     )
-    if _in_worker(config):
-        return
-    from qlora_lowmem.gate.session import GateSession, check_options
-
-    check_options(config)
-    session = GateSession(config)
-    config.stash[SESSION] = session
-    config.pluginmanager.register(session, "qlora_lowmem-session")
-    if config.getoption("gpu"):
-        from qlora_lowmem.gate.meter import Meter
-
-        config.pluginmanager.register(Meter(session.case_of), "qlora_lowmem-meter")
+    if not config.pluginmanager.is_blocked(JUDGE):
+        _check_options(config)
+        config.pluginmanager.register(Judge(config), JUDGE)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Check every budget."""
-    session = config.stash.get(SESSION, None)
-    if session is not None:
-        session.check_items(items)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    """A budgeted test runs in a process on its virtual card, unless this is one, or --gpu is given."""
-    if BUDGET not in item.stash or item.config.getoption("gpu"):
-        return None
-    from qlora_lowmem.gate.outer import run_on_virtual_card
-
-    run_on_virtual_card(item, item.config.stash[SESSION])
-    return True
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """The report of a measured test carries what was measured."""
-    report = yield
-    row = item.stash.get(ROW, None)
-    if row is not None and call.when == "call":
-        setattr(report, REPORT_ATTRIBUTE, row.to_dict())
-    return report
-
-
-def _in_worker(config: pytest.Config) -> bool:
-    """Whether this process runs one test on a virtual card already."""
-    return any(type(plugin).__module__ == "qlora_lowmem.gate.worker" for plugin in config.pluginmanager.get_plugins())
+    """Read every budget."""
+    judge = config.pluginmanager.get_plugin(JUDGE)
+    if judge is not None:
+        judge.check_items(items)
 
 
 @pytest.fixture(scope="session")
 def vram_gate(request: pytest.FixtureRequest) -> "GateSession":
     """Holds cases against their baselines: `vram_gate.check(request.node, case, record, attribute)`."""
-    return request.config.stash[SESSION]
+    judge = request.config.pluginmanager.get_plugin(JUDGE)
+    assert isinstance(judge, Judge)
+    return judge.session
+
+
+class Judge:
+    """pytest's hooks of a session that judges. The session is made, and the gate imported, when it is first needed."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @functools.cached_property
+    def session(self) -> "GateSession":
+        """What is judged, and how it came out."""
+        from qlora_lowmem.gate.session import GateSession
+
+        return GateSession(self._config, DEFAULT_CARD)
+
+    def check_items(self, items: Sequence[pytest.Item]) -> None:
+        """Read the budgets of those that have one, or that ask for the gate by its fixture, however far down."""
+        judged = [item for item in items if _has_budget(item) or "vram_gate" in getattr(item, "fixturenames", ())]
+        if judged:
+            self.session.check_items(judged)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """A budgeted test runs in a process on its virtual card, or with --gpu here."""
+        if not _has_budget(item) or self._config.getoption("gpu"):
+            return None
+        self.session.run(item)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take what was judged, here or in another process."""
+        row = getattr(report, REPORT_ATTRIBUTE, None)
+        if row is not None:
+            self.session.take(row)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write baselines and reports."""
+        needed = self._began or self._config.getoption("record")
+        if needed and self.session.finish(exitstatus) and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """What was recorded, and what is to be done."""
+        if self._began and self.session.lines:
+            terminalreporter.section("gpu memory")
+            for line in self.session.lines:
+                terminalreporter.write_line(line)
+
+    @property
+    def _began(self) -> bool:
+        return "session" in vars(self)
+
+
+def _has_budget(item: pytest.Item) -> bool:
+    return item.get_closest_marker("vram_budget") is not None
+
+
+def _check_options(config: pytest.Config) -> None:
+    """Raises:
+    pytest.UsageError: options that are wrong or contradict each other.
+    """
+    gpu, card, cap = (config.getoption(name) for name in ("gpu", "card", "vram_cap"))
+    if gpu and card is not None:
+        raise pytest.UsageError(f"--card {card} names a virtual card, and --gpu runs on the real one: give one")
+    if cap is not None and not gpu:
+        raise pytest.UsageError(f"--vram-cap {cap} caps a real GPU: add --gpu, or choose a smaller --card")
+    checks: list[tuple[str, Callable[[str], object], str | None]] = [
+        ("--card", _card, card),
+        ("vram_card", _card, None if card else config.getini("vram_card")),
+        ("--vram-cap", parse_bytes, cap),
+        ("--vram-budget", parse_bytes, config.getoption("vram_budget")),
+        *((name, parse_bytes, config.getini(name)) for name in _SIZES),
+        ("vram_tolerance_relative", _share, config.getini("vram_tolerance_relative")),
+    ]
+    for name, read, value in checks:
+        try:
+            if value:
+                read(value)
+        except ValueError as error:
+            raise pytest.UsageError(f"{name}: {error}") from None
+    if gpu and (getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput")):
+        raise pytest.UsageError(
+            "--gpu measures one job at a time, and pytest-xdist (-n) runs several: leave -n out, or leave --gpu out "
+            "(a virtual card is deterministic, however many run)"
+        )
+    for name in config.getoption("record") or ():
+        if name and "::" not in name and Path(name).exists():
+            raise pytest.UsageError(
+                f"--record {name}: {name} is a path, and --record took it for a case's name. Put --record last, or "
+                "write --record=CASE"
+            )
+
+
+def _card(name: str) -> None:
+    from qlora_lowmem import virtual_gpu
+
+    try:
+        virtual_gpu.get_card(name)
+    except virtual_gpu.UnknownCardError as error:
+        raise ValueError(error) from None
+
+
+def _share(text: str) -> None:
+    try:
+        valid = 0 <= float(text) < 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{text!r} is not a share; write 0.005 for 0.5 %")

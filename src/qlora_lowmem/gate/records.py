@@ -1,22 +1,52 @@
-"""What the gate keeps of a run: its peaks, where their bytes were, and what figures of other runs may be held against.
+"""What the gate keeps of a run, and what changed from one to the next: by kind, module, line and package version.
 
-A record is plain data. It says nothing of good or bad: `verdicts` compares two.
+A record is plain data and says nothing of good or bad: `verdicts` judges.
 """
 
+import os
+import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from qlora_lowmem.memory.attribution import Attribution, OwnerLine
-from qlora_lowmem.memory.profile import MemoryProfile, Peak
+from tabulate import tabulate
+
+from qlora_lowmem.environment import versions
+from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
+from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.results.kinds.verdicts import Key, Record
+from qlora_lowmem.units import format_bytes, format_signed
 
-# Lines of code that a record keeps, the largest: as many as an attribution has (`attribution.MAX_OWNERS`).
+# Lines of code that a record keeps, the largest: as many as an attribution has (`explanation.MAX_OWNERS`).
 MAX_LINES = 40
-
-
 # The fields of a key that say which packages ran, and not what was run on what.
 VERSION_FIELDS = ("torch", "cuda", "transformers", "peft", "trl", "bitsandbytes")
+# In the order in which torch 2.14 reads them; the first that is set decides.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_ROWS = 6
+
+
+def key_of(
+    device: str, provenance: str, allocator: str, recipe: str = "", found: Mapping[str, str] | None = None
+) -> Key:
+    """The key of a run in this environment. Imports no torch.
+
+    Args:
+        allocator: options of the caching allocator.
+        recipe: the recipe's hash, empty for a test.
+        found: versions; None for those that are installed here.
+    """
+    present = versions() if found is None else found
+    build = re.search(r"\+cu(\d+)(\d)$", present["torch"])
+    packages = {name: present[name] for name in VERSION_FIELDS if name != "cuda"}
+    cuda = f"{build[1]}.{build[2]}" if build else "none"
+    return Key(device, provenance, cuda=cuda, allocator=allocator, recipe=recipe, **packages)
+
+
+def allocator_of_environment() -> str:
+    """The allocator's options that environment variables set; `default` where none is."""
+    return next((os.environ[name] for name in _ALLOCATOR_VARIABLES if os.environ.get(name)), "default")
 
 
 def record_of(
@@ -40,16 +70,122 @@ def attributed(record: Record, attribution: Attribution) -> Record:
         record,
         kinds=dict(attribution.kinds),
         modules=dict(sorted(attribution.modules.items())),
-        lines=_lines(attribution.owners),
+        lines={f"{owner.kind} | {owner.line}": owner.bytes for owner in attribution.owners[:MAX_LINES]},
     )
 
 
-def _lines(owners: tuple[OwnerLine, ...]) -> dict[str, int]:
-    return {f"{owner.kind} | {owner.line}": owner.bytes for owner in owners[:MAX_LINES]}
+@dataclass(frozen=True)
+class Change:
+    """One row: a kind, module or line, and its bytes before and after; None where it was not there."""
+
+    name: str
+    before: int | None
+    after: int | None
+
+    @property
+    def bytes(self) -> int:
+        """How much more there is, negative for less."""
+        return (self.after or 0) - (self.before or 0)
+
+    @property
+    def remark(self) -> str:
+        """`new`, `gone` or nothing."""
+        return "new" if self.before is None else "gone" if self.after is None else ""
 
 
-def profile_of(record: Record) -> MemoryProfile:
-    """A record's peaks as a profile of one phase, for tables and relations."""
-    peak = Peak(record.allocated, record.reserved, record.device)
-    provenance: Any = record.key.provenance
-    return MemoryProfile(record.key.device, provenance, 0, record.device - record.reserved, {"peak": peak})
+@dataclass(frozen=True)
+class Difference:
+    """What changed from one record to another, the largest changes first.
+
+    Attributes:
+        kinds: by key of `memory.kinds.KINDS`.
+        modules: by block of the model.
+        lines: by `kind | line of code`; lines that only moved within their file cancel out.
+        versions: packages that changed: name to (before, after).
+    """
+
+    kinds: tuple[Change, ...]
+    modules: tuple[Change, ...]
+    lines: tuple[Change, ...]
+    versions: Mapping[str, tuple[str, str]]
+
+    @property
+    def explained(self) -> bool:
+        """Whether both sides were attributed."""
+        return bool(self.kinds or self.modules or self.lines)
+
+    def grown(self) -> tuple[str, ...]:
+        """The kinds of the allocated peak that grew, most first."""
+        return tuple(c.name for c in self.kinds if c.bytes > 0 and c.name not in OUTSIDE_ALLOCATED)
+
+    def render(self, rows: int = _ROWS) -> str:
+        """Tables for a terminal."""
+        parts = []
+        for title, changes in (("kind", self.kinds), ("module", self.modules), ("line", self.lines)):
+            if changes:
+                parts.append(_table(title, changes, rows))
+        changed = [f"{name} {old} -> {new}" for name, (old, new) in self.versions.items()]
+        parts.append("packages: " + (", ".join(changed) if changed else "the same versions"))
+        return "\n\n".join(parts)
+
+
+def difference(before: Record, after: Record) -> Difference:
+    """From the baseline `before` to the run `after`. Without attribution on both sides only versions are compared."""
+    both = bool(before.kinds) and bool(after.kinds)
+    everything = sorted(before.versions.keys() | after.versions.keys())
+    pairs = {name: tuple(side.versions.get(name, "not recorded") for side in (before, after)) for name in everything}
+    return Difference(
+        kinds=changes(before.kinds, after.kinds) if both else (),
+        modules=changes(before.modules, after.modules) if both else (),
+        lines=_line_changes(before.lines, after.lines) if both else (),
+        versions={name: (old, new) for name, (old, new) in pairs.items() if old != new},
+    )
+
+
+def changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Change, ...]:
+    """Entries that differ, the largest growth first and the largest saving last."""
+    found = [Change(name, before.get(name), after.get(name)) for name in before.keys() | after.keys()]
+    return tuple(sorted((change for change in found if change.bytes), key=lambda change: (-change.bytes, change.name)))
+
+
+def _line_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Change, ...]:
+    """Records keep the largest lines only: a change that can be a line that came in or fell out at the end is none."""
+    doubt = 2 * max((min(side.values()) for side in (before, after) if len(side) >= MAX_LINES), default=0)
+    found = changes(_unnumbered(before), _unnumbered(after))
+    return tuple(change for change in found if abs(change.bytes) > doubt)
+
+
+def _unnumbered(lines: Mapping[str, int]) -> Mapping[str, int]:
+    """Bytes by kind, file and function: line numbers move with every edit above them."""
+    sums: Counter[str] = Counter()
+    for text, count in lines.items():
+        place, _, function = text.rpartition(" ")
+        sums[f"{place.rpartition(':')[0] or place} {function}"] += count
+    return sums
+
+
+def _table(title: str, found: tuple[Change, ...], rows: int) -> str:
+    """The largest in size, whatever their sign, in the order of `found`."""
+    largest = sorted(found, key=lambda change: -abs(change.bytes))[:rows]
+    body = [
+        [
+            KINDS.get(change.name, change.name) if title == "kind" else change.name or "(outside of the model)",
+            _size(change.before),
+            _size(change.after),
+            format_signed(change.bytes),
+            change.remark,
+        ]
+        for change in found
+        if change in largest
+    ]
+    return tabulate(
+        body,
+        headers=[title, "baseline", "now", "difference", ""],
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right", "left"),
+    )
+
+
+def _size(count: int | None) -> str:
+    return "-" if count is None else format_bytes(count)

@@ -7,30 +7,11 @@ assert_monotone({256: a, 512: b, 1024: c}, in_="sequence length")
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.units import format_bytes, format_signed
 
 Profile = MemoryProfile | int
-
-
-@dataclass(frozen=True)
-class RelationBroken:
-    """A relation that does not hold, as data. Sizes are in bytes."""
-
-    relation: str
-    why: str
-    less: int
-    more: int
-
-    def render(self) -> str:
-        """One or two lines."""
-        text = (
-            f"{self.relation}: {format_bytes(self.less)} against {format_bytes(self.more)} "
-            f"({format_signed(self.less - self.more)}, {self.less - self.more:+,} bytes)"
-        )
-        return f"{text}\nit should hold because: {self.why}" if self.why else text
 
 
 def peak(profile: Profile) -> int:
@@ -47,7 +28,7 @@ def assert_less(
     __tracebackhide__ = True
     if not peak(less) < peak(more):
         relation = f"{names[0]} should need less memory than {names[1]}"
-        raise AssertionError(RelationBroken(relation, why, peak(less), peak(more)).render())
+        raise AssertionError(_broken(relation, why, peak(less), peak(more)))
 
 
 def assert_at_most_share(
@@ -63,7 +44,7 @@ def assert_at_most_share(
     if peak(part) > share * peak(of):
         found = peak(part) / peak(of) if peak(of) else float("inf")
         relation = f"{names[0]} should need at most {share:.3g} of {names[1]} and needs {found:.4g} of it"
-        raise AssertionError(RelationBroken(relation, why, peak(part), peak(of)).render())
+        raise AssertionError(_broken(relation, why, peak(part), peak(of)))
 
 
 def assert_monotone(profiles: Mapping[float, Profile], *, in_: str, strictly: bool = True, why: str = "") -> None:
@@ -86,4 +67,11 @@ def assert_monotone(profiles: Mapping[float, Profile], *, in_: str, strictly: bo
         less, more = peak(profiles[small]), peak(profiles[large])
         if less > more or (strictly and less == more):
             relation = f"memory should grow with {in_}, and {in_} {small:g} against {large:g} does not"
-            raise AssertionError(RelationBroken(relation, why, less, more).render())
+            raise AssertionError(_broken(relation, why, less, more))
+
+
+def _broken(relation: str, why: str, less: int, more: int) -> str:
+    """What does not hold, in one or two lines; `less` and `more` are in bytes."""
+    difference = f"({format_signed(less - more)}, {less - more:+,} bytes)"
+    text = f"{relation}: {format_bytes(less)} against {format_bytes(more)} {difference}"
+    return f"{text}\nit should hold because: {why}" if why else text

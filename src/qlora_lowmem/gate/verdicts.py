@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from qlora_lowmem.gate.difference import Difference, difference
-from qlora_lowmem.gate.records import VERSION_FIELDS
+from qlora_lowmem.gate.records import VERSION_FIELDS, Difference, difference
 from qlora_lowmem.results.kinds.verdicts import Record
 from qlora_lowmem.units import MIB, format_bytes, format_signed
 

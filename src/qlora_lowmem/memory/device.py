@@ -61,6 +61,15 @@ def device_name(index: int = 0) -> str:
     return str(pynvml.nvmlDeviceGetName(device_handle(index))).lower().replace(" ", "-")
 
 
+def card_like(device: str, total_bytes: int) -> Card | None:
+    """The card of the table that is `device`: by its name, or by the name that CUDA gives it and about its memory."""
+    for card in virtual_gpu.all_cards():
+        same_name = device in (card.name, card.title.lower().replace(" ", "-"))
+        if same_name and abs(card.total_bytes - total_bytes) < card.total_bytes // 10:
+            return card
+    return None
+
+
 def driver_version() -> str | None:
     """NVIDIA's driver, `580.95.05`; None on a virtual GPU, which has none.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.recipe import Recipe
 
 # Names a person may write without a hub organisation, and where the pretrained weights are.
 _HUB_IDS = {
@@ -75,6 +76,19 @@ def architecture(name: str) -> dict[str, Any]:
     text = (resources.files("qlora_lowmem.models") / "architectures" / f"{name}.json").read_text(encoding="utf-8")
     content: dict[str, Any] = json.loads(text)
     return content
+
+
+def source_of(recipe: Recipe, *, weights: str | None = None) -> ModelSource:
+    """Where the recipe's model leads.
+
+    Args:
+        weights: in place of the recipe's own; `random` where only the architecture is asked for.
+
+    Raises:
+        UsageError: as `resolve_model`.
+    """
+    base = recipe.base
+    return resolve_model(base.model, weights or base.weights, base.revision)
 
 
 def resolve_model(model: str, weights: str, revision: str | None = None) -> ModelSource:

@@ -6,8 +6,7 @@ number stands there only where it was counted (`plan/`).
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
@@ -56,10 +55,6 @@ class Advice:
     usable_bytes: int
     knobs: tuple[Knob, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
     def lines(self) -> Iterator[str]:
         """The advice as a person reads it."""
         yield (
@@ -77,15 +72,6 @@ class Advice:
                 f"  {knob.change:<{width}}  saves {format_bytes(knob.saves_bytes):>11}"
                 f"  -> {format_bytes(knob.peak_device_bytes):>11}  {verdict}"
             )
-
-
-def card_like(device: str, total_bytes: int) -> virtual_gpu.Card | None:
-    """The card of the table that is `device`: by its name, or by the name that CUDA gives it and about its memory."""
-    for card in virtual_gpu.all_cards():
-        same_name = device in (card.name, card.title.lower().replace(" ", "-"))
-        if same_name and abs(card.total_bytes - total_bytes) < card.total_bytes // 10:
-            return card
-    return None
 
 
 def candidate_changes(recipe: Recipe, *, tiles: bool) -> list[Change]:
@@ -137,11 +123,5 @@ def advise(recipe: Recipe, card: virtual_gpu.Card, note: Callable[[str], None]) 
         base, *runs = [future.result() for future in tqdm(futures, desc="advice", unit="run")]
     if base.profile is None:
         raise QloraLowmemError(f"the recipe fails on a card with room for everything too: {base.failure}")
-    return Advice(
-        card.name,
-        base.profile.peak_allocated_bytes,
-        base.profile.peak_reserved_bytes,
-        base.profile.peak_device_bytes,
-        card.usable_bytes,
-        knobs_of(base, changes, runs, card),
-    )
+    needs, knobs = base.profile.peak, knobs_of(base, changes, runs, card)
+    return Advice(card.name, needs.allocated, needs.reserved, needs.device, card.usable_bytes, knobs)

@@ -21,7 +21,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import versions
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.files import write_whole
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import replace_fields
@@ -76,7 +76,7 @@ def run_key(question: str, recipe: Recipe, card: virtual_gpu.Card) -> str:
 
 def _model_content(recipe: Recipe) -> Any:
     """What the model's name leads to now: a folder or a file may change under its name."""
-    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source = source_of(recipe)
     if source.gguf is None:
         return source.architecture
     status = source.gguf.stat()

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe import Recipe, field_values
 from qlora_lowmem.recipe.io import replace_fields
 from qlora_lowmem.recipe.moves import moves, one_by_one
-from qlora_lowmem.recipe.recipe import field_values
 
 # What every rung starts from: nothing is computed twice, and what costs nothing is made use of.
 _FASTEST: dict[str, Any] = {
@@ -58,12 +57,6 @@ class Rung:
         """What it sets of a recipe."""
         parts = (_PARTS[part] for part in self.name.split(", "))
         return _FASTEST | {leaf: value for part in parts for leaf, value in part.items()}
-
-    @property
-    def exact(self) -> bool:
-        """Whether it trains what the fastest does, up to rounding."""
-        made = (_MOVES[part] for part in self.name.split(", ") if part in _MOVES)
-        return all(move.kind != "changes training" for move in made)
 
 
 _FIRST = (

@@ -5,11 +5,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tqdm.auto import tqdm
+
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, two_steps
+from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field
+from qlora_lowmem.results.kinds.longest import Longest
 
 Submit = Callable[[Recipe, virtual_gpu.Card], "Future[RecipeRun]"]
 Note = Callable[[str, int, bool], None]
@@ -88,6 +92,36 @@ def reach_in_full(
             return Reach(value, next_value, run)
         value, next_value = value - step, value
     return Reach(0, next_value, None)
+
+
+def longest(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
+    """The longest sequence of `recipe` on `card`, within what a job can count on there; a bar shows what is tried.
+
+    Raises:
+        QloraLowmemError: a run fails for another reason than memory.
+    """
+    with tqdm(desc=recipe.name, unit="run") as bar:
+
+        def submit(changed: Recipe, card: virtual_gpu.Card) -> "Future[RecipeRun]":
+            return submit_recipe(server, changed, card)
+
+        def note(_leaf: str, length: int, fits: bool) -> None:
+            bar.update(1)
+            bar.set_postfix_str(f"{length:,} tokens {'fit' if fits else 'do not fit'}")
+
+        found = reach(recipe, "max_seq_length", card, submit, limit=limit, step=step, note=note)
+    run = found.run or RecipeRun(None)
+    peak = run.profile.peak if run.profile is not None else Peak()
+    return Longest(
+        recipe.name,
+        card.name,
+        found.value,
+        found.next_value,
+        "memory" if found.next_value else "limit",
+        peak,
+        run.floor_bytes,
+        run.pinned_host_bytes,
+    )
 
 
 def largest_that_fits(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean.families import takes_tiles
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
 from qlora_lowmem.recipe.io import replace_fields
 
@@ -45,12 +45,12 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     planned = replace_fields(recipe, {"data": SYNTHETIC, "device": "virtual"})
     base = recipe.base
     if base.weights == "random" or not (base.model.lower().endswith(".gguf") or base.trust_remote_code):
-        source = resolve_model(base.model, "random", base.revision)
+        source = source_of(recipe, weights="random")
         planned = replace_fields(planned, {"weights": "random"})
         if source.hub_id is not None and source.folder is not None:  # fetched now, and not again by each run
             planned = replace_fields(planned, {"model": str(source.folder), "revision": None})
     else:
-        source = resolve_model(base.model, base.weights, base.revision)
+        source = source_of(recipe)
     return PlannedModel(planned, recipe, source.context_length, takes_tiles(source.text_config))
 
 

@@ -19,9 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
+from qlora_lowmem.models.random_weights import write_zero_checkpoint
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import RecipeRun
-from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
 from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
+from qlora_lowmem.run.merge import merge_run
 
 
 def run_here(content: dict[str, Any], attribute: bool = False, snapshot: str | None = None) -> Any:
@@ -52,6 +56,34 @@ def _run(content: dict[str, Any], attribute: bool, snapshot: str | None) -> Reci
         floor_bytes=outcome.floor.total,
         attribution=outcome.attribution,
     )
+
+
+def live_here(content: dict[str, Any], folder: str, part: str) -> Any:
+    """One part of a recipe's life, with what the parts before it left in `folder`: a `RecipeRun` as plain data."""
+    run = Path(folder) / "run"
+    recipe = _lived(recipe_from_dict(content), Path(folder) / "model")
+    try:
+        if part == "merge":
+            found = RecipeRun(merge_run(recipe, run, Path(folder) / "merged", "bf16", "cuda"))
+        else:
+            resume_from = run / "checkpoint-1" if part == "resume" else None
+            outcome = execute(recipe, output_dir=run, resume_from=resume_from, warm_up=part == "train")
+            found = RecipeRun(outcome.profile, floor_bytes=outcome.floor.total)
+    except OutOfGpuMemoryError as error:
+        found = RecipeRun(error.profile, out_of_memory=error.torch_message, phase=error.phase)
+    return msgspec.to_builtins(found)
+
+
+def _lived(recipe: Recipe, model: Path) -> Recipe:
+    """`recipe` from a full-size checkpoint in the folder `model`, over two steps with all that comes between."""
+    if not model.is_dir():
+        architecture = source_of(recipe, weights="random").architecture
+        assert architecture is not None
+        write_zero_checkpoint(architecture, model)
+    changes: dict[str, Any] = {"weights": "pretrained", "model": str(model), "revision": None, "data": "synthetic"}
+    changes |= {"max_steps": 2, "warmup_steps": 0, "eval_fraction": 0.2, "eval_steps": 1}
+    changes |= {"save_steps": 1, "save_total_limit": 2, "device": "virtual"}
+    return replace_fields(recipe, changes)
 
 
 class FlopCount(TorchDispatchMode):

@@ -1,7 +1,19 @@
-"""The recipe: what to train, said once; read from a file or a command line and checked before torch is imported."""
+"""The recipe: what to train, said once, and checked before torch is imported.
 
-from qlora_lowmem.recipe.memory import Lean, Memory
-from qlora_lowmem.recipe.recipe import SECTIONS, Recipe, hashed_fields, recipe_fields, recipe_hash
+`sections` says what its fields are, `checks` what each takes, `contradictions` which cannot hold together, `moves` what
+can be changed to need less memory. `io` makes a checked recipe of a file and a command line.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
 from qlora_lowmem.recipe.sections import (
     SYNTHETIC,
     TARGET_PRESETS,
@@ -9,11 +21,15 @@ from qlora_lowmem.recipe.sections import (
     Batch,
     Data,
     Dataloader,
+    Lean,
     Lora,
+    Memory,
     Optimizer,
     Quantization,
     Run,
     Schedule,
+    is_hub_data,
+    knob,
 )
 
 __all__ = [
@@ -32,7 +48,80 @@ __all__ = [
     "Recipe",
     "Run",
     "Schedule",
+    "field_values",
     "hashed_fields",
     "recipe_fields",
     "recipe_hash",
 ]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training job, complete. `load_recipe` makes a checked one from a file."""
+
+    name: str = knob("", "name in tables; the file's name without .yaml", "none", kind="name")
+    base: Base = field(default_factory=Base)
+    quantization: Quantization = field(default_factory=Quantization)
+    lora: Lora = field(default_factory=Lora)
+    batch: Batch = field(default_factory=Batch)
+    memory: Memory = field(default_factory=Memory)
+    lean: Lean = field(default_factory=Lean)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    dataloader: Dataloader = field(default_factory=Dataloader)
+    data: Data = field(default_factory=Data)
+    run: Run = field(default_factory=Run)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as a YAML or JSON file holds them."""
+        plain: dict[str, Any] = dataclasses.asdict(self)
+        if isinstance(self.lora.target_modules, tuple):
+            plain["lora"]["target_modules"] = list(self.lora.target_modules)
+        return plain
+
+    def to_yaml(self) -> str:
+        """A recipe file that states every field. A data path in it is relative to the working folder, as in use."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+# Each section by its name in the file.
+SECTIONS: dict[str, Any] = {each.name: each.type for each in dataclasses.fields(Recipe) if each.name != "name"}
+
+
+def recipe_fields() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every (section, field) in the order of the file; `name` stands above the sections, so its section is ""."""
+    yield "", next(each for each in dataclasses.fields(Recipe) if each.name == "name")
+    for section, group in SECTIONS.items():
+        for each in dataclasses.fields(group):
+            yield section, each
+
+
+def field_values(recipe: Recipe) -> dict[str, Any]:
+    """The value of every field by its leaf name."""
+    return {
+        each.name: getattr(getattr(recipe, section) if section else recipe, each.name)
+        for section, each in recipe_fields()
+    }
+
+
+# What says where and how often, not what is trained or what it needs.
+_OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
+
+
+def hashed_fields(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The part of `Recipe.to_dict()` that the hash covers: all that affects memory or training.
+
+    Name, `run` section, logging, saving and when to evaluate stay out, and a data file counts by its name, not its
+    folder, so that a recipe has one hash in every checkout. A data set of the hub counts by its whole name.
+    """
+    kept = {section: dict(values) for section, values in plain.items() if section not in ("name", "run")}
+    for leaf in _OUTSIDE_THE_HASH:
+        kept["schedule"].pop(leaf, None)
+    data = kept["data"]["data"]
+    kept["data"]["data"] = data if is_hub_data(data) else PurePath(data).name
+    return kept
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """12 hex digits over `hashed_fields`: equal hashes are the same training job."""
+    return hashlib.sha256(json.dumps(hashed_fields(recipe.to_dict()), sort_keys=True).encode()).hexdigest()[:12]

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_lowmem.recipe.memory import parse_memory_limit
-from qlora_lowmem.recipe.recipe import SECTIONS, Recipe, recipe_fields
+from qlora_lowmem.recipe import SECTIONS, Recipe, recipe_fields
 from qlora_lowmem.recipe.sections import DATA_SUFFIXES, SYNTHETIC, TARGET_PRESETS, is_hub_data
-from qlora_lowmem.units import MIB
+from qlora_lowmem.units import MIB, parse_memory_limit
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)

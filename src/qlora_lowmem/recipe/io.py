@@ -1,16 +1,25 @@
-"""From a YAML file and overrides to a checked recipe. All faults are found first and told in one message."""
+"""From a YAML file and a command line to a checked recipe. All faults are found first and told in one message."""
 
+import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.recipe.checks import FieldSpec, InvalidValueError, check_value, closest, field_specs, parse_text
+from qlora_lowmem.recipe import SECTIONS, Recipe, field_values
+from qlora_lowmem.recipe.checks import (
+    FieldSpec,
+    InvalidValueError,
+    allowed,
+    check_value,
+    closest,
+    field_specs,
+    parse_text,
+)
 from qlora_lowmem.recipe.contradictions import contradictions
-from qlora_lowmem.recipe.recipe import SECTIONS, Recipe, field_values
 from qlora_lowmem.recipe.sections import SYNTHETIC, is_hub_data
 from qlora_lowmem.recipe.yaml_text import Entry, FileFault, parse_recipe_text, read_recipe_text
 
@@ -46,6 +55,7 @@ _OTHER_NAMES = {
     "test_size": "eval_fraction",
     "validation_split": "eval_fraction",
 }
+_METAVARS = {"int": "N", "float": "X", "memory": "SIZE", "modules": "NAMES", "data": "FILE", "path": "DIR"}
 
 
 @dataclass
@@ -220,3 +230,46 @@ def _shown(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def add_override_arguments(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add a flag for every field of the recipe, a group a section; a flag that is not given is None.
+
+    Values stay text here: `load_recipe` reads and checks them, so that a flag and a YAML value meet the same rules.
+
+    Args:
+        without: fields that get no flag, because the command asks for them in its own way.
+    """
+    groups = {"": parser.add_argument_group("recipe", "Every field of the recipe, to override what its file says.")}
+    for section, group in SECTIONS.items():
+        groups[section] = parser.add_argument_group(f"recipe: {section}", (group.__doc__ or "").splitlines()[0])
+    for spec in field_specs().values():
+        if spec.name not in without:
+            _add_flag(groups[spec.section], spec)
+
+
+def overrides_from(namespace: argparse.Namespace) -> dict[str, str]:
+    """The fields given on the command line, leaf name to text, as `load_recipe` takes them."""
+    given = {name: getattr(namespace, name, None) for name in field_specs()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _add_flag(group: "argparse._ArgumentGroup", spec: FieldSpec) -> None:
+    text = _help(spec).replace("%", "%%")
+    if spec.kind != "bool":
+        metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else _METAVARS.get(spec.kind, "TEXT")
+        group.add_argument(spec.flag, dest=spec.name, default=None, metavar=metavar, help=text)
+        return
+    group.add_argument(
+        spec.flag, dest=spec.name, default=None, nargs="?", const="true", metavar="true|false", help=text
+    )
+    negative = spec.flag.replace("--", "--no-", 1)
+    group.add_argument(
+        negative, dest=spec.name, default=None, action="store_const", const="false", help=argparse.SUPPRESS
+    )
+
+
+def _help(spec: FieldSpec) -> str:
+    limits = f" ({allowed(spec)})" if spec.limits else ""
+    negative = f"; or {spec.flag.replace('--', '--no-', 1)}" if spec.kind == "bool" else ""
+    return f"{spec.help}{limits}{negative}. Memory: {spec.memory}."

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.recipe import Recipe, field_values
 from qlora_lowmem.recipe.io import replace_fields
-from qlora_lowmem.recipe.recipe import Recipe, field_values
 
 CostKind = Literal["none", "slower", "changes training"]
 

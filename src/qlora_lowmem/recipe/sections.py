@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qlora_lowmem.units import parse_memory_limit
+
 SYNTHETIC = "synthetic"
 DATA_SUFFIXES = (".jsonl", ".parquet")
 # Names of files that are no data set's: `data/train.csv` is a wrong file, not an owner and a name.
@@ -17,13 +19,13 @@ TARGET_PRESETS = ("attention", "attention-qv", "all-linear")
 Kind = Literal["auto", "name", "modules", "memory", "data", "path"]
 
 
-def knob(help: str, memory: str, *, kind: Kind = "auto", **limits: float) -> dict[str, Any]:
-    """Metadata of a field: what it is, what it does to memory, and its limits.
+def knob(default: Any, help: str, memory: str, *, kind: Kind = "auto", **limits: float) -> Any:
+    """A field of a section, with what it is, what it does to memory, and its limits as metadata.
 
     `kind` says how a value is checked where the annotation alone does not; `min` and `max` are allowed themselves,
     `above` and `below` are not.
     """
-    return {"help": help, "memory": memory, "kind": kind, **limits}
+    return field(default=default, metadata={"help": help, "memory": memory, "kind": kind, **limits})
 
 
 def is_hub_data(text: str) -> bool:
@@ -35,32 +37,24 @@ def is_hub_data(text: str) -> bool:
 class Base:
     """The base model, which stays frozen."""
 
-    model: str = field(
-        default="ibm-granite/granite-4.0-h-1b",
-        metadata=knob(
-            "hub id, local folder, GGUF file or name of a known architecture",
-            "its 4-bit weights and its embeddings are the floor of every run",
-        ),
+    model: str = knob(
+        "ibm-granite/granite-4.0-h-1b",
+        "hub id, local folder, GGUF file or name of a known architecture",
+        "its 4-bit weights and its embeddings are the floor of every run",
     )
-    revision: str | None = field(
-        default=None, metadata=knob("branch, tag or commit of the model on the hub; null is the newest", "none")
+    revision: str | None = knob(None, "branch, tag or commit of the model on the hub; null is the newest", "none")
+    weights: Literal["pretrained", "random"] = knob(
+        "pretrained",
+        "pretrained weights, or random ones of the same shapes (a memory test needs no download)",
+        "none: the same shapes take the same bytes",
     )
-    weights: Literal["pretrained", "random"] = field(
-        default="pretrained",
-        metadata=knob(
-            "pretrained weights, or random ones of the same shapes (a memory test needs no download)",
-            "none: the same shapes take the same bytes",
-        ),
+    attention: Literal["sdpa", "eager"] = knob(
+        "sdpa",
+        "implementation of attention",
+        "eager stores (batch, heads, seq, seq) scores for backward: quadratic in the sequence; sdpa does not",
     )
-    attention: Literal["sdpa", "eager"] = field(
-        default="sdpa",
-        metadata=knob(
-            "implementation of attention",
-            "eager stores (batch, heads, seq, seq) scores for backward: quadratic in the sequence; sdpa does not",
-        ),
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata=knob("run the model repository's own Python code; only for authors you trust", "none")
+    trust_remote_code: bool = knob(
+        False, "run the model repository's own Python code; only for authors you trust", "none"
     )
 
 
@@ -68,36 +62,26 @@ class Base:
 class Quantization:
     """How the frozen weights are stored."""
 
-    load_in_4bit: bool = field(
-        default=True,
-        metadata=knob(
-            "store the linear layers in 4 bits (QLoRA); false keeps them in the compute dtype (LoRA)",
-            "about a quarter of the bytes of bf16; embeddings and LM head stay 16-bit",
-        ),
+    load_in_4bit: bool = knob(
+        True,
+        "store the linear layers in 4 bits (QLoRA); false keeps them in the compute dtype (LoRA)",
+        "about a quarter of the bytes of bf16; embeddings and LM head stay 16-bit",
     )
-    quant_type: Literal["nf4", "fp4"] = field(
-        default="nf4",
-        metadata=knob("code book of the 4-bit values; nf4 suits normal weights", "none: both are 4 bits"),
+    quant_type: Literal["nf4", "fp4"] = knob(
+        "nf4", "code book of the 4-bit values; nf4 suits normal weights", "none: both are 4 bits"
     )
-    double_quant: bool = field(
-        default=True,
-        metadata=knob(
-            "quantise the quantisation constants too", "saves about 0.37 bit a parameter: 47 MB a billion parameters"
-        ),
+    double_quant: bool = knob(
+        True, "quantise the quantisation constants too", "saves about 0.37 bit a parameter: 47 MB a billion parameters"
     )
-    quant_storage: Literal["uint8", "bf16"] = field(
-        default="uint8",
-        metadata=knob(
-            "dtype that the packed 4-bit values are stored as; FSDP2 shards them over cards only as bf16",
-            "none on one card: the same bytes",
-        ),
+    quant_storage: Literal["uint8", "bf16"] = knob(
+        "uint8",
+        "dtype that the packed 4-bit values are stored as; FSDP2 shards them over cards only as bf16",
+        "none on one card: the same bytes",
     )
-    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
-        default="auto",
-        metadata=knob(
-            "dtype of the arithmetic; auto is bf16 where the card has it, else fp16 with loss scaling",
-            "fp32 doubles the activations and each dequantised weight",
-        ),
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = knob(
+        "auto",
+        "dtype of the arithmetic; auto is bf16 where the card has it, else fp16 with loss scaling",
+        "fp32 doubles the activations and each dequantised weight",
     )
 
 
@@ -105,42 +89,31 @@ class Quantization:
 class Lora:
     """The adapters: all that is trained."""
 
-    lora_r: int = field(
-        default=8,
-        metadata=knob(
-            "rank of the adapters",
-            "adapters, gradients and optimizer state grow with it; small where few layers are targeted",
-            min=1,
-            max=4096,
-        ),
+    lora_r: int = knob(
+        8,
+        "rank of the adapters",
+        "adapters, gradients and optimizer state grow with it; small where few layers are targeted",
+        min=1,
+        max=4096,
     )
-    lora_alpha: int = field(
-        default=16,
-        metadata=knob("scale of the adapters: alpha / r multiplies their output", "none", min=1, max=1_000_000),
+    lora_alpha: int = knob(16, "scale of the adapters: alpha / r multiplies their output", "none", min=1, max=1_000_000)
+    lora_dropout: float = knob(
+        0.0,
+        "dropout on the adapters' input",
+        "above 0, a mask and a dropped copy of each input are kept",
+        min=0,
+        below=1,
     )
-    lora_dropout: float = field(
-        default=0.0,
-        metadata=knob(
-            "dropout on the adapters' input",
-            "above 0, a mask and a dropped copy of each input are kept",
-            min=0,
-            below=1,
-        ),
+    target_modules: str | tuple[str, ...] = knob(
+        "attention",
+        "adapted layers: attention (q, k, v, o), attention-qv, all-linear, or a list of module names",
+        "each adapted layer keeps its input for backward, and adds its adapter's gradients and optimizer state",
+        kind="modules",
     )
-    target_modules: str | tuple[str, ...] = field(
-        default="attention",
-        metadata=knob(
-            "adapted layers: attention (q, k, v, o), attention-qv, all-linear, or a list of module names",
-            "each adapted layer keeps its input for backward, and adds its adapter's gradients and optimizer state",
-            kind="modules",
-        ),
-    )
-    adapter_dtype: Literal["auto", "bf16", "fp32"] = field(
-        default="auto",
-        metadata=knob(
-            "dtype of the adapters; auto is bf16 with bf16 arithmetic, else fp32",
-            "bf16 halves the adapters, their gradients and their optimizer state",
-        ),
+    adapter_dtype: Literal["auto", "bf16", "fp32"] = knob(
+        "auto",
+        "dtype of the adapters; auto is bf16 with bf16 arithmetic, else fp32",
+        "bf16 halves the adapters, their gradients and their optimizer state",
     )
 
 
@@ -148,32 +121,104 @@ class Lora:
 class Batch:
     """How many tokens a step sees."""
 
-    max_seq_length: int = field(
-        default=1024,
-        metadata=knob(
-            "longest sample in tokens; longer ones are cut",
-            "activations and logits grow with it: the strongest knob after checkpointing",
-            min=2,  # the loss predicts each next token, so one token alone predicts nothing
-            max=2**24,
-        ),
+    max_seq_length: int = knob(
+        1024,
+        "longest sample in tokens; longer ones are cut",
+        "activations and logits grow with it: the strongest knob after checkpointing",
+        min=2,
+        max=2**24,
     )
-    batch_size: int = field(
-        default=1, metadata=knob("samples a micro-step", "activations and logits grow with it", min=1, max=65536)
+    batch_size: int = knob(1, "samples a micro-step", "activations and logits grow with it", min=1, max=65536)
+    gradient_accumulation_steps: int = knob(
+        8,
+        "micro-steps before the optimizer steps",
+        "none to speak of: gradients are summed in place, so batch_size 1 with 8 of these costs as 1",
+        min=1,
+        max=2**20,
     )
-    gradient_accumulation_steps: int = field(
-        default=8,
-        metadata=knob(
-            "micro-steps before the optimizer steps",
-            "none to speak of: gradients are summed in place, so batch_size 1 with 8 of these costs as 1",
-            min=1,
-            max=2**20,
-        ),
+    packing: bool = knob(
+        False, "join short samples until max_seq_length is full", "every step becomes as large as the longest sample"
     )
-    packing: bool = field(
-        default=False,
-        metadata=knob(
-            "join short samples until max_seq_length is full", "every step becomes as large as the longest sample"
-        ),
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What trades time for memory, and the limit to stay under."""
+
+    gradient_checkpointing: bool = knob(
+        True,
+        "keep only each layer's input and compute the rest again in backward (about a third more time)",
+        "activations fall from all layers' insides to one layer's: the strongest knob",
+    )
+    loss: Literal["fused", "full"] = knob(
+        "fused",
+        "cross-entropy in chunks fused with the LM head, or from the full logits",
+        "full holds (batch, seq, vocabulary) logits, more than once and partly in fp32; fused never does",
+    )
+    activation_offloading: bool = knob(
+        False, "keep what backward needs in host memory", "moves activations to the host, at the speed of PCIe"
+    )
+    expandable_segments: bool = knob(
+        False,
+        "let PyTorch's caching allocator grow its segments",
+        "less fragmentation: can lower reserved bytes, not allocated ones",
+    )
+    max_memory: str | int = knob(
+        "100%",
+        'cap of the GPU memory: "N%" of the card, a size such as "5.5 GiB", or bytes',
+        "a real cap on PyTorch's allocator: beyond it the run fails and nothing spills to the host",
+        kind="memory",
+    )
+
+    def memory_limit_bytes(self, total_bytes: int) -> int:
+        """The cap in bytes on a card of `total_bytes`; a size above the card is the card."""
+        return min(parse_memory_limit(self.max_memory, total_bytes), total_bytes)
+
+
+@dataclass(frozen=True)
+class Lean:
+    """The project's own low-memory implementations: the same loss and gradients from less memory."""
+
+    lean: bool = knob(
+        False,
+        "run decoder layers, LM head and loss tile by tile along the sequence; exact, plain PyTorch",
+        "a layer's working set is one tile's, whatever the sequence",
+    )
+    tile_length: int | None = knob(
+        None,
+        "tokens of a tile of a decoder layer; null is 512 up to 4,096 tokens, then an eighth, 2,048 at most",
+        "activations of one layer grow with it; small tiles cost more launches",
+        min=16,
+    )
+    scan_chunk_length: int = knob(
+        64,
+        "tokens of a chunk of the Mamba-2 scan; the result does not depend on it",
+        "(chunk, chunk) matrices per head inside a tile",
+        min=8,
+    )
+    scan: Literal["auto", "plain", "triton"] = knob(
+        "auto",
+        "the Mamba-2 scan in plain PyTorch or by Triton kernels; auto takes Triton where it is installed and works",
+        "next to none: both make a few chunks again at a time in backward",
+    )
+    checkpoints: Literal["layer", "segments", "host"] = knob(
+        "segments",
+        "which layer inputs are kept for backward: all, about sqrt(layers) of them, or all in host memory",
+        "(batch, seq, hidden) for each that is kept; host keeps none on the GPU and states what it takes of RAM",
+    )
+    loss_tile_bytes: int = knob(
+        64 * 2**20, "bytes of the logits that exist at a time", "the LM head's working set", min=2**20
+    )
+    dequantised_tile_bytes: int = knob(
+        16 * 2**20,
+        "bytes of a 4-bit layer's weight that exist dequantised at a time",
+        "else the largest layer's whole weight in the compute dtype: 48 MiB in Llama-3.2-3B, 112 MiB in an 8B",
+        min=2**20,
+    )
+    quantised_embeddings: Literal["none", "8bit", "4bit"] = knob(
+        "none",
+        "store the tied embeddings and LM head in 8 or 4 bits; changes the model a little",
+        "8bit halves them, 4bit quarters them: a third of the floor of a small model",
     )
 
 
@@ -189,77 +234,57 @@ class Optimizer:
         "paged_adamw_32bit",
         "sgd",
         "adafactor",
-    ] = field(
-        default="adamw_torch",
-        metadata=knob(
-            "optimizer, by its name in transformers",
-            "state a trained parameter: AdamW two values, 8-bit about 2 bytes, paged may move to the host, sgd none",
-        ),
+    ] = knob(
+        "adamw_torch",
+        "optimizer, by its name in transformers",
+        "state a trained parameter: AdamW two values, 8-bit about 2 bytes, paged may move to the host, sgd none",
     )
-    optimizer_state_dtype: Literal["auto", "bf16", "fp32"] = field(
-        default="auto",
-        metadata=knob(
-            "dtype of the two values that adamw_torch keeps for each trained weight; auto is the adapters'",
-            "fp32 doubles the state of bf16 adapters and makes it exact; bf16 halves that of fp32 ones",
-        ),
+    optimizer_state_dtype: Literal["auto", "bf16", "fp32"] = knob(
+        "auto",
+        "dtype of the two values that adamw_torch keeps for each trained weight; auto is the adapters'",
+        "fp32 doubles the state of bf16 adapters and makes it exact; bf16 halves that of fp32 ones",
     )
-    gradient_release: bool = field(
-        default=False,
-        metadata=knob(
-            "step each trained weight within backward and free its gradient at once; needs adamw_torch, "
-            "gradient_accumulation_steps 1 and max_grad_norm 0",
-            "the gradients of all adapters never exist together",
-        ),
+    gradient_release: bool = knob(
+        False,
+        "step each trained weight within backward and free its gradient at once; needs adamw_torch, "
+        "gradient_accumulation_steps 1 and max_grad_norm 0",
+        "the gradients of all adapters never exist together",
     )
-    learning_rate: float = field(default=2e-4, metadata=knob("peak learning rate", "none", above=0, max=1))
-    weight_decay: float = field(default=0.0, metadata=knob("decoupled weight decay", "none", min=0, max=1))
-    max_grad_norm: float = field(
-        default=1.0,
-        metadata=knob("clip the gradients' norm to this; 0 does not clip", "none to speak of", min=0, max=1e9),
+    learning_rate: float = knob(2e-4, "peak learning rate", "none", above=0, max=1)
+    weight_decay: float = knob(0.0, "decoupled weight decay", "none", min=0, max=1)
+    max_grad_norm: float = knob(
+        1.0, "clip the gradients' norm to this; 0 does not clip", "none to speak of", min=0, max=1e9
     )
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = field(
-        default="linear", metadata=knob("course of the learning rate", "none")
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = knob(
+        "linear", "course of the learning rate", "none"
     )
-    warmup_steps: int = field(
-        default=0, metadata=knob("optimizer steps until the peak learning rate", "none", min=0, max=2**31 - 1)
-    )
+    warmup_steps: int = knob(0, "optimizer steps until the peak learning rate", "none", min=0, max=2**31 - 1)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How long, and what is written on the way."""
 
-    max_steps: int | None = field(
-        default=None,
-        metadata=knob(
-            "optimizer steps; null trains num_epochs instead",
-            "none: the peak is reached by the second step",
-            min=1,
-            max=2**31 - 1,
-        ),
+    max_steps: int | None = knob(
+        None,
+        "optimizer steps; null trains num_epochs instead",
+        "none: the peak is reached by the second step",
+        min=1,
+        max=2**31 - 1,
     )
-    num_epochs: float = field(
-        default=1.0, metadata=knob("passes over the data, where max_steps is null", "none", above=0, max=1_000_000)
+    num_epochs: float = knob(1.0, "passes over the data, where max_steps is null", "none", above=0, max=1_000_000)
+    seed: int = knob(42, "seed of weights, order and dropout", "none", min=0, max=2**32 - 1)
+    logging_steps: int = knob(1, "optimizer steps between two logged losses", "none", min=1, max=2**31 - 1)
+    save_steps: int = knob(
+        50, "optimizer steps between two checkpoints", "none on the GPU; disk only", min=1, max=2**31 - 1
     )
-    seed: int = field(default=42, metadata=knob("seed of weights, order and dropout", "none", min=0, max=2**32 - 1))
-    logging_steps: int = field(
-        default=1, metadata=knob("optimizer steps between two logged losses", "none", min=1, max=2**31 - 1)
-    )
-    save_steps: int = field(
-        default=50,
-        metadata=knob("optimizer steps between two checkpoints", "none on the GPU; disk only", min=1, max=2**31 - 1),
-    )
-    save_total_limit: int = field(
-        default=2, metadata=knob("checkpoints kept", "none on the GPU; disk only", min=1, max=1_000_000)
-    )
-    eval_steps: int | None = field(
-        default=None,
-        metadata=knob(
-            "optimizer steps between two evaluations, where eval_fraction holds samples out; null evaluates at the end",
-            "none: an evaluation takes less than a step",
-            min=1,
-            max=2**31 - 1,
-        ),
+    save_total_limit: int = knob(2, "checkpoints kept", "none on the GPU; disk only", min=1, max=1_000_000)
+    eval_steps: int | None = knob(
+        None,
+        "optimizer steps between two evaluations, where eval_fraction holds samples out; null evaluates at the end",
+        "none: an evaluation takes less than a step",
+        min=1,
+        max=2**31 - 1,
     )
 
 
@@ -267,43 +292,34 @@ class Schedule:
 class Dataloader:
     """How samples reach the GPU."""
 
-    dataloader_workers: int = field(
-        default=0,
-        metadata=knob("processes that load data; 0 loads in the trainer's own", "host memory only", min=0, max=256),
+    dataloader_workers: int = knob(
+        0, "processes that load data; 0 loads in the trainer's own", "host memory only", min=0, max=256
     )
-    pin_memory: bool = field(
-        default=False,
-        metadata=knob("page-locked host buffers for faster copies", "host memory that cannot be swapped"),
-    )
+    pin_memory: bool = knob(False, "page-locked host buffers for faster copies", "host memory that cannot be swapped")
 
 
 @dataclass(frozen=True)
 class Data:
     """What is learned."""
 
-    data: str = field(
-        default=SYNTHETIC,
-        metadata=knob(
-            "a .jsonl or .parquet file (messages, prompt/completion or text), relative to the recipe's folder; a data "
-            "set of the hub: owner/name, or owner/name:split; or synthetic",
-            "synthetic samples are all exactly max_seq_length tokens: the worst case",
-            kind="data",
-        ),
+    data: str = knob(
+        SYNTHETIC,
+        "a .jsonl or .parquet file (messages, prompt/completion or text), relative to the recipe's folder; a data "
+        "set of the hub: owner/name, or owner/name:split; or synthetic",
+        "synthetic samples are all exactly max_seq_length tokens: the worst case",
+        kind="data",
     )
-    train_on: Literal["all", "completions"] = field(
-        default="completions",
-        metadata=knob(
-            "loss on all tokens, or only on the assistant's and the completions where the format has them", "none"
-        ),
+    train_on: Literal["all", "completions"] = knob(
+        "completions",
+        "loss on all tokens, or only on the assistant's and the completions where the format has them",
+        "none",
     )
-    eval_fraction: float = field(
-        default=0.0,
-        metadata=knob(
-            "share of the samples that is held out of training, chosen by the seed, for the evaluation loss",
-            "an evaluation holds one batch, no gradients and never the full logits",
-            min=0,
-            below=1,
-        ),
+    eval_fraction: float = knob(
+        0.0,
+        "share of the samples that is held out of training, chosen by the seed, for the evaluation loss",
+        "an evaluation holds one batch, no gradients and never the full logits",
+        min=0,
+        below=1,
     )
 
 
@@ -311,32 +327,22 @@ class Data:
 class Run:
     """Where it runs and where its results go; the same training on each device."""
 
-    device: Literal["cuda", "virtual", "cpu"] = field(
-        default="cuda",
-        metadata=knob(
-            "cuda: a GPU; virtual: a virtual GPU, which predicts memory; cpu: for small models",
-            "cuda measures it, virtual predicts it, cpu uses no GPU memory",
-        ),
+    device: Literal["cuda", "virtual", "cpu"] = knob(
+        "cuda",
+        "cuda: a GPU; virtual: a virtual GPU, which predicts memory; cpu: for small models",
+        "cuda measures it, virtual predicts it, cpu uses no GPU memory",
     )
-    card: str = field(
-        default="rtx-4050-laptop-6gb",
-        metadata=knob("card that the virtual device plays", "its memory is the memory there is"),
+    card: str = knob("rtx-4050-laptop-6gb", "card that the virtual device plays", "its memory is the memory there is")
+    output_dir: str = knob(
+        "outputs/{name}",
+        "folder of checkpoints and adapter, below the working directory unless it is given on the command line; "
+        "{name} is the recipe's name",
+        "none on the GPU; disk only",
+        kind="path",
     )
-    output_dir: str = field(
-        default="outputs/{name}",
-        metadata=knob(
-            "folder of checkpoints and adapter, below the working directory unless it is given on the command line; "
-            "{name} is the recipe's name",
-            "none on the GPU; disk only",
-            kind="path",
-        ),
-    )
-    resume: bool = field(
-        default=True, metadata=knob("go on from the last checkpoint in output_dir, if there is one", "none")
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = field(
-        default="none",
-        metadata=knob(
-            "logger that follows the run, beside log.jsonl in output_dir, through transformers' own integration", "none"
-        ),
+    resume: bool = knob(True, "go on from the last checkpoint in output_dir, if there is one", "none")
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = knob(
+        "none",
+        "logger that follows the run, beside log.jsonl in output_dir, through transformers' own integration",
+        "none",
     )

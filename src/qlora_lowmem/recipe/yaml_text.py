@@ -1,18 +1,22 @@
-"""A recipe's YAML as entries with line numbers: PyYAML's safe loader, duplicate keys refused, numbers read strictly."""
+"""A recipe's YAML: read as entries with line numbers (PyYAML's safe loader, duplicate keys refused, numbers read
+strictly), and written as a person would write it, each knob with what it does to memory."""
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qlora_lowmem.recipe.recipe import SECTIONS
+from qlora_lowmem.recipe import SECTIONS, Recipe
+from qlora_lowmem.recipe.checks import field_specs
 
 _FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
 _INT_TAG = "tag:yaml.org,2002:int"
+_COMMENT_AT = 41
 
 
 class FileFault(Exception):
@@ -195,3 +199,30 @@ def _shown_node(node: yaml.Node) -> str:
     else:
         text = "a mapping"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def commented_yaml(recipe: Recipe, title: Sequence[str]) -> str:
+    """The text of a recipe file that `load_recipe` reads as `recipe`, but for its name, which is the file's.
+
+    Args:
+        title: lines of the comment at its top.
+    """
+    lines = [f"# {line}" for line in title]
+    plain = recipe.to_dict()
+    for section in SECTIONS:
+        lines += ["", f"{section}:"]
+        for spec in (spec for spec in field_specs().values() if spec.section == section):
+            setting = f"  {spec.name}: {_one_line(plain[section][spec.name])}"
+            lines.append(f"{setting:<{_COMMENT_AT}} # {_comment(spec.memory)}")
+    return "\n".join(lines) + "\n"
+
+
+def _comment(memory: str) -> str:
+    """A field's effect on memory, as it reads beside its value."""
+    return f"no effect on memory{memory.removeprefix('none')}" if memory.split(":")[0] == "none" else memory
+
+
+def _one_line(value: object) -> str:
+    """A value on one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()

@@ -1,6 +1,7 @@
 """Tables of figures: columns declared once, shown as Markdown and on a page; rows written as JSON and CSV."""
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from tabulate import tabulate
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.files import write_whole
-from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.units import GIB, format_bytes
 
 # For the text of a table that has the column.
@@ -85,6 +86,19 @@ def page_table(caption: str, columns: Sequence[Column[_Row]], rows: Sequence[_Ro
     """The rows as a table of a page."""
     headers = tuple(column.page_heading or column.heading.replace("x floor", "× floor") for column in columns)
     return Table(caption, headers, tuple(tuple((c.page_cell or c.cell)(row) for c in columns) for row in rows))
+
+
+def peak_fields(peak: Peak) -> dict[str, int]:
+    """A peak as it stands in files: `peak_allocated_bytes` and so on."""
+    return {f"peak_{figure}_bytes": size for figure, size in dataclasses.asdict(peak).items()}
+
+
+def plain_row(row: Any) -> dict[str, Any]:
+    """A dataclass as it stands in files: a field under its name, a peak as its three."""
+    found: dict[str, Any] = {}
+    for name, value in ((field.name, getattr(row, field.name)) for field in dataclasses.fields(row)):
+        found |= peak_fields(value) if isinstance(value, Peak) else {name: value}
+    return found
 
 
 def gib(count: int) -> str:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from qlora_lowmem.data import CheckedData
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.models.loading import assert_on_device, choose_precision, load_base, load_tokenizer
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.trusted import check_adapter
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.execute import start_recorder
@@ -80,7 +80,7 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
         DoesNotFitError: out of GPU memory.
     """
     check_adapter(adapter)
-    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source = source_of(recipe)
     on_cpu = recipe.run.device == "cpu"
     recorder = None if on_cpu else start_recorder(recipe)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)

@@ -21,11 +21,11 @@ from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, foresee_lean
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
-from qlora_lowmem.memory.owners import Floor, floor_of
+from qlora_lowmem.memory.floor import Floor, floor_of
 from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import choose_precision, load_config, load_tokenizer, skeleton
-from qlora_lowmem.models.sources import ModelSource, resolve_model
+from qlora_lowmem.models.sources import ModelSource, source_of
 from qlora_lowmem.models.targets import lean_options, lean_refusals, resolve_targets, why_not_packed
 from qlora_lowmem.models.trusted import check_checkpoint
 from qlora_lowmem.recipe import Recipe
@@ -125,7 +125,7 @@ def check_model(recipe: Recipe) -> tuple[int, int]:
     Raises:
         UsageError: a model or target modules that do not exist; packing that the model does not allow.
     """
-    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source = source_of(recipe)
     check_packing(recipe, source)
     model = skeleton(recipe, source)
     targets = resolve_targets(model, recipe.lora.target_modules)
@@ -142,7 +142,7 @@ def check_lean(recipe: Recipe) -> LeanReport | None:
     """
     if not recipe.lean.lean:
         return None
-    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source = source_of(recipe)
     with lean_refusals(recipe):
         return foresee_lean(skeleton(recipe, source), lean_options(recipe), _device_type(recipe))
 
@@ -154,7 +154,7 @@ def check_samples(recipe: Recipe, samples: CheckedData) -> tuple[TokenReport, tu
         UsageError: a tokenizer that is not there, data that do not go with its chat template, a warm-up that is longer
             than the run over them.
     """
-    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source = source_of(recipe)
     tokens, notes = count_tokens(recipe, samples, load_tokenizer(recipe, source))
     if not recipe.batch.packing:  # how many packs there will be is known once they are made
         check_warm_up(recipe, tokens.samples)
@@ -202,7 +202,7 @@ def execute(
         NotSavedError: a checkpoint or the adapter could not be written.
         UsageError: whatever of recipe, model or data turns out not to work.
     """
-    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source = source_of(recipe)
     on_cpu = _device_type(recipe) == "cpu"
     recorder = None if on_cpu else start_recorder(recipe)
     supports_bf16 = on_cpu or torch.cuda.get_device_capability(local_rank()) >= (8, 0)

@@ -11,7 +11,7 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models import merging
 from qlora_lowmem.models.loading import weights_folder
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.trusted import read_json
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.run.execute import OutOfGpuMemoryError, OutOfHostMemoryError, start_recorder
@@ -56,7 +56,7 @@ def merge_run(
             "base.weights: the run trained on random weights, which were not kept; there is nothing to merge"
         )
     adapter = merging.Adapter.read(run)
-    base = weights_folder(recipe, resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision))
+    base = weights_folder(recipe, source_of(recipe))
     _check_room(to, merging.merged_bytes(base))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     recorder = start_recorder(recipe) if on_gpu else None
@@ -109,7 +109,7 @@ def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str) -> N
     for name in _TOKENIZER:
         if (run / name).is_file():
             shutil.copyfile(run / name, to / name)
-    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source = source_of(recipe)
     text = (
         f"---\nbase_model: {source.hub_id or source.name}\ntags: [qlora, qlora_lowmem]\n---\n\n"
         f"# {recipe.name}, merged\n\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.files import replace_text
 from qlora_lowmem.lean import LeanReport
-from qlora_lowmem.models.sources import resolve_model
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.run.execute import Outcome
 from qlora_lowmem.run.summary import losses_in_words
@@ -29,7 +29,7 @@ def write_model_card(folder: Path, recipe: Recipe, outcome: Outcome, device: str
             f"{format_bytes(peaks.peak_reserved_bytes)} reserved, {format_bytes(peaks.peak_device_bytes)} on the card "
             "with the CUDA context."
         )
-    source = resolve_model(recipe.base.model, recipe.base.weights, recipe.base.revision)
+    source = source_of(recipe)
     base = source.hub_id or source.name
     loss = " at first, at last ".join(losses_in_words(outcome)) or "not logged"
     evaluation = f"{outcome.evaluations[-1][1]:.4f}" if outcome.evaluations else "no samples were held out"

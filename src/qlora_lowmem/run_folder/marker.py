@@ -11,6 +11,7 @@ from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import replace_text
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, hashed_fields, recipe_hash
+from qlora_lowmem.recipe.io import recipe_from_dict
 
 RECIPE_FILE = "recipe.json"
 
@@ -98,3 +99,25 @@ def data_digest(data: str) -> str:
             return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:
         raise UsageError(f"data.data: {source.name!r} cannot be read ({error.strerror}); correct it") from None
+
+
+def recipe_of_run(folder: Path) -> Recipe:
+    """The recipe that a run's output folder, or the folder of one of its checkpoints, remembers.
+
+    Raises:
+        UsageError: there is no such folder, or it remembers none that can be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--run: there is no folder {str(folder)!r}; give the output folder of a run")
+    marker = next(
+        (each / RECIPE_FILE for each in (folder, folder.resolve().parent) if (each / RECIPE_FILE).is_file()), None
+    )
+    if marker is None:
+        raise UsageError(
+            f"--run: {str(folder)!r} holds no {RECIPE_FILE}, so its base model is unknown; give a folder that "
+            "qlora_lowmem.train has written"
+        )
+    try:
+        return recipe_from_dict(json.loads(marker.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--run: {str(marker)!r} is no recipe of this version ({error}); restore it") from None

@@ -1,6 +1,5 @@
 """May this recipe go on in its output folder, and from where: one run at a time, and never another's checkpoints."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +11,10 @@ from filelock import FileLock, Timeout
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import writing
 from qlora_lowmem.recipe import Recipe, hashed_fields
-from qlora_lowmem.recipe.io import recipe_from_dict
 from qlora_lowmem.recipe.moves import keeps_training
 from qlora_lowmem.run_folder.checkpoints import Found, discard_unfinished, newest_whole
 from qlora_lowmem.run_folder.marker import RECIPE_FILE, Marker
 from qlora_lowmem.run_folder.ownership import refuse_foreign
-
-__all__ = ["RECIPE_FILE", "Change", "changes_between", "checkpoint_to_resume", "held_folder", "recipe_of_run"]
 
 _LOCK = ".lock"
 
@@ -117,28 +113,6 @@ def _refuse_another(before: Marker, now: Marker, recipe: Recipe) -> list[Change]
             "--output-dir"
         )
     return kept
-
-
-def recipe_of_run(folder: Path) -> Recipe:
-    """The recipe that a run's output folder, or the folder of one of its checkpoints, remembers.
-
-    Raises:
-        UsageError: there is no such folder, or it remembers none that can be read.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"--run: there is no folder {str(folder)!r}; give the output folder of a run")
-    marker = next(
-        (each / RECIPE_FILE for each in (folder, folder.resolve().parent) if (each / RECIPE_FILE).is_file()), None
-    )
-    if marker is None:
-        raise UsageError(
-            f"--run: {str(folder)!r} holds no {RECIPE_FILE}, so its base model is unknown; give a folder that "
-            "qlora_lowmem.train has written"
-        )
-    try:
-        return recipe_from_dict(json.loads(marker.read_text(encoding="utf-8"))["recipe"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--run: {str(marker)!r} is no recipe of this version ({error}); restore it") from None
 
 
 def changes_between(

@@ -19,7 +19,7 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
-from . import policies, stubs
+from . import stubs
 from .discovery import CudaInstallation, CudaLibrary, find_cuda, header_version, read_exports
 from .errors import VirtualGPUUnavailable
 
@@ -30,20 +30,16 @@ _LIBRARY_SOURCES = {
     "cudart": ("runtime_device.cpp", "runtime_launch.cpp", "runtime_memory.cpp", "runtime_stream.cpp"),
     "cublas": ("blas.cpp",),
     "cublasLt": ("blas.cpp",),
-    "cudnn": ("dnn.cpp", "dnn_backend.cpp", "dnn_rnn.cpp"),
+    "cudnn": ("dnn.cpp", "dnn_backend.cpp"),
     "cusparse": ("sparse.cpp",),
     "nccl": ("nccl.cpp",),
 }
+# Locks are taken in the reverse order (guard.h).
 _SHARED = (
-    "account.cpp",
-    "attributes.cpp",
-    "exchanged.cpp",
-    "memory.cpp",
-    "notices.cpp",
-    "refuse.cpp",
+    "account.cpp", "attributes.cpp", "errors.cpp", "exchanged.cpp", "memory.cpp", "notices.cpp", "stubs.cpp",
     "thread_exit.cpp",
-)
-_DRIVER = ("driver.cpp", "driver_launch.cpp", "driver_memory.cpp")
+)  # fmt: skip
+_DRIVER = ("driver.cpp", "driver_memory.cpp")
 CACHE_VARIABLE = "QLORA_LOWMEM_CACHE"
 
 
@@ -126,7 +122,7 @@ def find_compiler() -> tuple[str, ...]:
 
 def _key(cuda: CudaInstallation, compiler: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for source in sorted([*_SOURCES.rglob("*"), Path(__file__), Path(stubs.__file__), Path(policies.__file__)]):
+    for source in sorted([*_SOURCES.rglob("*"), Path(__file__), Path(stubs.__file__)]):
         if source.is_file():
             digest.update(source.name.encode() + source.read_bytes())
     digest.update(_compiler_version(compiler).encode())
@@ -187,7 +183,8 @@ class _Builder:
         self.folder = folder
         self.cuda = cuda
         self.compiler = compiler
-        self.versions = _library_versions(cuda.libraries)
+        cudart = header_version(cuda.headers)
+        self.versions = {"cublasLt": cudart * 10} | _library_versions(cuda.libraries)
 
     def build(self) -> None:
         libraries = {library.stem: library for library in self.cuda.libraries}
@@ -238,7 +235,8 @@ class _Builder:
         functions, aliases = stubs.driver_functions(header)
         implemented = _defined_functions(objects)
         assembly = self.folder / "driver-stubs.S"
-        assembly.write_text(stubs.write_driver_assembly(functions, aliases, implemented), encoding="utf-8")
+        text = stubs.write_assembly(stubs.DRIVER, functions, implemented, 0) + stubs.write_aliases(aliases)
+        assembly.write_text(text, encoding="utf-8")
         self._link("libcuda.so.1", [*objects, assembly], None, {*functions, *implemented})
 
     def _link(

@@ -11,18 +11,22 @@ are known: what PyTorch's allocator has reserved, and what the card holds in all
   used bytes did: an estimate, since other programs may have given up their share at the same time.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import contextlib
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from qlora_lowmem.memory.live import LiveMemory
-from qlora_lowmem.recipe.memory import parse_memory_limit
-from qlora_lowmem.units import format_bytes
-from qlora_lowmem.watch.readings import Reading, System
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.memory.live import MEMORY_FILE, LiveMemory, read_live
+from qlora_lowmem.units import format_bytes, parse_memory_limit
+from qlora_lowmem.watch.readings import Nvml, Reading, System, card_of, is_running, look, system
 
 # NVIDIA says "close to maxing out" and gives no figure; this is ours.
 FULL_SHARE = 0.95
 STALE_SECONDS = 60.0
 CARD = "the card"
+_HISTORY = 60
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,10 @@ def notices(now: Reading, spilled: Spill, system: System, warn: str | int) -> tu
     near = [room for room in rooms(now) if room.used >= parse_memory_limit(warn, room.limit)]
     if near:
         found.append(Notice("wall", _near_wall(near[0], now.job, system)))
-    if now.running and now.job is not None and now.job.phase != "ended" and now.time - now.job.time > STALE_SECONDS:
-        age = f"{now.time - now.job.time:.0f} s"
-        found.append(
-            Notice("stale", f"the job's own figures are {age} old: it loads, a micro-step takes that long, or it hangs")
-        )
+    age = now.time - now.job.time if now.job is not None else 0.0
+    if now.running and now.job is not None and now.job.phase != "ended" and age > STALE_SECONDS:
+        why = "it loads, a micro-step takes that long, or it hangs"
+        found.append(Notice("stale", f"the job's own figures are {age:.0f} s old: {why}"))
     return tuple(found)
 
 
@@ -124,3 +127,108 @@ def _near_wall(room: Room, job: LiveMemory | None, system: System) -> str:
     if room.name == CARD and system != "linux":
         return f"{text}. Beyond it Windows' driver goes on in system memory"
     return f"{text}. Beyond it the job fails with an out-of-memory error"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A reading with what it means.
+
+    Attributes:
+        peak: the most that the card has held while watched, in bytes; for a job on no real card, what it said.
+        history: what the card held, look by look, oldest first, in bytes.
+    """
+
+    reading: Reading
+    spill: Spill
+    notices: tuple[Notice, ...]
+    peak: int
+    history: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; bytes are integers."""
+        content = asdict(self.reading) | {"peak_bytes": self.peak, "headroom_bytes": headroom(self.reading)}
+        content |= {"spill": asdict(self.spill), "notices": [asdict(notice) for notice in self.notices]}
+        if self.reading.card is not None:
+            told = self.reading.card.processes.items()
+            content["card"]["processes"] = [{"pid": pid, "bytes": size} for pid, size in told]
+        return content
+
+
+def card_bytes(reading: Reading) -> int:
+    """What the card holds in all: by NVML, else what the job says that it takes."""
+    if reading.card is not None:
+        return reading.card.used
+    return reading.job.reserved + reading.job.outside if reading.job is not None else 0
+
+
+class Watch:
+    """What is watched, look by look: the card, and the job or process on it.
+
+    Raises:
+        UsageError: there is no job in the folder, or no GPU to look at.
+        QloraLowmemError: while looking, the card answers no longer.
+    """
+
+    def __init__(self, output_dir: str | None, pid: int | None, gpu: int | None, warn: str | int) -> None:
+        self._warn = warn
+        self._folder = Path(output_dir) if output_dir is not None else None
+        self._job = _first_word(self._folder) if self._folder is not None else None
+        self._pid = self._job.pid if self._job is not None else pid
+        self._gpu = gpu
+        self._nvml: Nvml | None = None
+        self._find_card()
+        self._system = system()
+        self._full: Reading | None = None
+        self._peak = 0
+        self._history: deque[int] = deque(maxlen=_HISTORY)
+
+    def look(self) -> Frame:
+        """One look, and what it means with those before."""
+        self._listen()
+        self._find_card()
+        reading = look(self._nvml, self._job, self._pid)
+        self._full = full_since(self._full, reading)
+        spilled = spill(reading, self._full, self._system)
+        self._peak = max(self._peak, card_bytes(reading))
+        if reading.card is None and reading.job is not None:
+            self._peak = max(self._peak, reading.job.peak_reserved + reading.job.outside)
+        self._history.append(card_bytes(reading))
+        said = notices(reading, spilled, self._system, self._warn)
+        return Frame(reading, spilled, said, self._peak, tuple(self._history))
+
+    def _find_card(self) -> None:
+        """Open the card as soon as it is known which: a job says so once it has one."""
+        if self._nvml is not None:
+            return
+        if self._gpu is not None:
+            self._nvml = Nvml(self._gpu)
+        elif self._job is None:
+            self._nvml = Nvml(card_of(self._pid) if self._pid is not None else 0)
+        elif self._job.gpu and is_running(self._job.pid, self._job.started):
+            with contextlib.suppress(UsageError):  # the driver may not answer in a container; the job still does
+                self._nvml = Nvml(self._job.gpu)
+
+    def _listen(self) -> None:
+        """The job's newest word; the last one while there is no better, or another process writes there."""
+        if self._folder is None or self._job is None:
+            return
+        try:
+            newest = read_live(self._folder)
+        except (OSError, ValueError):
+            return
+        if newest.pid == self._job.pid:
+            self._job = newest
+
+
+def _first_word(folder: Path) -> LiveMemory:
+    try:
+        return read_live(folder)
+    except FileNotFoundError:
+        raise UsageError(
+            f"--output-dir: {str(folder)!r} has no {MEMORY_FILE}, which a job of qlora_lowmem.train writes from its "
+            "start on; give that job's output folder, or --pid for any other program"
+        ) from None
+    except (OSError, ValueError) as fault:
+        raise UsageError(
+            f"--output-dir: {str(folder / MEMORY_FILE)!r} cannot be read ({fault}); no job of this version wrote it"
+        ) from None

@@ -41,19 +41,19 @@ class Reading:
 
     Attributes:
         time: seconds since 1970.
-        card: None where the job is on no real card (`virtual`, `cpu`) or no driver answers.
-        job: what our job last said; None for a program that is not ours.
-        process: the process's bytes on the card, by NVML; None where it does not tell.
-        resident: the process's bytes of host memory; None where no process is watched or it has ended.
         running: whether the process is there; True where none is watched.
+        card: None where the job is on no real card (`virtual`, `cpu`) or no driver answers.
+        process_bytes: the process's bytes on the card, by NVML; None where it does not tell.
+        resident_bytes: the process's bytes of host memory; None where no process is watched or it has ended.
+        job: what our job last said; None for a program that is not ours.
     """
 
     time: float
-    card: CardReading | None
-    job: LiveMemory | None
-    process: int | None
-    resident: int | None
     running: bool
+    card: CardReading | None
+    process_bytes: int | None
+    resident_bytes: int | None
+    job: LiveMemory | None
 
 
 class Nvml:
@@ -74,11 +74,9 @@ class Nvml:
             ) from None
         if isinstance(card, int) and not 0 <= card < self.count:
             raise UsageError(f"--gpu: there is no GPU {card}; this machine has {self.count}, numbered from 0")
+        find = pynvml.nvmlDeviceGetHandleByIndex if isinstance(card, int) else pynvml.nvmlDeviceGetHandleByUUID
         try:
-            by_number = isinstance(card, int)
-            self._handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(card) if by_number else pynvml.nvmlDeviceGetHandleByUUID(card)
-            )
+            self._handle = find(card)
         except pynvml.NVMLError as error:
             raise UsageError(f"the GPU {card} does not answer (NVML: {error}); choose another with --gpu") from None
 
@@ -90,23 +88,14 @@ class Nvml:
         """
         try:
             memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
-            return CardReading(
-                name=str(pynvml.nvmlDeviceGetName(self._handle)),
-                uuid=str(pynvml.nvmlDeviceGetUUID(self._handle)),
-                total=int(memory.total),
-                used=int(memory.used),
-                free=int(memory.free),
-                processes=self._processes(),
-            )
+            name, uuid = pynvml.nvmlDeviceGetName(self._handle), pynvml.nvmlDeviceGetUUID(self._handle)
         except pynvml.NVMLError as error:
             raise QloraLowmemError(f"the GPU answers no longer (NVML: {error})") from None
-
-    def _processes(self) -> dict[int, int | None]:
         found: dict[int, int | None] = {}
         for ask in (pynvml.nvmlDeviceGetGraphicsRunningProcesses, pynvml.nvmlDeviceGetComputeRunningProcesses):
             with contextlib.suppress(pynvml.NVMLError):  # not every driver tells (WSL)
                 found |= {int(each.pid): each.usedGpuMemory for each in ask(self._handle)}
-        return found
+        return CardReading(str(name), str(uuid), int(memory.total), int(memory.used), int(memory.free), found)
 
 
 def card_of(pid: int) -> int:
@@ -142,14 +131,9 @@ def look(nvml: Nvml | None, job: LiveMemory | None, pid: int | None) -> Reading:
     """
     running = pid is None or is_running(pid, job.started if job else None)
     card = nvml.read() if nvml is not None else None
-    return Reading(
-        time=time.time(),
-        card=card,
-        job=job,
-        process=card.processes.get(pid) if card is not None and pid is not None else None,
-        resident=_resident(pid) if pid is not None and running else None,
-        running=running,
-    )
+    on_card = card.processes.get(pid) if card is not None and pid is not None else None
+    resident = _resident(pid) if pid is not None and running else None
+    return Reading(time.time(), running, card, on_card, resident, job)
 
 
 def _resident(pid: int) -> int | None:

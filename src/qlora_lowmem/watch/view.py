@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -12,56 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lowmem.units import format_bytes
-from qlora_lowmem.watch.judgement import CARD, Notice, Room, Spill, headroom, rooms
-from qlora_lowmem.watch.readings import Reading
+from qlora_lowmem.watch.judgement import CARD, Frame, Room, Spill, rooms
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _SPARKS = 60
 WIDTH = 100
 _TITLES = {"wall": "near the wall", "spill": "spilling", "stale": "old figures"}
 _STYLES = {"wall": "bold yellow", "spill": "bold red", "stale": "yellow"}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A reading with what it means.
-
-    Attributes:
-        peak: the most that the card has held while watched, in bytes; for a job on no real card, what it said.
-        history: what the card held, look by look, oldest first, in bytes.
-    """
-
-    reading: Reading
-    spill: Spill
-    notices: tuple[Notice, ...]
-    peak: int
-    history: tuple[int, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; bytes are integers."""
-        reading = self.reading
-        card = asdict(reading.card) if reading.card else None
-        if card is not None:
-            card["processes"] = [{"pid": pid, "bytes": size} for pid, size in card["processes"].items()]
-        return {
-            "time": reading.time,
-            "running": reading.running,
-            "card": card,
-            "process_bytes": reading.process,
-            "resident_bytes": reading.resident,
-            "job": asdict(reading.job) if reading.job else None,
-            "peak_bytes": self.peak,
-            "headroom_bytes": headroom(reading),
-            "spill": asdict(self.spill),
-            "notices": [asdict(notice) for notice in self.notices],
-        }
-
-
-def card_bytes(reading: Reading) -> int:
-    """What the card holds in all: by NVML, else what the job says that it takes."""
-    if reading.card is not None:
-        return reading.card.used
-    return reading.job.reserved + reading.job.outside if reading.job is not None else 0
 
 
 def sparkline(values: Sequence[int], limit: int) -> str:
@@ -79,8 +34,8 @@ def line(frame: Frame) -> str:
         parts.append(_progress(frame))
         if reading.job.total:
             parts.append(f"allocated {format_bytes(reading.job.allocated)}")
-    if reading.process is not None:
-        parts.append(f"process {format_bytes(reading.process)}")
+    if reading.process_bytes is not None:
+        parts.append(f"process {format_bytes(reading.process_bytes)}")
     parts += [f"WARNING ({_TITLES[notice.kind]}): {notice.text}" for notice in frame.notices]
     return "; ".join(parts)
 
@@ -104,65 +59,51 @@ def render(frame: Frame) -> RenderableType:
 
 
 def _title(frame: Frame) -> str:
-    reading = frame.reading
-    name = reading.card.name if reading.card else (reading.job.card if reading.job else "")
-    if reading.job is None:
+    card, job = frame.reading.card, frame.reading.job
+    name = card.name if card else job.card if job else ""
+    if job is None:
         return name
-    where = {"virtual": f"{name} (virtual)" if name else "virtual GPU", "cpu": "CPU"}.get(reading.job.device, name)
-    return f"{reading.job.recipe} on {where}" if where else reading.job.recipe
+    where = {"virtual": f"{name} (virtual)" if name else "virtual GPU", "cpu": "CPU"}.get(job.device, name)
+    return f"{job.recipe} on {where}" if where else job.recipe
 
 
 def _facts(frame: Frame) -> list[tuple[str, str]]:
     reading, job = frame.reading, frame.reading.job
+    has_card = job is not None and job.total > 0
     facts = []
     if job is not None:
         facts.append(("job", _progress(frame)))
-    if job is not None and job.total:
+    if job is not None and has_card:
         cached = format_bytes(job.reserved - job.allocated)
-        facts.append(
-            (
-                "allocator",
-                f"{format_bytes(job.allocated)} allocated, {format_bytes(job.reserved)} reserved ({cached} cached)",
-            )
-        )
-    if reading.process is not None:
-        facts.append(("process", f"{format_bytes(reading.process)} on the card"))
+        held = f"{format_bytes(job.allocated)} allocated, {format_bytes(job.reserved)} reserved ({cached} cached)"
+        facts.append(("allocator", held))
+    if reading.process_bytes is not None:
+        facts.append(("process", f"{format_bytes(reading.process_bytes)} on the card"))
     elif reading.card is not None:
-        facts += _processes(reading)
-    if reading.resident is not None:
-        facts.append(("host memory", format_bytes(reading.resident)))
-    facts += _peaks(frame)
+        told = (
+            f"pid {pid}: {'not told by the driver' if size is None else format_bytes(size)}"
+            for pid, size in reading.card.processes.items()
+        )
+        facts.append(("processes", ", ".join(told) or "none"))
+    if reading.resident_bytes is not None:
+        facts.append(("host memory", format_bytes(reading.resident_bytes)))
+    if frame.peak:
+        facts.append(("peak", f"{format_bytes(frame.peak)} on the card"))
+    if job is not None and has_card:
+        most = f"{format_bytes(job.peak_allocated)} allocated, {format_bytes(job.peak_reserved)} reserved"
+        facts.append(("" if frame.peak else "peak", most))
     if reading.card is not None:
         facts.append(("spilling", _spilling(frame.spill)))
     return facts
 
 
-def _processes(reading: Reading) -> list[tuple[str, str]]:
-    assert reading.card is not None
-    told = [
-        f"pid {pid}: {'not told by the driver' if size is None else format_bytes(size)}"
-        for pid, size in reading.card.processes.items()
-    ]
-    return [("processes", ", ".join(told) or "none")]
-
-
 def _progress(frame: Frame) -> str:
     job = frame.reading.job
     assert job is not None
-    steps = [f"step {job.step} of {job.steps}"] if job.steps else []
+    steps = f"step {job.step} of {job.steps}, " if job.steps else ""
     if job.phase == "ended":
-        how = f"ended: {job.outcome}"
-    else:
-        how = f"{job.phase}, pid {job.pid}" if frame.reading.running else f"gone while {job.phase} (killed?)"
-    return ", ".join([*steps, how])
-
-
-def _peaks(frame: Frame) -> list[tuple[str, str]]:
-    job = frame.reading.job
-    found = [f"{format_bytes(frame.peak)} on the card"] if frame.peak else []
-    if job is not None and job.total:
-        found.append(f"{format_bytes(job.peak_allocated)} allocated, {format_bytes(job.peak_reserved)} reserved")
-    return [("peak" if index == 0 else "", text) for index, text in enumerate(found)]
+        return f"{steps}ended: {job.outcome}"
+    return steps + (f"{job.phase}, pid {job.pid}" if frame.reading.running else f"gone while {job.phase} (killed?)")
 
 
 def _spilling(spill: Spill) -> str:

@@ -1,38 +1,286 @@
-"""Where a peak's bytes are: stacked bars on one scale, a bar a group, and a step's memory over its allocations."""
+"""Where the bytes of a peak are: by kind and by line of code, run by run and side by side, and over a step's time."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_lowmem.memory.attribution import Attribution, Timeline, chosen_events
-from qlora_lowmem.results.style import SMALL, Style, name_rows, plain, row_height, words_behind
-from qlora_lowmem.results.svg import CRISP
+from qlora_lowmem.memory.attribution import Attribution, OwnerLine
+from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, Source, named_by_file, provenance_of
+from qlora_lowmem.results.style import SMALL, Style, name_rows, plain, row_height, save, words_behind
+from qlora_lowmem.results.tables import (
+    Cell,
+    Column,
+    Table,
+    count_cell,
+    gib,
+    gib_cell,
+    markdown_of,
+    page_table,
+    provenance_lines,
+    ratio_cell,
+    times_floor,
+    write_result,
+)
 from qlora_lowmem.results.theme import GROUPS, Group
-from qlora_lowmem.units import GIB
+from qlora_lowmem.results.timeline import (
+    draw_timeline,
+    group_bytes,
+    group_fill,
+    group_legend,
+    moments,
+    summary,
+    timeline,
+)
+from qlora_lowmem.units import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_HATCHED = "slack"  # reserved, and nobody's
-_POINTS = {False: 400, True: 150}  # of a timeline, by narrow: about one to a column of pixels or two
+_OWNERS = 12  # of a page
 
 
-def group_bytes(kinds: Mapping[str, int]) -> list[tuple[Group, int]]:
-    """The groups that have bytes, bottom to top, each with the sum of its kinds."""
-    sums = [(group, sum(kinds.get(kind, 0) for kind in group.kinds)) for group in GROUPS]
-    return [(group, count) for group, count in sums if count]
+@dataclass(frozen=True)
+class _Share:
+    """A kind's bytes, or a subtotal's, of all that the card holds."""
+
+    text: str
+    count: int
+    total: int
+    tone: str = ""
 
 
-def picture(style: Style, attribution: Attribution, title: str, headline: str) -> "Figure":
+_SHARES: tuple[Column[_Share], ...] = (
+    Column(
+        "kind",
+        lambda row: Cell(f"**{row.text}**" if row.tone else row.text),
+        page_cell=lambda row: Cell(row.text, tone=row.tone),
+    ),
+    Column("bytes", lambda row: Cell(f"{row.count:,}", row.count, row.tone)),
+    Column("GiB", lambda row: gib_cell(row.count, row.tone)),
+    Column("share", lambda row: ratio_cell(f"{100 * row.count / row.total:.1f} %", row.count / row.total, row.tone)),
+)
+_OWNER_COLUMNS: tuple[Column[OwnerLine], ...] = (
+    Column("line", lambda row: Cell(row.line), "line of code"),
+    Column("kind", lambda row: Cell(KINDS[row.kind])),
+    Column("largest for", lambda row: Cell(f"{row.module} {row.layout}".strip())),
+    Column("blocks", lambda row: Cell(str(row.blocks)), page_cell=lambda row: count_cell(row.blocks)),
+    Column(
+        "MiB",
+        lambda row: Cell(f"{row.bytes / MIB:.2f}"),
+        page_cell=lambda row: Cell(f"{row.bytes / MIB:,.2f}", row.bytes),
+    ),
+)
+
+
+def _shares(found: Attribution) -> list[_Share]:
+    """Each kind that is there, the allocated peak as a subtotal and the device's as the total."""
+    total = found.device_bytes
+    rows = [_Share(text, found.kinds[kind], total) for kind, text in KINDS.items() if kind in found.kinds]
+    inside = sum(kind not in OUTSIDE_ALLOCATED for kind in found.kinds)
+    rows.insert(inside, _Share("allocated", found.allocated_bytes, total, "strong"))
+    return [*rows, _Share("on the card", total, total, "strong")]
+
+
+def kinds_table(found: Attribution) -> str:
+    """Bytes by kind as a Markdown table."""
+    return markdown_of(_SHARES, _shares(found))
+
+
+def owners_table(found: Attribution, limit: int = 15) -> str:
+    """The lines of code that own most of the peak, as a Markdown table; what is unexplained is always among them."""
+    unexplained = [owner for owner in found.owners[limit:] if owner.kind == "unexplained"]
+    return markdown_of(_OWNER_COLUMNS, [*found.owners[:limit], *unexplained], text_columns=3)
+
+
+def headline(found: Attribution) -> str:
+    """One sentence: how much, where, when."""
+    return (
+        f"{found.device} ({found.provenance}): {format_bytes(found.allocated_bytes)} allocated, "
+        f"{format_bytes(found.device_bytes)} on the card; the {found.phase} peak comes in {found.moment}"
+    )
+
+
+def markdown(found: Attribution, title: str, floor_bytes: int) -> str:
+    """A page: title, the peak in a sentence and its floor in another, both tables."""
+    beside = (
+        f"The floor, which no method avoids, is {format_bytes(floor_bytes)}; allocated is "
+        f"{times_floor(found.allocated_bytes, floor_bytes)} times that."
+    )
+    return (
+        f"# {title}\n\n{headline(found)}. {beside}\n\n{kinds_table(found)}\n\n"
+        f"The lines of code that own most of it:\n\n{owners_table(found)}\n"
+    )
+
+
+def write_attribution(folder: Path, name: str, found: Attribution, floor_bytes: int, record: dict[str, Any]) -> None:
+    """Write `attribution-NAME` under `folder`: JSON (the source), CSV, the page with its provenance, the picture."""
+    rows = [{"kind": kind, "bytes": count} for kind, count in found.kinds.items() if count]
+    page = f"{markdown(found, name, floor_bytes)}\n![{name}](attribution-{name}.svg)\n\n{provenance_lines(record)}\n"
+    content = {"environment": record, "recipe": name, "floor_bytes": floor_bytes, "attribution": found.to_dict()}
+    write_result(folder, f"attribution-{name}", content, page, rows)
+    write_picture(found, name, folder / f"attribution-{name}.svg", folder / f"attribution-{name}.png")
+
+
+def write_picture(found: Attribution, title: str, *paths: Path) -> None:
+    """Draw the peak by kind and the step's memory over time; the paths' suffixes (.svg, .png) say the formats."""
+    save(lambda style: picture(style, found, title), title, *paths)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An attribution and what people call its run; empty where its file does not say."""
+
+    name: str
+    found: Attribution
+
+
+def _recognises(content: Mapping[str, Any]) -> bool:
+    return isinstance(content.get("attribution"), dict)
+
+
+def _read(content: Fields) -> _Run:
+    """What `explain --json`, the matrix and a failing test of the gate leave, its kinds summing to its peaks."""
+    inside = content.object("attribution")
+    _check(inside)
+    named = content.raw.get("recipe", content.raw.get("case"))
+    name = named.get("name") if isinstance(named, dict) else named
+    return _Run(name if isinstance(name, str) else "", Attribution.from_dict(inside.raw))
+
+
+def _provenance(content: Fields) -> Provenance:
+    """A failing test's has only the attribution's own."""
+    if "environment" in content.raw:
+        return provenance_of(content)
+    inside = content.object("attribution")
+    return Provenance(inside.text("provenance"), inside.text("device"))
+
+
+def _check(inside: Fields) -> None:
+    """What `Attribution` takes on trust."""
+    for name in ("device", "provenance", "phase", "moment"):
+        inside.text(name)
+    for name in ("kinds", "modules"):
+        inside.object(name).counts()
+    for name in ("allocated_bytes", "reserved_bytes", "device_bytes"):
+        inside.count(name)
+    if not inside["allocated_bytes"]:
+        raise ValueError("attribution.allocated_bytes is 0: nothing to explain")
+    for owner in inside.objects("owners") if inside["owners"] else ():
+        for name in ("kind", "line", "module", "layout"):
+            owner.text(name)
+        if owner["kind"] not in KINDS:
+            raise ValueError(f"{owner['kind']!r} is not a kind of memory")
+        owner.count("bytes")
+        owner.count("blocks")
+    line = inside.object("timeline")
+    events, phases, rows, kinds = line["events"], line["phases"], line["bytes"], line["kinds"]
+    width = len(kinds)
+    whole = all(type(number) is int and number >= 0 for row in rows for number in row)
+    if not (whole and all(len(row) == width for row in rows) and len(rows) == len(events) == len(phases)):
+        raise ValueError("attribution.timeline: every point needs an event, a phase and whole bytes of every kind")
+    if len(events) < 2 or any(type(event) is not int for event in events) or list(events) != sorted(set(events)):
+        raise ValueError("attribution.timeline.events are not at least two whole numbers that rise")
+    if any(type(name) is not str for name in (*phases, *kinds)) or set(kinds) - set(KINDS) or not any(map(any, rows)):
+        raise ValueError("attribution.timeline has an unknown kind or phase, or no bytes")
+
+
+def _sections(found: Sequence[tuple[Source, _Run]]) -> list[Section]:
+    """One section for all runs: side by side if there are several, then each."""
+    names = named_by_file([(source, run.name) for source, run in found])
+    runs = [_Run(name, run.found) for name, (_, run) in zip(names, found, strict=True)]
+    charts = [_compared(runs)] if len(runs) > 1 else []
+    for run in runs:
+        charts += [_breakdown(run), _timeline(run)]
+    return [
+        Section(
+            name="bytes",
+            title="Where the bytes go",
+            text="Every byte that the card holds at the peak, by kind: each kind has the same colour in every chart. "
+            "Kinds sum to the peak exactly. Allocator slack is reserved and not allocated; the CUDA context is "
+            "outside of the allocator.",
+            charts=tuple(charts),
+            sources=tuple(source for source, _ in found),
+        )
+    ]
+
+
+KIND = Kind("an attribution (explain --json)", _recognises, _read, _sections, _provenance)
+
+
+def _compared(runs: Sequence[_Run]) -> Chart:
+    parts = ", ".join(f"{run.name} {gib(run.found.device_bytes)}" for run in runs)
+    return Chart(
+        "peaks",
+        "Peaks side by side",
+        f"GiB on the card at the peak, on one scale: {parts}.",
+        lambda style: peaks(style, [(run.name, run.found) for run in runs]),
+        (_comparison(runs),),
+    )
+
+
+def _comparison(runs: Sequence[_Run]) -> Table:
+    two = len(runs) == 2
+    rows = []
+    for kind, text in KINDS.items():
+        if kind == OUTSIDE_ALLOCATED[0]:
+            rows.append(_compared_row("allocated", [run.found.allocated_bytes for run in runs], "strong"))
+        counts = [run.found.kinds.get(kind, 0) for run in runs]
+        if any(counts):
+            rows.append(_compared_row(text, counts))
+    rows.append(_compared_row("on the card", [run.found.device_bytes for run in runs], "strong"))
+    headers = ("kind", *(run.name for run in runs), *(("difference",) if two else ()))
+    return Table("Bytes by kind at the peak, GiB", headers, tuple(rows))
+
+
+def _compared_row(text: str, counts: Sequence[int], tone: str = "") -> tuple[Cell, ...]:
+    cells = [gib_cell(count, tone) for count in counts]
+    if len(counts) == 2:
+        change = counts[1] - counts[0]
+        cells.append(Cell(f"{'−' if change < 0 else '+' if change else ''}{gib(abs(change))}", change, tone))
+    return (Cell(text, tone=tone), *cells)
+
+
+def _breakdown(run: _Run) -> Chart:
+    found = run.found
+    largest = sorted(group_bytes(found.kinds), key=lambda pair: -pair[1])[:3]
+    parts = ", ".join(f"{group.text} {format_bytes(count)}" for group, count in largest)
+    text = (
+        f"{found.device} ({found.provenance}): {format_bytes(found.allocated_bytes)} allocated, "
+        f"{format_bytes(found.device_bytes)} on the card. The {found.phase} peak comes in {found.moment}. "
+        f"The most: {parts}."
+    )
+    tables = [page_table(f"{run.name}: bytes by kind at the peak", _SHARES, _shares(found))]
+    if found.owners:
+        caption = f"{run.name}: the lines of code that own most of the peak"
+        tables.append(page_table(caption, _OWNER_COLUMNS, found.owners[:_OWNERS]))
+    title = f"{run.name}: the peak by kind"
+    return Chart(f"breakdown-{run.name}", title, text, lambda style: breakdown(style, found), tuple(tables))
+
+
+def _timeline(run: _Run) -> Chart:
+    line = run.found.timeline
+    return Chart(
+        f"timeline-{run.name}",
+        f"{run.name}: a step over time",
+        summary(line),
+        lambda style: timeline(style, line),
+        (moments(run.name, line),),
+    )
+
+
+def picture(style: Style, attribution: Attribution, title: str) -> "Figure":
     """The peak as one stacked bar above the step over time."""
     figure = style.figure(7.2 if style.narrow else 6.4)
     peak, time = figure.subplots(2, 1, height_ratios=(1, 2.6))
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
-    peak.set_title(headline, fontsize=SMALL, loc="left", pad=10, wrap=True)
+    peak.set_title(headline(attribution), fontsize=SMALL, loc="left", pad=10, wrap=True)
     _bar(peak, style, attribution, 0, 0.7, attribution.device_bytes)
     _marks(peak, style, attribution)
-    _draw_timeline(time, style, attribution.timeline)
-    _legend(figure, style, [group for group, _ in group_bytes(attribution.kinds)])
+    draw_timeline(time, style, attribution.timeline)
+    group_legend(figure, style, [group for group, _ in group_bytes(attribution.kinds)])
     return figure
 
 
@@ -49,7 +297,7 @@ def peaks(style: Style, found: Sequence[tuple[str, Attribution]]) -> "Figure":
     axes.set_xlabel("GiB on the card at the peak")
     plain(axes, style, grid="x")
     present = {group for _, attribution in found for group, _ in group_bytes(attribution.kinds)}
-    _legend(figure, style, [group for group in GROUPS if group in present])
+    group_legend(figure, style, [group for group in GROUPS if group in present])
     return figure
 
 
@@ -67,16 +315,6 @@ def breakdown(style: Style, attribution: Attribution) -> "Figure":
     axes.set_xlim(0, max(count for _, count in rows) / GIB * (1.5 if style.narrow else 1.22))
     axes.set_xlabel("GiB at the peak, and its share of what the card holds")
     plain(axes, style, grid="x")
-    return figure
-
-
-def timeline(style: Style, attribution: Attribution) -> "Figure":
-    """Allocated bytes by group over the allocations and frees of the recorded step."""
-    figure = style.figure(4.9 if style.narrow else 4.6)
-    axes = figure.subplots()
-    _draw_timeline(axes, style, attribution.timeline)
-    present = {group for group, layer in _layers(attribution.timeline) if any(layer)}
-    _legend(figure, style, [group for group in GROUPS if group in present])
     return figure
 
 
@@ -98,13 +336,7 @@ def _bar(axes: "Axes", style: Style, attribution: Attribution, place: float, hei
 
 
 def _part(axes: "Axes", style: Style, group: Group, place: float, left: float, width: float, height: float) -> None:
-    axes.barh(place, width, left=left, height=height, **_fill(style, group))
-
-
-def _fill(style: Style, group: Group) -> dict[str, Any]:
-    """Colour and outline: light colours have an edge that shows on paper."""
-    hatch = "///" if group.role == _HATCHED else None
-    return {"facecolor": style.theme[group.role], "edgecolor": style.theme["edge"], "linewidth": 0.6, "hatch": hatch}
+    axes.barh(place, width, left=left, height=height, **group_fill(style, group))
 
 
 def _marks(axes: "Axes", style: Style, attribution: Attribution) -> None:
@@ -127,93 +359,3 @@ def _marks(axes: "Axes", style: Style, attribution: Attribution) -> None:
     axes.set_yticks([])
     axes.set_xlabel("GiB at the peak")
     plain(axes, style)
-
-
-def _layers(found: Timeline) -> list[tuple[Group, list[int]]]:
-    """Bytes of each group at each point, for the groups whose kinds occur."""
-    layers = []
-    for group in GROUPS:
-        columns = [index for index, kind in enumerate(found.kinds) if kind in group.kinds]
-        if columns:
-            layers.append((group, [sum(row[index] for index in columns) for row in found.bytes]))
-    return layers
-
-
-def _draw_timeline(axes: "Axes", style: Style, found: Timeline) -> None:
-    sums = [sum(row) for row in found.bytes]
-    points = chosen_events(sums, _POINTS[style.narrow])
-    edges = [*(found.events[point] for point in points), found.events[points[-1]] + 1]
-    tops, stack = [0.0] * len(points), []
-    for group, layer in _layers(found):
-        tops = [top + layer[point] / GIB for top, point in zip(tops, points, strict=True)]
-        stack.append((group, tops))
-    for number, (group, top) in enumerate(reversed(stack)):  # each covers what is under its top, so the lowest is last
-        layer_of = axes.stairs(top, edges, fill=True, facecolor=style.theme[group.role], linewidth=0, antialiased=False)
-        layer_of.set_gid(f"{CRISP}-{number}")
-    axes.set_ylim(0, max(sums) / GIB * 1.2)
-    axes.set_xlim(edges[0], edges[-1])
-    _mark_peak(axes, style, found, sums)
-    _mark_turn(axes, style, found)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.locator_params(axis="x", nbins=4 if style.narrow else 8)
-    axes.set_ylabel("allocated GiB")
-    axes.set_xlabel("allocations and frees, in order" if style.narrow else _EVENTS)
-    plain(axes, style, keep=("bottom", "left"))
-
-
-_EVENTS = "allocations and frees of the micro-batch in which the peak comes, in order"
-
-
-def _mark_peak(axes: "Axes", style: Style, found: Timeline, sums: Sequence[int]) -> None:
-    top = max(range(len(sums)), key=sums.__getitem__)
-    event, height = found.events[top], sums[top] / GIB
-    late = event - found.events[0] > 0.6 * (found.events[-1] - found.events[0])
-    axes.plot(event, height, marker="v", color=style.theme["ink"], markersize=6, clip_on=False)
-    axes.annotate(
-        f"peak {height:.2f} GiB",
-        (event, height),
-        xytext=(-7 if late else 7, 4),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        fontsize=SMALL,
-    )
-
-
-def _mark_turn(axes: "Axes", style: Style, found: Timeline) -> None:
-    """A line where forward turns into backward."""
-    after = ("backward", "recompute")
-    turn = next((e for e, phase in zip(found.events, found.phases, strict=True) if phase in after), None)
-    if turn is None:
-        return
-    axes.axvline(turn, color=style.theme["ink"], linewidth=0.8, linestyle=(0, (3, 3)))
-    behind = "backward, layers recomputed" if "recompute" in found.phases else "backward"
-    share = (turn - found.events[0]) / (found.events[-1] - found.events[0])
-    # Where one side has no room for its word, the other side's says enough.
-    for text, side, away, room in (("forward", "right", -4, share > 0.2), (behind, "left", 4, share < 0.6)):
-        if room:
-            axes.annotate(
-                text,
-                (turn, 0.99),
-                xycoords=("data", "axes fraction"),
-                xytext=(away, 0),
-                textcoords="offset points",
-                ha=side,
-                va="top",
-                fontsize=SMALL,
-            )
-
-
-def _legend(figure: "Figure", style: Style, groups: Sequence[Group]) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(label=group.brief if style.narrow else group.text, **_fill(style, group)) for group in groups]
-    columns = 2 if style.narrow else 4
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=SMALL,
-        columnspacing=1.0 if style.narrow else 2.0,
-        handlelength=1.3,
-    )

@@ -1,10 +1,25 @@
 """Lean beside the optimised recipe, model by model: what each peaks at, and the floor under both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qlora_lowmem.results.style import Style, name_rows, plain, row_height, words_behind
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.style import Style, legend, name_rows, patch, plain, row_height, stroke, tick, words_behind
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    Cell,
+    Column,
+    count_cell,
+    gib_cell,
+    markdown_of,
+    markdown_page,
+    page_table,
+    ratio_cell,
+    times_floor_cell,
+    write_result,
+)
 from qlora_lowmem.units import GIB
 
 if TYPE_CHECKING:
@@ -14,28 +29,97 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """Allocated peaks of both recipes with one model at one length, in bytes.
-
-    Attributes:
-        optimised, lean: the recipes' peaks; the first is above the floor.
-        floor: of both.
-    """
+    """Allocated peaks of both recipes with one model at one length, in bytes; the optimised one is above the floor."""
 
     model: str
     tokens: int
-    optimised: int
-    lean: int
-    floor: int
+    optimised_allocated_bytes: int
+    lean_allocated_bytes: int
+    floor_bytes: int
 
     @property
     def saves(self) -> int:
         """What lean's peak is less than the optimised recipe's."""
-        return self.optimised - self.lean
+        return self.optimised_allocated_bytes - self.lean_allocated_bytes
 
     @property
     def share(self) -> float:
         """That, of what the optimised recipe has above the floor."""
-        return self.saves / (self.optimised - self.floor)
+        return self.saves / (self.optimised_allocated_bytes - self.floor_bytes)
+
+
+_COLUMNS: tuple[Column[Pair], ...] = (
+    Column("model", lambda pair: Cell(pair.model)),
+    Column("tokens", lambda pair: count_cell(pair.tokens)),
+    Column("optimised", lambda pair: gib_cell(pair.optimised_allocated_bytes)),
+    Column("lean", lambda pair: gib_cell(pair.lean_allocated_bytes)),
+    Column("saves", lambda pair: gib_cell(pair.saves)),
+    Column("floor", lambda pair: gib_cell(pair.floor_bytes)),
+    Column("x floor", lambda pair: times_floor_cell(pair.lean_allocated_bytes, pair.floor_bytes), "lean × floor"),
+    Column("of what is above the floor", lambda pair: ratio_cell(f"{pair.share:.0%}", pair.share)),
+)
+
+
+def write_families(folder: Path, pairs: Sequence[Pair], record: dict[str, Any]) -> None:
+    """Write `lean-families` as JSON, Markdown and CSV."""
+    text = (
+        "Allocated peaks in GiB, random weights of each architecture, batch 1, r 8 on all linear layers, on a card of "
+        "the kind with room for everything: the optimised recipe (checkpointing, fused loss) and lean, which is exact. "
+        f"{FLOOR_TEXT}"
+    )
+    title = "Lean on the models that people fine-tune"
+    cases = [asdict(pair) for pair in pairs]
+    content = {"environment": record, "provenance": record["provenance"], "cases": cases}
+    markdown = markdown_page(title, (text, markdown_of(_COLUMNS, pairs)), record)
+    write_result(folder, "lean-families", content, markdown, cases)
+
+
+def _read(content: Fields) -> tuple[Pair, ...]:
+    pairs = content.rows("cases", Pair)
+    for number, pair in enumerate(pairs):
+        sizes = pair.tokens, pair.optimised_allocated_bytes, pair.lean_allocated_bytes, pair.floor_bytes
+        if not all(sizes):
+            raise ValueError(f"cases[{number}] has tokens, a peak or a floor of 0")
+        if pair.optimised_allocated_bytes <= pair.floor_bytes:
+            raise ValueError(f"cases[{number}].optimised_allocated_bytes is not above the floor")
+    return pairs
+
+
+def _section(_provenance: Provenance, pairs: tuple[Pair, ...]) -> Section:
+    lengths = [[pair for pair in pairs if pair.tokens == tokens] for tokens in sorted({pair.tokens for pair in pairs})]
+    longest = lengths[-1]
+    ranges = [f"{_shares(found)} at {found[0].tokens:,} tokens" for found in lengths]
+    in_order = [pair for found in lengths for pair in found]
+    chart = Chart(
+        "families",
+        "Peaks of lean and of the optimised recipe",
+        f"Of what the optimised recipe's peak has above the floor, lean saves {', '.join(ranges)}.",
+        lambda style: families(style, lengths),
+        (page_table("Allocated peaks in GiB by length and model", _COLUMNS, in_order),),
+    )
+    text = f"of what the optimised recipe has above the floor, saved by lean at {longest[0].tokens:,} tokens"
+    return Section(
+        name="families",
+        title="Lean on the models that people fine-tune",
+        text="A whole bar is the optimised recipe's allocated peak, its first part lean's. Both recipes train all "
+        f"linear layers at batch size 1, from random weights of each architecture. {FLOOR_TEXT}",
+        charts=(chart,),
+        highlights=((_shares(longest), text),),
+    )
+
+
+def _shares(pairs: Sequence[Pair]) -> str:
+    """The least and the largest share that lean saves."""
+    shares = [pair.share for pair in pairs]
+    return " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(shares), max(shares))))
+
+
+KIND = Kind(
+    "lean on models (pytest bench/test_lean_families.py)",
+    has_rows("cases", "optimised_allocated_bytes", "lean_allocated_bytes"),
+    _read,
+    each_its_own(_section),
+)
 
 
 def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> "Figure":
@@ -61,11 +145,13 @@ def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> "Figure":
 
 
 def _row(axes: "Axes", style: Style, place: float, height: float, pair: Pair) -> None:
-    for size, role in ((pair.optimised, "saved"), (pair.lean, "bar")):  # the second covers a part of the first
+    for size, role in (
+        (pair.optimised_allocated_bytes, "saved"),
+        (pair.lean_allocated_bytes, "bar"),
+    ):  # the second covers a part of the first
         axes.barh(place, size / GIB, height=height, color=style.theme[role], linewidth=0)
-    mark, half = pair.floor / GIB, height / 2 + 0.04
-    axes.plot([mark, mark], [place - half, place + half], color=style.theme["floor"], linewidth=2.5)
-    words = f"{pair.lean / GIB:.3f} ({-pair.saves / GIB:+.3f})".replace("-", "−")
+    tick(axes, pair.floor_bytes / GIB, place, height / 2 + 0.04, style.theme["floor"])
+    words = f"{pair.lean_allocated_bytes / GIB:.3f} ({-pair.saves / GIB:+.3f})".replace("-", "−")
     if style.narrow:  # beside the name, for behind the bar is no room
         words_behind(axes, words, 1, place - 0.42, 0, xycoords=("axes fraction", "data"), ha="right")
     else:
@@ -74,17 +160,14 @@ def _row(axes: "Axes", style: Style, place: float, height: float, pair: Pair) ->
 
 def _end(pair: Pair) -> float:
     """Where its bar ends, in GiB."""
-    return max(pair.optimised, pair.lean) / GIB
+    return max(pair.optimised_allocated_bytes, pair.lean_allocated_bytes) / GIB
 
 
 def _legend(figure: "Figure", style: Style) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     colours = style.theme
     handles = [
-        Patch(color=colours["bar"], label="lean"),
-        Patch(color=colours["saved"], label="saved against optimised"),
-        Line2D([], [], color=colours["floor"], linewidth=2.5, label="floor"),
+        patch("lean", color=colours["bar"]),
+        patch("saved against optimised", color=colours["saved"]),
+        stroke("floor", color=colours["floor"], linewidth=2.5),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, columnspacing=1.0)
+    legend(figure, handles, len(handles), columnspacing=1.0)

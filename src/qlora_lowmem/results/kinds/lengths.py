@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.results.kind import Chart, Fields, Kind, Provenance, Section, each_its_own
-from qlora_lowmem.results.style import Style, legend_label, plain
+from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own
+from qlora_lowmem.results.style import Style, legend, legend_label, plain, stroke
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
@@ -20,6 +21,7 @@ from qlora_lowmem.results.tables import (
     markdown_of,
     markdown_page,
     page_table,
+    plain_row,
     times_floor_cell,
     write_result,
 )
@@ -41,26 +43,24 @@ class Length:
 
     Attributes:
         fits: what the device held, against the card's usable memory.
-        floor_bytes: what no method avoids at that length (`memory.owners`).
+        floor_bytes: what no method avoids at that length (`memory.floor`).
     """
 
     recipe: str
     tokens: int
     fits: bool
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_device_bytes: int
+    peak: Peak
     floor_bytes: int
 
 
 _COLUMNS: tuple[Column[Length], ...] = (
     Column("recipe", lambda row: Cell(row.recipe)),
     Column("tokens", lambda row: count_cell(row.tokens)),
-    Column("allocated GiB", lambda row: known_gib_cell(row.peak_allocated_bytes), "allocated"),
+    Column("allocated GiB", lambda row: known_gib_cell(row.peak.allocated), "allocated"),
     Column("floor GiB", lambda row: gib_cell(row.floor_bytes), "floor"),
-    Column("x floor", lambda row: times_floor_cell(row.peak_allocated_bytes, row.floor_bytes)),
-    Column("reserved GiB", lambda row: known_gib_cell(row.peak_reserved_bytes), "reserved"),
-    Column("on the card GiB", lambda row: known_gib_cell(row.peak_device_bytes), "on the card"),
+    Column("x floor", lambda row: times_floor_cell(row.peak.allocated, row.floor_bytes)),
+    Column("reserved GiB", lambda row: known_gib_cell(row.peak.reserved), "reserved"),
+    Column("on the card GiB", lambda row: known_gib_cell(row.peak.device), "on the card"),
     Column("fits", lambda row: Cell("yes" if row.fits else "no"), "verdict", lambda row: _verdict(row)),
 )
 
@@ -85,7 +85,7 @@ def write_lengths(
     markdown = markdown_page(
         f"Memory against sequence length on {card.name}", (text, markdown_of(_COLUMNS, rows)), record
     )
-    cases = [asdict(row) for row in rows]
+    cases = [plain_row(row) for row in rows]
     content = {"environment": record, "device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes}
     write_result(folder, "lengths", content | {"cases": cases}, markdown, cases)
 
@@ -155,10 +155,10 @@ def lengths(style: Style, points: Sequence[Length], usable_bytes: int) -> "Figur
 
 def _line(axes: "Axes", style: Style, number: int, found: Sequence[Length], usable_bytes: int) -> None:
     colour, marker = style.theme[SERIES[number % len(SERIES)]], _MARKERS[number % len(_MARKERS)]
-    known = [point for point in found if point.peak_device_bytes]
+    known = [point for point in found if point.peak.device]
     axes.plot(
         [point.tokens for point in known],
-        [point.peak_device_bytes / GIB for point in known],
+        [point.peak.device / GIB for point in known],
         color=colour,
         linestyle=_DASHES[number % len(_DASHES)],
         linewidth=1.8,
@@ -167,11 +167,11 @@ def _line(axes: "Axes", style: Style, number: int, found: Sequence[Length], usab
         [point.tokens for point in found], [point.floor_bytes / GIB for point in found], color=colour, linewidth=0.8
     )
     for point in found:
-        need = point.peak_device_bytes or usable_bytes
+        need = point.peak.device or usable_bytes
         axes.plot(
             point.tokens,
             need / GIB,
-            marker=marker if point.peak_device_bytes else "x",
+            marker=marker if point.peak.device else "x",
             markersize=6,
             markerfacecolor=colour if point.fits else style.theme["paper"],
             markeredgecolor=colour,
@@ -187,7 +187,7 @@ def _scales(axes: "Axes", style: Style, points: Sequence[Length], usable_bytes: 
     ticks = range(low, high + 1, max(1, (high - low) // (4 if style.narrow else 9)))
     axes.set_xticks([2.0**power for power in ticks], [_tokens(2**power) for power in ticks])
     axes.set_xlim(2 ** (low - 0.3), 2 ** (high + 0.3))
-    known = [point.peak_device_bytes for point in points if point.peak_device_bytes]
+    known = [point.peak.device for point in points if point.peak.device]
     needs = [usable_bytes, *known, *(point.floor_bytes for point in points)]
     if max(needs) < _LOGARITHMIC_FROM * min(needs):
         axes.set_ylim(0, max(needs) / GIB * 1.12)
@@ -208,26 +208,22 @@ def _tokens(count: int) -> str:
 def _legend(
     figure: "Figure", style: Style, recipes: Sequence[str], points: Sequence[Length], usable_bytes: int
 ) -> None:
-    from matplotlib.lines import Line2D
-
     colours = style.theme
     handles = [
-        Line2D(
-            [],
-            [],
+        stroke(
+            legend_label(recipe),
             color=colours[SERIES[number % len(SERIES)]],
             marker=_MARKERS[number % len(_MARKERS)],
             linestyle=_DASHES[number % len(_DASHES)],
-            label=legend_label(recipe),
         )
         for number, recipe in enumerate(recipes)
     ]
-    look: Any = {"linestyle": "none", "markeredgecolor": colours["ink"], "markerfacecolor": colours["paper"]}
-    if any(not point.fits and point.peak_device_bytes for point in points):
-        handles.append(Line2D([], [], marker="o", label="hollow: does not fit", **look))
-    if any(not point.peak_device_bytes for point in points):
-        handles.append(Line2D([], [], marker="x", label="does not fit, need not known", **look))
-    handles.append(Line2D([], [], color=colours["ink"], linewidth=0.8, label="thin: the floor"))
+    look = {"linestyle": "none", "markeredgecolor": colours["ink"], "markerfacecolor": colours["paper"]}
+    if any(not point.fits and point.peak.device for point in points):
+        handles.append(stroke("hollow: does not fit", marker="o", **look))
+    if any(not point.peak.device for point in points):
+        handles.append(stroke("does not fit, need not known", marker="x", **look))
+    handles.append(stroke("thin: the floor", color=colours["ink"], linewidth=0.8))
     text = f"usable on the card: {usable_bytes / GIB:.2f}"
-    handles.append(Line2D([], [], color=colours["limit"], linewidth=1.4, linestyle="--", label=text))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 if style.narrow else 4, frameon=False)
+    handles.append(stroke(text, color=colours["limit"], linewidth=1.4, linestyle="--"))
+    legend(figure, handles, 2 if style.narrow else 4)

@@ -1,11 +1,12 @@
 """The longest sequence that trains, recipe by recipe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.results.kind import Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.results.kinds import Fields, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
@@ -16,6 +17,7 @@ from qlora_lowmem.results.tables import (
     markdown_of,
     markdown_page,
     page_table,
+    plain_row,
     size_cell,
     times_floor_cell,
     write_result,
@@ -29,7 +31,7 @@ class Longest:
     Attributes:
         next_tokens: the shortest length that was seen not to fit; 0 where none was.
         limited_by: `memory`, or `limit` where the longest length asked for fits.
-        floor_bytes: what no method avoids at the longest length (`memory.owners`).
+        floor_bytes: what no method avoids at the longest length (`memory.floor`).
         host_bytes: page-locked host memory at the longest length.
     """
 
@@ -38,9 +40,7 @@ class Longest:
     tokens: int
     next_tokens: int
     limited_by: str
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_device_bytes: int
+    peak: Peak
     floor_bytes: int
     host_bytes: int
 
@@ -49,10 +49,10 @@ _COLUMNS: tuple[Column[Longest], ...] = (
     Column("recipe", lambda row: Cell(row.recipe)),
     Column("longest that trains", lambda row: count_cell(row.tokens), "longest"),
     Column("does not fit", lambda row: _next(row, "(not looked further)"), "", lambda row: _next(row)),
-    Column("allocated", lambda row: known_gib_cell(row.peak_allocated_bytes), "allocated GiB"),
+    Column("allocated", lambda row: known_gib_cell(row.peak.allocated), "allocated GiB"),
     Column("floor", lambda row: known_gib_cell(row.floor_bytes), "floor GiB"),
-    Column("x floor", lambda row: times_floor_cell(row.peak_allocated_bytes, row.floor_bytes)),
-    Column("on the card", lambda row: known_gib_cell(row.peak_device_bytes), "on the card GiB"),
+    Column("x floor", lambda row: times_floor_cell(row.peak.allocated, row.floor_bytes)),
+    Column("on the card", lambda row: known_gib_cell(row.peak.device), "on the card GiB"),
     Column("host", lambda row: Cell(gib(row.host_bytes)), "pinned host memory", lambda row: size_cell(row.host_bytes)),
 )
 
@@ -74,7 +74,7 @@ def write_longest(folder: Path, rows: Sequence[Longest], record: dict[str, Any],
         f"memory. {FLOOR_TEXT}{f' Changed in every recipe: {changed}.' if changed else ''}"
     )
     markdown = markdown_page(f"The longest sequence on {record['device']}", (text, markdown_of(_COLUMNS, rows)), record)
-    plain = [asdict(row) for row in rows]
+    plain = [plain_row(row) for row in rows]
     content = {"environment": record, "device": record["device"], "provenance": "virtual", "changes": changes}
     write_result(folder, "longest", content | {"cases": plain}, markdown, plain)
 

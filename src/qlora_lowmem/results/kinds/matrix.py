@@ -1,13 +1,29 @@
 """The comparison table of a benchmark run: one row a recipe, one set of files a device."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.memory.profile import MemoryProfile, Provenance
+from qlora_lowmem.memory.profile import MemoryProfile, Peak, Provenance
 from qlora_lowmem.recipe import Recipe, recipe_hash
-from qlora_lowmem.results.tables import FLOOR_TEXT, gib, markdown_table, provenance_lines, times_floor, write_result
+from qlora_lowmem.results import kinds
+from qlora_lowmem.results.kinds import Fields, Kind, Section, each_its_own, has_rows
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    Cell,
+    Column,
+    count_cell,
+    gib,
+    known_gib_cell,
+    markdown_of,
+    markdown_page,
+    page_table,
+    plain_row,
+    provenance_lines,
+    times_floor_cell,
+    write_result,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +36,7 @@ class CaseResult:
             room for it; a real one without the cap), which say what it would need; None if that failed too.
         out_of_memory: torch's message, if it ran out on the card.
         failure: any other failure.
-        floor_bytes: what no method of training the recipe avoids (`memory.owners`).
+        floor_bytes: what no method of training the recipe avoids (`memory.floor`).
     """
 
     recipe: Recipe
@@ -39,94 +55,181 @@ class CaseResult:
         return recipe_hash(self.recipe)
 
 
-_HEADERS = (
-    "recipe",
-    "card",
-    "r",
-    "targets",
-    "seq",
-    "batch",
-    "ckpt",
-    "loss",
-    "load",
-    "first step",
-    "steady",
-    "allocated",
-    "floor",
-    "x floor",
-    "reserved",
-    "on the card",
-    "verdict",
+@dataclass(frozen=True)
+class Case:
+    """A row of the matrix; peaks of zeros, as the floor, where none is known.
+
+    Attributes:
+        target_modules: names with spaces between, or what the recipe says in one word.
+        phases: peaks by phase; not in the CSV.
+        failure: the last line of what went wrong other than memory; only in the Markdown.
+    """
+
+    recipe: str
+    recipe_hash: str
+    device: str
+    provenance: str
+    fits: bool
+    lora_r: int
+    target_modules: str
+    max_seq_length: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    loss: str
+    trainable_parameters: int
+    peak: Peak
+    floor_bytes: int
+    out_of_memory: str
+    phases: Mapping[str, Peak] = field(default_factory=dict)
+    failure: str = ""
+
+
+def _case(result: CaseResult) -> Case:
+    recipe, profile = result.recipe, result.profile
+    targets = recipe.lora.target_modules
+    return Case(
+        recipe=recipe.name,
+        recipe_hash=result.recipe_hash,
+        device=result.card,
+        provenance=profile.provenance if profile else result.provenance,
+        fits=result.fits,
+        lora_r=recipe.lora.lora_r,
+        target_modules=targets if isinstance(targets, str) else " ".join(targets),
+        max_seq_length=recipe.batch.max_seq_length,
+        batch_size=recipe.batch.batch_size,
+        gradient_accumulation_steps=recipe.batch.gradient_accumulation_steps,
+        gradient_checkpointing=recipe.memory.gradient_checkpointing,
+        loss=recipe.memory.loss,
+        trainable_parameters=result.trainable_parameters,
+        peak=profile.peak if profile else Peak(),
+        floor_bytes=result.floor_bytes,
+        out_of_memory=result.out_of_memory or "",
+        phases=profile.phases if profile else {},
+        failure=(result.failure or "").strip().rpartition("\n")[2],
+    )
+
+
+def _phase(name: str) -> Column[Case]:
+    return Column(name, lambda case: known_gib_cell(case.phases.get(name, Peak()).allocated))
+
+
+_COLUMNS: tuple[Column[Case], ...] = (
+    Column("recipe", lambda case: Cell(case.recipe)),
+    Column("card", lambda case: Cell(case.device)),
+    Column("r", lambda case: count_cell(case.lora_r)),
+    Column(
+        "targets",
+        lambda case: Cell(case.target_modules.replace(" ", ", ")),
+        page_cell=lambda case: Cell(case.target_modules),
+    ),
+    Column("seq", lambda case: Cell(str(case.max_seq_length)), page_cell=lambda case: count_cell(case.max_seq_length)),
+    Column("batch", lambda case: _batch(case, "x"), page_cell=lambda case: _batch(case, "×")),
+    Column("ckpt", lambda case: Cell("yes" if case.gradient_checkpointing else "no"), "checkpointing"),
+    Column("loss", lambda case: Cell(case.loss)),
+    *(_phase(name) for name in ("load", "first step", "steady")),
+    Column("allocated", lambda case: known_gib_cell(case.peak.allocated)),
+    Column("floor", lambda case: known_gib_cell(case.floor_bytes)),
+    Column("x floor", lambda case: times_floor_cell(case.peak.allocated, case.floor_bytes)),
+    Column("reserved", lambda case: known_gib_cell(case.peak.reserved)),
+    Column("on the card", lambda case: known_gib_cell(case.peak.device)),
+    Column("verdict", lambda case: Cell(_reason(case)), page_cell=lambda case: _verdict(case)),
 )
+
+
+def _batch(case: Case, times: str) -> Cell:
+    return Cell(f"{case.batch_size} {times} {case.gradient_accumulation_steps}")
+
+
+def _verdict(case: Case) -> Cell:
+    if case.fits:
+        return Cell("fits", tone="good")
+    return Cell("does not fit" if case.out_of_memory or case.peak.device else "failed", tone="bad")
+
+
+def _reason(case: Case) -> str:
+    if case.fits:
+        return "fits"
+    if case.peak.device:
+        return f"does not fit: needs {gib(case.peak.device)}"
+    return "does not fit: out of memory" if case.out_of_memory else f"failed: {case.failure}"
+
+
+def _where_known(column: Column[Case]) -> Column[Case]:
+    """The column, blank for cases without peaks."""
+    return replace(column, cell=lambda case: column.cell(case) if case.peak.device else Cell(""))
 
 
 def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, Any], name: str = "matrix") -> None:
     """Write the table of `results` under `folder` as JSON, Markdown and CSV, with its provenance."""
-    rows = [_flat(result) for result in results]
-    table = markdown_table(_HEADERS, [_cells(result) for result in results], text_columns=2)
-    markdown = (
-        f"# {record['device']}\n\n"
+    cases = [_case(result) for result in results]
+    text = (
         "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
         f"context. {FLOOR_TEXT} A recipe that does not fit is run again where it has room, on a virtual card of the "
-        "same kind with room for it or on the real one without a cap: its figures are what it would need.\n\n"
-        f"{table}\n\n{provenance_lines(record)}\n"
+        "same kind with room for it or on the real one without a cap: its figures are what it would need."
     )
-    content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": rows}
-    write_result(folder, name, content, markdown, [{k: v for k, v in row.items() if k != "phases"} for row in rows])
+    columns = [*_COLUMNS[:2], *map(_where_known, _COLUMNS[2:-1]), _COLUMNS[-1]]
+    markdown = markdown_page(record["device"], (text, markdown_of(columns, cases, text_columns=2)), record)
+    rows = [{k: v for k, v in plain_row(case).items() if k not in ("phases", "failure")} for case in cases]
+    listed = [[{"name": name, **asdict(peak)} for name, peak in case.phases.items()] for case in cases]
+    whole = [row | {"phases": phases} for row, phases in zip(rows, listed, strict=True)]
+    content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": whole}
+    write_result(folder, name, content, markdown, rows)
 
 
-def _flat(result: CaseResult) -> dict[str, Any]:
-    recipe, profile = result.recipe, result.profile
-    targets = recipe.lora.target_modules
-    row: dict[str, Any] = {
-        "recipe": recipe.name,
-        "recipe_hash": result.recipe_hash,
-        "device": result.card,
-        "provenance": profile.provenance if profile else result.provenance,
-        "fits": result.fits,
-        "lora_r": recipe.lora.lora_r,
-        "target_modules": targets if isinstance(targets, str) else " ".join(targets),
-        "max_seq_length": recipe.batch.max_seq_length,
-        "batch_size": recipe.batch.batch_size,
-        "gradient_accumulation_steps": recipe.batch.gradient_accumulation_steps,
-        "gradient_checkpointing": recipe.memory.gradient_checkpointing,
-        "loss": recipe.memory.loss,
-        "trainable_parameters": result.trainable_parameters,
-        "peak_allocated_bytes": profile.peak_allocated_bytes if profile else 0,
-        "peak_reserved_bytes": profile.peak_reserved_bytes if profile else 0,
-        "peak_device_bytes": profile.peak_device_bytes if profile else 0,
-        "floor_bytes": result.floor_bytes,
-        "out_of_memory": result.out_of_memory or "",
-        "phases": profile.to_dict()["phases"] if profile else [],
-    }
-    return row
+def _read(content: Fields) -> tuple[Case, ...]:
+    return content.rows("cases", Case)
 
 
-def _cells(result: CaseResult) -> list[str]:
-    recipe, profile = result.recipe, result.profile
-    targets = recipe.lora.target_modules
-    if profile is None:
-        reason = (
-            "does not fit: out of memory"
-            if result.out_of_memory
-            else f"failed: {(result.failure or '').strip().splitlines()[-1]}"
-        )
-        return [recipe.name, result.card, *[""] * (len(_HEADERS) - 3), reason]
-    by_phase = {name: gib(peak.allocated) for name, peak in profile.phases.items()}
-    return [
-        recipe.name,
-        result.card,
-        str(recipe.lora.lora_r),
-        targets if isinstance(targets, str) else ", ".join(targets),
-        str(recipe.batch.max_seq_length),
-        f"{recipe.batch.batch_size} x {recipe.batch.gradient_accumulation_steps}",
-        "yes" if recipe.memory.gradient_checkpointing else "no",
-        recipe.memory.loss,
-        *(by_phase.get(name, "-") for name in ("load", "first step", "steady")),
-        gib(profile.peak_allocated_bytes),
-        gib(result.floor_bytes),
-        times_floor(profile.peak_allocated_bytes, result.floor_bytes),
-        gib(profile.peak_reserved_bytes),
-        gib(profile.peak_device_bytes),
-        "fits" if result.fits else f"does not fit: needs {gib(profile.peak_device_bytes)}",
-    ]
+# What is asked for first stands first: a narrow screen shows few columns at a time.
+_PAGE = (
+    *("recipe", "card", "verdict", "on the card", "reserved", "allocated", "floor", "x floor"),
+    *("load", "first step", "steady", "seq", "batch", "r", "targets", "ckpt", "loss"),
+)
+_README = ("recipe", "seq", "ckpt", "loss", "allocated", "floor", "x floor", "reserved", "on the card", "verdict")
+
+
+def _chosen(headings: Sequence[str]) -> list[Column[Case]]:
+    by_heading = {column.heading: column for column in _COLUMNS}
+    return [by_heading[heading] for heading in headings]
+
+
+def _section(provenance: kinds.Provenance, cases: tuple[Case, ...]) -> Section:
+    fitting = sum(case.fits for case in cases)
+    one_card = len({case.device for case in cases}) == 1
+    columns = _chosen([heading for heading in _PAGE if not (one_card and heading == "card")])
+    return Section(
+        name="matrix",
+        title="The benchmark matrix",
+        text="Peaks in GiB: allocated by phase, then overall, reserved, and what the card must hold with the CUDA "
+        "context. A recipe that does not fit ran on a card of the same kind with room for it: its figures are what it "
+        "would need.",
+        tables=(page_table("Peaks in GiB by recipe", columns, cases),),
+        highlights=((f"{fitting} of {len(cases)}", f"recipes fit on {provenance.device}"),),
+    )
+
+
+KIND = Kind("a matrix (pytest bench/)", has_rows("cases", "recipe_hash", "fits"), _read, each_its_own(_section))
+
+
+def readme_table(cases: Sequence[Case]) -> str:
+    """The matrix as a short Markdown table."""
+    recipe, seq, ckpt, *others, _ = _chosen(_README)
+    first = replace(recipe, cell=lambda case: Cell(f"`{case.recipe}`"))
+    columns = [first, seq, replace(ckpt, heading="checkpointing"), *others, Column("verdict", _verdict)]
+    return markdown_of(columns, cases)
+
+
+def readme_block(content: dict[str, Any]) -> str:
+    """Table and provenance of a `matrix.json`, as they stand in the README.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    record = content["environment"]
+    return (
+        f"Granite-4.0-H-1B on `{record['device']}`, peaks in GiB. {FLOOR_TEXT}\n\n"
+        f"{readme_table(KIND.read(Fields(content)))}\n\n"
+        f"{provenance_lines(record)} A recipe that does not fit ran on a card of the same kind with room for it; its "
+        "row says what it would need. All tables: [`results/`](results/).\n"
+    )

@@ -6,8 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem.memory.profile import PHASES, Peak
-from qlora_lowmem.results.kind import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import SMALL, Style, legend_label, name_rows, plain, row_height, words_behind
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.style import (
+    SMALL,
+    Style,
+    legend,
+    legend_label,
+    name_rows,
+    patch,
+    plain,
+    row_height,
+    stroke,
+    tick,
+    words_behind,
+)
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
@@ -35,30 +47,29 @@ class PhaseBytes:
 
     Attributes:
         phase: one of `memory.profile.PHASES`.
-        allocated, reserved, device: as `memory.profile.Peak` has them; if memory ran out, until there.
-        allocated_budget, device_budget: what the first and the last may be; None where nobody set one.
+        peak: if memory ran out, until there.
+        device_budget: what the card may hold.
+        allocated_budget: what tensors may take; None where nobody set one.
         floor: what no method of training the recipe avoids, the same in every phase; 0 where no step ended.
         out_of_memory: torch's message if memory ran out in this phase, else empty.
     """
 
     phase: str
-    allocated: int
-    allocated_budget: int | None
-    reserved: int
-    device: int
+    peak: Peak
     device_budget: int
+    allocated_budget: int | None = None
     floor: int = 0
     out_of_memory: str = ""
 
     @property
     def allocated_over(self) -> bool:
         """Whether tensors took more than they may."""
-        return self.allocated_budget is not None and self.allocated > self.allocated_budget
+        return self.allocated_budget is not None and self.peak.allocated > self.allocated_budget
 
     @property
     def device_over(self) -> bool:
         """Whether the card held more than it may."""
-        return self.device > self.device_budget
+        return self.peak.device > self.device_budget
 
     @property
     def over(self) -> bool:
@@ -73,7 +84,7 @@ class PhaseBytes:
     @property
     def end(self) -> int:
         """Where its bar or its mark ends, whichever is further."""
-        return max(self.device, self.allocated_budget or 0)
+        return max(self.peak.device, self.allocated_budget or 0)
 
 
 def phase_bytes(
@@ -98,25 +109,12 @@ def phase_bytes(
         phase = name if name in PHASES else list(phases)[-1] if phases else PHASES[0]
         messages[phase] = message or "out of memory"
         peaks.setdefault(phase, Peak())
+    budgets = allocated_budgets or dict.fromkeys(peaks)
     return tuple(
-        PhaseBytes(
-            name,
-            peaks[name].allocated,
-            allocated_budgets[name] if allocated_budgets is not None else None,
-            peaks[name].reserved,
-            peaks[name].device,
-            device_budget,
-            floor,
-            messages.get(name, ""),
-        )
+        PhaseBytes(name, peaks[name], device_budget, budgets[name], floor, messages.get(name, ""))
         for name in PHASES
         if name in peaks
     )
-
-
-def highest(life: Sequence[PhaseBytes]) -> PhaseBytes:
-    """The phase in which tensors take most, the first of those with the same: what is held against the floor."""
-    return max(life, key=lambda each: each.allocated)
 
 
 Lives = Mapping[str, Sequence[PhaseBytes]]  # the phases of each recipe, in the order of PHASES
@@ -126,18 +124,18 @@ _Row = tuple[str, PhaseBytes]  # a recipe and one of its phases
 _COLUMNS: tuple[Column[_Row], ...] = (
     Column("recipe", lambda row: Cell(row[0])),
     Column(_PHASE, lambda row: Cell(row[1].phase)),
-    Column("allocated", lambda row: gib_cell(row[1].allocated)),
+    Column("allocated", lambda row: gib_cell(row[1].peak.allocated)),
     Column(_BUDGET, lambda row: known_gib_cell(row[1].allocated_budget), "allocated budget"),
-    Column("reserved", lambda row: gib_cell(row[1].reserved)),
-    Column("on the card", lambda row: gib_cell(row[1].device)),
+    Column("reserved", lambda row: gib_cell(row[1].peak.reserved)),
+    Column("on the card", lambda row: gib_cell(row[1].peak.device)),
     Column("budget on the card", lambda row: gib_cell(row[1].device_budget), "card budget"),
 )
 _FLOOR_COLUMNS: tuple[Column[_Row], ...] = (
     Column("recipe", lambda row: Cell(row[0])),
     Column("highest in", lambda row: Cell(row[1].phase)),
-    Column("allocated", lambda row: gib_cell(row[1].allocated)),
+    Column("allocated", lambda row: gib_cell(row[1].peak.allocated)),
     Column("floor", lambda row: known_gib_cell(row[1].floor)),
-    Column("x floor", lambda row: times_floor_cell(row[1].allocated, row[1].floor)),
+    Column("x floor", lambda row: times_floor_cell(row[1].peak.allocated, row[1].floor)),
 )
 
 
@@ -147,7 +145,7 @@ def _rows(lives: Lives) -> list[_Row]:
 
 def _highest(lives: Lives) -> list[_Row]:
     """The phase of each in which tensors take most, the first of those with the same: it is held against the floor."""
-    return [(recipe, max(life, key=lambda each: each.allocated)) for recipe, life in lives.items()]
+    return [(recipe, max(life, key=lambda each: each.peak.allocated)) for recipe, life in lives.items()]
 
 
 def phases_content(lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
@@ -156,10 +154,10 @@ def phases_content(lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
         {
             "recipe": recipe,
             "phase": each.phase,
-            "allocated_bytes": each.allocated,
+            "allocated_bytes": each.peak.allocated,
             "allocated_budget_bytes": each.allocated_budget,
-            "reserved_bytes": each.reserved,
-            "device_bytes": each.device,
+            "reserved_bytes": each.peak.reserved,
+            "device_bytes": each.peak.device,
             "device_budget_bytes": each.device_budget,
             "floor_bytes": each.floor,
             "out_of_memory": each.out_of_memory or None,
@@ -206,14 +204,12 @@ def _read(content: Fields) -> Lives:
 
 def _phase(case: Fields) -> PhaseBytes:
     return PhaseBytes(
-        phase=case.text("phase"),
-        allocated=case.count("allocated_bytes"),
-        allocated_budget=None if case["allocated_budget_bytes"] is None else case.count("allocated_budget_bytes"),
-        reserved=case.count("reserved_bytes"),
-        device=case.count("device_bytes"),
-        device_budget=case.count("device_budget_bytes"),
-        floor=case.count("floor_bytes"),
-        out_of_memory="" if case["out_of_memory"] is None else case.text("out_of_memory") or "out of memory",
+        case.text("phase"),
+        Peak(*(case.count(f"{name}_bytes") for name in ("allocated", "reserved", "device"))),
+        case.count("device_budget_bytes"),
+        None if case["allocated_budget_bytes"] is None else case.count("allocated_budget_bytes"),
+        case.count("floor_bytes"),
+        "" if case["out_of_memory"] is None else case.text("out_of_memory") or "out of memory",
     )
 
 
@@ -231,7 +227,7 @@ def _section(_provenance: Provenance, lives: Lives) -> Section:
         text=f"A card that trains must also load, evaluate, save and merge. {budgets} the figure behind a bar. "
         "Resuming and merging are processes of their own. Within a process reserved does not fall: the allocator keeps "
         f"what it has. {FLOOR_TEXT}",
-        charts=(chart_of("phases", lives, missing=True),),
+        charts=(chart_of("phases", lives, whole=True),),
         tables=tables_of(lives),
         highlights=((f"{within} of {len(every)}", "phases of a run stay within their budgets"),),
     )
@@ -242,16 +238,10 @@ KIND = Kind(
 )
 
 
-def chart_of(name: str, lives: Lives, missing: bool) -> Chart:
-    """The chart of those phases with a table a recipe; `missing`: name the phases of a whole life that have none."""
-    texts = (_verdicts(lives), _most(lives), *(_missing(lives) if missing else ()))
-    return Chart(
-        name,
-        "Peak of each phase",
-        " ".join(text for text in texts if text),
-        lambda style: phases(style, lives),
-        tuple(_table(recipe, life) for recipe, life in lives.items()),
-    )
+def chart_of(name: str, lives: Lives, *, whole: bool) -> Chart:
+    """The chart of those phases with a table a recipe; `whole`: name the phases of a whole life that have none."""
+    tables = tuple(_table(recipe, life) for recipe, life in lives.items())
+    return Chart(name, "Peak of each phase", _summary(lives, whole=whole), lambda style: phases(style, lives), tables)
 
 
 def tables_of(lives: Lives) -> tuple[Table, ...]:
@@ -266,34 +256,22 @@ def tables_of(lives: Lives) -> tuple[Table, ...]:
     return (floors, page_table("Where memory ran out", columns, ran_out)) if ran_out else (floors,)
 
 
-def _verdicts(lives: Lives) -> str:
-    ran_out = [f"{each.phase} of {recipe}" for recipe, life in lives.items() for each in life if each.out_of_memory]
-    over = [f"{each.phase} of {recipe}" for recipe, life in lives.items() for each in life if each.over]
-    texts = [
-        *([f"Out of memory: {', '.join(ran_out)}; the peaks there are those until then."] if ran_out else []),
-        *([f"Over budget: {', '.join(over)}."] if over else []),
-    ]
-    return " ".join(texts) or f"All {sum(map(len, lives.values()))} phases stay within their budgets."
-
-
-def _most(lives: Lives) -> str:
-    """The phase in which the card holds most, the first of those with the same."""
-    parts = []
-    for recipe, life in lives.items():
-        top = max(life, key=lambda each: each.device)
-        parts.append(f"{recipe} {gib(top.device)} of {gib(top.device_budget)} GiB ({top.phase})")
-    return f"The most that the card holds, and the first phase with it: {', '.join(parts)}."
-
-
-def _missing(lives: Lives) -> list[str]:
-    """What has no figures: a run that memory ended has none of the phases after that."""
-    missing = [
-        f"{name} of {recipe}"
-        for recipe, life in lives.items()
-        for name in PHASES
-        if name not in {each.phase for each in life}
-    ]
-    return [f"Without figures: {', '.join(missing)}."] if missing else []
+def _summary(lives: Lives, *, whole: bool) -> str:
+    """What failed; the first phase in which the card holds most; what has no figures, as after memory ended a run."""
+    rows, there = _rows(lives), {(recipe, each.phase) for recipe, each in _rows(lives)}
+    ran_out = [f"{each.phase} of {recipe}" for recipe, each in rows if each.out_of_memory]
+    over = [f"{each.phase} of {recipe}" for recipe, each in rows if each.over]
+    tops = [(recipe, max(life, key=lambda each: each.peak.device)) for recipe, life in lives.items()]
+    most = [f"{recipe} {gib(top.peak.device)} of {gib(top.device_budget)} GiB ({top.phase})" for recipe, top in tops]
+    missing = [f"{name} of {recipe}" for recipe in lives for name in PHASES if whole and (recipe, name) not in there]
+    texts = (
+        f"Out of memory: {', '.join(ran_out)}; the peaks there are those until then." if ran_out else "",
+        f"Over budget: {', '.join(over)}." if over else "",
+        "" if ran_out or over else f"All {len(rows)} phases stay within their budgets.",
+        f"The most that the card holds, and the first phase with it: {', '.join(most)}.",
+        f"Without figures: {', '.join(missing)}." if missing else "",
+    )
+    return " ".join(text for text in texts if text)
 
 
 def _table(recipe: str, life: Sequence[PhaseBytes]) -> Table:
@@ -313,13 +291,13 @@ def _verdict(row: _Row) -> Cell:
     return Cell(f"over: {' and '.join(over)}", tone="bad") if over else Cell("within budget", tone="good")
 
 
-def phases(style: Style, lives: Mapping[str, Sequence[PhaseBytes]]) -> "Figure":
+def phases(style: Style, lives: Lives) -> "Figure":
     """A row a phase: allocated within reserved within what the card holds; what fails is striped.
 
     Args:
         lives: the phases of each recipe; at least one recipe, each with at least one phase.
     """
-    there = {each.phase for life in lives.values() for each in life}
+    there = {each.phase for _, each in _rows(lives)}
     names = [name for name in PHASES if name in there]
     columns = 1 if style.narrow or len(lives) == 1 else 2
     lines = -(-len(lives) // columns)
@@ -329,7 +307,7 @@ def phases(style: Style, lives: Mapping[str, Sequence[PhaseBytes]]) -> "Figure":
     for number, (recipe, found) in enumerate(lives.items()):
         panel = panels[number]
         panel.set_title(legend_label(recipe), loc="left", fontsize=9, fontweight="bold")
-        _panel(panel, style, names, found, _reach(lives, style, columns))
+        _panel(panel, style, names, found, _scale_end(lives, style, columns))
         if number % columns and not style.narrow:
             panel.tick_params(axis="y", labelleft=False)
     for panel in panels[len(lives) :]:  # the last line may have room left
@@ -338,9 +316,9 @@ def phases(style: Style, lives: Mapping[str, Sequence[PhaseBytes]]) -> "Figure":
     return figure
 
 
-def _reach(lives: Mapping[str, Sequence[PhaseBytes]], style: Style, columns: int) -> float:
+def _scale_end(lives: Lives, style: Style, columns: int) -> float:
     """The end of the scale in GiB, with room for the words behind the longest bar."""
-    found = [each for life in lives.values() for each in life]
+    found = [each for _, each in _rows(lives)]
     largest = max(each.end for each in found) / GIB
     budget = max(each.device_budget for each in found) / GIB
     words = 0.44 if any(each.out_of_memory for each in found) else 0.3 if any(each.over for each in found) else 0.2
@@ -348,7 +326,7 @@ def _reach(lives: Mapping[str, Sequence[PhaseBytes]], style: Style, columns: int
     return max(budget * 1.04, largest * room)
 
 
-def _panel(axes: "Axes", style: Style, names: Sequence[str], found: Sequence[PhaseBytes], reach: float) -> None:
+def _panel(axes: "Axes", style: Style, names: Sequence[str], found: Sequence[PhaseBytes], end: float) -> None:
     places, height = name_rows(axes, names, style)
     by_name = {each.phase: each for each in found}
     _budget_line(axes, style, [by_name[name].device_budget for name in names if name in by_name])
@@ -365,7 +343,7 @@ def _panel(axes: "Axes", style: Style, names: Sequence[str], found: Sequence[Pha
                 fontsize=SMALL,
                 color=style.theme["muted"],
             )
-    axes.set_xlim(0, reach)
+    axes.set_xlim(0, end)
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("GiB at the peak of the phase")
     plain(axes, style, grid="x")
@@ -379,9 +357,9 @@ def _budget_line(axes: "Axes", style: Style, budgets: Sequence[int]) -> None:
 
 def _row(axes: "Axes", style: Style, place: float, height: float, found: PhaseBytes) -> None:
     layers = (
-        (found.device, "context", found.device_over or bool(found.out_of_memory)),
-        (found.reserved, "slack", False),
-        (found.allocated, "bar", found.allocated_over),
+        (found.peak.device, "context", found.device_over or bool(found.out_of_memory)),
+        (found.peak.reserved, "slack", False),
+        (found.peak.allocated, "bar", found.allocated_over),
     )
     for count, role, over in layers:  # each covers the one before
         axes.barh(
@@ -393,46 +371,32 @@ def _row(axes: "Axes", style: Style, place: float, height: float, found: PhaseBy
             linewidth=0 if over else 0.6,
             hatch="///" if over else None,
         )
-    reach = height / 2 + 0.06
     if found.allocated_budget is not None:
-        mark = found.allocated_budget / GIB
         for colour, width in (("paper", 3.6), ("limit", 1.8)):
-            axes.plot([mark, mark], [place - reach, place + reach], color=style.theme[colour], linewidth=width)
+            tick(axes, found.allocated_budget / GIB, place, height / 2 + 0.06, style.theme[colour], width)
     failed = ", out of memory" if found.out_of_memory else ", over" if found.over else ""
-    words_behind(axes, f"{found.device / GIB:.3f}{failed}", found.end / GIB, place, zorder=4)
+    words_behind(axes, f"{found.peak.device / GIB:.3f}{failed}", found.end / GIB, place, zorder=4)
 
 
-def _legend(figure: "Figure", style: Style, lives: Mapping[str, Sequence[PhaseBytes]]) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    colours, found = style.theme, [each for life in lives.values() for each in life]
-    edge = colours["edge"]
-    handles: list[Patch | Line2D] = [Patch(facecolor=colours["bar"], edgecolor=edge, linewidth=0.6, label="allocated")]
-    if any(each.allocated_budget is not None for each in found):
-        look: Any = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 1.8}
-        handles.append(Line2D([], [], color=colours["limit"], label="budget of allocated", **look))
-    handles += [
-        Patch(facecolor=colours["slack"], edgecolor=edge, linewidth=0.6, label="reserved"),
-        Patch(facecolor=colours["context"], edgecolor=edge, linewidth=0.6, label="on the card"),
-    ]
+def _legend(figure: "Figure", style: Style, lives: Lives) -> None:
+    colours, found = style.theme, [each for _, each in _rows(lives)]
+    edge = {"edgecolor": colours["edge"], "linewidth": 0.6}
     budgets = sorted({each.device_budget for each in found})
     text = f"budget on the card: {', '.join(f'{budget / GIB:.2f}' for budget in budgets)}"
-    handles.append(Line2D([], [], color=colours["limit"], linewidth=1.4, linestyle="--", label=text))
-    if any(each.fails for each in found):
-        reasons = [
-            text
-            for text, there in (
-                ("over budget", any(each.over for each in found)),
-                ("out of memory", any(each.out_of_memory for each in found)),
-            )
-            if there
-        ]
+    over, ran_out = any(each.over for each in found), any(each.out_of_memory for each in found)
+    reasons = [reason for reason, there in (("over budget", over), ("out of memory", ran_out)) if there]
+    handles = [patch("allocated", facecolor=colours["bar"], **edge)]
+    if any(each.allocated_budget is not None for each in found):
+        look = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 1.8}
+        handles.append(stroke("budget of allocated", color=colours["limit"], **look))
+    handles += [
+        patch("reserved", facecolor=colours["slack"], **edge),
+        patch("on the card", facecolor=colours["context"], **edge),
+        stroke(text, color=colours["limit"], linewidth=1.4, linestyle="--"),
+    ]
+    if reasons:
         label = "striped: fails" if style.narrow and len(reasons) > 1 else f"striped: {' or '.join(reasons)}"
-        handles.append(
-            Patch(facecolor=colours["bad"], edgecolor=colours["paper"], linewidth=0, hatch="///", label=label)
-        )
+        striped = {"facecolor": colours["bad"], "edgecolor": colours["paper"], "linewidth": 0, "hatch": "///"}
+        handles.append(patch(label, **striped))
     columns = 2 if style.narrow else len(handles) if len(handles) < 6 else 3
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.0, handlelength=1.6
-    )
+    legend(figure, handles, columns, columnspacing=1.0, handlelength=1.6)

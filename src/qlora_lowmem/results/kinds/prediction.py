@@ -1,22 +1,258 @@
-"""Predicted against measured: every peak on the line of equals, and how far off each is."""
+"""Predicted beside measured: the same recipe on a GPU and on its virtual twin, by phase and by kind of reading."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_lowmem.results.kinds.prediction_table import LIMITS, READINGS
-from qlora_lowmem.results.kinds.prediction_table import Figure as Reading
-from qlora_lowmem.results.style import SMALL, Style, name_rows, plain, row_height
+from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own
+from qlora_lowmem.results.style import SMALL, Style, legend, name_rows, plain, row_height, stroke
+from qlora_lowmem.results.tables import (
+    Cell,
+    Column,
+    Table,
+    gib,
+    gib_cell,
+    markdown_page,
+    markdown_table,
+    page_table,
+    ratio_cell,
+    write_result,
+)
 from qlora_lowmem.units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawn
 
+Reading = Literal["allocated", "reserved", "device"]
+READINGS: tuple[Reading, ...] = ("allocated", "reserved", "device")
+# The peak over all phases, beside the phases themselves.
+WHOLE_RUN = "whole run"
+# By how many per cent a prediction of the whole run may be off. What a card holds has its context in it, which is
+# measured, not predicted, so it has no limit of its own.
+LIMITS: dict[Reading, int] = {"allocated": 1, "reserved": 3}
 _MARKS = {"allocated": ("o", "series-1"), "reserved": ("s", "series-3"), "device": ("D", "series-2")}
 
 
-def prediction(style: Style, figures: Sequence[Reading]) -> "Figure":
+@dataclass(frozen=True)
+class Figure:
+    """One reading of one recipe in one phase, predicted and measured, in bytes."""
+
+    recipe: str
+    phase: str
+    reading: Reading
+    predicted: int
+    measured: int
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less 1: above 0, too much was predicted."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def limit(self) -> int | None:
+        """By how many per cent it may be off; None where there is no limit."""
+        return LIMITS.get(self.reading) if self.phase == WHOLE_RUN else None
+
+    def within(self, percent: int) -> bool:
+        """Whether the error is at most that; in integers, so that the limit itself is within."""
+        return abs(self.predicted - self.measured) * 100 <= percent * self.measured
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A prediction outside of its limit, in per cent; renders itself."""
+
+    figure: Figure
+    limit: int
+
+    def __str__(self) -> str:
+        f = self.figure
+        return (
+            f"{f.recipe}: {f.reading} over the {f.phase} predicted {f.predicted:,} bytes, measured {f.measured:,}: "
+            f"{f.error:+.2%}, and the limit is {self.limit} %"
+        )
+
+
+def compare(recipe: str, predicted: MemoryProfile, measured: MemoryProfile) -> list[Figure]:
+    """Every reading of every phase that both have, then of the whole run.
+
+    Raises:
+        ValueError: `predicted` is not virtual; the two have no phase in common.
+    """
+    if predicted.provenance != "virtual":
+        raise ValueError(f"{recipe}: the predicted profile is {predicted.provenance}; it must be virtual")
+    common = [phase for phase in measured.phases if phase in predicted.phases]
+    if not common:
+        raise ValueError(f"{recipe}: the two profiles have no phase in common")
+    pairs = [(phase, predicted.phases[phase], measured.phases[phase]) for phase in common]
+    figures = [
+        Figure(recipe, phase, reading, getattr(one, reading), getattr(other, reading))
+        for phase, one, other in pairs
+        for reading in READINGS
+    ]
+    whole = [
+        Figure(recipe, WHOLE_RUN, reading, getattr(predicted.peak, reading), getattr(measured.peak, reading))
+        for reading in READINGS
+    ]
+    return figures + whole
+
+
+def misses(figures: Iterable[Figure]) -> list[Miss]:
+    """Whole-run readings that are outside of `LIMITS`."""
+    return [
+        Miss(figure, figure.limit) for figure in figures if figure.limit is not None and not figure.within(figure.limit)
+    ]
+
+
+def write_prediction(
+    folder: Path, figures: Sequence[Figure], record: dict[str, Any], context: str, not_compared: dict[str, str]
+) -> None:
+    """Write `prediction.json`, `.md` and `.csv` into `folder`.
+
+    Args:
+        record: provenance of the measured figures.
+        context: where the virtual card's context and properties come from.
+        not_compared: recipes without a comparison, and why.
+
+    Raises:
+        ValueError: the figures beside the predicted ones are not measured.
+    """
+    if record["provenance"] != "measured":
+        raise ValueError(f"a prediction is held against measured figures, and these are {record['provenance']}")
+    rows = [
+        {
+            "recipe": figure.recipe,
+            "phase": figure.phase,
+            "reading": figure.reading,
+            "predicted_bytes": figure.predicted,
+            "predicted_provenance": "virtual",
+            "measured_bytes": figure.measured,
+            "measured_provenance": "measured",
+            "error": figure.error,
+            "limit_percent": figure.limit,
+        }
+        for figure in figures
+    ]
+    left_out = "".join(f"\n- `{name}`: {why}" for name, why in not_compared.items())
+    text = (
+        "Peaks in GiB: **predicted** on a virtual card with the properties of the measured one, **measured** on the "
+        f"card itself, the same recipe and versions. {context}"
+    )
+    table = markdown_table(_HEADERS, _cells(figures), text_columns=2)
+    parts = [text, _summary(figures), table, *((f"Not compared:{left_out}",) if left_out else ())]
+    markdown = markdown_page(f"Predicted and measured on {record['device']}", parts, record)
+    content = {"environment": record, "context": context, "figures": rows, "not_compared": not_compared}
+    write_result(folder, "prediction", content, markdown, rows)
+
+
+_HEADERS = (
+    "recipe",
+    "phase",
+    *(f"{reading} {what}" for reading in READINGS for what in ("predicted", "measured", "error")),
+)
+
+
+def _cells(figures: Sequence[Figure]) -> list[list[str]]:
+    rows: dict[tuple[str, str], list[str]] = {}
+    for figure in figures:  # in the order of READINGS within a phase
+        cells = rows.setdefault((figure.recipe, figure.phase), [figure.recipe, figure.phase])
+        cells += [gib(figure.predicted), gib(figure.measured), f"{figure.error:+.2%}"]
+    return list(rows.values())
+
+
+def _summary(figures: Sequence[Figure]) -> str:
+    lines = []
+    for reading in READINGS:
+        errors = [abs(f.error) for f in figures if f.phase == WHOLE_RUN and f.reading == reading]
+        if errors:
+            limit = f", limit {LIMITS[reading]} %" if reading in LIMITS else ""
+            lines.append(f"{reading}: median {statistics.median(errors):.2%}, worst {max(errors):.2%}{limit}")
+    return f"Errors of the whole run over {len({f.recipe for f in figures})} recipes: {'; '.join(lines)}."
+
+
+@dataclass(frozen=True)
+class _File:
+    """The content of a `prediction.json`.
+
+    Attributes:
+        context: where the virtual card's context and properties come from.
+        not_compared: recipes without a comparison, and why.
+    """
+
+    figures: tuple[Figure, ...]
+    context: str
+    not_compared: dict[str, str]
+
+
+def _read(content: Fields) -> _File:
+    """Its figures, in bytes; those of whole runs are among them."""
+    figures = []
+    for row in content.objects("figures"):
+        reading = next((reading for reading in READINGS if reading == row["reading"]), None)
+        if reading is None:
+            raise ValueError(f"figures: {row['reading']!r} is not one of {', '.join(READINGS)}")
+        sizes = row.count("predicted_bytes"), row.count("measured_bytes")
+        if not all(sizes):
+            raise ValueError(f"figures: a peak of {row['recipe']!r} is 0 bytes")
+        figures.append(Figure(row.text("recipe"), row.text("phase"), reading, *sizes))
+    if not any(figure.phase == WHOLE_RUN for figure in figures):
+        raise ValueError(f"figures: none of a {WHOLE_RUN}")
+    return _File(tuple(figures), content.text("context"), content.object("not_compared").texts())
+
+
+def _section(provenance: Provenance, data: _File) -> Section:
+    device = provenance.device
+    whole = [figure for figure in data.figures if figure.phase == WHOLE_RUN]
+    judged = [figure for figure in whole if figure.limit is not None]
+    within = len(judged) - len(misses(judged))
+    worst = max(whole, key=lambda figure: abs(figure.error))
+    summary = (
+        f"{within} of {len(judged)} readings of whole runs are within their limits "
+        f"({', '.join(f'{reading} {limit} %' for reading, limit in LIMITS.items())}). The worst: {worst.recipe}, "
+        f"{worst.reading}, {worst.error:+.2%}."
+    )
+    table = page_table("Peaks in GiB, predicted and measured", _COLUMNS, data.figures)
+    chart = Chart("prediction", "Predicted against measured", summary, lambda style: prediction(style, whole), (table,))
+    left_out = tuple((Cell(name), Cell(why)) for name, why in data.not_compared.items())
+    return Section(
+        name="prediction",
+        title="Predicted against measured",
+        text=f"Each recipe on {device} (measured) and on a virtual card with its properties (virtual). {data.context}",
+        charts=(chart,),
+        tables=(Table("Not compared", ("recipe", "why"), left_out),) if left_out else (),
+        highlights=((f"{worst.error:+.2%}", "the worst prediction of a whole run's peak"),),
+    )
+
+
+_COLUMNS: tuple[Column[Figure], ...] = (
+    Column("recipe", lambda figure: Cell(figure.recipe)),
+    Column("phase", lambda figure: Cell(figure.phase)),
+    Column("reading", lambda figure: Cell(figure.reading)),
+    Column("predicted", lambda figure: gib_cell(figure.predicted)),
+    Column("measured", lambda figure: gib_cell(figure.measured)),
+    Column("error", lambda figure: ratio_cell(f"{figure.error:+.2%}", figure.error, _tone(figure))),
+    Column("limit", lambda figure: Cell("-" if figure.limit is None else f"{figure.limit} %")),
+)
+
+
+def _tone(figure: Figure) -> str:
+    return "" if figure.limit is None else "good" if figure.within(figure.limit) else "bad"
+
+
+KIND = Kind(
+    "a prediction (pytest bench/ --gpu)",
+    lambda content: content.keys() >= {"figures", "not_compared"},
+    _read,
+    each_its_own(_section),
+)
+
+
+def prediction(style: Style, figures: Sequence[Figure]) -> "Drawn":
     """Two panels, side by side or one above the other.
 
     Args:
@@ -36,21 +272,17 @@ def prediction(style: Style, figures: Sequence[Reading]) -> "Figure":
     return figure
 
 
-def _scatter(axes: "Axes", style: Style, figures: Sequence[Reading]) -> None:
+def _scatter(axes: "Axes", style: Style, figures: Sequence[Figure]) -> None:
     equals(axes, style, [size / GIB for figure in figures for size in (figure.predicted, figure.measured)])
     for figure in figures:
-        marker, role = _MARKS[figure.reading]
-        axes.plot(
-            figure.measured / GIB,
-            figure.predicted / GIB,
-            marker=marker,
-            markersize=6,
-            markerfacecolor="none",
-            markeredgecolor=style.theme[role],
-            markeredgewidth=1.4,
-        )
+        axes.plot(figure.measured / GIB, figure.predicted / GIB, markersize=6, **_mark(style, figure.reading))
     axes.set_xlabel("measured GiB")
     axes.set_ylabel("predicted GiB")
+
+
+def _mark(style: Style, reading: Reading) -> dict[str, Any]:
+    marker, role = _MARKS[reading]
+    return {"marker": marker, "markerfacecolor": "none", "markeredgecolor": style.theme[role], "markeredgewidth": 1.4}
 
 
 def equals(axes: "Axes", style: Style, sizes: Sequence[float]) -> None:
@@ -73,7 +305,7 @@ def equals(axes: "Axes", style: Style, sizes: Sequence[float]) -> None:
     plain(axes, style, keep=("bottom", "left"), grid="y")
 
 
-def _errors(axes: "Axes", style: Style, figures: Sequence[Reading], recipes: Sequence[str]) -> None:
+def _errors(axes: "Axes", style: Style, figures: Sequence[Figure], recipes: Sequence[str]) -> None:
     places, _ = name_rows(axes, recipes, style)
     place_of = dict(zip(recipes, places, strict=True))
     for limit in set(LIMITS.values()):
@@ -81,16 +313,7 @@ def _errors(axes: "Axes", style: Style, figures: Sequence[Reading], recipes: Seq
             axes.axvline(side, color=style.theme["limit"], linewidth=1, linestyle=(0, (4, 3)))
     axes.axvline(0, color=style.theme["edge"], linewidth=1)
     for figure in figures:
-        marker, role = _MARKS[figure.reading]
-        axes.plot(
-            100 * figure.error,
-            place_of[figure.recipe],
-            marker=marker,
-            markersize=6,
-            markerfacecolor="none",
-            markeredgecolor=style.theme[role],
-            markeredgewidth=1.4,
-        )
+        axes.plot(100 * figure.error, place_of[figure.recipe], markersize=6, **_mark(style, figure.reading))
     reach = max(*LIMITS.values(), *(abs(100 * figure.error) for figure in figures)) * 1.15
     axes.set_xlim(-reach, reach)
     axes.set_xlabel("predicted over measured, %")
@@ -98,24 +321,10 @@ def _errors(axes: "Axes", style: Style, figures: Sequence[Reading], recipes: Seq
     plain(axes, style)
 
 
-def _legend(figure: "Figure", style: Style) -> None:
-    from matplotlib.lines import Line2D
-
+def _legend(figure: "Drawn", style: Style) -> None:
     names = {"allocated": "allocated", "reserved": "reserved", "device": "on the card"}
-    handles = [
-        Line2D(
-            [],
-            [],
-            linestyle="none",
-            marker=_MARKS[reading][0],
-            markerfacecolor="none",
-            markeredgecolor=style.theme[_MARKS[reading][1]],
-            markeredgewidth=1.4,
-            label=names[reading],
-        )
-        for reading in READINGS
-    ]
+    handles = [stroke(names[reading], linestyle="none", **_mark(style, reading)) for reading in READINGS]
     limits = ", ".join(f"{names[reading]} {limit} %" for reading, limit in LIMITS.items())
-    colour = style.theme["limit"]
-    handles.append(Line2D([], [], color=colour, linestyle=(0, (4, 3)), linewidth=1, label=f"limits: {limits}"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 if style.narrow else 4, frameon=False)
+    dashed = {"color": style.theme["limit"], "linestyle": (0, (4, 3)), "linewidth": 1}
+    handles.append(stroke(f"limits: {limits}", **dashed))
+    legend(figure, handles, 2 if style.narrow else 4)

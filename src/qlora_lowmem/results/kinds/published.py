@@ -1,11 +1,13 @@
-"""What others measured against what the plan says: every figure on the line of equals, and how far off each is."""
+"""Predicted against measured by others: published fine-tuning peaks of real cards, and the plan's figure of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.kinds.prediction import equals
-from qlora_lowmem.results.style import Style, name_at, plain, row_height, short
+from qlora_lowmem.results.style import Style, legend, name_at, plain, row_height, short, stroke
+from qlora_lowmem.results.tables import Cell, Column, Table, gib, gib_cell, page_table, ratio_cell
 from qlora_lowmem.units import GIB
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ FIGURES = {
     "device": ("on the card", "D", "series-2"),
     "limit": ("longest on that memory", "^", "series-4"),
 }
+_OUT_OF_MEMORY = "out of memory"  # in the place of a figure: no peak was published, only that a card was too small
 
 
 @dataclass(frozen=True)
@@ -27,25 +30,165 @@ class Published:
 
     Attributes:
         source: who published it.
-        figure: a key of `FIGURES`.
-        explained: what the measured program holds and a recipe's run does not.
+        measures: a key of `FIGURES`; or `out of memory`, of a card that was too small: `measured_bytes` is its memory.
+        explained_bytes: what the measured program holds and a recipe's run does not.
+        agrees_with_its_rounding: whether the plan is within the rounding of a figure that was published rounded, or out
+            of memory too; None for other rows.
+        program_bytes: of the measured program itself, run on the virtual card; None where it is not stated.
     """
 
     source: str
-    figure: str
-    measured: int
-    planned: int
-    explained: int
+    run: str
+    virtual_card: str
+    measures: str
+    measured_bytes: int
+    measured_versions: str
+    plan_bytes: int
+    explained_bytes: int
+    agrees_with_its_rounding: bool | None
+    program_bytes: int | None
+
+    @property
+    def is_peak(self) -> bool:
+        """Whether a peak was published."""
+        return self.measures != _OUT_OF_MEMORY
 
     @property
     def error(self) -> float:
         """Planned over measured, less 1."""
-        return self.planned / self.measured - 1
+        return self.plan_bytes / self.measured_bytes - 1
 
     @property
     def left(self) -> float:
         """The same with the explained bytes added to the plan."""
-        return (self.planned + self.explained) / self.measured - 1
+        return (self.plan_bytes + self.explained_bytes) / self.measured_bytes - 1
+
+
+def _read(content: Fields) -> tuple[Published, ...]:
+    rows = content.rows("rows", Published)
+    for row in rows:
+        if row.measures not in {*FIGURES, _OUT_OF_MEMORY}:
+            raise ValueError(f"rows: {row.measures!r} is not one of {', '.join((*FIGURES, _OUT_OF_MEMORY))}")
+        if not (row.measured_bytes and row.plan_bytes):
+            raise ValueError(f"rows: a figure of {row.run!r} is 0 bytes")
+    if not any(row.is_peak for row in rows):
+        raise ValueError("rows: none has a peak")
+    return rows
+
+
+def _section(_provenance: Provenance, rows: tuple[Published, ...]) -> Section:
+    points = [row for row in rows if row.is_peak]
+    groups = dict.fromkeys(row.source for row in rows)
+    chart = Chart(
+        "published",
+        "Predicted against measured by others",
+        _summary(rows),
+        lambda style: published(style, points),
+        tuple(_table(group, [row for row in rows if row.source == group]) for group in groups),
+    )
+    allocated = [point for point in points if point.measures == "allocated"]
+    highlights: tuple[tuple[str, str], ...] = ()
+    if allocated:
+        left, error = _worst(allocated)
+        text = (
+            f"the worst error of {len(allocated)} allocated peaks that others published, with what is explained; "
+            f"without, {error:.1%}"
+        )
+        highlights = ((f"{left:.1%}", text),)
+    return Section(
+        name="published",
+        title="Predicted against measured: what others published",
+        text="None of the measured figures is ours: others measured them on real cards and published them. Each run is "
+        "written as a recipe and run on a virtual card of the same kind; that peak is what is predicted. Explained are "
+        "bytes that the measured program holds, by its description, and a recipe's run does not; unexplained is the "
+        "error that is left with them. What a source's are, and where its figures stand, is said in results/reality.md "
+        "and bench/reality/README.md.",
+        charts=(chart,),
+        highlights=highlights,
+        quoted="published figures of real cards, by " + "; ".join(groups),
+    )
+
+
+def _worst(points: Sequence[Published]) -> tuple[float, float]:
+    """The largest error with what is explained, and without."""
+    return max(abs(point.left) for point in points), max(abs(point.error) for point in points)
+
+
+def _summary(rows: Sequence[Published]) -> str:
+    points = [row for row in rows if row.is_peak]
+    explained = [point for point in points if point.explained_bytes]
+    texts = [f"{len(points)} published figures against the plan's; on the dashed line both are equal."]
+    if explained:
+        texts.append(f"For {len(explained)} of them a part of the difference is explained: the filled marks have it.")
+    for name, (words, *_) in FIGURES.items():
+        found = [point for point in points if point.measures == name]
+        if found:
+            left, error = _worst(found)
+            with_it = f", {left:.1%} with what is explained" if any(point.explained_bytes for point in found) else ""
+            texts.append(f"Worst error of {len(found)} ({words}): {error:.1%}{with_it}.")
+    rounded = [row.agrees_with_its_rounding for row in rows if row.agrees_with_its_rounding is not None]
+    if rounded:
+        texts.append(
+            f"{sum(rounded)} of {len(rounded)} figures that were published rounded, or as out of memory, agree with "
+            "the plan as such."
+        )
+    return " ".join(texts)
+
+
+_COLUMNS: tuple[Column[Published], ...] = (
+    Column("run", lambda row: Cell(row.run)),
+    Column("figure", lambda row: Cell(FIGURES[row.measures][0] if row.is_peak else _OUT_OF_MEMORY)),
+    Column(
+        "measured by others",
+        lambda row: gib_cell(row.measured_bytes) if row.is_peak else Cell(f"more than {gib(row.measured_bytes)}"),
+    ),
+    Column("predicted", lambda row: gib_cell(row.plan_bytes)),
+    Column("error", lambda row: _percent(row.error if row.is_peak else None)),
+    Column(
+        "explained",
+        lambda row: gib_cell(row.explained_bytes) if row.is_peak and row.explained_bytes else Cell("-"),
+    ),
+    Column("unexplained", lambda row: _percent(row.left if row.is_peak else None)),
+)
+_AGREES = Column[Published]("as published", lambda row: _agrees(row.agrees_with_its_rounding))
+_PROGRAM = Column[Published](
+    "the program itself",
+    lambda row: _percent(None if row.program_bytes is None else row.program_bytes / row.measured_bytes - 1),
+)
+_CARD = Column[Published]("virtual card", lambda row: Cell(row.virtual_card))
+_VERSIONS = Column[Published]("versions", lambda row: Cell(row.measured_versions or "not stated"))
+
+
+def _table(source: str, rows: Sequence[Published]) -> Table:
+    """With columns only for what some row has."""
+    versions = len({row.measured_versions for row in rows}) > 1
+    columns = [
+        *_COLUMNS,
+        *([_AGREES] if any(row.agrees_with_its_rounding is not None for row in rows) else []),
+        *([_PROGRAM] if any(row.program_bytes is not None for row in rows) else []),
+        _CARD,
+        *([_VERSIONS] if versions else []),
+    ]
+    said = "" if versions else f" Versions: {rows[0].measured_versions or 'not stated'}."
+    return page_table(f"{source}, GiB.{said}", columns, rows)
+
+
+def _percent(share: float | None) -> Cell:
+    return Cell("-") if share is None else ratio_cell(f"{share:+.2%}", share)
+
+
+def _agrees(agrees: bool | None) -> Cell:
+    if agrees is None:
+        return Cell("-")
+    return Cell("agrees", tone="good") if agrees else Cell("does not agree", tone="bad")
+
+
+KIND = Kind(
+    "published peaks (pytest bench/test_reality.py)",
+    has_rows("rows", "plan_bytes", "measured_bytes", "explained_bytes"),
+    _read,
+    each_its_own(_section),
+)
 
 
 def published(style: Style, points: Sequence[Published]) -> "Figure":
@@ -62,15 +205,17 @@ def published(style: Style, points: Sequence[Published]) -> "Figure":
     else:
         figure = style.figure(max(rows + 1.6, 4.2))
         scatter, errors = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    equals(scatter, style, [size / GIB for point in points for size in (point.planned, point.measured)])
+    equals(scatter, style, [size / GIB for point in points for size in (point.plan_bytes, point.measured_bytes)])
     scatter.set_xlabel("measured by others, GiB")
     scatter.set_ylabel("predicted GiB")
     for point in points:
-        x, y, explained = (size / GIB for size in (point.measured, point.planned, point.planned + point.explained))
-        colour = style.theme[FIGURES[point.figure][2]]
+        x, y, explained = (
+            size / GIB for size in (point.measured_bytes, point.plan_bytes, point.plan_bytes + point.explained_bytes)
+        )
+        colour = style.theme[FIGURES[point.measures][2]]
         scatter.plot([x, x], [y, explained], color=colour, linewidth=1)
         _mark(scatter, style, point, x, y, filled=False)
-        if point.explained:
+        if point.explained_bytes:
             _mark(scatter, style, point, x, explained, filled=True)
     _errors(errors, style, points, sources)
     _legend(figure, style, points)
@@ -78,7 +223,7 @@ def published(style: Style, points: Sequence[Published]) -> "Figure":
 
 
 def _mark(axes: "Axes", style: Style, point: Published, x: float, y: float, filled: bool) -> None:
-    _, marker, role = FIGURES[point.figure]
+    _, marker, role = FIGURES[point.measures]
     colour = style.theme[role]
     axes.plot(
         x,
@@ -104,7 +249,7 @@ def _errors(axes: "Axes", style: Style, points: Sequence[Published], sources: Se
         top += tall
         for number, point in enumerate(found):  # one below the other, in the file's order
             y = first + (last - first) * (number + 0.5) / len(found)
-            if point.explained:
+            if point.explained_bytes:
                 ends = [100 * point.error, 100 * point.left]
                 axes.plot(ends, [y, y], color=style.theme["grid"], linewidth=0.8, zorder=1)
                 _mark(axes, style, point, 100 * point.left, y, filled=True)
@@ -127,20 +272,13 @@ def _tall(points: Sequence[Published], source: str) -> float:
 
 
 def _legend(figure: "Figure", style: Style, points: Sequence[Published]) -> None:
-    from matplotlib.lines import Line2D
-
-    there = {point.figure for point in points}
-    handles = []
-    for name, (text, marker, role) in FIGURES.items():
-        if name in there:
-            colour = style.theme[role]
-            handles.append(
-                Line2D([], [], linestyle="none", marker=marker, color=colour, markerfacecolor="none", label=text)
-            )
-    if any(point.explained for point in points):
-        colour = style.theme["ink"]
-        handles.append(
-            Line2D([], [], linestyle="none", marker="o", color=colour, label="filled: with what is explained")
-        )
-    columns = 2 if style.narrow else len(handles)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.2)
+    there = {point.measures for point in points}
+    handles = [
+        stroke(text, linestyle="none", marker=marker, color=style.theme[role], markerfacecolor="none")
+        for name, (text, marker, role) in FIGURES.items()
+        if name in there
+    ]
+    if any(point.explained_bytes for point in points):
+        filled = {"linestyle": "none", "marker": "o", "color": style.theme["ink"]}
+        handles.append(stroke("filled: with what is explained", **filled))
+    legend(figure, handles, 2 if style.narrow else len(handles), columnspacing=1.2)

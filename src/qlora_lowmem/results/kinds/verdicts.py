@@ -1,11 +1,13 @@
-"""What each case of the gate used, and what that is held against."""
+"""The gate's verdicts: each case, what it used, and what that is held against."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, get_args
 
-from qlora_lowmem.results.style import Style, name_rows, plain, row_height, words_behind
-from qlora_lowmem.units import MIB, format_bytes
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.style import Style, name_rows, plain, row_height, tick, words_behind
+from qlora_lowmem.results.tables import Cell, Column, markdown_of, page_table
+from qlora_lowmem.units import MIB, format_bytes, format_signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,25 +70,6 @@ class Record:
     lines: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Record":
-        """The inverse of `to_dict`.
-
-        Raises:
-            KeyError, TypeError: fields that are missing, unknown or of another type.
-        """
-        record = cls(**{**content, "key": Key(**content["key"])})
-        counts = [record.allocated, record.reserved, record.device]
-        for group in (record.phases, record.kinds, record.modules, record.lines):
-            counts.extend(group.values())
-        if any(type(count) is not int for count in counts):
-            raise TypeError("a number of bytes is not an integer")
-        return record
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -131,6 +114,11 @@ class Row:
     artefacts: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The case without the file of its test."""
+        return self.case.rpartition("::")[2]
+
+    @property
     def judged(self) -> int:
         """Bytes of the figure that is judged: the budget's, else what is allocated; 0 where it came to nothing."""
         return int(getattr(self.record, self.budget.of if self.budget else "allocated")) if self.record else 0
@@ -156,61 +144,103 @@ class Row:
             found.append(("vram_limit_bytes", self.budget.limit))
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Row":
-        """The inverse of `to_dict`."""
-        record, baseline = (
-            Record.from_dict(content[name]) if content[name] is not None else None for name in ("record", "baseline")
-        )
-        budget = Budget(**content["budget"]) if content["budget"] is not None else None
-        artefacts = tuple(content["artefacts"])
-        return cls(**{**content, "record": record, "baseline": baseline, "budget": budget, "artefacts": artefacts})
+def _mib(count: int | None) -> Cell:
+    return Cell("-") if count is None else Cell(f"{count / MIB:,.1f}", count)
 
 
-@dataclass(frozen=True)
-class Held:
-    """One case.
+def _used(row: Row, figure: PeakFigure) -> Cell:
+    return _mib(None if row.record is None else getattr(row.record, figure))
 
-    Attributes:
-        name: what people read.
-        measured_bytes: the figure that is judged.
-        against_bytes: its baseline or limit; None where there is neither.
-        fails: whether it is over.
+
+def _verdict(row: Row) -> Cell:
+    return Cell(row.verdict, tone="bad" if row.fails else "good")
+
+
+def _difference(row: Row) -> Cell:
+    if row.held_against is None or row.record is None:
+        return Cell("-")
+    change = row.judged - row.held_against
+    return Cell(format_signed(change), change)
+
+
+_CASE: Column[Row] = Column("case", lambda row: Cell(row.case))
+_VERDICT: Column[Row] = Column("verdict", _verdict)
+_COLUMNS: tuple[Column[Row], ...] = (
+    _CASE,
+    _VERDICT,
+    Column("allocated MiB", lambda row: _used(row, "allocated"), "allocated"),
+    Column("held against MiB", lambda row: _mib(row.held_against), "held against"),
+    Column("difference", _difference),
+    Column("reserved MiB", lambda row: _used(row, "reserved"), "reserved"),
+    Column("on the card MiB", lambda row: _used(row, "device"), "on the card"),
+)
+
+
+def verdicts_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    return markdown_of(_COLUMNS, rows, text_columns=2)
+
+
+def _read(content: Fields) -> tuple[Row, ...]:
+    rows = []
+    for case in content.objects("cases"):
+        budget = case.object("budget") if case["budget"] is not None else None
+        if budget is not None and budget["of"] not in FIGURES:
+            raise ValueError(f"cases: a budget of {budget['of']!r}, which is not one of {', '.join(FIGURES)}")
+        rows.append(case.convert(Row))
+    return tuple(rows)
+
+
+def _section(_provenance: Provenance, rows: tuple[Row, ...]) -> Section:
+    failing = [row for row in rows if row.fails]
+    head = f"{len(failing)} of {len(rows)} cases fail" if failing else f"All {len(rows)} cases hold"
+    names = f": {', '.join(row.case for row in failing)}" if failing else ""
+    held = [row for row in rows if row.record]
+    table = page_table("Peaks in MiB, and what they are held against", _COLUMNS, rows)
+    chart = Chart("verdicts", "What each case used", f"{head}{names}.", lambda style: verdicts(style, held), (table,))
+    told = [row for row in rows if row.message]
+    message: Column[Row] = Column("message", lambda row: Cell(row.message))
+    messages = page_table("What the gate says of them", (_CASE, _VERDICT, message), told)
+    return Section(
+        name="verdicts",
+        title="Verdicts of the gate",
+        text="A case is held against its recorded baseline or its budget. REGRESSED, OVER BUDGET, NOT COMPARABLE and "
+        "MISSING fail.",
+        charts=(chart,) if held else (),
+        tables=(*(() if held else (table,)), *((messages,) if told else ())),
+        highlights=((f"{len(failing)} of {len(rows)}", "cases of the gate fail"),),
+    )
+
+
+KIND = Kind("verdicts (pytest --vram-report)", has_rows("cases", "verdict"), _read, each_its_own(_section))
+
+
+def verdicts(style: Style, rows: Sequence[Row]) -> "Figure":
+    """A bar a case with a mark where its baseline or limit is; what fails is striped and says so.
+
+    Args:
+        rows: those with a record.
     """
-
-    name: str
-    measured_bytes: int
-    against_bytes: int | None
-    fails: bool
-
-
-def verdicts(style: Style, cases: Sequence[Held]) -> "Figure":
-    """A bar a case with a mark where its baseline or limit is; what fails is striped and says so."""
-    figure = style.figure(row_height(style) * len(cases) + (1.2 if style.narrow else 0.8))
+    figure = style.figure(row_height(style) * len(rows) + (1.2 if style.narrow else 0.8))
     axes = figure.subplots()
-    places, height = name_rows(axes, [case.name for case in cases], style)
-    for place, case in zip(places, cases, strict=True):
+    places, height = name_rows(axes, [row.name for row in rows], style)
+    for place, row in zip(places, rows, strict=True):
         axes.barh(
             place,
-            case.measured_bytes / MIB,
+            row.judged / MIB,
             height=height,
-            facecolor=style.theme["bad" if case.fails else "bar"],
+            facecolor=style.theme["bad" if row.fails else "bar"],
             edgecolor=style.theme["paper"],
             linewidth=0,
-            hatch="///" if case.fails else None,
+            hatch="///" if row.fails else None,
         )
-        if case.against_bytes is not None:
-            reach = height / 2 + 0.08
-            mark, floor = case.against_bytes / MIB, style.theme["floor"]
-            axes.plot([mark, mark], [place - reach, place + reach], color=floor, linewidth=2.5)
-        end = max(case.measured_bytes, case.against_bytes or 0) / MIB
-        words = f"{format_bytes(case.measured_bytes)}{', fails' if case.fails else ''}"
+        if row.held_against is not None:
+            tick(axes, row.held_against / MIB, place, height / 2 + 0.08, style.theme["floor"])
+        end = max(row.judged, row.held_against or 0) / MIB
+        words = f"{format_bytes(row.judged)}{', fails' if row.fails else ''}"
         words_behind(axes, words, end, place)
-    ends = (max(case.measured_bytes, case.against_bytes or 0) for case in cases)
+    ends = (max(row.judged, row.held_against or 0) for row in rows)
     largest = max(ends, default=MIB) / MIB
     axes.set_xlim(0, largest * (1.5 if style.narrow else 1.2))
     axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -3,9 +3,36 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qlora_lowmem.results.style import Style, name_rows, plain, row_height, words_behind
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.style import (
+    Style,
+    legend,
+    name_rows,
+    patch,
+    plain,
+    row_height,
+    save,
+    stroke,
+    tick,
+    words_behind,
+)
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    Cell,
+    Column,
+    gib,
+    gib_cell,
+    markdown_of,
+    markdown_page,
+    page_table,
+    times_floor_cell,
+    usable_bytes,
+    write_result,
+)
 from qlora_lowmem.units import GIB
 
 if TYPE_CHECKING:
@@ -26,6 +53,94 @@ class Step:
     peak_allocated_bytes: int
     peak_device_bytes: int
     floor_bytes: int
+
+
+_Row = tuple[Step, int | None]  # with what its idea saved; None for the first
+_COLUMNS: tuple[Column[_Row], ...] = (
+    Column("idea", lambda row: Cell(row[0].idea)),
+    Column("allocated", lambda row: gib_cell(row[0].peak_allocated_bytes)),
+    Column("saves", lambda row: gib_cell(row[1] or 0), page_cell=lambda row: _saved(row[1])),
+    Column("on the card", lambda row: gib_cell(row[0].peak_device_bytes)),
+    Column("floor", lambda row: gib_cell(row[0].floor_bytes)),
+    Column("x floor", lambda row: times_floor_cell(row[0].peak_allocated_bytes, row[0].floor_bytes)),
+)
+
+
+def _saved(count: int | None) -> Cell:
+    return Cell("-") if count is None else gib_cell(count)
+
+
+def _rows(steps: Sequence[Step]) -> list[_Row]:
+    peaks = [step.peak_allocated_bytes for step in steps]
+    return list(zip(steps, [None, *(before - after for before, after in pairwise(peaks))], strict=True))
+
+
+def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any]) -> None:
+    """Write `waterfall` under `folder` as JSON, Markdown, CSV, SVG and PNG."""
+    rows = _rows(steps)
+    text = (
+        "Granite-4.0-H-1B, peaks in GiB, one idea more a row; a negative saving is what training more layers costs. "
+        f"{FLOOR_TEXT}"
+    )
+    title, table = "From the baseline to lean", markdown_of(_COLUMNS, rows)
+    markdown = markdown_page(title, (text, table, "![waterfall](waterfall.svg)"), record)
+    cases = [
+        {
+            "idea": step.idea,
+            "peak_allocated_bytes": step.peak_allocated_bytes,
+            "saves_bytes": saved or 0,
+            "peak_device_bytes": step.peak_device_bytes,
+            "floor_bytes": step.floor_bytes,
+        }
+        for step, saved in rows
+    ]
+    content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": cases}
+    write_result(folder, "waterfall", content, markdown, cases)
+    usable = usable_bytes(str(record["device"]))
+    save(lambda style: waterfall(style, steps, usable), title, folder / "waterfall.svg", folder / "waterfall.png")
+
+
+def _read(content: Fields) -> tuple[Step, ...]:
+    steps = content.rows("cases", Step)
+    for number, step in enumerate(steps):
+        if not (step.peak_allocated_bytes and step.peak_device_bytes and step.floor_bytes):
+            raise ValueError(f"cases[{number}] has a peak or a floor of 0 bytes")
+    return steps
+
+
+def _section(provenance: Provenance, steps: tuple[Step, ...]) -> Section:
+    usable = usable_bytes(provenance.device)
+    first, last = steps[0], steps[-1]
+    times = first.peak_allocated_bytes / last.peak_allocated_bytes
+    summary = (
+        f"The allocated peak goes from {gib(first.peak_allocated_bytes)} GiB ({first.idea}) to "
+        f"{gib(last.peak_allocated_bytes)} GiB ({last.idea}) in {len(steps) - 1} steps, {times:.1f} times less."
+    )
+    fitting = next((step for step in steps if usable is not None and step.peak_device_bytes <= usable), None)
+    if fitting is not None and usable is not None:
+        summary += (
+            f" With {fitting.idea} it holds {gib(fitting.peak_device_bytes)} GiB on the card, CUDA context included, "
+            f"and fits into the {gib(usable)} GiB that a job can use there."
+        )
+    chart = Chart(
+        "waterfall",
+        "Peak after each idea",
+        summary,
+        lambda style: waterfall(style, steps, usable),
+        (page_table("Peaks in GiB after each idea", _COLUMNS, _rows(steps)),),
+    )
+    peaks = " → ".join(f"{step.peak_allocated_bytes / GIB:.2f}" for step in (first, last))
+    return Section(
+        name="waterfall",
+        title="From the baseline to lean",
+        text="One idea more a row. A bar's first part is what is left allocated at the peak, its second what the idea "
+        f"saved. {FLOOR_TEXT} The ring is what the card holds, with the allocator's slack and the CUDA context.",
+        charts=(chart,),
+        highlights=((f"{peaks} GiB", f"allocated peak, from “{first.idea}” to “{last.idea}”"),),
+    )
+
+
+KIND = Kind("a waterfall (pytest bench/test_lean.py)", has_rows("cases", "idea"), _read, each_its_own(_section))
 
 
 def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> "Figure":
@@ -57,8 +172,7 @@ def _row(axes: "Axes", style: Style, place: float, height: float, step: Step, be
     axes.barh(place, low - start, left=start, height=height, color=colours["bar"], linewidth=0)
     change = colours["saved"] if previous > peak else colours["bad"]
     axes.barh(place, high - low, left=low, height=height, color=change, linewidth=0)
-    half = height / 2 + 0.04
-    axes.plot([step.floor_bytes / GIB] * 2, [place - half, place + half], color=colours["floor"], linewidth=2.5)
+    tick(axes, step.floor_bytes / GIB, place, height / 2 + 0.04, colours["floor"])
     axes.plot(
         step.peak_device_bytes / GIB,
         place,
@@ -93,27 +207,16 @@ def _scale(axes: "Axes", style: Style, steps: Sequence[Step]) -> float:
 
 
 def _legend(figure: "Figure", style: Style, usable_bytes: int | None) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     colours = style.theme
-    handles: list[Patch | Line2D] = [
-        Patch(color=colours["bar"], label="allocated"),
-        Patch(color=colours["saved"], label="saved by this idea"),
-        Patch(color=colours["bad"], label="cost of this idea"),
-        Line2D([], [], color=colours["floor"], linewidth=2.5, label="floor"),
-        Line2D(
-            [],
-            [],
-            linestyle="none",
-            marker="o",
-            markerfacecolor=colours["paper"],
-            markeredgecolor=colours["ink"],
-            label="on the card, with context",
-        ),
+    ring = {"marker": "o", "markerfacecolor": colours["paper"], "markeredgecolor": colours["ink"]}
+    handles = [
+        patch("allocated", color=colours["bar"]),
+        patch("saved by this idea", color=colours["saved"]),
+        patch("cost of this idea", color=colours["bad"]),
+        stroke("floor", color=colours["floor"], linewidth=2.5),
+        stroke("on the card, with context", linestyle="none", **ring),
     ]
     if usable_bytes is not None:
         text = f"usable on the card: {usable_bytes / GIB:.2f}"
-        handles.append(Line2D([], [], color=colours["limit"], linestyle="--", linewidth=1.2, label=text))
-    columns = 2 if style.narrow else 3
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.0)
+        handles.append(stroke(text, color=colours["limit"], linestyle="--", linewidth=1.2))
+    legend(figure, handles, 2 if style.narrow else 3, columnspacing=1.0)

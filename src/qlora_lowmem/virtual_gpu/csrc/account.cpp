@@ -254,25 +254,23 @@ uint64_t free_bytes(int device) {
   return device_row(device).total_bytes - machine::used_bytes(machine_index(device));
 }
 
-void take_host(HostKind kind, uint64_t bytes) {
+void take_host(bool managed, uint64_t bytes) {
   Lock lock;
   if (mapped == nullptr || own_row() == nullptr) return;
-  bool pinned = kind == HostKind::kPinned;
-  uint64_t& total = pinned ? mapped->pinned_bytes : mapped->managed_bytes;
-  uint64_t& peak = pinned ? mapped->pinned_peak_bytes : mapped->managed_peak_bytes;
-  (pinned ? own->pinned_bytes : own->managed_bytes) += bytes;
+  uint64_t& total = managed ? mapped->managed_bytes : mapped->pinned_bytes;
+  uint64_t& peak = managed ? mapped->managed_peak_bytes : mapped->pinned_peak_bytes;
+  (managed ? own->managed_bytes : own->pinned_bytes) += bytes;
   total += bytes;
   if (total > peak) peak = total;
 }
 
-void give_host(HostKind kind, uint64_t bytes) {
+void give_host(bool managed, uint64_t bytes) {
   Lock lock;
   if (mapped == nullptr || own == nullptr) return;
-  bool pinned = kind == HostKind::kPinned;
-  uint64_t& booked = pinned ? own->pinned_bytes : own->managed_bytes;
+  uint64_t& booked = managed ? own->managed_bytes : own->pinned_bytes;
   if (booked < bytes) return;
   booked -= bytes;
-  (pinned ? mapped->pinned_bytes : mapped->managed_bytes) -= bytes;
+  (managed ? mapped->managed_bytes : mapped->pinned_bytes) -= bytes;
 }
 
 bool first_value_read() {

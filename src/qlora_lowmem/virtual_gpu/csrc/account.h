@@ -71,8 +71,6 @@ static_assert(offsetof(Account, devices) == 128, "account.py reads this layout")
 
 #define VGPU_SHARED __attribute__((visibility("default")))
 
-enum class HostKind { kPinned, kManaged };
-
 // What a user should know of a run, each told once (account.py has the names that the report gives them).
 enum Notice : uint32_t {
   kNcclBuffers = 1,
@@ -107,8 +105,9 @@ VGPU_SHARED bool take(int device, uint64_t bytes);
 VGPU_SHARED void give(int device, uint64_t bytes);
 VGPU_SHARED uint64_t free_bytes(int device);
 
-VGPU_SHARED void take_host(HostKind kind, uint64_t bytes);
-VGPU_SHARED void give_host(HostKind kind, uint64_t bytes);
+// Host memory that CUDA knows: managed, or pinned.
+VGPU_SHARED void take_host(bool managed, uint64_t bytes);
+VGPU_SHARED void give_host(bool managed, uint64_t bytes);
 
 // Which of the machine's devices it is.
 VGPU_SHARED int machine_index(int device);

@@ -1,14 +1,14 @@
-// libcuda.so.1: devices, contexts, errors, and how functions are looked up.
+// libcuda.so.1: devices, contexts, errors, and how functions are looked up. Modules, kernels, streams and events, as Triton,
+// Inductor and NVRTC users call them, are generated (stubs.py): nothing is loaded and nothing runs.
 #include <cuda.h>
 #include <dlfcn.h>
 
 #include <cstdio>
 #include <cstring>
 
-#include "account.h"
 #include "attributes.h"
-
-#define API extern "C" __attribute__((visibility("default")))
+#include "errors.h"
+#include "stubs.h"
 
 using namespace vgpu;
 
@@ -74,30 +74,11 @@ API CUresult cuDriverGetVersion(int* version) {
 }
 
 API CUresult cuGetErrorName(CUresult error, const char** text) {
-  switch (error) {
-    case CUDA_SUCCESS: *text = "CUDA_SUCCESS"; break;
-    case CUDA_ERROR_INVALID_VALUE: *text = "CUDA_ERROR_INVALID_VALUE"; break;
-    case CUDA_ERROR_OUT_OF_MEMORY: *text = "CUDA_ERROR_OUT_OF_MEMORY"; break;
-    case CUDA_ERROR_NOT_INITIALIZED: *text = "CUDA_ERROR_NOT_INITIALIZED"; break;
-    case CUDA_ERROR_NO_DEVICE: *text = "CUDA_ERROR_NO_DEVICE"; break;
-    case CUDA_ERROR_INVALID_DEVICE: *text = "CUDA_ERROR_INVALID_DEVICE"; break;
-    case CUDA_ERROR_NOT_SUPPORTED: *text = "CUDA_ERROR_NOT_SUPPORTED"; break;
-    default: *text = "CUDA_ERROR_UNKNOWN"; break;
-  }
+  *text = error_text(error).driver_name;
   return CUDA_SUCCESS;
 }
-
 API CUresult cuGetErrorString(CUresult error, const char** text) {
-  switch (error) {
-    case CUDA_SUCCESS: *text = "no error"; break;
-    case CUDA_ERROR_INVALID_VALUE: *text = "invalid argument"; break;
-    case CUDA_ERROR_OUT_OF_MEMORY: *text = "out of memory"; break;
-    case CUDA_ERROR_NOT_INITIALIZED: *text = "initialization error"; break;
-    case CUDA_ERROR_NO_DEVICE: *text = "no CUDA-capable device is detected"; break;
-    case CUDA_ERROR_INVALID_DEVICE: *text = "invalid device ordinal"; break;
-    case CUDA_ERROR_NOT_SUPPORTED: *text = "operation not supported"; break;
-    default: *text = "unknown error"; break;
-  }
+  *text = error_text(error).text;
   return CUDA_SUCCESS;
 }
 
@@ -149,11 +130,6 @@ API CUresult cuDeviceComputeCapability(int* major, int* minor, CUdevice device) 
   return CUDA_SUCCESS;
 }
 
-API CUresult cuDeviceCanAccessPeer(int* can, CUdevice, CUdevice) {
-  *can = 0;
-  return CUDA_SUCCESS;
-}
-
 API CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   if (CUresult error = ready()) return error;
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
@@ -161,8 +137,6 @@ API CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   *context = context_of(device);
   return CUDA_SUCCESS;
 }
-
-API CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
 
 API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
@@ -201,8 +175,10 @@ API CUresult cuCtxPopCurrent(CUcontext* context) {
   if (context != nullptr) *context = stack[depth];
   return CUDA_SUCCESS;
 }
-API CUresult cuCtxGetLimit(size_t* value, CUlimit) {
-  *value = 1 << 20;
+
+API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
+  bool threads = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+  bool registers = attribute == CU_FUNC_ATTRIBUTE_NUM_REGS;
+  *value = threads ? 1024 : registers ? 32 : 0;  // no spills, no static shared memory
   return CUDA_SUCCESS;
 }
-API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }

@@ -4,11 +4,9 @@
 #include <cstring>
 #include <map>
 
-#include "account.h"
 #include "guard.h"
 #include "memory.h"
-
-#define API extern "C" __attribute__((visibility("default")))
+#include "stubs.h"
 
 using namespace vgpu;
 
@@ -118,8 +116,6 @@ API CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
   return CUDA_SUCCESS;
 }
 
-API CUresult cuMemSetAccess(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t) { return CUDA_SUCCESS; }
-
 API CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* address) {
   Guard<mutex> guard;
   auto& mappings = state().mappings;
@@ -163,29 +159,16 @@ API CUresult cuMemGetInfo(size_t* available, size_t* total) {
 }
 
 API CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr address) {
-  Block block;
-  if (!find_device_block(pointer(address), &block) || block.device < 0) return CUDA_ERROR_NOT_FOUND;
-  if (base != nullptr) *base = reinterpret_cast<CUdeviceptr>(block.base);
-  if (bytes != nullptr) *bytes = block.bytes;
+  Place place = place_of(pointer(address));
+  if (!place.on_device()) return CUDA_ERROR_NOT_FOUND;
+  if (base != nullptr) *base = place.base;
+  if (bytes != nullptr) *bytes = place.bytes;
   return CUDA_SUCCESS;
 }
 
+// Copies in other directions are this function too: an address says whose it is.
 API CUresult cuMemcpyDtoH(void* target, CUdeviceptr source, size_t bytes) {
   copy(target, pointer(source), bytes);
-  return CUDA_SUCCESS;
-}
-API CUresult cuMemcpyHtoD(CUdeviceptr target, const void* source, size_t bytes) {
-  copy(pointer(target), source, bytes);
-  return CUDA_SUCCESS;
-}
-API CUresult cuMemcpyDtoHAsync(void* target, CUdeviceptr source, size_t bytes, CUstream) {
-  return cuMemcpyDtoH(target, source, bytes);
-}
-API CUresult cuMemcpyHtoDAsync(CUdeviceptr target, const void* source, size_t bytes, CUstream) {
-  return cuMemcpyHtoD(target, source, bytes);
-}
-API CUresult cuMemcpyDtoDAsync(CUdeviceptr target, CUdeviceptr source, size_t bytes, CUstream) {
-  copy(pointer(target), pointer(source), bytes);
   return CUDA_SUCCESS;
 }
 API CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char, size_t bytes, CUstream) {
@@ -198,36 +181,27 @@ API CUresult cuMemsetD32Async(CUdeviceptr target, unsigned, size_t count, CUstre
 }
 
 API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr address) {
-  Block block;
-  HostBlock host;
-  bool on_device = find_device_block(pointer(address), &block) && block.device >= 0;
-  bool on_host = !on_device && find_host_block(pointer(address), &host);
-  if (!on_device && !on_host) return CUDA_ERROR_INVALID_VALUE;
-  bool managed = on_host && host.origin == HostOrigin::kManaged;
-  int device = on_device ? block.device : host.device;
-  void* base = on_device ? block.base : host.base;
+  Place place = place_of(pointer(address));
+  if (place.kind == Kind::kUnknown) return CUDA_ERROR_INVALID_VALUE;
+  bool managed = place.kind == Kind::kManaged;
   switch (attribute) {
     case CU_POINTER_ATTRIBUTE_CONTEXT:
-      cuDevicePrimaryCtxRetain(static_cast<CUcontext*>(value), device);
+      cuDevicePrimaryCtxRetain(static_cast<CUcontext*>(value), place.device);
       break;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-      *static_cast<unsigned*>(value) = on_device || managed ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
+      *static_cast<unsigned*>(value) = place.on_device() || managed ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
       break;
     case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *static_cast<CUdeviceptr*>(value) = address; break;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
-      if (on_device) return CUDA_ERROR_INVALID_VALUE;
+      if (place.on_device()) return CUDA_ERROR_INVALID_VALUE;
       *static_cast<void**>(value) = pointer(address);
       break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *static_cast<int*>(value) = device; break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *static_cast<int*>(value) = place.device; break;
     case CU_POINTER_ATTRIBUTE_IS_MANAGED: *static_cast<unsigned*>(value) = managed ? 1 : 0; break;
     case CU_POINTER_ATTRIBUTE_MAPPED: *static_cast<unsigned*>(value) = 1; break;
-    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *static_cast<void**>(value) = base; break;
-    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
-      *static_cast<size_t*>(value) = on_device ? block.bytes : host.bytes;
-      break;
-    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
-      *static_cast<unsigned long long*>(value) = reinterpret_cast<uintptr_t>(base) / kGranularity;
-      break;
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *static_cast<uint64_t*>(value) = place.base; break;
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *static_cast<size_t*>(value) = place.bytes; break;
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID: *static_cast<uint64_t*>(value) = place.base / kGranularity; break;
     case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: *static_cast<unsigned*>(value) = 0; break;
     default: return refuse("cuPointerGetAttribute", "an attribute that is not known here");
   }

@@ -62,16 +62,9 @@ class Arena {
   std::map<uint64_t, uint64_t> free_;  // start -> bytes
 };
 
-struct Allocation {
-  uint64_t bytes;
-  int device;
-};
-
 struct State {
-  std::map<uint64_t, Allocation> allocations;
-  std::map<uint64_t, uint64_t> reservations;
-  std::map<uint64_t, Allocation> mappings;
-  std::map<uint64_t, HostBlock> host;
+  std::map<uint64_t, Place> places;  // by base; they do not overlap
+  std::map<uint64_t, uint64_t> reservations;  // start -> bytes
   Arena* arenas[kMaxDevices] = {};
   Arena reserved{kReservationBase, kReservationArena};
 };
@@ -92,27 +85,27 @@ State& state() {
 uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
 void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
 
-// The entry of an ordered map of ranges that holds the address, or end().
-template <typename Map, typename Size>
-typename Map::iterator containing(Map& map, uint64_t address, Size size) {
-  auto it = map.upper_bound(address);
-  if (it == map.begin()) return map.end();
-  --it;
-  return address < it->first + size(it->second) ? it : map.end();
-}
+uint64_t whole_pages(uint64_t bytes) { return round_up(std::max<uint64_t>(bytes, 1), kHostPage); }
 
-HostKind booked_as(HostOrigin origin) {
-  return origin == HostOrigin::kManaged ? HostKind::kManaged : HostKind::kPinned;
+// Takes out the place that starts there, if it is of one of two kinds.
+bool remove_place(void* base, Kind kind, Kind or_kind, Place* removed) {
+  Guard<mutex> guard;
+  auto& places = state().places;
+  auto it = places.find(number(base));
+  if (it == places.end() || (it->second.kind != kind && it->second.kind != or_kind)) return false;
+  *removed = it->second;
+  places.erase(it);
+  return true;
 }
 
 // Zeros host memory. Whole pages of our own mappings are given back instead of written: offloading gigabytes to pinned
 // memory then costs the machine nothing.
 void zero_host(void* target, uint64_t bytes) {
-  HostBlock block;
-  bool ours = find_host_block(target, &block) && block.origin != HostOrigin::kRegistered;
+  Place place = place_of(target);
+  bool ours = place.kind == Kind::kPinned || place.kind == Kind::kManaged;
   uint64_t start = round_up(number(target), kHostPage);
   uint64_t end = (number(target) + bytes) / kHostPage * kHostPage;
-  if (!ours || end <= start || end > number(block.base) + round_up(block.bytes, kHostPage)) {
+  if (!ours || end <= start || end > place.base + round_up(place.bytes, kHostPage)) {
     memset(target, 0, bytes);
     return;
   }
@@ -125,27 +118,33 @@ void zero_host(void* target, uint64_t bytes) {
 
 bool is_device_address(const void* address) { return number(address) >= kBase && number(address) < kEnd; }
 
+Place place_of(const void* address) {
+  Guard<mutex> guard;
+  auto& places = state().places;
+  auto it = places.upper_bound(number(address));
+  if (it == places.begin()) return {};
+  const Place& before = (--it)->second;
+  return number(address) < before.base + std::max<uint64_t>(before.bytes, 1) ? before : Place{};
+}
+
 void* allocate_device(int device, uint64_t bytes) {
   bytes = round_up(bytes, kGranularity);
   if (!take(device, bytes)) return nullptr;
   Guard<mutex> guard;
   State& s = state();
   if (s.arenas[device] == nullptr) s.arenas[device] = new Arena(kBase + device * kDeviceArena, kDeviceArena);
-  uint64_t place = s.arenas[device]->take(bytes, kGranularity);
-  if (place != 0) s.allocations[place] = {bytes, device};
+  uint64_t base = s.arenas[device]->take(bytes, kGranularity);
+  if (base != 0) s.places[base] = {Kind::kDevice, device, base, bytes};
   else give(device, bytes);
-  return pointer(place);
+  return pointer(base);
 }
 
 bool free_device(void* address) {
+  Place place;
+  if (!remove_place(address, Kind::kDevice, Kind::kDevice, &place)) return false;
   Guard<mutex> guard;
-  State& s = state();
-  auto it = s.allocations.find(number(address));
-  if (it == s.allocations.end()) return false;
-  Allocation allocation = it->second;
-  s.arenas[allocation.device]->give(it->first, allocation.bytes);
-  s.allocations.erase(it);
-  give(allocation.device, allocation.bytes);
+  state().arenas[place.device]->give(place.base, place.bytes);
+  give(place.device, place.bytes);
   return true;
 }
 
@@ -170,86 +169,44 @@ bool release_addresses(void* address) {
 
 void map_addresses(void* address, uint64_t bytes, int device) {
   Guard<mutex> guard;
-  auto& mappings = state().mappings;
-  uint64_t start = number(address), end = start + bytes;
-  for (auto it = mappings.lower_bound(start); it != mappings.end() && it->first < end;) it = mappings.erase(it);
-  if (device >= 0) mappings[start] = {bytes, device};
+  auto& places = state().places;
+  uint64_t start = number(address);
+  places.erase(places.lower_bound(start), places.lower_bound(start + bytes));
+  if (device >= 0) places[start] = {Kind::kMapped, device, start, bytes};
 }
 
-bool find_device_block(const void* address, Block* block) {
-  if (!is_device_address(address)) return false;
-  Guard<mutex> guard;
-  State& s = state();
-  auto size = [](const Allocation& allocation) { return allocation.bytes; };
-  auto it = containing(s.allocations, number(address), size);
-  if (it != s.allocations.end()) {
-    *block = {pointer(it->first), it->second.bytes, it->second.device};
-    return true;
-  }
-  auto mapping = containing(s.mappings, number(address), size);
-  if (mapping != s.mappings.end()) {
-    *block = {pointer(mapping->first), mapping->second.bytes, mapping->second.device};
-    return true;
-  }
-  *block = {const_cast<void*>(address), 0, -1};
-  return true;
-}
-
-void* allocate_host(HostOrigin origin, uint64_t bytes, int device) {
+void* allocate_host(Kind kind, uint64_t bytes, int device) {
   // Pages that nothing writes never become real: pinned memory is counted, not occupied.
-  void* base = mmap(nullptr, round_up(std::max<uint64_t>(bytes, 1), kHostPage), PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* base = mmap(nullptr, whole_pages(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                    -1, 0);
   if (base == MAP_FAILED) return nullptr;
-  take_host(booked_as(origin), bytes);
+  take_host(kind == Kind::kManaged, bytes);
   Guard<mutex> guard;
-  state().host[number(base)] = {base, bytes, origin, device};
+  state().places[number(base)] = {kind, device, number(base), bytes};
   return base;
+}
+
+bool free_host(void* base) {
+  Place place;
+  if (!remove_place(base, Kind::kPinned, Kind::kManaged, &place)) return false;
+  munmap(base, whole_pages(place.bytes));
+  give_host(place.kind == Kind::kManaged, place.bytes);
+  return true;
 }
 
 bool register_host(void* base, uint64_t bytes, int device) {
   {
     Guard<mutex> guard;
-    if (!state().host.insert({number(base), {base, bytes, HostOrigin::kRegistered, device}}).second) return false;
+    if (!state().places.insert({number(base), {Kind::kRegistered, device, number(base), bytes}}).second) return false;
   }
-  take_host(HostKind::kPinned, bytes);
+  take_host(false, bytes);
   return true;
 }
 
 bool unregister_host(void* base) {
-  HostBlock block;
-  {
-    Guard<mutex> guard;
-    auto& host = state().host;
-    auto it = host.find(number(base));
-    if (it == host.end() || it->second.origin != HostOrigin::kRegistered) return false;
-    block = it->second;
-    host.erase(it);
-  }
-  give_host(HostKind::kPinned, block.bytes);
-  return true;
-}
-
-bool free_host(void* base) {
-  HostBlock block;
-  {
-    Guard<mutex> guard;
-    auto& host = state().host;
-    auto it = host.find(number(base));
-    if (it == host.end() || it->second.origin == HostOrigin::kRegistered) return false;
-    block = it->second;
-    host.erase(it);
-  }
-  munmap(block.base, round_up(std::max<uint64_t>(block.bytes, 1), kHostPage));
-  give_host(booked_as(block.origin), block.bytes);
-  return true;
-}
-
-bool find_host_block(const void* address, HostBlock* block) {
-  Guard<mutex> guard;
-  auto& host = state().host;
-  auto it = containing(host, number(address), [](const HostBlock& b) { return std::max<uint64_t>(b.bytes, 1); });
-  if (it == host.end()) return false;
-  *block = it->second;
+  Place place;
+  if (!remove_place(base, Kind::kRegistered, Kind::kRegistered, &place)) return false;
+  give_host(false, place.bytes);
   return true;
 }
 

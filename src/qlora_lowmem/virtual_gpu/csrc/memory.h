@@ -5,9 +5,23 @@
 
 namespace vgpu {
 
+enum class Kind { kUnknown, kDevice, kMapped, kPinned, kRegistered, kManaged };
+
+// The allocation that an address lies in.
+struct Place {
+  Kind kind;  // kUnknown: an ordinary host address, or a device's with no memory behind it
+  int device;
+  uint64_t base;
+  uint64_t bytes;
+
+  bool on_device() const { return kind == Kind::kDevice || kind == Kind::kMapped; }
+};
+VGPU_SHARED Place place_of(const void* address);
+VGPU_SHARED bool is_device_address(const void* address);
+
 // Device memory of at least `bytes`, booked on the account; nullptr: the card is full.
 VGPU_SHARED void* allocate_device(int device, uint64_t bytes);
-// False: no allocation starts there.
+// False, as of all that free: no such allocation starts there.
 VGPU_SHARED bool free_device(void* address);
 
 // Device addresses without memory behind them (cuMemAddressReserve). nullptr: no room.
@@ -16,27 +30,10 @@ VGPU_SHARED bool release_addresses(void* address);
 // Says which device's memory is mapped at reserved addresses (cuMemMap), or -1 for none.
 VGPU_SHARED void map_addresses(void* address, uint64_t bytes, int device);
 
-struct Block {
-  void* base;
-  uint64_t bytes;
-  int device;  // -1: none mapped there
-};
-// The device allocation or reservation that an address lies in. False: it is a host address.
-VGPU_SHARED bool find_device_block(const void* address, Block* block);
-VGPU_SHARED bool is_device_address(const void* address);
-
-enum class HostOrigin { kPinned, kManaged, kRegistered };
-struct HostBlock {
-  void* base;
-  uint64_t bytes;
-  HostOrigin origin;
-  int device;
-};
-VGPU_SHARED void* allocate_host(HostOrigin origin, uint64_t bytes, int device);
+VGPU_SHARED void* allocate_host(Kind kind, uint64_t bytes, int device);
+VGPU_SHARED bool free_host(void* base);
 VGPU_SHARED bool register_host(void* base, uint64_t bytes, int device);
 VGPU_SHARED bool unregister_host(void* base);
-VGPU_SHARED bool free_host(void* base);
-VGPU_SHARED bool find_host_block(const void* address, HostBlock* block);
 
 // What a copy does to host memory: host to host is real, device to host writes zeros (but see exchanged.h).
 VGPU_SHARED void copy(void* target, const void* source, uint64_t bytes);

@@ -5,10 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "account.h"
+#include "stubs.h"
 
-// For the generated stubs and the hooks, which are not C++.
-extern "C" VGPU_SHARED int vgpu_notice(uint32_t notice);
+// For the hooks.
 extern "C" VGPU_SHARED void vgpu_hooks_are_in();
 extern "C" VGPU_SHARED bool vgpu_first_notice(uint32_t notice);
 
@@ -67,7 +66,6 @@ void note_missing(const char* name, const char* why) {
 
 using namespace vgpu;
 
-// Says what the notice says, once, and returns every library's code for success.
 int vgpu_notice(uint32_t notice) {
   if (first_notice(notice) && !quiet()) fprintf(stderr, "virtual GPU: %s\n", text_of(notice));
   return 0;

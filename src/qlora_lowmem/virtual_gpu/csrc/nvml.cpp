@@ -1,14 +1,13 @@
 // libnvidia-ml.so.1: what PyTorch, pynvml and the project's own readings ask. Used memory is the account's, so a
 // process that only watches sees what the others hold.
-#include <pthread.h>
-
 #include <cstdio>
 #include <cstring>
 
-#include "account.h"
 #include "attributes.h"
+#include "stubs.h"
 
-#define API extern "C" __attribute__((visibility("default")))
+// A function that another answers: it has the same first parameters, or there is nothing to be told.
+#define SAME(name, as) API int name() __attribute__((alias(#as)));
 
 using namespace vgpu;
 using machine::processes_on;
@@ -23,6 +22,7 @@ constexpr int kDriverNotLoaded = 9;
 using Handle = uintptr_t;
 int device_of(Handle handle) { return static_cast<int>(handle) - 1; }
 bool valid(Handle handle) { return handle >= 1 && device_of(handle) < machine::device_count(); }
+const Device& row(Handle handle) { return machine::device_row(device_of(handle)); }
 
 int write_text(char* text, unsigned capacity, const char* value) {
   if (strlen(value) + 1 > capacity) return kInsufficientSize;
@@ -81,8 +81,8 @@ int running_processes(Handle handle, unsigned* count, Info* infos) {
 }  // namespace
 
 API int nvmlInit() { return machine::device_count() > 0 ? kSuccess : kDriverNotLoaded; }
-API int nvmlInit_v2() { return nvmlInit(); }
-API int nvmlInitWithFlags(unsigned) { return nvmlInit(); }
+SAME(nvmlInit_v2, nvmlInit)
+SAME(nvmlInitWithFlags, nvmlInit)
 API int nvmlShutdown() { return kSuccess; }
 
 API const char* nvmlErrorString(int error) {
@@ -100,36 +100,32 @@ API const char* nvmlErrorString(int error) {
 API int nvmlSystemGetDriverVersion(char* text, unsigned capacity) {
   return write_text(text, capacity, VGPU_CUDART_VERSION >= 13000 ? "580.00.virtual" : "550.00.virtual");
 }
-API int nvmlSystemGetNVMLVersion(char* text, unsigned capacity) { return nvmlSystemGetDriverVersion(text, capacity); }
+SAME(nvmlSystemGetNVMLVersion, nvmlSystemGetDriverVersion)
 API int nvmlSystemGetCudaDriverVersion(int* version) {
   *version = VGPU_CUDART_VERSION;
   return kSuccess;
 }
-API int nvmlSystemGetCudaDriverVersion_v2(int* version) { return nvmlSystemGetCudaDriverVersion(version); }
+SAME(nvmlSystemGetCudaDriverVersion_v2, nvmlSystemGetCudaDriverVersion)
 
 API int nvmlDeviceGetCount(unsigned* count) {
   *count = static_cast<unsigned>(machine::device_count());
   return kSuccess;
 }
-API int nvmlDeviceGetCount_v2(unsigned* count) { return nvmlDeviceGetCount(count); }
+SAME(nvmlDeviceGetCount_v2, nvmlDeviceGetCount)
 
 API int nvmlDeviceGetHandleByIndex_v2(unsigned index, Handle* handle) {
   if (index >= static_cast<unsigned>(machine::device_count())) return kInvalidArgument;
   *handle = index + 1;
   return kSuccess;
 }
-API int nvmlDeviceGetHandleByIndex(unsigned index, Handle* handle) {
-  return nvmlDeviceGetHandleByIndex_v2(index, handle);
-}
+SAME(nvmlDeviceGetHandleByIndex, nvmlDeviceGetHandleByIndex_v2)
 API int nvmlDeviceGetHandleByPciBusId_v2(const char* bus_id, Handle* handle) {
   int device = machine_index_of_pci_bus_id(bus_id);
   if (device < 0) return kNotFound;
   *handle = static_cast<Handle>(device) + 1;
   return kSuccess;
 }
-API int nvmlDeviceGetHandleByPciBusId(const char* bus_id, Handle* handle) {
-  return nvmlDeviceGetHandleByPciBusId_v2(bus_id, handle);
-}
+SAME(nvmlDeviceGetHandleByPciBusId, nvmlDeviceGetHandleByPciBusId_v2)
 API int nvmlDeviceGetHandleByUUID(const char* uuid, Handle* handle) {
   for (int device = 0; device < machine::device_count(); ++device) {
     char text[64];
@@ -147,7 +143,7 @@ API int nvmlDeviceGetIndex(Handle handle, unsigned* index) {
   return kSuccess;
 }
 API int nvmlDeviceGetName(Handle handle, char* text, unsigned capacity) {
-  return valid(handle) ? write_text(text, capacity, machine::device_row(device_of(handle)).name) : kInvalidArgument;
+  return valid(handle) ? write_text(text, capacity, row(handle).name) : kInvalidArgument;
 }
 API int nvmlDeviceGetUUID(Handle handle, char* text, unsigned capacity) {
   if (!valid(handle)) return kInvalidArgument;
@@ -165,14 +161,14 @@ API int nvmlDeviceGetPciInfo_v3(Handle handle, PciInfo* info) {
 }
 API int nvmlDeviceGetCudaComputeCapability(Handle handle, int* major, int* minor) {
   if (!valid(handle)) return kInvalidArgument;
-  *major = static_cast<int>(machine::device_row(device_of(handle)).compute_major);
-  *minor = static_cast<int>(machine::device_row(device_of(handle)).compute_minor);
+  *major = static_cast<int>(row(handle).compute_major);
+  *minor = static_cast<int>(row(handle).compute_minor);
   return kSuccess;
 }
 
 API int nvmlDeviceGetMemoryInfo(Handle handle, Memory* memory) {
   if (!valid(handle)) return kInvalidArgument;
-  memory->total = machine::device_row(device_of(handle)).total_bytes;
+  memory->total = row(handle).total_bytes;
   memory->used = used_bytes(device_of(handle));
   memory->free = memory->total - memory->used;
   return kSuccess;
@@ -193,9 +189,7 @@ API int nvmlDeviceGetComputeRunningProcesses(Handle handle, unsigned* count, Pro
 API int nvmlDeviceGetComputeRunningProcesses_v2(Handle handle, unsigned* count, ProcessInfo* infos) {
   return running_processes(handle, count, infos);
 }
-API int nvmlDeviceGetComputeRunningProcesses_v3(Handle handle, unsigned* count, ProcessInfo* infos) {
-  return running_processes(handle, count, infos);
-}
+SAME(nvmlDeviceGetComputeRunningProcesses_v3, nvmlDeviceGetComputeRunningProcesses_v2)
 API int nvmlDeviceGetGraphicsRunningProcesses_v3(Handle handle, unsigned* count, ProcessInfo*) {
   *count = 0;
   return valid(handle) ? kSuccess : kInvalidArgument;
@@ -207,13 +201,13 @@ API int nvmlDeviceGetUtilizationRates(Handle handle, Utilization* rates) {
 }
 
 // What these would tell does not exist here; NVML has an answer for that.
-API int nvmlDeviceGetTemperature(Handle, int, unsigned*) { return kNotSupported; }
-API int nvmlDeviceGetPowerUsage(Handle, unsigned*) { return kNotSupported; }
-API int nvmlDeviceGetClockInfo(Handle, int, unsigned*) { return kNotSupported; }
-API int nvmlDeviceGetP2PStatus(Handle, Handle, int, int*) { return kNotSupported; }
-API int nvmlDeviceGetGpuFabricInfo(Handle, void*) { return kNotSupported; }
-API int nvmlDeviceGetGpuFabricInfoV(Handle, void*) { return kNotSupported; }
-API int nvmlDeviceGetNvLinkState(Handle, unsigned, int*) { return kNotSupported; }
-API int nvmlDeviceGetNvLinkRemoteDeviceType(Handle, unsigned, int*) { return kNotSupported; }
-API int nvmlDeviceGetNvLinkRemotePciInfo_v2(Handle, unsigned, void*) { return kNotSupported; }
-API int nvmlDeviceGetMigMode(Handle, unsigned*, unsigned*) { return kNotSupported; }
+API int nvmlDeviceGetTemperature() { return kNotSupported; }
+SAME(nvmlDeviceGetPowerUsage, nvmlDeviceGetTemperature)
+SAME(nvmlDeviceGetClockInfo, nvmlDeviceGetTemperature)
+SAME(nvmlDeviceGetP2PStatus, nvmlDeviceGetTemperature)
+SAME(nvmlDeviceGetGpuFabricInfo, nvmlDeviceGetTemperature)
+SAME(nvmlDeviceGetGpuFabricInfoV, nvmlDeviceGetTemperature)
+SAME(nvmlDeviceGetNvLinkState, nvmlDeviceGetTemperature)
+SAME(nvmlDeviceGetNvLinkRemoteDeviceType, nvmlDeviceGetTemperature)
+SAME(nvmlDeviceGetNvLinkRemotePciInfo_v2, nvmlDeviceGetTemperature)
+SAME(nvmlDeviceGetMigMode, nvmlDeviceGetTemperature)

@@ -3,15 +3,13 @@
 
 #include <cuda_runtime_api.h>
 
-#include "account.h"
 #include "memory.h"
-
-#define API extern "C" __attribute__((visibility("default")))
+#include "stubs.h"
 
 // Defines functions whose parameters differ between CUDA versions and do not matter here, under their binary name.
 #define API_NAMED(function, symbol) \
-  extern "C" __attribute__((visibility("default"))) cudaError_t function __asm__(symbol); \
-  extern "C" __attribute__((visibility("default"))) cudaError_t function
+  API cudaError_t function __asm__(symbol); \
+  API cudaError_t function
 
 namespace vgpu {
 

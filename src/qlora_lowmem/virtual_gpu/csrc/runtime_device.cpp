@@ -1,5 +1,6 @@
 // libcudart: devices, their properties, errors.
 #include "attributes.h"
+#include "errors.h"
 #include "runtime.h"
 
 namespace vgpu {
@@ -7,40 +8,6 @@ namespace {
 
 thread_local int chosen_device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
-
-struct ErrorText {
-  cudaError_t error;
-  const char* name;
-  const char* text;  // the runtime's own wording: people search for it
-};
-
-constexpr ErrorText kErrorTexts[] = {
-    {cudaSuccess, "cudaSuccess", "no error"},
-    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
-    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
-    {cudaErrorInitializationError, "cudaErrorInitializationError", "initialization error"},
-    {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
-    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
-    {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
-    {cudaErrorSymbolNotFound, "cudaErrorSymbolNotFound", "named symbol not found"},
-    {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
-    {cudaErrorHostMemoryAlreadyRegistered, "cudaErrorHostMemoryAlreadyRegistered",
-     "part or all of the requested memory range is already mapped"},
-    {cudaErrorHostMemoryNotRegistered, "cudaErrorHostMemoryNotRegistered",
-     "pointer does not correspond to a registered memory region"},
-    {cudaErrorPeerAccessUnsupported, "cudaErrorPeerAccessUnsupported",
-     "peer access is not supported between these two devices"},
-    {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
-    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
-     "operation not permitted when stream is capturing"},
-};
-
-const ErrorText* text_of(cudaError_t error) {
-  for (const ErrorText& entry : kErrorTexts) {
-    if (entry.error == error) return &entry;
-  }
-  return nullptr;
-}
 
 }  // namespace
 
@@ -67,6 +34,9 @@ cudaError_t enter() {
 
 using namespace vgpu;
 
+// What generated functions do that need a context and nothing else.
+extern "C" cudaError_t vgpu_enter() { return enter(); }
+
 API cudaError_t cudaGetLastError() {
   cudaError_t error = last_error;
   last_error = cudaSuccess;
@@ -75,15 +45,8 @@ API cudaError_t cudaGetLastError() {
 
 API cudaError_t cudaPeekAtLastError() { return last_error; }
 
-API const char* cudaGetErrorName(cudaError_t error) {
-  const ErrorText* entry = text_of(error);
-  return entry != nullptr ? entry->name : "cudaErrorUnknown";
-}
-
-API const char* cudaGetErrorString(cudaError_t error) {
-  const ErrorText* entry = text_of(error);
-  return entry != nullptr ? entry->text : "unknown error";
-}
+API const char* cudaGetErrorName(cudaError_t error) { return error_text(error).runtime_name; }
+API const char* cudaGetErrorString(cudaError_t error) { return error_text(error).text; }
 
 API cudaError_t cudaGetDeviceCount(int* count) {
   *count = device_count();
@@ -106,12 +69,6 @@ API cudaError_t cudaSetDevice(int device) {
 API cudaError_t cudaInitDevice(int device, unsigned, unsigned) {
   if (cudaError_t error = check_device(device)) return error;
   return ensure_context(device) ? cudaSuccess : fail(cudaErrorMemoryAllocation);
-}
-
-API cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
-API cudaError_t cudaGetDeviceFlags(unsigned* flags) {
-  *flags = 0;
-  return cudaSuccess;
 }
 
 API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
@@ -150,27 +107,12 @@ API cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 
-API cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-API cudaError_t cudaDeviceSetLimit(cudaLimit, size_t) { return cudaSuccess; }
-API cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit) {
-  *value = 0;
-  return cudaSuccess;
-}
-API cudaError_t cudaDeviceSetCacheConfig(cudaFuncCache) { return cudaSuccess; }
-
 API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   if (least != nullptr) *least = 0;
   if (greatest != nullptr) *greatest = -5;
   return cudaSuccess;
 }
 
-// Cards of one machine do not reach each other's memory: copies between them are counted on both all the same.
-API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
-  *can = 0;
-  return cudaSuccess;
-}
+// Cards of one machine do not reach each other's memory (cudaDeviceCanAccessPeer says 0): copies between them are
+// counted on both all the same.
 API cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return fail(cudaErrorPeerAccessUnsupported); }
-
-// Profilers bracket their region with these.
-API cudaError_t cudaProfilerStart() { return cudaSuccess; }
-API cudaError_t cudaProfilerStop() { return cudaSuccess; }

@@ -76,17 +76,10 @@ struct CallConfiguration {
 };
 thread_local CallConfiguration pushed;
 
-cudaError_t launch() {
-  forget_written();
-  return enter();
-}
-
 }  // namespace
 
 // The handle of a module is its own wrapper: nothing is loaded.
 API void** __cudaRegisterFatBinary(void* wrapper) { return static_cast<void**>(wrapper); }
-API void __cudaRegisterFatBinaryEnd(void**) {}
-API void __cudaUnregisterFatBinary(void**) {}
 API char __cudaInitModule(void**) { return 1; }
 
 API void __cudaRegisterFunction(void** module, const char* host_function, char*, const char*, int, void*, void*, void*,
@@ -96,9 +89,6 @@ API void __cudaRegisterFunction(void** module, const char* host_function, char*,
   kernels->push_back({host_function, module});
   sorted = false;
 }
-API void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
-API void __cudaRegisterManagedVar(void**, void**, char*, const char*, int, size_t, int, int) {}
-API void __cudaRegisterHostVar(void**, const char*, char*, size_t) {}
 
 API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
   pushed = {grid, block, shared, stream};
@@ -117,17 +107,11 @@ API_NAMED(get_kernel(void** kernel, const void* host_function), "__cudaGetKernel
   *kernel = const_cast<void*>(host_function);
   return cudaSuccess;
 }
-API_NAMED(get_kernel_public(void** kernel, const void* host_function), "cudaGetKernel") {
-  return get_kernel(kernel, host_function);
-}
-API_NAMED(get_function_by_symbol(void** function, const void* host_function), "cudaGetFuncBySymbol") {
-  return get_kernel(function, host_function);
-}
 
-API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return launch(); }
-API cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return launch(); }
-API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) { return launch(); }
-API_NAMED(launch_kernel(), "__cudaLaunchKernel") { return launch(); }
+API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
+  forget_written();
+  return enter();
+}
 
 API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   if (cudaError_t error = enter()) return error;
@@ -143,9 +127,6 @@ API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(device.shared_per_block);
   return cudaSuccess;
 }
-API cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return enter(); }
-API cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return enter(); }
-API_NAMED(kernel_set_attribute(), "cudaKernelSetAttributeForDevice") { return enter(); }
 
 API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int block_size, size_t,
                                                                        unsigned) {
@@ -153,10 +134,6 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* bloc
   int threads = static_cast<int>(device_row(current_device()).threads_per_sm);
   *blocks = std::max(1, threads / std::max(1, block_size) / 2);
   return cudaSuccess;
-}
-API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int block_size,
-                                                              size_t shared) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, block_size, shared, 0);
 }
 API_NAMED(max_active_clusters(int* clusters), "cudaOccupancyMaxActiveClusters") {
   *clusters = 1;

@@ -5,16 +5,6 @@
 
 using namespace vgpu;
 
-namespace {
-
-void copy_rows(void* target, size_t target_pitch, const void* source, size_t source_pitch, size_t width, size_t rows) {
-  for (size_t row = 0; row < rows; ++row) {
-    copy(static_cast<char*>(target) + row * target_pitch, static_cast<const char*>(source) + row * source_pitch, width);
-  }
-}
-
-}  // namespace
-
 API cudaError_t cudaMalloc(void** address, size_t bytes) {
   *address = nullptr;
   if (cudaError_t error = enter()) return error;
@@ -30,9 +20,6 @@ API cudaError_t cudaFree(void* address) {
   return forked_after_use() ? cudaSuccess : fail(cudaErrorInvalidValue);
 }
 
-API cudaError_t cudaMallocAsync(void** address, size_t bytes, cudaStream_t) { return cudaMalloc(address, bytes); }
-API cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return cudaFree(address); }
-
 API cudaError_t cudaMallocPitch(void** address, size_t* pitch, size_t width, size_t height) {
   *pitch = round_up(width, 512);
   return cudaMalloc(address, *pitch * height);
@@ -40,7 +27,7 @@ API cudaError_t cudaMallocPitch(void** address, size_t* pitch, size_t width, siz
 
 API cudaError_t cudaMallocManaged(void** address, size_t bytes, unsigned) {
   if (cudaError_t error = enter()) return error;
-  *address = allocate_host(HostOrigin::kManaged, bytes, current_device());
+  *address = allocate_host(Kind::kManaged, bytes, current_device());
   return *address != nullptr ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 
@@ -54,11 +41,9 @@ API cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
 API cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned) {
   *address = nullptr;
   if (cudaError_t error = enter()) return error;
-  *address = allocate_host(HostOrigin::kPinned, bytes, current_device());
+  *address = allocate_host(Kind::kPinned, bytes, current_device());
   return *address != nullptr ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
-
-API cudaError_t cudaMallocHost(void** address, size_t bytes) { return cudaHostAlloc(address, bytes, 0); }
 
 API cudaError_t cudaFreeHost(void* address) {
   if (address == nullptr || free_host(address)) return cudaSuccess;
@@ -76,36 +61,25 @@ API cudaError_t cudaHostUnregister(void* address) {
 }
 
 API cudaError_t cudaHostGetDevicePointer(void** device_address, void* address, unsigned) {
-  HostBlock block;
-  if (!find_host_block(address, &block)) return fail(cudaErrorInvalidValue);
+  Place place = place_of(address);
+  if (place.kind == Kind::kUnknown || place.on_device()) return fail(cudaErrorInvalidValue);
   *device_address = address;
-  return cudaSuccess;
-}
-
-API cudaError_t cudaHostGetFlags(unsigned* flags, void*) {
-  *flags = cudaHostAllocPortable | cudaHostAllocMapped;
   return cudaSuccess;
 }
 
 API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
   if (cudaError_t error = check_device(current_device())) return error;
   memset(attributes, 0, sizeof *attributes);
-  attributes->device = -1;
-  attributes->type = cudaMemoryTypeUnregistered;
-  attributes->hostPointer = const_cast<void*>(address);
-  Block block;
-  HostBlock host;
-  if (find_device_block(address, &block)) {
-    attributes->hostPointer = nullptr;
-    if (block.device < 0) return cudaSuccess;  // freed, or reserved with nothing mapped: no memory CUDA knows
-    attributes->type = cudaMemoryTypeDevice;
-    attributes->device = block.device;
-    attributes->devicePointer = const_cast<void*>(address);
-  } else if (find_host_block(address, &host)) {
-    attributes->type = host.origin == HostOrigin::kManaged ? cudaMemoryTypeManaged : cudaMemoryTypeHost;
-    attributes->device = host.device;
-    attributes->devicePointer = const_cast<void*>(address);
-  }
+  Place place = place_of(address);
+  bool known = place.kind != Kind::kUnknown;
+  attributes->type = place.on_device()              ? cudaMemoryTypeDevice
+                     : place.kind == Kind::kManaged ? cudaMemoryTypeManaged
+                     : known                        ? cudaMemoryTypeHost
+                                                    : cudaMemoryTypeUnregistered;
+  attributes->device = known ? place.device : -1;
+  attributes->devicePointer = known ? const_cast<void*>(address) : nullptr;
+  // Freed device memory, or reserved with nothing mapped, is no memory that CUDA knows, and no host memory either.
+  attributes->hostPointer = is_device_address(address) ? nullptr : const_cast<void*>(address);
   return cudaSuccess;
 }
 
@@ -115,35 +89,20 @@ API cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaM
   return cudaSuccess;
 }
 
-API cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  return cudaMemcpy(target, source, bytes, kind);
-}
-
 API cudaError_t cudaMemcpyPeer(void* target, int, const void* source, int, size_t bytes) {
-  return cudaMemcpy(target, source, bytes, cudaMemcpyDefault);
-}
-
-API cudaError_t cudaMemcpyPeerAsync(void* target, int, const void* source, int, size_t bytes, cudaStream_t) {
   return cudaMemcpy(target, source, bytes, cudaMemcpyDefault);
 }
 
 API cudaError_t cudaMemcpy2D(void* target, size_t target_pitch, const void* source, size_t source_pitch, size_t width,
                              size_t height, cudaMemcpyKind) {
   if (cudaError_t error = enter()) return error;
-  copy_rows(target, target_pitch, source, source_pitch, width, height);
+  for (size_t row = 0; row < height; ++row) {
+    copy(static_cast<char*>(target) + row * target_pitch, static_cast<const char*>(source) + row * source_pitch, width);
+  }
   return cudaSuccess;
 }
 
-API cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* source, size_t source_pitch,
-                                  size_t width, size_t height, cudaMemcpyKind kind, cudaStream_t) {
-  return cudaMemcpy2D(target, target_pitch, source, source_pitch, width, height, kind);
-}
-
 // A __device__ variable is known by the address of its host shadow; its value on the device does not exist.
-API cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) { return enter(); }
-API cudaError_t cudaMemcpyToSymbolAsync(const void*, const void*, size_t, size_t, cudaMemcpyKind, cudaStream_t) {
-  return enter();
-}
 API cudaError_t cudaMemcpyFromSymbol(void* target, const void*, size_t bytes, size_t, cudaMemcpyKind) {
   note_value_read();
   fill(target, 0, bytes);
@@ -160,18 +119,7 @@ API cudaError_t cudaMemset(void* target, int value, size_t bytes) {
   return cudaSuccess;
 }
 
-API cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
-  return cudaMemset(target, value, bytes);
-}
-
 API cudaError_t cudaMemset2DAsync(void* target, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
   for (size_t row = 0; row < height; ++row) fill(static_cast<char*>(target) + row * pitch, value, width);
   return enter();
 }
-
-// Hints about managed memory change where it lies, never how much there is.
-API_NAMED(mem_advise(), "cudaMemAdvise") { return cudaSuccess; }
-API_NAMED(mem_advise_v2(), "cudaMemAdvise_v2") { return cudaSuccess; }
-API_NAMED(mem_prefetch(), "cudaMemPrefetchAsync") { return cudaSuccess; }
-API_NAMED(mem_prefetch_v2(), "cudaMemPrefetchAsync_v2") { return cudaSuccess; }
-API cudaError_t cudaStreamAttachMemAsync(cudaStream_t, void*, size_t, unsigned) { return cudaSuccess; }

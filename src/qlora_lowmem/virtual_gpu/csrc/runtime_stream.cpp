@@ -16,10 +16,6 @@ struct Stream {
   unsigned long long id;
 };
 
-struct Event {
-  double recorded_ms;
-};
-
 unsigned long long next_stream_id = 16;
 
 double now_ms() {
@@ -28,21 +24,25 @@ double now_ms() {
   return static_cast<double>(time.tv_sec) * 1e3 + static_cast<double>(time.tv_nsec) * 1e-6;
 }
 
+// All that an event is.
+double& recorded_ms(cudaEvent_t event) { return *reinterpret_cast<double*>(event); }
+
 // nullptr for the three streams that have numbers instead of objects: default, legacy, per thread.
 Stream* object_of(cudaStream_t stream) {
   return reinterpret_cast<uintptr_t>(stream) <= 2 ? nullptr : reinterpret_cast<Stream*>(stream);
+}
+
+template <typename T>
+cudaError_t read(cudaStream_t stream, T Stream::*figure, T without_object, T* value) {
+  Stream* object = object_of(stream);
+  *value = object != nullptr ? object->*figure : without_object;
+  return cudaSuccess;
 }
 
 cudaError_t refuse_capture(const char* name) {
   note_missing(name, "CUDA graphs hold real kernels, and there are none here. Run without them: no torch.cuda.graph, no "
                "torch.compile(mode=\"reduce-overhead\" or \"max-autotune\"); without graphs the peak is not lower");
   return fail(cudaErrorNotSupported);
-}
-
-cudaError_t not_capturing(cudaStreamCaptureStatus* status, unsigned long long* id) {
-  if (status != nullptr) *status = cudaStreamCaptureStatusNone;
-  if (id != nullptr) *id = 0;
-  return cudaSuccess;
 }
 
 }  // namespace
@@ -65,29 +65,17 @@ API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 
-API cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-API cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-API cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-
 API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
-  Stream* object = object_of(stream);
-  *priority = object != nullptr ? object->priority : 0;
-  return cudaSuccess;
+  return read(stream, &Stream::priority, 0, priority);
 }
 API cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
-  Stream* object = object_of(stream);
-  *flags = object != nullptr ? object->flags : 0;
-  return cudaSuccess;
+  return read(stream, &Stream::flags, 0u, flags);
 }
 API_NAMED(stream_get_id(cudaStream_t stream, unsigned long long* id), "cudaStreamGetId") {
-  Stream* object = object_of(stream);
-  *id = object != nullptr ? object->id : reinterpret_cast<uintptr_t>(stream);
-  return cudaSuccess;
+  return read(stream, &Stream::id, static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(stream)), id);
 }
 API_NAMED(stream_get_device(cudaStream_t stream, int* device), "cudaStreamGetDevice") {
-  Stream* object = object_of(stream);
-  *device = object != nullptr ? object->device : current_device();
-  return cudaSuccess;
+  return read(stream, &Stream::device, current_device(), device);
 }
 
 // What would run on the host once the stream is done runs at once.
@@ -100,22 +88,12 @@ API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t 
   return cudaSuccess;
 }
 
-API cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return not_capturing(status, nullptr);
-}
 API_NAMED(capture_info(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id),
           "cudaStreamGetCaptureInfo") {
-  return not_capturing(status, id);
+  if (status != nullptr) *status = cudaStreamCaptureStatusNone;
+  if (id != nullptr) *id = 0;
+  return cudaSuccess;
 }
-API_NAMED(capture_info_v2(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id),
-          "cudaStreamGetCaptureInfo_v2") {
-  return not_capturing(status, id);
-}
-API_NAMED(capture_info_v3(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id),
-          "cudaStreamGetCaptureInfo_v3") {
-  return not_capturing(status, id);
-}
-API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 API cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   return refuse_capture("cudaStreamBeginCapture");
 }
@@ -123,36 +101,25 @@ API_NAMED(begin_capture_to_graph(), "cudaStreamBeginCaptureToGraph") {
   return refuse_capture("cudaStreamBeginCaptureToGraph");
 }
 
-API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  if (cudaError_t error = enter()) return error;
-  auto* object = static_cast<Event*>(malloc(sizeof(Event)));
-  object->recorded_ms = now_ms();
-  *event = reinterpret_cast<cudaEvent_t>(object);
+API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  recorded_ms(event) = now_ms();
   return cudaSuccess;
 }
-API cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
+
+API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  if (cudaError_t error = enter()) return error;
+  *event = static_cast<cudaEvent_t>(malloc(sizeof(double)));
+  return cudaEventRecord(*event, nullptr);
+}
 
 API cudaError_t cudaEventDestroy(cudaEvent_t event) {
   free(event);
   return cudaSuccess;
 }
 
-API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
-  reinterpret_cast<Event*>(event)->recorded_ms = now_ms();
-  return cudaSuccess;
-}
-API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
-  return cudaEventRecord(event, stream);
-}
-API cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-API cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-
 // Host time, which says nothing about a card, but is not zero: tuners divide by it.
 API_NAMED(elapsed_time(float* milliseconds, cudaEvent_t start, cudaEvent_t end), "cudaEventElapsedTime") {
-  double elapsed = reinterpret_cast<Event*>(end)->recorded_ms - reinterpret_cast<Event*>(start)->recorded_ms;
+  double elapsed = recorded_ms(end) - recorded_ms(start);
   *milliseconds = elapsed > 1e-3 ? static_cast<float>(elapsed) : 1e-3f;
   return cudaSuccess;
-}
-API_NAMED(elapsed_time_v2(float* milliseconds, cudaEvent_t start, cudaEvent_t end), "cudaEventElapsedTime_v2") {
-  return elapsed_time(milliseconds, start, end);
 }

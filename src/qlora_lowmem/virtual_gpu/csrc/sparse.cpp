@@ -1,5 +1,5 @@
-// libcusparse: the one count of elements that decides a size here. The rest is generated (policies.py).
-#define API extern "C" __attribute__((visibility("default")))
+// libcusparse: the one count of elements that decides a size here. The rest is generated (stubs.py).
+#include "stubs.h"
 
 // The sum of two sparse matrices has at most the elements of both: which of them coincide, nobody knows here.
 API int cusparseXcsrgeam2Nnz(void*, int, int, const void*, int elements_a, const int*, const int*, const void*,

@@ -49,7 +49,7 @@ class Run:
 
 
 def run_pytest(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """`pytest ARGUMENTS` in a stranger's folder, with the plugin as its entry point or named."""
+    """`pytest ARGUMENTS` in a user's folder, with the plugin as its entry point or named."""
     named = [] if "QLORA_LOWMEM_ENTRY_POINT" in env else ["-p", "qlora_lowmem.gate.plugin"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "GITHUB_"))}
     return subprocess.run(

@@ -17,7 +17,7 @@ import pynvml
 import pytest
 from rich.console import Console
 
-from qlora_lowmem.commands.watch import Watch, main
+from qlora_lowmem.commands.watch import main
 from qlora_lowmem.errors import DoesNotFitError
 from qlora_lowmem.memory.live import MEMORY_FILE, LiveMemory, read_live, write_live
 from qlora_lowmem.recipe import Recipe, Run
@@ -26,7 +26,9 @@ from qlora_lowmem.virtual_gpu import get_card
 from qlora_lowmem.watch.judgement import (
     FULL_SHARE,
     STALE_SECONDS,
+    Frame,
     Spill,
+    Watch,
     full_since,
     headroom,
     notices,
@@ -34,7 +36,7 @@ from qlora_lowmem.watch.judgement import (
     spill,
 )
 from qlora_lowmem.watch.readings import CardReading, Reading, System, is_running
-from qlora_lowmem.watch.view import Frame, line, render, sparkline
+from qlora_lowmem.watch.view import line, render, sparkline
 
 TOTAL = 6 * GIB
 NOW = 1_800_000_000.0
@@ -65,7 +67,7 @@ def reading(used: int | None = 3 * GIB, job: LiveMemory | None = JOB, **changes:
     if used is not None:
         processes = {os.getpid(): None, 7: 300 * MIB}
         card = CardReading("NVIDIA GeForce RTX 4050 Laptop GPU", "GPU-0", TOTAL, used, TOTAL - used, processes)
-    found = Reading(NOW, card, job, process=2 * GIB, resident=700 * MIB, running=True)
+    found = Reading(NOW, True, card, process_bytes=2 * GIB, resident_bytes=700 * MIB, job=job)
     return dataclasses.replace(found, **changes)
 
 
@@ -172,7 +174,7 @@ def test_a_recipes_name_is_no_markup() -> None:
 
 
 def test_the_view_of_a_card_with_strangers() -> None:
-    text = drawn(frame(reading(job=None, process=None, resident=None)))
+    text = drawn(frame(reading(job=None, process_bytes=None, resident_bytes=None)))
     assert f"pid {os.getpid()}: not told by the driver" in text
     assert "pid 7: 300.0 MiB" in text
 
@@ -226,7 +228,7 @@ def test_a_torn_file_is_refused_at_first_and_waited_out_later(
         assert main(["--output-dir", str(tmp_path), "--once"]) == 2
         assert MEMORY_FILE in capsys.readouterr().err
     write_live(tmp_path, job(device="virtual"))
-    watch = Watch(str(tmp_path), None, None, 1.0, "95%")
+    watch = Watch(str(tmp_path), None, None, "95%")
     (tmp_path / MEMORY_FILE).write_text(whole[:40])
     assert watch.look().reading.job == job(device="virtual")
     write_live(tmp_path, job(device="virtual", pid=1))  # another run in the same folder

@@ -6,8 +6,8 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.recipe import recipe_fields
-from qlora_lowmem.recipe.commented import commented_yaml
 from qlora_lowmem.recipe.io import load_recipe, replace_fields
+from qlora_lowmem.recipe.yaml_text import commented_yaml
 
 
 @pytest.mark.parametrize("shipped", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,0 +1,159 @@
+"""A step's memory over its allocations and frees: the drawing, and its figures at a few moments."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_lowmem.memory.timeline import Timeline, chosen_events
+from qlora_lowmem.results.style import CRISP, SMALL, Style, plain
+from qlora_lowmem.results.tables import Cell, Table, gib, gib_cell
+from qlora_lowmem.results.theme import GROUPS, Group
+from qlora_lowmem.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_HATCHED = "slack"  # reserved, and nobody's
+_POINTS = {False: 400, True: 150}  # by narrow: about one to a column of pixels or two
+_MOMENTS = 24  # of the table
+
+
+def group_bytes(kinds: Mapping[str, int]) -> list[tuple[Group, int]]:
+    """The groups that have bytes, bottom to top, each with the sum of its kinds."""
+    sums = [(group, sum(kinds.get(kind, 0) for kind in group.kinds)) for group in GROUPS]
+    return [(group, count) for group, count in sums if count]
+
+
+def _layers(line: Timeline) -> list[tuple[Group, list[int]]]:
+    """Bytes of each group at each point, for the groups whose kinds occur."""
+    layers = []
+    for group in GROUPS:
+        columns = [index for index, kind in enumerate(line.kinds) if kind in group.kinds]
+        if columns:
+            layers.append((group, [sum(row[index] for index in columns) for row in line.bytes]))
+    return layers
+
+
+def moments(name: str, line: Timeline) -> Table:
+    """Bytes by group at a few of the points, the peak among them; `name` is the run's."""
+    layers = [(group, layer) for group, layer in _layers(line) if any(layer)]
+    sums = [sum(row) for row in line.bytes]
+    rows = tuple(
+        (
+            Cell(f"{line.events[point]:,}", line.events[point]),
+            Cell(line.phases[point] or "before"),
+            gib_cell(sums[point], "strong"),
+            *(gib_cell(layer[point]) for _, layer in layers),
+        )
+        for point in chosen_events(sums, _MOMENTS)
+    )
+    headers = ("event", "phase", "allocated", *(group.text for group, _ in layers))
+    caption = f"{name}: GiB by group at {len(rows)} of the {len(line.events)} points drawn, the peak among them"
+    return Table(caption, headers, rows)
+
+
+def summary(line: Timeline) -> str:
+    """From where to where it goes, and where its peak is."""
+    sums = [sum(row) for row in line.bytes]
+    top = max(range(len(sums)), key=sums.__getitem__)
+    return (
+        f"Allocated bytes over the allocations and frees of the micro-batch in which the peak comes: from "
+        f"{gib(sums[0])} GiB to a peak of {gib(sums[top])} GiB at event {line.events[top]:,} of {line.events[-1]:,}"
+        f"{f' ({line.phases[top]})' if line.phases[top] else ''}, and {gib(sums[-1])} GiB at the end."
+    )
+
+
+def timeline(style: Style, line: Timeline) -> "Figure":
+    """Allocated bytes by group over the allocations and frees of the recorded step."""
+    figure = style.figure(4.9 if style.narrow else 4.6)
+    draw_timeline(figure.subplots(), style, line)
+    group_legend(figure, style, [group for group, layer in _layers(line) if any(layer)])
+    return figure
+
+
+def draw_timeline(axes: "Axes", style: Style, line: Timeline) -> None:
+    """Stacked by group, with the peak and the turn from forward to backward marked."""
+    sums = [sum(row) for row in line.bytes]
+    points = chosen_events(sums, _POINTS[style.narrow])
+    edges = [*(line.events[point] for point in points), line.events[points[-1]] + 1]
+    tops, stack = [0.0] * len(points), []
+    for group, layer in _layers(line):
+        tops = [top + layer[point] / GIB for top, point in zip(tops, points, strict=True)]
+        stack.append((group, tops))
+    for number, (group, top) in enumerate(reversed(stack)):  # each covers what is under its top, so the lowest is last
+        layer_of = axes.stairs(top, edges, fill=True, facecolor=style.theme[group.role], linewidth=0, antialiased=False)
+        layer_of.set_gid(f"{CRISP}-{number}")
+    axes.set_ylim(0, max(sums) / GIB * 1.2)
+    axes.set_xlim(edges[0], edges[-1])
+    _mark_peak(axes, style, line, sums)
+    _mark_turn(axes, style, line)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=4 if style.narrow else 8)
+    axes.set_ylabel("allocated GiB")
+    axes.set_xlabel("allocations and frees, in order" if style.narrow else _EVENTS)
+    plain(axes, style, keep=("bottom", "left"))
+
+
+_EVENTS = "allocations and frees of the micro-batch in which the peak comes, in order"
+
+
+def _mark_peak(axes: "Axes", style: Style, line: Timeline, sums: Sequence[int]) -> None:
+    top = max(range(len(sums)), key=sums.__getitem__)
+    event, height = line.events[top], sums[top] / GIB
+    late = event - line.events[0] > 0.6 * (line.events[-1] - line.events[0])
+    axes.plot(event, height, marker="v", color=style.theme["ink"], markersize=6, clip_on=False)
+    axes.annotate(
+        f"peak {height:.2f} GiB",
+        (event, height),
+        xytext=(-7 if late else 7, 4),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        fontsize=SMALL,
+    )
+
+
+def _mark_turn(axes: "Axes", style: Style, line: Timeline) -> None:
+    """A line where forward turns into backward."""
+    after = ("backward", "recompute")
+    turn = next((e for e, phase in zip(line.events, line.phases, strict=True) if phase in after), None)
+    if turn is None:
+        return
+    axes.axvline(turn, color=style.theme["ink"], linewidth=0.8, linestyle=(0, (3, 3)))
+    behind = "backward, layers recomputed" if "recompute" in line.phases else "backward"
+    share = (turn - line.events[0]) / (line.events[-1] - line.events[0])
+    # Where one side has no room for its word, the other side's says enough.
+    for text, side, away, room in (("forward", "right", -4, share > 0.2), (behind, "left", 4, share < 0.6)):
+        if room:
+            axes.annotate(
+                text,
+                (turn, 0.99),
+                xycoords=("data", "axes fraction"),
+                xytext=(away, 0),
+                textcoords="offset points",
+                ha=side,
+                va="top",
+                fontsize=SMALL,
+            )
+
+
+def group_fill(style: Style, group: Group) -> dict[str, Any]:
+    """Colour and outline: light colours have an edge that shows on paper."""
+    hatch = "///" if group.role == _HATCHED else None
+    return {"facecolor": style.theme[group.role], "edgecolor": style.theme["edge"], "linewidth": 0.6, "hatch": hatch}
+
+
+def group_legend(figure: "Figure", style: Style, groups: Sequence[Group]) -> None:
+    """Below the drawing, a patch a group."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(label=group.brief if style.narrow else group.text, **group_fill(style, group)) for group in groups]
+    columns = 2 if style.narrow else 4
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=SMALL,
+        columnspacing=1.0 if style.narrow else 2.0,
+        handlelength=1.3,
+    )

@@ -1,0 +1,32 @@
+#include "stubs.h"
+
+#include <cstdlib>
+
+#include "exchanged.h"
+
+int vgpu_refuse(const char* name, int not_supported) {
+  vgpu::note_missing(name, nullptr);
+  return not_supported;
+}
+
+int vgpu_launched() {
+  vgpu::forget_written();
+  return 0;
+}
+
+int vgpu_make(void** object) {
+  *object = calloc(1, vgpu::kObjectBytes);
+  return 0;
+}
+
+int vgpu_free(void* object) {
+  free(object);
+  return 0;
+}
+
+int vgpu_version_part(int version, int part, int* value, int bad_value) {
+  int parts[] = {version / 10000, version / 100 % 100, version % 100};
+  if (part < 0 || part > 2) return bad_value;
+  *value = parts[part];
+  return 0;
+}

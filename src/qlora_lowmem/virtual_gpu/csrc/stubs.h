@@ -1,0 +1,32 @@
+// What the functions of the replaced libraries end up in: those that are written in C++, and the generated (stubs.py).
+#pragma once
+
+#include "account.h"
+
+#define API extern "C" VGPU_SHARED
+
+extern "C" {
+
+// Each returns 0, every library's code for success, but where it says otherwise.
+
+// Says what the notice says, once.
+VGPU_SHARED int vgpu_notice(uint32_t notice);
+
+// Says once that the function is missing; returns its library's code for that.
+VGPU_SHARED int vgpu_refuse(const char* name, int not_supported);
+
+// A kernel ran: what the host wrote to a device is no longer known there.
+VGPU_SHARED int vgpu_launched();
+
+// Handles and descriptors: zeroed memory, big enough for all of them.
+VGPU_SHARED int vgpu_make(void** object);
+VGPU_SHARED int vgpu_free(void* object);
+
+// Part 0, 1 or 2 of a version, 92400 -> 9, 24, 0, as libraryPropertyType counts; `bad_value` if it is none of them.
+VGPU_SHARED int vgpu_version_part(int version, int part, int* value, int bad_value);
+
+}  // extern "C"
+
+namespace vgpu {
+constexpr size_t kObjectBytes = 512;
+}
