@@ -4,14 +4,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import platformdirs
 
 from qlora_lowmem.errors import UsageError
+
+Content = TypeVar("Content")
 
 
 def cache_folder() -> Path:
@@ -109,6 +112,19 @@ def replace_text(path: Path, text: str, what: str) -> None:
     """
     with writing(what, path):
         write_whole(path, text, fsync=True)
+
+
+def as_dataclass(kind: type[Content], content: Mapping[str, Any]) -> Content:
+    """What JSON says, as a dataclass.
+
+    Raises:
+        ValueError: fields that are missing or of another type, or, in `content` itself, unknown.
+    """
+    found = msgspec.convert(content, kind)
+    unknown = content.keys() - msgspec.to_builtins(found).keys()
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no field of {kind.__name__}")
+    return found
 
 
 def json_values(content: Any) -> Any:

@@ -10,6 +10,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gate.seeds import MODEL
@@ -71,7 +72,7 @@ def explained(recipe: Path, environment: dict[str, str]) -> Record:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
-    found, versions = Attribution.from_dict(content["attribution"]), content["environment"]["versions"]
+    found, versions = msgspec.convert(content["attribution"], Attribution), content["environment"]["versions"]
     key = key_of(found.device, found.provenance, "expandable_segments:False", content["recipe_hash"], versions)
     peak = sum(size for kind, size in found.kinds.items() if kind not in ("slack", "outside"))
     return attributed(Record(key, peak, 0, 0, versions=versions), found)

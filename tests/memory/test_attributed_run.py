@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import msgspec
 import pytest
 
 from helpers import RECIPES
@@ -68,7 +69,7 @@ def test_command_writes_everything(
     assert done.returncode == 0, done.stderr
     assert "**on the card**" in done.stdout
     content = json.loads(files["json"].read_text(encoding="utf-8"))
-    found, floor = Attribution.from_dict(content["attribution"]), content["floor_bytes"]
+    found, floor = msgspec.convert(content["attribution"], Attribution), content["floor_bytes"]
     assert found.provenance == "virtual"
     assert 0 < floor < found.allocated_bytes
     assert f"allocated is {found.allocated_bytes / floor:.2f} times that." in done.stdout

@@ -1,23 +1,21 @@
 """Kinds sum to the peaks, always; what a table and a timeline are made of."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory.allocator import Allocator
 
-from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.memory.explanation import Evidence, explain
-from qlora_lowmem.memory.history import replay
-from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
+from qlora_lowmem.memory.attribution import MAX_POINTS, Attribution, Evidence, chosen_events, explain
+from qlora_lowmem.memory.history import History, replay
+from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED, ProgramNamer, RecipeNamer
 from qlora_lowmem.memory.owners import Owner
-from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.memory.scopes import Scope, ScopeWindow
-from qlora_lowmem.memory.timeline import MAX_POINTS, chosen_events
 from qlora_lowmem.results.kinds.attribution import kinds_table, owners_table, write_picture
 
 MIB = 2**20
@@ -36,6 +34,11 @@ FRAMES = (
 )
 allocations = st.tuples(st.integers(1, 30 * MIB), st.integers(-1, len(SCOPES) - 1), st.sampled_from(FRAMES))
 actions = st.lists(st.one_of(allocations, st.integers(0, 99)), min_size=1, max_size=50)
+
+
+def explained(history: History, evidence: Evidence, peak: Peak) -> Attribution:
+    profile = MemoryProfile("card", "virtual", 0, peak.device - peak.reserved, {"steady": peak})
+    return explain(history, evidence, RecipeNamer(), profile, "steady")
 
 
 def attributed(before: list[Any], during: list[Any], slack: int = 0, outside: int = 0) -> tuple[Attribution, Any]:
@@ -62,7 +65,7 @@ def attributed(before: list[Any], during: list[Any], slack: int = 0, outside: in
     history = replay(start, allocator.snapshot())
     peak = history.peak_bytes
     highest = Peak(peak, peak + slack, peak + slack + outside)
-    return explain(history, evidence, "steady", highest, "card", "virtual"), history
+    return explained(history, evidence, highest), history
 
 
 @settings(deadline=None)
@@ -79,7 +82,7 @@ def test_kinds_sum_to_the_peaks(before: list[Any], during: list[Any], slack: int
     sums = [sum(row) for row in timeline.bytes]
     assert sums == [history.totals[event + 1] for event in timeline.events]
     assert max(sums) == found.allocated_bytes
-    assert Attribution.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Attribution) == found
 
 
 def test_what_nobody_knows_is_unexplained_and_listed() -> None:
@@ -104,8 +107,39 @@ def test_bytes_that_the_history_missed_are_unexplained() -> None:
     evidence = Evidence(ScopeWindow(0), {})
     highest = Peak(4096, 8192, 8192)
 
-    found_again = explain(history, evidence, "steady", highest, "card", "virtual")
-    assert found_again.kinds["unexplained"] >= 4096 - found.allocated_bytes
+    assert explained(history, evidence, highest).kinds["unexplained"] >= 4096 - found.allocated_bytes
+
+
+def test_an_owner_decides() -> None:
+    """Whatever code allocated its block, and whose job it is."""
+    allocator, scopes = Allocator(), ScopeWindow(0)
+    start = allocator.snapshot()
+    address = allocator.alloc(2 * MIB, str(scopes.append(SCOPES[2])), FRAMES[1])
+    history = replay(start, allocator.snapshot())
+    profile = MemoryProfile("card", "virtual", 0, 0, {"steady": Peak(*[history.peak_bytes] * 3)})
+    evidence = Evidence(scopes, at_end={address: Owner("gradients", "a.grad", "")})
+    for namer in (RecipeNamer(), ProgramNamer()):
+        assert explain(history, evidence, namer, profile, "steady").kinds == {"gradients": 2 * MIB}
+
+
+def test_a_program_and_a_recipe_are_two_namers_of_the_same_blocks() -> None:
+    """What is alike comes out alike; what differs is who says it."""
+    allocator, scopes = Allocator(), ScopeWindow(0)
+    start = allocator.snapshot()
+    mine = [{"filename": "/home/me/project/test_it.py", "line": 3, "name": "test_it"}]
+    allocator.alloc(2 * MIB, str(scopes.append(Scope("outside"))), mine)
+    allocator.alloc(4 * MIB, str(scopes.append(Scope("forward", "layers.0.mlp", "mlp"))), FRAMES[1])
+    history = replay(start, allocator.snapshot())
+    profile = MemoryProfile("card", "virtual", 0, 0, {"test": Peak(*[history.peak_bytes] * 3)})
+    recipe, program = (
+        explain(history, Evidence(scopes), namer, profile, "test")
+        for namer in (RecipeNamer(), ProgramNamer("home/me/project/"))
+    )
+    assert recipe.kinds == {"dequantised": 4 * MIB, "unexplained": 2 * MIB}
+    assert program.kinds == {"activations_mlp": 4 * MIB, "input": 2 * MIB}
+    assert [owner.line for owner in program.owners][1] == "test_it.py:3 test_it"
+    assert recipe.moment == program.moment == "forward of layers.0.mlp"
+    assert recipe.modules == program.modules == {"": 2 * MIB, "layers.0": 4 * MIB}
 
 
 def test_a_block_belongs_to_whoever_held_it_then() -> None:
@@ -121,9 +155,7 @@ def test_a_block_belongs_to_whoever_held_it_then() -> None:
     evidence = Evidence(scopes, {}, seen=[(marked, address, Owner("checkpoints", "input", ""))])
     history = replay(start, allocator.snapshot())
 
-    found = explain(
-        history, evidence, "steady", Peak(history.peak_bytes, 0 + history.peak_bytes, 3 * 3 * MIB), "c", "virtual"
-    )
+    found = explained(history, evidence, Peak(history.peak_bytes, 0 + history.peak_bytes, 3 * 3 * MIB))
 
     assert found.kinds["checkpoints"] == 3 * MIB
     assert "recomputed_attention" not in found.kinds

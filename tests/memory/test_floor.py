@@ -5,8 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from qlora_lowmem.memory.floor import floor_of
-from qlora_lowmem.memory.owners import quantisation_tensors
+from qlora_lowmem.memory.owners import floor_of, quantisation_tensors
 
 
 def quantised() -> nn.Sequential:

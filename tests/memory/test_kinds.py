@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lowmem.memory.kinds import KINDS, kind_of, line_of, owner_line
-from qlora_lowmem.memory.owners import Owner
-from qlora_lowmem.memory.scopes import Scope, ScopeWindow, module_type, plain_name
+from qlora_lowmem import lean
+from qlora_lowmem.lean.families import HOLDS
+from qlora_lowmem.memory.history import BEFORE, Block
+from qlora_lowmem.memory.kinds import KINDS, RecipeNamer, line_of, module_type, owner_line, plain_name
+from qlora_lowmem.memory.scopes import Scope, ScopeWindow
 
 SITE = "/somewhere/lib/python3.11/site-packages"
 
@@ -20,6 +22,10 @@ def frames(*places: str) -> list[dict[str, Any]]:
         {"filename": f"{SITE}/{path}", "line": 10, "name": name}
         for path, _, name in (place.partition(":") for place in places)
     ]
+
+
+def kind_of(scope: Scope | None, where: list[dict[str, Any]], before: bool = False) -> str:
+    return RecipeNamer().kind(scope, Block(0, 512, 512, where, "", BEFORE if before else 0, 1))
 
 
 MODEL = "transformers/models/granitemoehybrid/modeling_granitemoehybrid.py:forward"
@@ -56,19 +62,24 @@ MAMBA = ("model.layers.3.mamba", "mamba")
     ],
 )
 def test_kind(scope: Scope | None, where: list[dict[str, Any]], kind: str) -> None:
-    assert kind_of(None, scope, where) == kind
+    assert kind_of(scope, where) == kind
     assert kind in KINDS
 
 
-def test_an_owner_decides() -> None:
-    owner = Owner("gradients", "a.grad", "")
-    assert (
-        kind_of(owner, Scope("backward", *MAMBA), frames("bitsandbytes/functional.py:dequantize_4bit")) == "gradients"
-    )
+def test_lean_declares_of_each_of_its_files_what_memory_it_holds() -> None:
+    files = {path.name for path in Path(lean.__file__).parent.glob("*.py")}
+    assert files == set(HOLDS), "a file of lean/ is not named in lean/families.py: HOLDS, or is no more"
+
+
+@pytest.mark.parametrize("file", [file for file, held in HOLDS.items() if held])
+def test_what_lean_declares_is_what_a_block_is(file: str) -> None:
+    held, where = HOLDS[file], frames(f"qlora_lowmem/lean/{file}:work", MODEL)
+    kind = kind_of(Scope("forward", "model.layers.3", "other"), where)
+    assert kind == (held if held in ("loss", "checkpoints") else f"activations_{held}")
 
 
 def test_without_any_knowledge_a_block_is_unexplained() -> None:
-    assert kind_of(None, None, [], before=True) == "unexplained"
+    assert kind_of(None, [], before=True) == "unexplained"
 
 
 def test_the_product_within_a_dequantising_function_is_an_activation(tmp_path: Path) -> None:
@@ -77,7 +88,7 @@ def test_the_product_within_a_dequantising_function_is_an_activation(tmp_path: P
     file.write_text("empty = torch.empty(shape)\nreturn torch.nn.functional.linear(A, B_dq, bias)\n")
     calls = [[{"filename": str(file), "line": line, "name": "_dequant_linear_fallback"}] for line in (1, 2)]
 
-    kinds = [kind_of(None, Scope("forward", *MAMBA), call) for call in calls]
+    kinds = [kind_of(Scope("forward", *MAMBA), call) for call in calls]
 
     assert kinds == ["dequantised", "activations_mamba"]
 

@@ -15,9 +15,8 @@ from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.report import write_report
-from qlora_lowmem.memory.attribution import Attribution, OwnerLine
+from qlora_lowmem.memory.attribution import Attribution, OwnerLine, Timeline
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
-from qlora_lowmem.memory.timeline import Timeline
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.attribution import write_attribution
 from qlora_lowmem.results.kinds.lengths import Length, write_lengths

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from bs4 import BeautifulSoup, Tag
 
@@ -280,7 +281,7 @@ def test_two_files_of_one_recipe_are_compared(apart: bool, tmp_path: Path) -> No
 def test_a_file_without_provenance_says_so(tmp_path: Path) -> None:
     """What a failing test of the gate leaves has only the attribution's own."""
     path = tmp_path / "kept.json"
-    path.write_text(json.dumps({"case": "t.py::c", "attribution": attribution().to_dict()}))
+    path.write_text(json.dumps({"case": "t.py::c", "attribution": msgspec.to_builtins(attribution())}))
     output = tmp_path / "report.html"
     assert main([str(path), "--output", str(output)]) == 0
     text = parsed(output).find(class_="made-of").get_text()
@@ -309,8 +310,12 @@ def test_charts_are_written_as_files(results: Path, tmp_path: Path) -> None:
 
 def test_an_attribution_of_explain_is_read(tmp_path: Path) -> None:
     """`explain --json` writes the recipe whole; its name is what counts."""
-    found = Attribution.from_dict(json.loads(json.dumps(attribution().to_dict())))
-    content = {"recipe": {"name": "mine", "base": {}}, "environment": ENVIRONMENT, "attribution": found.to_dict()}
+    found = msgspec.json.decode(msgspec.json.encode(attribution()), type=Attribution)
+    content = {
+        "recipe": {"name": "mine", "base": {}},
+        "environment": ENVIRONMENT,
+        "attribution": msgspec.to_builtins(found),
+    }
     path = tmp_path / "explained.json"
     path.write_text(json.dumps(content))
     (section,) = sections_of([path]).sections

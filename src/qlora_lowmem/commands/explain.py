@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import Command, add_json_argument, check_parent, write_json
 from qlora_lowmem.environment import provenance_record, words_of
@@ -88,7 +90,7 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
         print(page)
     record = provenance_record(found.device, found.provenance)
     content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "environment": record}
-    write_json(options.json, content | {"floor_bytes": outcome.floor.total, "attribution": found.to_dict()})
+    write_json(options.json, content | {"floor_bytes": outcome.floor.total, "attribution": msgspec.to_builtins(found)})
     if options.markdown:
         Path(options.markdown).write_text(page, encoding="utf-8")
     pictures = [Path(target) for target in (options.svg, options.png) if target]

@@ -59,11 +59,11 @@ class Case:
         Path(self.artefacts).mkdir(parents=True, exist_ok=True)
         if attribution is not None:
             path = Path(self.artefacts) / f"attribution-{self._file_name}.json"
-            content = {"case": self.name, "attribution": attribution.to_dict()}
+            content = {"case": self.name, "attribution": msgspec.to_builtins(attribution)}
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
             kept.append(str(path))
         if snapshot is not None:
-            from qlora_lowmem.memory.snapshots import write_snapshot
+            from qlora_lowmem.memory.recorder import write_snapshot
 
             write_snapshot(snapshot, self.snapshot_path)
         if self.snapshot_path.is_file():
@@ -123,9 +123,9 @@ class Meter:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         """Fixtures count: models are often made in them."""
         if self._case_of(item) is not None:
-            from qlora_lowmem.gate.plain_recorder import PlainRecorder
+            from qlora_lowmem.memory.recorder import ProgramRecorder
 
-            self._recorder = PlainRecorder(item.config.rootpath)
+            self._recorder = ProgramRecorder(item.config.rootpath)
             self._recorder.start()
         return (yield)
 

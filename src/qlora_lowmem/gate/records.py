@@ -18,7 +18,7 @@ from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.results.kinds.verdicts import Key, Record
 from qlora_lowmem.units import format_bytes, format_signed
 
-# Lines of code that a record keeps, the largest: as many as an attribution has (`explanation.MAX_OWNERS`).
+# Lines of code that a record keeps, the largest: as many as an attribution has (`attribution.MAX_OWNERS`).
 MAX_LINES = 40
 # The fields of a key that say which packages ran, and not what was run on what.
 VERSION_FIELDS = ("torch", "cuda", "transformers", "peft", "trl", "bitsandbytes")

@@ -1,11 +1,12 @@
-"""Whose decoder layers run in tiles: asked by `apply_lean` of a model, and by plans of a configuration.
+"""Whose decoder layers run in tiles: asked by `apply_lean` of a model, and by plans of a configuration. And which file
+of this package holds which kind of memory: asked by whoever attributes a peak to code.
 
 Imports nothing heavy, so that a plan and the checks of a recipe can ask before torch is there.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,33 @@ def takes_tiles(config: Mapping[str, Any]) -> bool:
     """Whether a model of this configuration runs its layers in tiles; False where it names no `model_type`."""
     family = TILED_FAMILIES.get(str(config.get("model_type")))
     return family is not None and why_not_tiles(family, config) is None
+
+
+Holding = Literal["mamba", "attention", "mlp", "norm", "loss", "checkpoints"]
+
+# What a tensor made by the code of a file is for, every file of this package. None: code that calls other files', or
+# whose tensors belong to what calls it.
+HOLDS: Mapping[str, Holding | None] = {
+    "__init__.py": None,
+    "apply.py": None,
+    "attention.py": "attention",
+    "checkpointing.py": "checkpoints",
+    "convolution.py": "mamba",
+    "decoder.py": None,
+    "embeddings.py": None,
+    "families.py": None,
+    "generic.py": None,
+    "granite.py": None,
+    "linear4bit.py": None,
+    "llama.py": None,
+    "loss.py": "loss",
+    "norms.py": "norm",
+    "options.py": None,
+    "scan.py": "mamba",
+    "scan_choice.py": None,
+    "scan_chunks.py": "mamba",
+    "scan_triton.py": "mamba",
+    "scoring.py": None,
+    "swiglu.py": "mlp",
+    "tiles.py": None,
+}

@@ -1,4 +1,4 @@
-"""Record what `explanation` needs while a job trains, on a real and a virtual GPU alike.
+"""Record what an attribution needs while a recipe trains, on a real and a virtual GPU alike.
 
 The allocator's history is recorded in windows of one micro-batch (the last with the optimizer step), and a window is
 looked at only if the phase's allocated peak rose in it. Nothing is allocated on the device, and no tensor is held.
@@ -13,15 +13,16 @@ from torch import nn
 from torch.cuda import memory as cuda_memory
 from transformers import Trainer, TrainerCallback
 
-from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.memory.explanation import Evidence, explain
+from qlora_lowmem.memory.attribution import Attribution, Evidence, explain
 from qlora_lowmem.memory.history import replay
-from qlora_lowmem.memory.owners import Owner, gradient_of, gradients, optimizer_state, weights
+from qlora_lowmem.memory.kinds import RecipeNamer
+from qlora_lowmem.memory.owners import Found, Owner, Owners
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.memory.scopes import BETWEEN, ModuleScopes, Scope, ScopeLog
-from qlora_lowmem.memory.snapshots import library_workspaces, no_collection, take_snapshot, write_snapshot
+from qlora_lowmem.memory.recorder import library_workspaces, no_collection, take_snapshot, write_snapshot
+from qlora_lowmem.memory.scopes import BETWEEN, ModelScopes, Scope, ScopeLog
 
 _WORKSPACE = Owner("libraries", "cuBLAS workspace", "")
+_CHECKPOINT = Owner("checkpoints", "input of a decoder layer", "")
 
 
 class AttributionRecorder(TrainerCallback):
@@ -39,8 +40,10 @@ class AttributionRecorder(TrainerCallback):
     def __init__(self, uniform: bool = False, device: int = 0) -> None:
         self._uniform = uniform
         self._device = device
+        self._namer = RecipeNamer()
+        self._owners = Owners(self._namer, device)
         self._log = ScopeLog()
-        self._scopes: ModuleScopes | None = None
+        self._scopes: ModelScopes | None = None
         self._hooks: list[Any] = []
         self._trainer: Trainer | None = None
         self._model = nn.Module()
@@ -62,8 +65,8 @@ class AttributionRecorder(TrainerCallback):
         assert isinstance(trainer.model, nn.Module)
         self._trainer = trainer
         self._model = trainer.model
-        self._weights = weights(self._model)
-        self._scopes = ModuleScopes(self._model, self._log, self._saw_checkpoint)
+        self._weights = _first_of(self._owners.weights(self._model))
+        self._scopes = ModelScopes(self._model, self._log, self._saw_checkpoint)
         _, options = trainer.optimizer_cls_and_kwargs or (None, {})
         if options.get("gradient_release"):
             for name, parameter in self._model.named_parameters():
@@ -91,10 +94,9 @@ class AttributionRecorder(TrainerCallback):
         workspaces = dict.fromkeys(library_workspaces(self._device), _WORKSPACE)
         evidence.at_start = {**workspaces, **evidence.at_start}
         evidence.at_end = {**workspaces, **evidence.at_end}
-        peak = profile.phases[self._phase]
         with no_collection():
             history = replay(before, after, self._device)
-            return explain(history, evidence, self._phase, peak, profile.device, profile.provenance)
+            return explain(history, evidence, self._namer, profile, self._phase)
 
     def save_snapshot(self, path: Path) -> None:
         """Write the recorded window for https://pytorch.org/memory_viz, which opens it as torch's own `_dump_snapshot`.
@@ -127,10 +129,7 @@ class AttributionRecorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Gradients are complete, and soon gone."""
-        if self._open is not None:
-            position = self._log.enter(Scope("optimizer"))
-            found = gradients(self._model)
-            self._open[1].seen.extend((position, address, owner) for address, owner in found.items())
+        self._saw(self._owners.gradients(self._model))
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """After the optimizer's step, before gradients are let go."""
@@ -167,17 +166,30 @@ class AttributionRecorder(TrainerCallback):
         assert self._trainer is not None
         optimizer = self._trainer.optimizer  # made as training begins, and then wrapped by accelerate
         inner = getattr(optimizer, "optimizer", optimizer)
-        return {**optimizer_state(inner, self._model), **gradients(self._model), **self._weights}
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        state, gradients = self._owners.optimizer_state(inner, names), self._owners.gradients(self._model)
+        return {**_first_of(state), **_first_of(gradients), **self._weights}
 
     def _saw_gradient(self, name: str, parameter: nn.Parameter) -> None:
         """Within backward, a gradient that the optimizer now steps with and frees."""
+        self._saw(self._owners.gradient(name, parameter))
+
+    def _saw(self, gradients: Found) -> None:
         if self._open is not None:
             position = self._log.enter(Scope("optimizer"))
-            self._open[1].seen.extend((position, *found) for found in gradient_of(name, parameter).items())
+            self._open[1].seen.extend((position, address, owner) for address, owner in gradients)
 
     def _saw_checkpoint(self, position: int, address: int) -> None:
         if self._open is not None:
-            self._open[1].seen.append((position, address, Owner("checkpoints", "input of a decoder layer", "")))
+            self._open[1].seen.append((position, address, _CHECKPOINT))
+
+
+def _first_of(found: Found) -> dict[int, Owner]:
+    """By address; of several tensors in one storage the first."""
+    owners: dict[int, Owner] = {}
+    for address, owner in found:
+        owners.setdefault(address, owner)
+    return owners
 
 
 def _note_frames() -> None:

@@ -41,6 +41,16 @@ class Block:
     born: int
     died: int
 
+    @property
+    def position(self) -> int:
+        """The position in a log of scopes that its note names; -1 where it names none."""
+        return position_of(self.note)
+
+
+def position_of(note: str) -> int:
+    """The position in a log of scopes that an allocation's metadata names; -1 where there is none."""
+    return int(note) if note.isdigit() else -1
+
 
 @dataclass(frozen=True)
 class History:

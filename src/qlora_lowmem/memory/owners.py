@@ -1,16 +1,18 @@
 """Which tensors are alive and what they are: parameters, quantisation state, gradients, optimizer state.
 
 A tensor is known by the address of its storage, which is the address of the allocator's block. No tensor is held.
+
+And the floor: bytes of them that no method of training avoids, for a peak to be held against.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_lowmem.memory.scopes import plain_name
+from qlora_lowmem.memory.kinds import Namer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,50 +30,60 @@ class Owner:
     layout: str
 
 
-def weights(model: nn.Module) -> dict[int, Owner]:
-    """Address to owner, for every parameter and buffer of `model` and the quantisation state of its 4-bit weights."""
-    found: dict[int, Owner] = {}
-    for name, parameter in model.named_parameters():
-        name = plain_name(name)
-        state = getattr(parameter, "quant_state", None)  # only bitsandbytes' Params4bit has one
-        if state is not None:
-            _add(found, parameter, "weights_4bit", name)
-            for part, tensor in quantisation_tensors(state):
-                _add(found, tensor, "quantisation", f"{name}.quant_state.{part}")
-        else:
-            _add(found, parameter, "adapters" if parameter.requires_grad else "weights_other", name)
-    for name, buffer in model.named_buffers():
-        _add(found, buffer, "weights_other", plain_name(name))
-    return found
+Found = Iterator[tuple[int, Owner]]  # addresses and owners; one address may come twice
 
 
-def gradients(model: nn.Module) -> dict[int, Owner]:
-    """Address to owner, for every gradient that parameters hold now."""
-    found: dict[int, Owner] = {}
-    for name, parameter in model.named_parameters():
-        found |= gradient_of(name, parameter)
-    return found
+@dataclass(frozen=True)
+class Owners:
+    """Finds tensors on one CUDA device, and names them as `namer` does."""
 
+    namer: Namer
+    device: int
 
-def gradient_of(name: str, parameter: nn.Parameter) -> dict[int, Owner]:
-    """Address to owner, for the gradient that one parameter holds now, if any."""
-    found: dict[int, Owner] = {}
-    if parameter.grad is not None:
-        _add(found, parameter.grad, "gradients", f"{plain_name(name)}.grad")
-    return found
+    def weights(self, model: nn.Module, prefix: str = "") -> Found:
+        """Every parameter and buffer of `model`, and the quantisation state of its 4-bit weights.
 
+        Args:
+            prefix: of their names.
+        """
+        for own, parameter in model.named_parameters():
+            name = prefix + own
+            state = getattr(parameter, "quant_state", None)  # only bitsandbytes' Params4bit has one
+            if state is not None:
+                yield from self._of(parameter, "weights_4bit", name)
+                for part, tensor in quantisation_tensors(state):
+                    yield from self._of(tensor, "quantisation", name, f".quant_state.{part}")
+            else:
+                kind = "adapters" if self.namer.is_adapter(name, parameter) else "weights_other"
+                yield from self._of(parameter, kind, name)
+        for own, buffer in model.named_buffers():
+            yield from self._of(buffer, "weights_other", prefix + own)
 
-def optimizer_state(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> dict[int, Owner]:
-    """Address to owner, for every tensor of the optimizer's state, by parameter."""
-    found: dict[int, Owner] = {}
-    if optimizer is None:
-        return found
-    names: dict[Tensor, str] = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items() if isinstance(state, dict) else ():
-            if isinstance(value, Tensor):
-                _add(found, value, "optimizer", f"{names.get(parameter, 'parameter')}.{key}")
-    return found
+    def gradients(self, model: nn.Module, prefix: str = "") -> Found:
+        """Every gradient that parameters hold now."""
+        for own, parameter in model.named_parameters():
+            yield from self.gradient(prefix + own, parameter)
+
+    def gradient(self, name: str, parameter: nn.Parameter) -> Found:
+        """The gradient that one parameter holds now, if any."""
+        if parameter.grad is not None:
+            yield from self._of(parameter.grad, "gradients", name, ".grad")
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer | None, names: Mapping[int, str]) -> Found:
+        """Every tensor of the optimizer's state.
+
+        Args:
+            names: of parameters, by their id.
+        """
+        for parameter, state in optimizer.state.items() if optimizer is not None else ():
+            for key, value in state.items() if isinstance(state, dict) else ():
+                if isinstance(value, Tensor):
+                    yield from self._of(value, "optimizer", names.get(id(parameter), ""), f".{key}")
+
+    def _of(self, tensor: Tensor, kind: str, name: str, part: str = "") -> Found:
+        if tensor.is_cuda and tensor.device.index == self.device and tensor.untyped_storage().nbytes():
+            layout = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            yield tensor.untyped_storage().data_ptr(), Owner(kind, self.namer.owner_name(name, part), layout)
 
 
 def quantisation_tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -84,7 +96,64 @@ def quantisation_tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, Te
         yield from quantisation_tensors(state.state2, f"{prefix}state2.")
 
 
-def _add(found: dict[int, Owner], tensor: Tensor, kind: str, name: str) -> None:
-    if tensor.is_cuda and tensor.untyped_storage().nbytes():
-        layout = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        found.setdefault(tensor.untyped_storage().data_ptr(), Owner(kind, name, layout))
+@dataclass(frozen=True)
+class Floor:
+    """Bytes by part; `total` is the floor.
+
+    Attributes:
+        weights: the frozen base as stored: 4-bit weights, their constants, embeddings, norms, buffers.
+        adapters: what is trained, and the optimizer's state of it.
+        residual: two residual tensors of (batch, seq, hidden): a layer's input and its output (or their gradients).
+    """
+
+    weights: int
+    adapters: int
+    residual: int
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return self.weights + self.adapters + self.residual
+
+
+def floor_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, residual_elements: int) -> Floor:
+    """Count the floor of a job whose optimizer has taken a step.
+
+    Args:
+        model: with its adapters; each tensor counts once, however many modules share it.
+        optimizer: its state tensors count with the adapters; scalars (Adam's step) as what they are.
+        residual_elements: batch x seq x hidden, in the dtype of the model's embeddings.
+    """
+    seen: set[int] = set()
+    base, trained = 0, 0
+    states = [getattr(module, "quant_state", None) for module in model.modules()]  # bitsandbytes' Linear4bit has one
+    for parameter in model.parameters():
+        size = _bytes(parameter, seen)
+        if parameter.requires_grad:
+            trained += size
+        else:
+            base += size
+            states.append(getattr(parameter, "quant_state", None))  # that of Params4bit; FSDP2's shards have lost it
+    for state in states:
+        base += sum(_bytes(tensor, seen) for _, tensor in quantisation_tensors(state)) if state is not None else 0
+    base += sum(_bytes(buffer, seen) for buffer in model.buffers())
+    if optimizer is not None:
+        for values in optimizer.state.values():
+            trained += sum(_bytes(value, seen) for value in values.values() if isinstance(value, Tensor))
+    return Floor(base, trained, 2 * residual_elements * _embedding_bytes(model))
+
+
+def _bytes(tensor: Tensor, seen: set[int]) -> int:
+    if hasattr(tensor, "to_local"):  # a DTensor: FSDP2 shards it over cards, and this one's part counts
+        tensor = tensor.to_local()
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in seen:
+        return 0
+    seen.add(storage.data_ptr())
+    return tensor.numel() * tensor.element_size()
+
+
+def _embedding_bytes(model: nn.Module) -> int:
+    """Bytes of an element of the residual stream: that of the norms, which are never quantised."""
+    dtypes = [p.dtype for name, p in model.named_parameters() if "norm" in name and p.dtype.is_floating_point]
+    return dtypes[0].itemsize if dtypes else 2

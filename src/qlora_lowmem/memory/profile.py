@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import msgspec
+
 from qlora_lowmem import virtual_gpu
 
 Provenance = Literal["virtual", "measured"]
@@ -79,27 +81,11 @@ class MemoryProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, the three peaks on top."""
-        return {
-            "peak_allocated_bytes": self.peak_allocated_bytes,
-            "peak_reserved_bytes": self.peak_reserved_bytes,
-            "peak_device_bytes": self.peak_device_bytes,
-            "device": self.device,
-            "provenance": self.provenance,
-            "total_bytes": self.total_bytes,
-            "outside_allocator_bytes": self.outside_allocator_bytes,
-            "phases": [{"name": name, **asdict(peak)} for name, peak in self.phases.items()],
-        }
+        peaks = {f"peak_{figure}_bytes": count for figure, count in asdict(self.peak).items()}
+        phases = [{"name": name, **asdict(peak)} for name, peak in self.phases.items()]
+        return {**peaks, **msgspec.to_builtins(self), "phases": phases}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "MemoryProfile":
         """The inverse of `to_dict`."""
-        return cls(
-            device=content["device"],
-            provenance=content["provenance"],
-            total_bytes=content["total_bytes"],
-            outside_allocator_bytes=content["outside_allocator_bytes"],
-            phases={
-                phase["name"]: Peak(phase["allocated"], phase["reserved"], phase["device"])
-                for phase in content["phases"]
-            },
-        )
+        return msgspec.convert({**content, "phases": {phase["name"]: phase for phase in content["phases"]}}, cls)

@@ -1,26 +1,33 @@
 """Which module is running, forward or backward, at every allocation.
 
 torch's memory history knows Python frames. A backward of C++ autograd has none, and a frame does not say which of forty
-layers it ran for. So hooks on the modules and on the nodes of the autograd graph keep a log of where the step is, and
+layers it ran for. So hooks on the modules and on the nodes of the autograd graph keep a log of where the job is, and
 torch's own metadata (`torch.cuda.memory._set_memory_metadata`) writes the log's position beside each allocation.
 The metadata is thread-local, and autograd's thread runs the nodes' hooks, so both threads are covered.
 
 A node belongs to the module that was running when it was made: the sequence numbers that autograd gives to nodes are
 noted at each change of module, and the graph is walked once before backward. No tensor and no node is held.
+
+`ModelScopes` follows one model that is known beforehand, a recipe's; `ProgramScopes` follows whatever modules a program
+calls, on plain torch: neither transformers nor a trainer is needed.
 """
 
+import weakref
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.nn.modules import module as global_hooks
+from torch.optim import optimizer as optimizers
 
-Phase = Literal["between", "forward", "recompute", "backward", "optimizer"]
-ModuleType = Literal["attention", "mamba", "mlp", "norm", "loss", "other"]
+from qlora_lowmem.memory.history import position_of
+from qlora_lowmem.memory.kinds import ModuleType, module_type, plain_name, type_by_words
+
+Phase = Literal["between", "outside", "forward", "recompute", "backward", "optimizer"]
 
 # `torch.cuda.memory._set_memory_metadata` without its Python frame: it is called 50,000 times a step.
 _set_metadata = torch._C._cuda_setMemoryMetadata
@@ -31,11 +38,13 @@ _ACCUMULATE = "AccumulateGrad"  # these outlive a graph, and what they allocate 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Where a step is.
+    """Where a job is.
 
     Attributes:
-        phase: `recompute` is a forward within backward; `between` is outside of forward, backward and optimizer step.
-        module: dotted name, PEFT's and accelerate's prefixes left out; empty outside of the model.
+        phase: `recompute` is a forward within backward; `between` is outside of a recipe's forward, backward and
+            optimizer step, `outside` the same in a program, in its own code.
+        module: dotted name, PEFT's and accelerate's prefixes left out; empty outside of the model. In a program
+            relative to the outermost module, which has no name itself.
         module_type: what kind of work it is.
         node: the autograd node that runs (`MulBackward0`); empty in forward.
     """
@@ -47,18 +56,7 @@ class Scope:
 
 
 BETWEEN = Scope("between")
-
-
-@dataclass(frozen=True, slots=True)
-class _Where:
-    """A module's scopes, made once."""
-
-    forward: Scope
-    recompute: Scope
-
-    @classmethod
-    def of(cls, name: str, kind: ModuleType) -> "_Where":
-        return cls(Scope("forward", name, kind), Scope("recompute", name, kind))
+OUTSIDE = Scope("outside")
 
 
 class ScopeWindow:
@@ -87,17 +85,25 @@ class ScopeWindow:
         return self._scopes[position - self._start] if self._start <= position < self.end else None
 
 
-def position_of(note: str) -> int:
-    """The log's position in an allocation's metadata; -1 where there is none."""
-    return int(note) if note.isdigit() else -1
-
-
 class ScopeLog:
-    """Where the step is: a log whose position is written beside every allocation."""
+    """Where the job is: a log whose position is written beside every allocation.
 
-    def __init__(self) -> None:
+    Args:
+        idle: the scope outside of all that is followed.
+    """
+
+    def __init__(self, idle: Scope = BETWEEN) -> None:
+        self._idle = idle
+        self._marks: list[tuple[int, Scope]] = []  # (autograd's next sequence number, scope from there on)
         self.window = ScopeWindow(0)
         self.begin_window()
+
+    def begin_window(self) -> ScopeWindow:
+        """Forget what was logged until now, unless someone holds its window."""
+        self.window = ScopeWindow(self.window.end)
+        self._marks.clear()
+        self.enter(self._idle)
+        return self.window
 
     def enter(self, scope: Scope) -> int:
         """From now on, allocations of this thread belong to `scope`. Returns the log's position."""
@@ -105,38 +111,73 @@ class ScopeLog:
         _set_metadata(str(position))
         return position
 
-    def begin_window(self) -> ScopeWindow:
-        """Forget what was logged until now, unless someone holds its window."""
-        self.window = ScopeWindow(self.window.end)
-        self.enter(BETWEEN)
-        return self.window
+    def enter_forward(self, scope: Scope) -> None:
+        """The same, and so do the nodes that autograd makes from now on."""
+        self._marks.append((_next_sequence_number(), scope))
+        self.enter(scope)
+
+    def mark_nodes(self, roots: Iterable[Any]) -> None:
+        """Let every node of the graphs behind `roots` say where it belongs when backward comes to it."""
+        numbers = [number for number, _ in self._marks]
+        scopes: dict[tuple[int, str], Scope] = {}
+        waiting = list(roots)
+        seen: set[Any] = set()
+        while waiting:
+            node = waiting.pop()
+            name = node.name()
+            if node in seen or name.endswith(_ACCUMULATE):
+                continue
+            seen.add(node)
+            at = bisect_right(numbers, node._sequence_nr()) - 1
+            scope = scopes.get((at, name))
+            if scope is None:
+                made_in = self._marks[at][1] if at >= 0 else self._idle
+                kind: ModuleType = "loss" if made_in.phase == "outside" else made_in.module_type
+                scope = Scope("backward", made_in.module, kind, name.rpartition("::")[2])
+                scopes[at, name] = scope
+            node.register_prehook(partial(self._enter_node, scope))
+            waiting.extend(parent for parent, _ in node.next_functions if parent is not None)
+
+    def forget_nodes(self) -> None:
+        """What was made until now has been marked."""
+        self._marks.clear()
+
+    def _enter_node(self, scope: Scope, gradients: Any) -> None:
+        del gradients
+        self.enter(scope)
 
 
-class ModuleScopes:
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class ModelScopes:
     """Hooks that keep a `ScopeLog` for one model.
 
     Args:
-        on_checkpoint: called with the address of the storage of a layer's input where that layer is checkpointed.
+        on_checkpoint: called with the log's position and the address of the storage of a layer's input where that
+            layer is checkpointed.
     """
 
     def __init__(self, model: nn.Module, log: ScopeLog, on_checkpoint: Callable[[int, int], None]) -> None:
         self._model = model
         self._log = log
         self._on_checkpoint = on_checkpoint
-        self._marks: list[tuple[int, Scope]] = []  # (autograd's next sequence number, scope from there on)
         self._handles: list[Any] = []
-        self._where: dict[str, _Where] = {}
+        self._scopes: dict[str, tuple[Scope, Scope]] = {}  # of a module's forward, and of its recomputation
         for name, _ in model.named_modules():
-            self._where[name] = _Where.of(plain_name(name), module_type(model, name))
+            where = plain_name(name), module_type(model, name)
+            self._scopes[name] = Scope("forward", *where), Scope("recompute", *where)
 
     def attach(self) -> None:
         """Put the hooks on."""
-        self._marks.clear()
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         for name, module in self._model.named_modules():
-            inside, outside = self._where[name], self._where[name.rpartition(".")[0]]
-            before = self._before_checkpointed if isinstance(module, GradientCheckpointingLayer) else self._before
+            inside, outside = self._scopes[name], self._scopes[name.rpartition(".")[0]]
+            before = self._before_checkpointed if isinstance(module, GradientCheckpointingLayer) else self._enter
             self._handles.append(module.register_forward_pre_hook(partial(before, inside), with_kwargs=True))
-            after = self._after_model if module is self._model else partial(self._after, outside)
+            after = self._after_model if module is self._model else partial(self._enter, outside)
             self._handles.append(module.register_forward_hook(after))
 
     def remove(self) -> None:
@@ -145,103 +186,132 @@ class ModuleScopes:
             handle.remove()
         self._handles.clear()
 
-    def _before(self, inside: "_Where", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del module, args, kwargs
-        self._enter(inside)
-
     def _before_checkpointed(
-        self, inside: "_Where", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, inside: tuple[Scope, Scope], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if module.gradient_checkpointing and torch._C._current_graph_task_id() == -1:
+        if module.gradient_checkpointing and not _in_backward():
             hidden = args[0] if args else kwargs.get("hidden_states")
             if isinstance(hidden, Tensor):
                 self._on_checkpoint(self._log.enter(BETWEEN), hidden.untyped_storage().data_ptr())
         self._enter(inside)
 
-    def _after(self, outside: "_Where", module: nn.Module, args: Any, output: Any) -> None:
-        del module, args, output
-        self._enter(outside)
-
-    def _enter(self, where: "_Where") -> None:
-        if torch._C._current_graph_task_id() != -1:  # in backward
-            self._log.enter(where.recompute)
+    def _enter(self, scopes: tuple[Scope, Scope], *_: Any) -> None:
+        forward, recompute = scopes
+        if _in_backward():
+            self._log.enter(recompute)
         else:
-            self._marks.append((_next_sequence_number(), where.forward))
-            self._log.enter(where.forward)
+            self._log.enter_forward(forward)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         del module, args
         self._log.enter(Scope("forward", "", "loss"))
         tensors = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-        roots = [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
-        if roots:
-            self._mark_nodes(roots)
-        self._marks.clear()
-
-    def _mark_nodes(self, roots: list[Any]) -> None:
-        """Let every node of the graph say where it belongs when backward comes to it."""
-        numbers = [number for number, _ in self._marks]
-        scopes: dict[tuple[int, str], Scope] = {}
-        seen: set[int] = set()
-        while roots:
-            node = roots.pop()
-            number, name = node._sequence_nr(), node.name()
-            if number in seen or name.endswith(_ACCUMULATE):
-                continue
-            seen.add(number)
-            at = bisect_right(numbers, number) - 1
-            scope = scopes.get((at, name))
-            if scope is None:
-                made_in = self._marks[at][1] if at >= 0 else BETWEEN
-                scope = Scope("backward", made_in.module, made_in.module_type, name.rpartition("::")[2])
-                scopes[at, name] = scope
-            node.register_prehook(partial(self._enter_node, scope))
-            roots.extend(parent for parent, _ in node.next_functions if parent is not None)
-
-    def _enter_node(self, scope: Scope, gradients: Any) -> None:
-        del gradients
-        self._log.enter(scope)
+        self._log.mark_nodes(t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None)
+        self._log.forget_nodes()
 
 
-_WRAPPERS = ("base_model.model.", "base_model.", "module.", "_orig_mod.")
+class ProgramScopes:
+    """Hooks on every module and optimizer of this process, and the log they keep.
 
+    The outermost module that is called is a root, and its `named_modules()` names the others. Nodes are marked as
+    `torch.autograd.backward` begins.
 
-def plain_name(name: str) -> str:
-    """A module's name as the base model knows it, without PEFT's wrapper."""
-    if name in ("base_model", "base_model.model"):
-        return ""
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
-
-
-def module_type(model: nn.Module, name: str) -> ModuleType:
-    """What kind of work the module `name` does: its own class decides, or the nearest parent's that says something.
-
-    What runs in the model's outermost modules is the LM head and the loss; within the decoder but in none of the kinds
-    (residual additions, embeddings) is `other`.
+    Args:
+        on_step: called after outermost forwards, backwards and optimizer steps, when tensors may have got owners.
     """
-    while True:
-        found = _own_type(type(model.get_submodule(name)).__name__, name.rpartition(".")[2])
-        if found is not None:
-            return found
-        if not name:
-            return "loss"
-        name = name.rpartition(".")[0]
 
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self.log = ScopeLog(OUTSIDE)
+        self.optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
+        self._on_step = on_step
+        self._roots: list[tuple[weakref.ref[nn.Module], str]] = []
+        self._names: dict[int, str] = {}  # id of a module to its name; rebuilt with each outermost forward
+        self._types: dict[str, ModuleType] = {}
+        self._stack: list[str] = []
+        self._recomputing: list[str] = []
+        self._undo: list[Callable[[], None]] = []
 
-def _own_type(class_name: str, leaf: str) -> ModuleType | None:
-    text = class_name.lower()
-    if "norm" in text:
-        return "norm"
-    if leaf == "lm_head" or "forcausallm" in text:
-        return "loss"
-    if leaf.startswith("lora_") or text.startswith("lora"):
-        return None  # an adapter is part of what it adapts
-    if "mamba" in text:
-        return "mamba"
-    if "attention" in text or leaf == "self_attn":
-        return "attention"
-    if text.endswith(("mlp", "moe", "experts", "router")) or leaf == "mlp":
-        return "mlp"
-    return "other" if text.endswith(("layer", "model", "embedding")) else None
+    def attach(self) -> None:
+        """Put the hooks on."""
+        handles = [
+            global_hooks.register_module_forward_pre_hook(self._before),
+            global_hooks.register_module_forward_hook(self._after, always_call=True),
+            optimizers.register_optimizer_step_pre_hook(self._before_optimizer),
+            optimizers.register_optimizer_step_post_hook(self._after_optimizer),
+        ]
+        self._undo = [handle.remove for handle in handles]
+        backward = torch.autograd.backward
+
+        def backward_with_scopes(tensors: Any, *arguments: Any, **options: Any) -> Any:
+            ends = [tensors] if isinstance(tensors, Tensor) else tensors
+            self.log.mark_nodes(tensor.grad_fn for tensor in ends if tensor.grad_fn is not None)
+            result = backward(tensors, *arguments, **options)
+            if not _in_backward():
+                self.log.enter(OUTSIDE)
+                self._on_step()
+            return result
+
+        torch.autograd.backward = backward_with_scopes
+        self._undo.append(partial(setattr, torch.autograd, "backward", backward))
+        self.log.begin_window()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def roots(self) -> Iterator[tuple[str, nn.Module]]:
+        """(prefix of its names, module) of every root that is still alive."""
+        for reference, prefix in self._roots:
+            root = reference()
+            if root is not None:
+                yield prefix, root
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        del args
+        if _in_backward():
+            self._recomputing.append(self._names.get(id(module), ""))
+            self.log.enter(self._scope("recompute", self._recomputing[-1]))
+            return
+        if not self._stack:
+            self._learn(module)
+        self._stack.append(self._names.get(id(module), self._stack[-1] if self._stack else ""))
+        self.log.enter_forward(self._scope("forward", self._stack[-1]))
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        del module, args, output
+        if _in_backward():
+            if self._recomputing:
+                self._recomputing.pop()
+            self.log.enter(self._scope("recompute", self._recomputing[-1] if self._recomputing else ""))
+            return
+        if self._stack:
+            self._stack.pop()
+        self.log.enter_forward(self._scope("forward", self._stack[-1]) if self._stack else OUTSIDE)
+        if not self._stack:
+            self._on_step()
+
+    def _scope(self, phase: Phase, name: str) -> Scope:
+        return Scope(phase, name, self._types.get(name, "other"))
+
+    def _learn(self, module: nn.Module) -> None:
+        """Name the modules of a root. The first root's names have no prefix; those of others begin with its class."""
+        known = next((prefix for prefix, root in self.roots() if root is module), None)
+        if known is None:
+            known = "" if not self._roots else f"{type(module).__name__}."
+            self._roots.append((weakref.ref(module), known))
+        for name, part in module.named_modules():
+            full = (known + name).removesuffix(".")
+            self._names[id(part)] = full
+            self._types[full] = type_by_words(full, part)
+
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if all(known() is not optimizer for known in self.optimizers):
+            self.optimizers.append(weakref.ref(optimizer))
+        self._on_step()
+        self.log.enter(Scope("optimizer"))
+
+    def _after_optimizer(self, *_: Any) -> None:
+        self.log.enter(OUTSIDE)
+        self._on_step()

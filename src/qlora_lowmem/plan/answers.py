@@ -18,7 +18,7 @@ class Need:
 
     Attributes:
         device_bytes: with the CUDA context; that is what is held against the card's usable memory.
-        floor_bytes: what no method of training the recipe avoids (`memory/floor.py`); 0 where no step ended.
+        floor_bytes: what no method of training the recipe avoids (`memory/owners.py`); 0 where no step ended.
         host_bytes: page-locked host memory.
         fits: on the card itself, within what a job can count on there. A run that does not was made again with room
             for it, so that the figures say what it would need.

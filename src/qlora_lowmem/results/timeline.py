@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_lowmem.memory.timeline import Timeline, chosen_events
+from qlora_lowmem.memory.attribution import Timeline, chosen_events
 from qlora_lowmem.results.style import CRISP, SMALL, Style, plain
 from qlora_lowmem.results.tables import Cell, Table, gib, gib_cell
 from qlora_lowmem.results.theme import GROUPS, Group

@@ -21,7 +21,7 @@ from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, foresee_lean
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
-from qlora_lowmem.memory.floor import Floor, floor_of
+from qlora_lowmem.memory.owners import Floor, floor_of
 from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import choose_precision, load_config, load_tokenizer, skeleton

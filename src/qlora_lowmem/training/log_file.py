@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qlora_lowmem.files import json_line, writing
-from qlora_lowmem.memory.floor import Floor, floor_of
+from qlora_lowmem.memory.owners import Floor, floor_of
 from qlora_lowmem.memory.recorder import Recorder
 
 LOG = "log.jsonl"

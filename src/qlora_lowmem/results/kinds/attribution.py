@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from qlora_lowmem.files import as_dataclass
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, Source, named_by_file, provenance_of
@@ -119,7 +122,12 @@ def write_attribution(folder: Path, name: str, found: Attribution, floor_bytes: 
     """Write `attribution-NAME` under `folder`: JSON (the source), CSV, the page with its provenance, the picture."""
     rows = [{"kind": kind, "bytes": count} for kind, count in found.kinds.items() if count]
     page = f"{markdown(found, name, floor_bytes)}\n![{name}](attribution-{name}.svg)\n\n{provenance_lines(record)}\n"
-    content = {"environment": record, "recipe": name, "floor_bytes": floor_bytes, "attribution": found.to_dict()}
+    content = {
+        "environment": record,
+        "recipe": name,
+        "floor_bytes": floor_bytes,
+        "attribution": msgspec.to_builtins(found),
+    }
     write_result(folder, f"attribution-{name}", content, page, rows)
     write_picture(found, name, folder / f"attribution-{name}.svg", folder / f"attribution-{name}.png")
 
@@ -147,7 +155,7 @@ def _read(content: Fields) -> _Run:
     _check(inside)
     named = content.raw.get("recipe", content.raw.get("case"))
     name = named.get("name") if isinstance(named, dict) else named
-    return _Run(name if isinstance(name, str) else "", Attribution.from_dict(inside.raw))
+    return _Run(name if isinstance(name, str) else "", as_dataclass(Attribution, inside.raw))
 
 
 def _provenance(content: Fields) -> Provenance:

@@ -43,7 +43,7 @@ class Length:
 
     Attributes:
         fits: what the device held, against the card's usable memory.
-        floor_bytes: what no method avoids at that length (`memory.floor`).
+        floor_bytes: what no method avoids at that length (`memory.owners`).
     """
 
     recipe: str

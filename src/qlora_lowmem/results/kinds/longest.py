@@ -31,7 +31,7 @@ class Longest:
     Attributes:
         next_tokens: the shortest length that was seen not to fit; 0 where none was.
         limited_by: `memory`, or `limit` where the longest length asked for fits.
-        floor_bytes: what no method avoids at the longest length (`memory.floor`).
+        floor_bytes: what no method avoids at the longest length (`memory.owners`).
         host_bytes: page-locked host memory at the longest length.
     """
 

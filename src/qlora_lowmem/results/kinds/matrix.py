@@ -36,7 +36,7 @@ class CaseResult:
             room for it; a real one without the cap), which say what it would need; None if that failed too.
         out_of_memory: torch's message, if it ran out on the card.
         failure: any other failure.
-        floor_bytes: what no method of training the recipe avoids (`memory.floor`).
+        floor_bytes: what no method of training the recipe avoids (`memory.owners`).
     """
 
     recipe: Recipe
