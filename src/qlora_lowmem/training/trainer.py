@@ -53,8 +53,8 @@ class LowMemTrainer(SFTTrainer):
     """What a run needs to be left alone overnight, on top of TRL's trainer.
 
     Checkpoints are whole or not there (`checkpoints.py`), a run that goes on logs what an undisturbed one logs,
-    evaluation neither builds logits nor disturbs the random generators, and every phase is recorded. The private methods
-    that it overrides, and who calls them, are listed and held in `tests/training/test_upstream.py`.
+    evaluation neither builds logits nor disturbs the random generators, and every phase is recorded. The private
+    methods that it overrides, and who calls them, are listed and held in `tests/training/test_upstream.py`.
 
     Args:
         full_logits: train from the full logits, as transformers' `Trainer` does, instead of TRL's fused LM head.

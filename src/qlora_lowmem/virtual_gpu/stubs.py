@@ -4,8 +4,8 @@ What is not implemented in `csrc/` falls into one of these kinds, by its library
 
 - *product*: computes on the device and reports nothing to the host: succeeds and does nothing;
 - *handle*: makes an object that only such functions read: hands out the address of an empty one;
-- *number*: writes numbers where it is told to, and succeeds. The sizes of workspaces are 0: they are not known here, which
-  is said once;
+- *number*: writes numbers where it is told to, and succeeds. The sizes of workspaces are 0: they are not known here,
+  which is said once;
 - *same*: what another function does that has the same first arguments;
 - *version*, *text*: what the real library of this installation says;
 - everything else is *missing*: says so once, with its name, keeps the name for the report, and returns the library's
@@ -102,8 +102,8 @@ DRIVER = Policy(
 # Products of matrices have no result that the host reads; what creates, queries or measures does.
 _COMPUTES = r"(?!.*(Get|Create|Query|Alloc|Init|Check|Xt|Version)).*"
 
-# The graph interface is in csrc/dnn_backend.cpp, RNNs in csrc/dnn.cpp. Positions are those of cudnn_ops.h and cudnn_adv.h
-# (cuDNN 9). The older convolution interface, which PyTorch has left, is refused.
+# The graph interface is in csrc/dnn_backend.cpp, RNNs in csrc/dnn.cpp. Positions are those of cudnn_ops.h and
+# cudnn_adv.h (cuDNN 9). The older convolution interface, which PyTorch has left, is refused.
 _CUDNN = Policy(
     3000,
     products=(
