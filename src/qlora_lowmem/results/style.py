@@ -55,6 +55,89 @@ class Style:
 
         return Figure(figsize=(self.width, height), layout="constrained", facecolor=self.theme["paper"])
 
+    @property
+    def row_height(self) -> float:
+        """Inches that a row of `name_rows` takes."""
+        return 0.4 if self.narrow else 0.34
+
+    def name_rows(self, axes: "Axes", names: Sequence[str]) -> tuple[list[float], float]:
+        """Name the rows of a horizontal chart, from the top: beside the bars, or above them where that has no room.
+
+        Returns:
+            (the centre of each row's bar, the bar's height).
+        """
+        count = len(names)
+        axes.set_ylim(count - 0.4, -0.6)
+        if not self.narrow:
+            axes.set_yticks(range(count), [short(name, 44) for name in names])
+            axes.tick_params(axis="y", length=0, labelsize=9)
+            return [float(row) for row in range(count)], 0.66
+        axes.set_yticks([])
+        for row, name in enumerate(names):
+            self.name_at(axes, name, row - 0.28)
+        return [row + 0.14 for row in range(count)], 0.38
+
+    def name_at(self, axes: "Axes", name: str, place: float) -> None:
+        """A name at the left end of the row at `place`, on the paper's colour."""
+        self.words(axes, short(name, 48), 0, place, 1, xycoords=("axes fraction", "data"))
+
+    def words(self, axes: "Axes", words: str, end: float, place: float, away: float = 5, **look: Any) -> None:
+        """Words behind the end of a bar, on the paper's colour, for a line may cross there."""
+        axes.annotate(
+            words,
+            (end, place),
+            xytext=(away, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL,
+            bbox={"facecolor": self.theme["paper"], "edgecolor": "none", "pad": 0.8},
+            **look,
+        )
+
+    def row_words(self, axes: "Axes", words: str, end: float, place: float, away: float = 5) -> None:
+        """Words behind the end of a named row's bar; beside the name where that has no room."""
+        if self.narrow:
+            self.words(axes, words, 1, place - 0.42, 0, xycoords=("axes fraction", "data"), ha="right")
+        else:
+            self.words(axes, words, end, place, away)
+
+    def tick(self, axes: "Axes", value: float, place: float, half: float, role: str, width: float = 2.5) -> None:
+        """An upright mark through the bar at `place`, `half` a row to either side."""
+        axes.plot([value, value], [place - half, place + half], color=self.theme[role], linewidth=width)
+
+    def plain(self, axes: "Axes", *, keep: Sequence[str] = ("bottom",), grid: Literal["x", "y", ""] = "") -> None:
+        """Only the spines that carry ticks, and a quiet grid along `grid` (`x`, `y` or none)."""
+        for side in ("top", "right", "left", "bottom"):
+            axes.spines[side].set_visible(side in keep)
+        if grid:
+            axes.grid(axis=grid, color=self.theme["grid"], linewidth=0.8)
+            axes.set_axisbelow(True)
+
+    def look(self, **settings: Any) -> dict[str, Any]:
+        """Settings of matplotlib whose colours may be roles."""
+        colours = self.theme.colours
+        return {name: colours.get(value, value) if "color" in name else value for name, value in settings.items()}
+
+    def mark(self, marker: str, edge: str, face: str = "none", width: float = 1.4) -> dict[str, Any]:
+        """Settings of a mark, its outline and its inside by role, for a drawing and for its legend."""
+        return self.look(marker=marker, markeredgecolor=edge, markerfacecolor=face, markeredgewidth=width)
+
+    def patch(self, label: str, **settings: Any) -> "Artist":
+        """A legend's handle for an area; colours may be roles."""
+        from matplotlib.patches import Patch
+
+        return Patch(label=label, **self.look(**settings))
+
+    def stroke(self, label: str, **settings: Any) -> "Artist":
+        """A legend's handle for a line or a mark; colours may be roles."""
+        from matplotlib.lines import Line2D
+
+        return Line2D([], [], label=label, **self.look(**settings))
+
+    def legend(self, figure: "Figure", handles: Sequence["Artist"], columns: int, **settings: Any) -> None:
+        """A legend below the drawing, without a frame."""
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, **settings)
+
 
 Drawing = Callable[[Style], "Figure"]
 
@@ -242,90 +325,14 @@ def short(text: str, limit: int = 36) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1].rstrip()}…"
 
 
-def plain(axes: "Axes", style: Style, *, keep: Sequence[str] = ("bottom",), grid: Literal["x", "y", ""] = "") -> None:
-    """Only the spines that carry ticks, and a quiet grid along `grid` (`x`, `y` or none)."""
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(side in keep)
-    if grid:
-        axes.grid(axis=grid, color=style.theme["grid"], linewidth=0.8)
-        axes.set_axisbelow(True)
-
-
-def name_rows(axes: "Axes", names: Sequence[str], style: Style) -> tuple[list[float], float]:
-    """Name the rows of a horizontal chart, from the top: beside the bars, or above them where that has no room.
-
-    Returns:
-        (the centre of each row's bar, the bar's height).
-    """
-    count = len(names)
-    axes.set_ylim(count - 0.4, -0.6)
-    if not style.narrow:
-        axes.set_yticks(range(count), [short(name, 44) for name in names])
-        axes.tick_params(axis="y", length=0, labelsize=9)
-        return [float(row) for row in range(count)], 0.66
-    axes.set_yticks([])
-    for row, name in enumerate(names):
-        name_at(axes, style, name, row - 0.28)
-    return [row + 0.14 for row in range(count)], 0.38
-
-
-def name_at(axes: "Axes", style: Style, name: str, place: float) -> None:
-    """A name at the left end of the row at `place`, on the paper's colour."""
-    axes.annotate(
-        short(name, 48),
-        (0, place),
-        xycoords=("axes fraction", "data"),
-        xytext=(1, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=SMALL,
-        bbox={"facecolor": style.theme["paper"], "edgecolor": "none", "pad": 0.8},
-    )
-
-
-def words_behind(axes: "Axes", words: str, end: float, place: float, away: float = 5, **look: Any) -> None:
-    """Words behind the end of a bar, on the paper's colour, for a line may cross there."""
-    axes.annotate(
-        words,
-        (end, place),
-        xytext=(away, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=SMALL,
-        bbox={"facecolor": axes.figure.get_facecolor(), "edgecolor": "none", "pad": 0.8},
-        **look,
-    )
-
-
-def row_height(style: Style) -> float:
-    """Inches that a row of `name_rows` takes."""
-    return 0.4 if style.narrow else 0.34
-
-
 def legend_label(text: str) -> str:
     """A label that matplotlib does not leave out: it skips those that begin with an underscore."""
     return f" {short(text)}" if text.startswith("_") else short(text)
 
 
-def tick(axes: "Axes", value: float, place: float, half: float, colour: str, width: float = 2.5) -> None:
-    """An upright mark through the bar at `place`, `half` a row to either side."""
-    axes.plot([value, value], [place - half, place + half], color=colour, linewidth=width)
-
-
-def patch(label: str, **look: Any) -> "Artist":
-    """A legend's handle for an area."""
-    from matplotlib.patches import Patch
-
-    return Patch(label=label, **look)
-
-
-def stroke(label: str, **look: Any) -> "Artist":
-    """A legend's handle for a line or a mark."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], label=label, **look)
-
-
-def legend(figure: "Figure", handles: Sequence["Artist"], columns: int, **look: Any) -> None:
-    """A legend below the drawing, without a frame."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, **look)
+def doubling(axes: "Axes", along: Literal["x", "y"], low: int, high: int, every: int = 1) -> None:
+    """A logarithmic scale with ticks at powers of two, from 2^low on to 2^high."""
+    ticks = [2.0**power for power in range(low, high + 1, every)]
+    getattr(axes, f"set_{along}scale")("log", base=2)
+    getattr(axes, f"set_{along}ticks")(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -35,6 +35,32 @@ class Cell:
     text: str
     value: int | float | None = None
     tone: str = ""
+
+    @classmethod
+    def gib(cls, count: int, tone: str = "") -> "Cell":
+        """Bytes as GiB, for a column that names the unit."""
+        return cls(gib(count), count, tone)
+
+    @classmethod
+    def known_gib(cls, count: int | None) -> "Cell":
+        """The same, with a dash for 0 and None, which stand for not known."""
+        return cls.gib(count) if count else cls("-")
+
+    @classmethod
+    def ratio(cls, text: str, value: float, tone: str = "") -> "Cell":
+        """A figure without a unit of its own, to six digits for machines."""
+        return cls(text, float(f"{value:.6g}"), tone)
+
+    @classmethod
+    def times_floor(cls, allocated_bytes: int, floor_bytes: int) -> "Cell":
+        """An allocated peak as a multiple of its floor, with a dash where either is not known."""
+        text = times_floor(allocated_bytes, floor_bytes)
+        return cls(text) if text == "-" else cls.ratio(text, allocated_bytes / floor_bytes)
+
+    @classmethod
+    def count(cls, count: int) -> "Cell":
+        """A number of things."""
+        return cls(f"{count:,}", count)
 
 
 @dataclass(frozen=True)
@@ -116,37 +142,6 @@ def times_floor(allocated_bytes: int, floor_bytes: int) -> str:
     return f"{allocated_bytes / floor_bytes:.2f}" if allocated_bytes and floor_bytes else "-"
 
 
-def gib_cell(count: int, tone: str = "") -> Cell:
-    """Bytes as GiB, for a column that names the unit."""
-    return Cell(gib(count), count, tone)
-
-
-def known_gib_cell(count: int | None) -> Cell:
-    """The same, with a dash for 0 and None, which stand for not known."""
-    return gib_cell(count) if count else Cell("-")
-
-
-def ratio_cell(text: str, value: float, tone: str = "") -> Cell:
-    """A figure without a unit of its own, to six digits for machines."""
-    return Cell(text, float(f"{value:.6g}"), tone)
-
-
-def times_floor_cell(allocated_bytes: int, floor_bytes: int) -> Cell:
-    """An allocated peak as a multiple of its floor, with a dash where either is not known."""
-    text = times_floor(allocated_bytes, floor_bytes)
-    return Cell(text) if text == "-" else ratio_cell(text, allocated_bytes / floor_bytes)
-
-
-def size_cell(count: int) -> Cell:
-    """Bytes with a unit that suits them."""
-    return Cell(format_bytes(count), count)
-
-
-def count_cell(count: int) -> Cell:
-    """A number of things."""
-    return Cell(f"{count:,}", count)
-
-
 def floor_lines(allocated_bytes: int, floor_bytes: int) -> tuple[str, str]:
     """The floor and the allocated peak as a multiple of it, for a terminal; `floor_bytes` is known, so not 0."""
     return (
@@ -196,6 +191,27 @@ def provenance_lines(record: dict[str, Any]) -> str:
         f"Figures are **{record['provenance']}** on `{record['device']}` (driver: {record['driver']}). "
         f"Versions: {packages}. Commit `{record['commit']}`, `{record['command']}`, {record['date']}."
     )
+
+
+def write_rows(
+    folder: Path,
+    name: str,
+    rows: Sequence[Any],
+    record: dict[str, Any],
+    *,
+    title: str,
+    parts: Sequence[str],
+    head: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a result whose rows are dataclasses, each a case of the JSON and a line of the CSV.
+
+    Args:
+        parts: paragraphs and tables of the Markdown.
+        head: what the JSON has before its cases, beside the provenance.
+    """
+    cases = [plain_row(row) for row in rows]
+    content = {"environment": record, **(head or {}), "cases": cases}
+    write_result(folder, name, content, markdown_page(title, parts, record), cases)
 
 
 def write_result(

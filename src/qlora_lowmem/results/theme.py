@@ -58,79 +58,43 @@ GROUPS: tuple[Group, ...] = (
 SERIES: tuple[str, ...] = ("series-1", "series-2", "series-3", "series-4", "series-5", "series-6")
 
 _BLACK, _WHITE = "#16181d", "#ffffff"
-_LIGHT = {
-    "ground": "#f6f5f1",
-    "paper": "#ffffff",
-    "link": "#2f2480",
-    "focus": "#a3195b",
-    "line": "#d9d7cf",
-    "ink": "#22252b",
-    "muted": "#5c6068",
-    "grid": "#e4e3de",
-    "edge": "#6b6f76",
-    "limit": "#a3195b",
-    "bar": "#332288",
-    "saved": "#c9c3ea",
-    "floor": "#ddaa00",
-    "bad": "#b3261e",
-    "good": "#1a6b3a",
-    "series-1": "#332288",
-    "series-2": "#0b7a75",
-    "series-3": "#b5460f",
-    "series-4": "#882255",
-    "series-5": "#5f6c1f",
-    "series-6": "#1f6aa5",
-    "weights": "#332288",
-    "embeddings": "#88ccee",
-    "adapters": "#117733",
-    "checkpoints": "#ddcc77",
-    "mamba": "#cc6677",
-    "attention": "#882255",
-    "mlp": "#f4a582",
-    "norm": "#44aa99",
-    "activations": "#b2abd2",
-    "dequantised": "#999933",
-    "loss": "#ee7733",
-    "libraries": "#727272",
-    "slack": "#cfcfcf",
-    "context": "#eaeaea",
-}
-_DARK = {
-    "ground": "#121419",
-    "paper": "#1b1e25",
-    "link": "#b9b2fb",
-    "focus": "#ff8ab8",
-    "line": "#373c47",
-    "ink": "#e9e7e2",
-    "muted": "#b3b6bd",
-    "grid": "#343943",
-    "edge": "#8c919b",
-    "limit": "#ff8ab8",
-    "bar": "#9d94f0",
-    "saved": "#453f78",
-    "floor": "#f2cf4a",
-    "bad": "#ff9a91",
-    "good": "#7fd69b",
-    "series-1": "#a9a1f5",
-    "series-2": "#56c8be",
-    "series-3": "#f2975d",
-    "series-4": "#e58abb",
-    "series-5": "#c3cf6b",
-    "series-6": "#7fbdee",
-    "weights": "#8379e6",
-    "embeddings": "#88ccee",
-    "adapters": "#45ad69",
-    "checkpoints": "#ddcc77",
-    "mamba": "#e07a8b",
-    "attention": "#b9528c",
-    "mlp": "#f4a582",
-    "norm": "#4fc0ad",
-    "activations": "#b2abd2",
-    "dequantised": "#b3b34f",
-    "loss": "#f2873f",
-    "libraries": "#8d9098",
-    "slack": "#666b76",
-    "context": "#454a55",
+# Role -> on paper, on a dark screen.
+_COLOURS = {
+    "ground": ("#f6f5f1", "#121419"),
+    "paper": ("#ffffff", "#1b1e25"),
+    "link": ("#2f2480", "#b9b2fb"),
+    "focus": ("#a3195b", "#ff8ab8"),
+    "line": ("#d9d7cf", "#373c47"),
+    "ink": ("#22252b", "#e9e7e2"),
+    "muted": ("#5c6068", "#b3b6bd"),
+    "grid": ("#e4e3de", "#343943"),
+    "edge": ("#6b6f76", "#8c919b"),
+    "limit": ("#a3195b", "#ff8ab8"),
+    "bar": ("#332288", "#9d94f0"),
+    "saved": ("#c9c3ea", "#453f78"),
+    "floor": ("#ddaa00", "#f2cf4a"),
+    "bad": ("#b3261e", "#ff9a91"),
+    "good": ("#1a6b3a", "#7fd69b"),
+    "series-1": ("#332288", "#a9a1f5"),
+    "series-2": ("#0b7a75", "#56c8be"),
+    "series-3": ("#b5460f", "#f2975d"),
+    "series-4": ("#882255", "#e58abb"),
+    "series-5": ("#5f6c1f", "#c3cf6b"),
+    "series-6": ("#1f6aa5", "#7fbdee"),
+    "weights": ("#332288", "#8379e6"),
+    "embeddings": ("#88ccee", "#88ccee"),
+    "adapters": ("#117733", "#45ad69"),
+    "checkpoints": ("#ddcc77", "#ddcc77"),
+    "mamba": ("#cc6677", "#e07a8b"),
+    "attention": ("#882255", "#b9528c"),
+    "mlp": ("#f4a582", "#f4a582"),
+    "norm": ("#44aa99", "#4fc0ad"),
+    "activations": ("#b2abd2", "#b2abd2"),
+    "dequantised": ("#999933", "#b3b34f"),
+    "loss": ("#ee7733", "#f2873f"),
+    "libraries": ("#727272", "#8d9098"),
+    "slack": ("#cfcfcf", "#666b76"),
+    "context": ("#eaeaea", "#454a55"),
 }
 
 
@@ -163,13 +127,13 @@ def _ink_on(colour: str) -> str:
     return _WHITE if contrast(_WHITE, colour) > contrast(_BLACK, colour) else _BLACK
 
 
-def _complete(colours: dict[str, str]) -> Theme:
+def _theme(which: int) -> Theme:
+    colours = {role: pair[which] for role, pair in _COLOURS.items()}
     inks = {f"on-{group.role}": _ink_on(colours[group.role]) for group in GROUPS}
     return Theme(MappingProxyType(colours | inks))
 
 
-LIGHT = _complete(_LIGHT)
-DARK = _complete(_DARK)
+LIGHT, DARK = _theme(0), _theme(1)
 # A colour of its own for every role, to be found again in a drawing and replaced by the role's name.
 TOKENS = Theme(MappingProxyType({role: f"#{code:06x}" for code, role in enumerate(LIGHT.colours, start=0x0A0001)}))
 ROLE_OF: Mapping[str, str] = MappingProxyType({colour: role for role, colour in TOKENS.colours.items()})

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem.memory.attribution import Timeline, chosen_events
-from qlora_lowmem.results.style import CRISP, SMALL, Style, plain
-from qlora_lowmem.results.tables import Cell, Table, gib, gib_cell
+from qlora_lowmem.results.style import CRISP, SMALL, Style
+from qlora_lowmem.results.tables import Cell, Table, gib
 from qlora_lowmem.results.theme import GROUPS, Group
 from qlora_lowmem.units import GIB
 
@@ -42,8 +42,8 @@ def moments(name: str, line: Timeline) -> Table:
         (
             Cell(f"{line.events[point]:,}", line.events[point]),
             Cell(line.phases[point] or "before"),
-            gib_cell(sums[point], "strong"),
-            *(gib_cell(layer[point]) for _, layer in layers),
+            Cell.gib(sums[point], "strong"),
+            *(Cell.gib(layer[point]) for _, layer in layers),
         )
         for point in chosen_events(sums, _MOMENTS)
     )
@@ -91,7 +91,7 @@ def draw_timeline(axes: "Axes", style: Style, line: Timeline) -> None:
     axes.locator_params(axis="x", nbins=4 if style.narrow else 8)
     axes.set_ylabel("allocated GiB")
     axes.set_xlabel("allocations and frees, in order" if style.narrow else _EVENTS)
-    plain(axes, style, keep=("bottom", "left"))
+    style.plain(axes, keep=("bottom", "left"))
 
 
 _EVENTS = "allocations and frees of the micro-batch in which the peak comes, in order"
@@ -144,16 +144,6 @@ def group_fill(style: Style, group: Group) -> dict[str, Any]:
 
 def group_legend(figure: "Figure", style: Style, groups: Sequence[Group]) -> None:
     """Below the drawing, a patch a group."""
-    from matplotlib.patches import Patch
-
-    handles = [Patch(label=group.brief if style.narrow else group.text, **group_fill(style, group)) for group in groups]
-    columns = 2 if style.narrow else 4
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=SMALL,
-        columnspacing=1.0 if style.narrow else 2.0,
-        handlelength=1.3,
-    )
+    handles = [style.patch(group.brief if style.narrow else group.text, **group_fill(style, group)) for group in groups]
+    columns, spacing = (2, 1.0) if style.narrow else (4, 2.0)
+    style.legend(figure, handles, columns, fontsize=SMALL, columnspacing=spacing, handlelength=1.3)

@@ -234,14 +234,23 @@ def has_rows(name: str, *fields: str) -> Callable[[Mapping[str, Any]], bool]:
     return recognises
 
 
-def named_by_file(found: Sequence[tuple[Source, str]]) -> list[str]:
-    """What runs are called: those of one name have their file's behind it, those of none have that alone."""
-    names = [name for _, name in found]
-    stems = [str(Path(source.file).with_suffix("")) for source, _ in found]
-    return [
-        (f"{name} ({stem})" if names.count(name) > 1 else name) if name else stem
-        for name, stem in zip(names, stems, strict=True)
-    ]
+def together(
+    section: Callable[[Sequence[tuple[str, _Data]]], Section],
+) -> Callable[[Sequence[tuple[Source, tuple[str, _Data]]]], list[Section]]:
+    """One section for the runs of all files, each with what it is called.
+
+    Those of one name have their file's behind it; those of none have that alone.
+    """
+
+    def sections(found: Sequence[tuple[Source, tuple[str, _Data]]]) -> list[Section]:
+        names = [name for _, (name, _) in found]
+        runs = []
+        for source, (name, data) in found:
+            stem = str(Path(source.file).with_suffix(""))
+            runs.append(((f"{name} ({stem})" if names.count(name) > 1 else name) if name else stem, data))
+        return [dataclasses.replace(section(runs), sources=tuple(source for source, _ in found))]
+
+    return sections
 
 
 def each_its_own(

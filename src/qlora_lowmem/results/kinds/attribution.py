@@ -10,19 +10,16 @@ import msgspec
 from qlora_lowmem.files import as_dataclass
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, Source, named_by_file, provenance_of
-from qlora_lowmem.results.style import SMALL, Style, name_rows, plain, row_height, save, words_behind
+from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, provenance_of, together
+from qlora_lowmem.results.style import SMALL, Style, save
 from qlora_lowmem.results.tables import (
     Cell,
     Column,
     Table,
-    count_cell,
     gib,
-    gib_cell,
     markdown_of,
     page_table,
     provenance_lines,
-    ratio_cell,
     times_floor,
     write_result,
 )
@@ -62,14 +59,14 @@ _SHARES: tuple[Column[_Share], ...] = (
         page_cell=lambda row: Cell(row.text, tone=row.tone),
     ),
     Column("bytes", lambda row: Cell(f"{row.count:,}", row.count, row.tone)),
-    Column("GiB", lambda row: gib_cell(row.count, row.tone)),
-    Column("share", lambda row: ratio_cell(f"{100 * row.count / row.total:.1f} %", row.count / row.total, row.tone)),
+    Column("GiB", lambda row: Cell.gib(row.count, row.tone)),
+    Column("share", lambda row: Cell.ratio(f"{100 * row.count / row.total:.1f} %", row.count / row.total, row.tone)),
 )
 _OWNER_COLUMNS: tuple[Column[OwnerLine], ...] = (
     Column("line", lambda row: Cell(row.line), "line of code"),
     Column("kind", lambda row: Cell(KINDS[row.kind])),
     Column("largest for", lambda row: Cell(f"{row.module} {row.layout}".strip())),
-    Column("blocks", lambda row: Cell(str(row.blocks)), page_cell=lambda row: count_cell(row.blocks)),
+    Column("blocks", lambda row: Cell(str(row.blocks)), page_cell=lambda row: Cell.count(row.blocks)),
     Column(
         "MiB",
         lambda row: Cell(f"{row.bytes / MIB:.2f}"),
@@ -137,12 +134,7 @@ def write_picture(found: Attribution, title: str, *paths: Path) -> None:
     save(lambda style: picture(style, found, title), title, *paths)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """An attribution and what people call its run; empty where its file does not say."""
-
-    name: str
-    found: Attribution
+_Run = tuple[str, Attribution]  # with what people call it; empty where its file does not say
 
 
 def _recognises(content: Mapping[str, Any]) -> bool:
@@ -155,7 +147,7 @@ def _read(content: Fields) -> _Run:
     _check(inside)
     named = content.raw.get("recipe", content.raw.get("case"))
     name = named.get("name") if isinstance(named, dict) else named
-    return _Run(name if isinstance(name, str) else "", as_dataclass(Attribution, inside.raw))
+    return name if isinstance(name, str) else "", as_dataclass(Attribution, inside.raw)
 
 
 def _provenance(content: Fields) -> Provenance:
@@ -172,17 +164,12 @@ def _check(inside: Fields) -> None:
         inside.text(name)
     for name in ("kinds", "modules"):
         inside.object(name).counts()
-    for name in ("allocated_bytes", "reserved_bytes", "device_bytes"):
-        inside.count(name)
-    if not inside["allocated_bytes"]:
+    sizes = [inside.count(name) for name in ("reserved_bytes", "device_bytes", "allocated_bytes")]
+    if not all(sizes):
         raise ValueError("attribution.allocated_bytes is 0: nothing to explain")
-    for owner in inside.objects("owners") if inside["owners"] else ():
-        for name in ("kind", "line", "module", "layout"):
-            owner.text(name)
-        if owner["kind"] not in KINDS:
-            raise ValueError(f"{owner['kind']!r} is not a kind of memory")
-        owner.count("bytes")
-        owner.count("blocks")
+    for owner in inside.rows("owners", OwnerLine) if inside["owners"] else ():
+        if owner.kind not in KINDS:
+            raise ValueError(f"{owner.kind!r} is not a kind of memory")
     line = inside.object("timeline")
     events, phases, rows, kinds = line["events"], line["phases"], line["bytes"], line["kinds"]
     width = len(kinds)
@@ -195,64 +182,52 @@ def _check(inside: Fields) -> None:
         raise ValueError("attribution.timeline has an unknown kind or phase, or no bytes")
 
 
-def _sections(found: Sequence[tuple[Source, _Run]]) -> list[Section]:
-    """One section for all runs: side by side if there are several, then each."""
-    names = named_by_file([(source, run.name) for source, run in found])
-    runs = [_Run(name, run.found) for name, (_, run) in zip(names, found, strict=True)]
+def _section(runs: Sequence[_Run]) -> Section:
+    """Side by side if there are several, then each."""
     charts = [_compared(runs)] if len(runs) > 1 else []
-    for run in runs:
-        charts += [_breakdown(run), _timeline(run)]
-    return [
-        Section(
-            name="bytes",
-            title="Where the bytes go",
-            text="Every byte that the card holds at the peak, by kind: each kind has the same colour in every chart. "
-            "Kinds sum to the peak exactly. Allocator slack is reserved and not allocated; the CUDA context is "
-            "outside of the allocator.",
-            charts=tuple(charts),
-            sources=tuple(source for source, _ in found),
-        )
-    ]
-
-
-KIND = Kind("an attribution (explain --json)", _recognises, _read, _sections, _provenance)
-
-
-def _compared(runs: Sequence[_Run]) -> Chart:
-    parts = ", ".join(f"{run.name} {gib(run.found.device_bytes)}" for run in runs)
-    return Chart(
-        "peaks",
-        "Peaks side by side",
-        f"GiB on the card at the peak, on one scale: {parts}.",
-        lambda style: peaks(style, [(run.name, run.found) for run in runs]),
-        (_comparison(runs),),
+    for name, found in runs:
+        charts += [_breakdown(name, found), _timeline(name, found)]
+    return Section(
+        name="bytes",
+        title="Where the bytes go",
+        text="Every byte that the card holds at the peak, by kind: each kind has the same colour in every chart. Kinds "
+        "sum to the peak exactly. Allocator slack is reserved and not allocated; the CUDA context is outside of the "
+        "allocator.",
+        charts=tuple(charts),
     )
 
 
+KIND = Kind("an attribution (explain --json)", _recognises, _read, together(_section), _provenance)
+
+
+def _compared(runs: Sequence[_Run]) -> Chart:
+    parts = ", ".join(f"{name} {gib(found.device_bytes)}" for name, found in runs)
+    text = f"GiB on the card at the peak, on one scale: {parts}."
+    return Chart("peaks", "Peaks side by side", text, lambda style: peaks(style, runs), (_comparison(runs),))
+
+
 def _comparison(runs: Sequence[_Run]) -> Table:
-    two = len(runs) == 2
     rows = []
     for kind, text in KINDS.items():
         if kind == OUTSIDE_ALLOCATED[0]:
-            rows.append(_compared_row("allocated", [run.found.allocated_bytes for run in runs], "strong"))
-        counts = [run.found.kinds.get(kind, 0) for run in runs]
+            rows.append(_compared_row("allocated", [found.allocated_bytes for _, found in runs], "strong"))
+        counts = [found.kinds.get(kind, 0) for _, found in runs]
         if any(counts):
             rows.append(_compared_row(text, counts))
-    rows.append(_compared_row("on the card", [run.found.device_bytes for run in runs], "strong"))
-    headers = ("kind", *(run.name for run in runs), *(("difference",) if two else ()))
+    rows.append(_compared_row("on the card", [found.device_bytes for _, found in runs], "strong"))
+    headers = ("kind", *(name for name, _ in runs), *(("difference",) if len(runs) == 2 else ()))
     return Table("Bytes by kind at the peak, GiB", headers, tuple(rows))
 
 
 def _compared_row(text: str, counts: Sequence[int], tone: str = "") -> tuple[Cell, ...]:
-    cells = [gib_cell(count, tone) for count in counts]
+    cells = [Cell(text, tone=tone), *(Cell.gib(count, tone) for count in counts)]
     if len(counts) == 2:
         change = counts[1] - counts[0]
         cells.append(Cell(f"{'−' if change < 0 else '+' if change else ''}{gib(abs(change))}", change, tone))
-    return (Cell(text, tone=tone), *cells)
+    return tuple(cells)
 
 
-def _breakdown(run: _Run) -> Chart:
-    found = run.found
+def _breakdown(name: str, found: Attribution) -> Chart:
     largest = sorted(group_bytes(found.kinds), key=lambda pair: -pair[1])[:3]
     parts = ", ".join(f"{group.text} {format_bytes(count)}" for group, count in largest)
     text = (
@@ -260,23 +235,17 @@ def _breakdown(run: _Run) -> Chart:
         f"{format_bytes(found.device_bytes)} on the card. The {found.phase} peak comes in {found.moment}. "
         f"The most: {parts}."
     )
-    tables = [page_table(f"{run.name}: bytes by kind at the peak", _SHARES, _shares(found))]
+    tables = [page_table(f"{name}: bytes by kind at the peak", _SHARES, _shares(found))]
     if found.owners:
-        caption = f"{run.name}: the lines of code that own most of the peak"
+        caption = f"{name}: the lines of code that own most of the peak"
         tables.append(page_table(caption, _OWNER_COLUMNS, found.owners[:_OWNERS]))
-    title = f"{run.name}: the peak by kind"
-    return Chart(f"breakdown-{run.name}", title, text, lambda style: breakdown(style, found), tuple(tables))
+    title = f"{name}: the peak by kind"
+    return Chart(f"breakdown-{name}", title, text, lambda style: breakdown(style, found), tuple(tables))
 
 
-def _timeline(run: _Run) -> Chart:
-    line = run.found.timeline
-    return Chart(
-        f"timeline-{run.name}",
-        f"{run.name}: a step over time",
-        summary(line),
-        lambda style: timeline(style, line),
-        (moments(run.name, line),),
-    )
+def _timeline(name: str, found: Attribution) -> Chart:
+    line, title = found.timeline, f"{name}: a step over time"
+    return Chart(f"timeline-{name}", title, summary(line), lambda style: timeline(style, line), (moments(name, line),))
 
 
 def picture(style: Style, attribution: Attribution, title: str) -> "Figure":
@@ -294,16 +263,16 @@ def picture(style: Style, attribution: Attribution, title: str) -> "Figure":
 
 def peaks(style: Style, found: Sequence[tuple[str, Attribution]]) -> "Figure":
     """One stacked bar a run, on one scale, what the card holds at the end of each."""
-    figure = style.figure(row_height(style) * 1.3 * len(found) + (2.6 if style.narrow else 1.7))
+    figure = style.figure(style.row_height * 1.3 * len(found) + (2.6 if style.narrow else 1.7))
     axes = figure.subplots()
-    places, height = name_rows(axes, [name for name, _ in found], style)
+    places, height = style.name_rows(axes, [name for name, _ in found])
     largest = max(attribution.device_bytes for _, attribution in found)
     for place, (_, attribution) in zip(places, found, strict=True):
         end = _bar(axes, style, attribution, place, height, largest)
-        words_behind(axes, f"{end:.2f}", end, place, fontweight="bold")
+        style.words(axes, f"{end:.2f}", end, place, fontweight="bold")
     axes.set_xlim(0, largest / GIB * (1.2 if style.narrow else 1.1))
     axes.set_xlabel("GiB on the card at the peak")
-    plain(axes, style, grid="x")
+    style.plain(axes, grid="x")
     present = {group for _, attribution in found for group, _ in group_bytes(attribution.kinds)}
     group_legend(figure, style, [group for group in GROUPS if group in present])
     return figure
@@ -312,17 +281,17 @@ def peaks(style: Style, found: Sequence[tuple[str, Attribution]]) -> "Figure":
 def breakdown(style: Style, attribution: Attribution) -> "Figure":
     """A bar a group, each with its size and its share of what the card holds."""
     rows = group_bytes(attribution.kinds)
-    figure = style.figure(row_height(style) * len(rows) + 0.6)
+    figure = style.figure(style.row_height * len(rows) + 0.6)
     axes = figure.subplots()
-    places, height = name_rows(axes, [group.text for group, _ in rows], style)
+    places, height = style.name_rows(axes, [group.text for group, _ in rows])
     for place, (group, count) in zip(places, rows, strict=True):
         _part(axes, style, group, place, 0.0, count / GIB, height)
         share = 100 * count / attribution.device_bytes
         size = f"{count / GIB:.3f}" if count >= GIB // 1000 else "< 0.001"
-        words_behind(axes, f"{size} ({share:.1f} %)", count / GIB, place)
+        style.words(axes, f"{size} ({share:.1f} %)", count / GIB, place)
     axes.set_xlim(0, max(count for _, count in rows) / GIB * (1.5 if style.narrow else 1.22))
     axes.set_xlabel("GiB at the peak, and its share of what the card holds")
-    plain(axes, style, grid="x")
+    style.plain(axes, grid="x")
     return figure
 
 
@@ -366,4 +335,4 @@ def _marks(axes: "Axes", style: Style, attribution: Attribution) -> None:
     axes.set_xlim(0, attribution.device_bytes / GIB * 1.005)
     axes.set_yticks([])
     axes.set_xlabel("GiB at the peak")
-    plain(axes, style)
+    style.plain(axes)

@@ -1,25 +1,13 @@
 """Lean beside the optimised recipe, model by model: what each peaks at, and the floor under both."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import Style, legend, name_rows, patch, plain, row_height, stroke, tick, words_behind
-from qlora_lowmem.results.tables import (
-    FLOOR_TEXT,
-    Cell,
-    Column,
-    count_cell,
-    gib_cell,
-    markdown_of,
-    markdown_page,
-    page_table,
-    ratio_cell,
-    times_floor_cell,
-    write_result,
-)
+from qlora_lowmem.results.style import Style
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, markdown_of, page_table, write_rows
 from qlora_lowmem.units import GIB
 
 if TYPE_CHECKING:
@@ -50,14 +38,17 @@ class Pair:
 
 _COLUMNS: tuple[Column[Pair], ...] = (
     Column("model", lambda pair: Cell(pair.model)),
-    Column("tokens", lambda pair: count_cell(pair.tokens)),
-    Column("optimised", lambda pair: gib_cell(pair.optimised_allocated_bytes)),
-    Column("lean", lambda pair: gib_cell(pair.lean_allocated_bytes)),
-    Column("saves", lambda pair: gib_cell(pair.saves)),
-    Column("floor", lambda pair: gib_cell(pair.floor_bytes)),
-    Column("x floor", lambda pair: times_floor_cell(pair.lean_allocated_bytes, pair.floor_bytes), "lean × floor"),
-    Column("of what is above the floor", lambda pair: ratio_cell(f"{pair.share:.0%}", pair.share)),
+    Column("tokens", lambda pair: Cell.count(pair.tokens)),
+    Column("optimised", lambda pair: Cell.gib(pair.optimised_allocated_bytes)),
+    Column("lean", lambda pair: Cell.gib(pair.lean_allocated_bytes)),
+    Column("saves", lambda pair: Cell.gib(pair.saves)),
+    Column("floor", lambda pair: Cell.gib(pair.floor_bytes)),
+    Column("x floor", lambda pair: Cell.times_floor(pair.lean_allocated_bytes, pair.floor_bytes), "lean × floor"),
+    Column("of what is above the floor", lambda pair: Cell.ratio(f"{pair.share:.0%}", pair.share)),
 )
+
+
+_TITLE = "Lean on the models that people fine-tune"
 
 
 def write_families(folder: Path, pairs: Sequence[Pair], record: dict[str, Any]) -> None:
@@ -67,11 +58,8 @@ def write_families(folder: Path, pairs: Sequence[Pair], record: dict[str, Any]) 
         "the kind with room for everything: the optimised recipe (checkpointing, fused loss) and lean, which is exact. "
         f"{FLOOR_TEXT}"
     )
-    title = "Lean on the models that people fine-tune"
-    cases = [asdict(pair) for pair in pairs]
-    content = {"environment": record, "provenance": record["provenance"], "cases": cases}
-    markdown = markdown_page(title, (text, markdown_of(_COLUMNS, pairs)), record)
-    write_result(folder, "lean-families", content, markdown, cases)
+    parts, head = (text, markdown_of(_COLUMNS, pairs)), {"provenance": record["provenance"]}
+    write_rows(folder, "lean-families", pairs, record, title=_TITLE, parts=parts, head=head)
 
 
 def _read(content: Fields) -> tuple[Pair, ...]:
@@ -100,7 +88,7 @@ def _section(_provenance: Provenance, pairs: tuple[Pair, ...]) -> Section:
     text = f"of what the optimised recipe has above the floor, saved by lean at {longest[0].tokens:,} tokens"
     return Section(
         name="families",
-        title="Lean on the models that people fine-tune",
+        title=_TITLE,
         text="A whole bar is the optimised recipe's allocated peak, its first part lean's. Both recipes train all "
         f"linear layers at batch size 1, from random weights of each architecture. {FLOOR_TEXT}",
         charts=(chart,),
@@ -128,15 +116,15 @@ def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> "Figure":
     Args:
         lengths: the pairs of each length; at least one length, each with at least one pair.
     """
-    rows = [row_height(style) * len(pairs) for pairs in lengths]
+    rows = [style.row_height * len(pairs) for pairs in lengths]
     figure = style.figure(sum(rows) + 0.3 * len(rows) + (1.2 if style.narrow else 0.8))
     panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     for panel, pairs in zip(panels, lengths, strict=True):
         panel.set_title(f"{pairs[0].tokens:,} tokens", loc="left", fontsize=9, fontweight="bold")
-        places, height = name_rows(panel, [pair.model for pair in pairs], style)
+        places, height = style.name_rows(panel, [pair.model for pair in pairs])
         for place, pair in zip(places, pairs, strict=True):
             _row(panel, style, place, height, pair)
-        plain(panel, style, grid="x")
+        style.plain(panel, grid="x")
     largest = max(_end(pair) for pairs in lengths for pair in pairs)
     panels[-1].set_xlim(0, largest * (1.04 if style.narrow else 1.2))
     panels[-1].set_xlabel("peak allocated, GiB")
@@ -150,12 +138,9 @@ def _row(axes: "Axes", style: Style, place: float, height: float, pair: Pair) ->
         (pair.lean_allocated_bytes, "bar"),
     ):  # the second covers a part of the first
         axes.barh(place, size / GIB, height=height, color=style.theme[role], linewidth=0)
-    tick(axes, pair.floor_bytes / GIB, place, height / 2 + 0.04, style.theme["floor"])
+    style.tick(axes, pair.floor_bytes / GIB, place, height / 2 + 0.04, "floor")
     words = f"{pair.lean_allocated_bytes / GIB:.3f} ({-pair.saves / GIB:+.3f})".replace("-", "−")
-    if style.narrow:  # beside the name, for behind the bar is no room
-        words_behind(axes, words, 1, place - 0.42, 0, xycoords=("axes fraction", "data"), ha="right")
-    else:
-        words_behind(axes, words, _end(pair), place)
+    style.row_words(axes, words, _end(pair), place)
 
 
 def _end(pair: Pair) -> float:
@@ -164,10 +149,9 @@ def _end(pair: Pair) -> float:
 
 
 def _legend(figure: "Figure", style: Style) -> None:
-    colours = style.theme
     handles = [
-        patch("lean", color=colours["bar"]),
-        patch("saved against optimised", color=colours["saved"]),
-        stroke("floor", color=colours["floor"], linewidth=2.5),
+        style.patch("lean", color="bar"),
+        style.patch("saved against optimised", color="saved"),
+        style.stroke("floor", color="floor", linewidth=2.5),
     ]
-    legend(figure, handles, len(handles), columnspacing=1.0)
+    style.legend(figure, handles, len(handles), columnspacing=1.0)

@@ -9,22 +9,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own
-from qlora_lowmem.results.style import Style, legend, legend_label, plain, stroke
-from qlora_lowmem.results.tables import (
-    FLOOR_TEXT,
-    Cell,
-    Column,
-    count_cell,
-    gib,
-    gib_cell,
-    known_gib_cell,
-    markdown_of,
-    markdown_page,
-    page_table,
-    plain_row,
-    times_floor_cell,
-    write_result,
-)
+from qlora_lowmem.results.style import Style, doubling, legend_label
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_of, page_table, write_rows
 from qlora_lowmem.results.theme import SERIES
 from qlora_lowmem.units import GIB
 
@@ -55,12 +41,12 @@ class Length:
 
 _COLUMNS: tuple[Column[Length], ...] = (
     Column("recipe", lambda row: Cell(row.recipe)),
-    Column("tokens", lambda row: count_cell(row.tokens)),
-    Column("allocated GiB", lambda row: known_gib_cell(row.peak.allocated), "allocated"),
-    Column("floor GiB", lambda row: gib_cell(row.floor_bytes), "floor"),
-    Column("x floor", lambda row: times_floor_cell(row.peak.allocated, row.floor_bytes)),
-    Column("reserved GiB", lambda row: known_gib_cell(row.peak.reserved), "reserved"),
-    Column("on the card GiB", lambda row: known_gib_cell(row.peak.device), "on the card"),
+    Column("tokens", lambda row: Cell.count(row.tokens)),
+    Column("allocated GiB", lambda row: Cell.known_gib(row.peak.allocated), "allocated"),
+    Column("floor GiB", lambda row: Cell.gib(row.floor_bytes), "floor"),
+    Column("x floor", lambda row: Cell.times_floor(row.peak.allocated, row.floor_bytes)),
+    Column("reserved GiB", lambda row: Cell.known_gib(row.peak.reserved), "reserved"),
+    Column("on the card GiB", lambda row: Cell.known_gib(row.peak.device), "on the card"),
     Column("fits", lambda row: Cell("yes" if row.fits else "no"), "verdict", lambda row: _verdict(row)),
 )
 
@@ -82,12 +68,9 @@ def write_lengths(
         f"{len(rows)} runs in {seconds:.1f} s, imports included. The card has {gib(card.usable_bytes)} GiB usable, the "
         f"CUDA context in it; what needs more ran on a card of the same kind with room for it. {FLOOR_TEXT}"
     )
-    markdown = markdown_page(
-        f"Memory against sequence length on {card.name}", (text, markdown_of(_COLUMNS, rows)), record
-    )
-    cases = [plain_row(row) for row in rows]
-    content = {"environment": record, "device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes}
-    write_result(folder, "lengths", content | {"cases": cases}, markdown, cases)
+    title, table = f"Memory against sequence length on {card.name}", lengths_table(rows)
+    head = {"device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes}
+    write_rows(folder, "lengths", rows, record, title=title, parts=(text, table), head=head)
 
 
 @dataclass(frozen=True)
@@ -148,36 +131,22 @@ def lengths(style: Style, points: Sequence[Length], usable_bytes: int) -> "Figur
     _scales(axes, style, points, usable_bytes)
     axes.set_xlabel("tokens of a sequence" if style.narrow else "tokens of a sequence, doubled at each line")
     axes.set_ylabel("GiB on the card at the peak")
-    plain(axes, style, keep=("bottom", "left"), grid="y")
+    style.plain(axes, keep=("bottom", "left"), grid="y")
     _legend(figure, style, recipes, points, usable_bytes)
     return figure
 
 
 def _line(axes: "Axes", style: Style, number: int, found: Sequence[Length], usable_bytes: int) -> None:
-    colour, marker = style.theme[SERIES[number % len(SERIES)]], _MARKERS[number % len(_MARKERS)]
+    look = style.look(**_look(number))
+    colour, marker = look["color"], look.pop("marker")
     known = [point for point in found if point.peak.device]
-    axes.plot(
-        [point.tokens for point in known],
-        [point.peak.device / GIB for point in known],
-        color=colour,
-        linestyle=_DASHES[number % len(_DASHES)],
-        linewidth=1.8,
-    )
-    axes.plot(
-        [point.tokens for point in found], [point.floor_bytes / GIB for point in found], color=colour, linewidth=0.8
-    )
+    needs = [point.peak.device / GIB for point in known]
+    axes.plot([point.tokens for point in known], needs, linewidth=1.8, **look)
+    floors = [point.floor_bytes / GIB for point in found]
+    axes.plot([point.tokens for point in found], floors, color=colour, linewidth=0.8)
     for point in found:
-        need = point.peak.device or usable_bytes
-        axes.plot(
-            point.tokens,
-            need / GIB,
-            marker=marker if point.peak.device else "x",
-            markersize=6,
-            markerfacecolor=colour if point.fits else style.theme["paper"],
-            markeredgecolor=colour,
-            markeredgewidth=1.4,
-            zorder=4,
-        )
+        mark = style.mark(marker if point.peak.device else "x", colour, colour if point.fits else "paper")
+        axes.plot(point.tokens, (point.peak.device or usable_bytes) / GIB, markersize=6, zorder=4, **mark)
 
 
 def _scales(axes: "Axes", style: Style, points: Sequence[Length], usable_bytes: int) -> None:
@@ -192,10 +161,8 @@ def _scales(axes: "Axes", style: Style, points: Sequence[Length], usable_bytes: 
     if max(needs) < _LOGARITHMIC_FROM * min(needs):
         axes.set_ylim(0, max(needs) / GIB * 1.12)
     else:
-        axes.set_yscale("log", base=2)
         bottom, top = math.floor(math.log2(min(needs) / GIB)), math.ceil(math.log2(max(needs) / GIB))
-        marks = [2.0**power for power in range(bottom, top + 1)]
-        axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+        doubling(axes, "y", bottom, top)
         axes.set_ylim(2.0**bottom, 2.0 ** (top + 0.1))
     axes.minorticks_off()
 
@@ -208,22 +175,19 @@ def _tokens(count: int) -> str:
 def _legend(
     figure: "Figure", style: Style, recipes: Sequence[str], points: Sequence[Length], usable_bytes: int
 ) -> None:
-    colours = style.theme
-    handles = [
-        stroke(
-            legend_label(recipe),
-            color=colours[SERIES[number % len(SERIES)]],
-            marker=_MARKERS[number % len(_MARKERS)],
-            linestyle=_DASHES[number % len(_DASHES)],
-        )
-        for number, recipe in enumerate(recipes)
-    ]
-    look = {"linestyle": "none", "markeredgecolor": colours["ink"], "markerfacecolor": colours["paper"]}
+    handles = [style.stroke(legend_label(recipe), **_look(number)) for number, recipe in enumerate(recipes)]
+    mark = {"linestyle": "none", "markeredgecolor": "ink", "markerfacecolor": "paper"}
     if any(not point.fits and point.peak.device for point in points):
-        handles.append(stroke("hollow: does not fit", marker="o", **look))
+        handles.append(style.stroke("hollow: does not fit", marker="o", **mark))
     if any(not point.peak.device for point in points):
-        handles.append(stroke("does not fit, need not known", marker="x", **look))
-    handles.append(stroke("thin: the floor", color=colours["ink"], linewidth=0.8))
+        handles.append(style.stroke("does not fit, need not known", marker="x", **mark))
+    handles.append(style.stroke("thin: the floor", color="ink", linewidth=0.8))
     text = f"usable on the card: {usable_bytes / GIB:.2f}"
-    handles.append(stroke(text, color=colours["limit"], linewidth=1.4, linestyle="--"))
-    legend(figure, handles, 2 if style.narrow else 4)
+    handles.append(style.stroke(text, color="limit", linewidth=1.4, linestyle="--"))
+    style.legend(figure, handles, 2 if style.narrow else 4)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour, mark and dashes of a recipe, so that one is enough to tell it by."""
+    found = {"color": SERIES, "marker": _MARKERS, "linestyle": _DASHES}
+    return {name: choices[number % len(choices)] for name, choices in found.items()}

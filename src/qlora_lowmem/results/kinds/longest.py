@@ -7,21 +7,8 @@ from typing import Any
 
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds import Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.tables import (
-    FLOOR_TEXT,
-    Cell,
-    Column,
-    count_cell,
-    gib,
-    known_gib_cell,
-    markdown_of,
-    markdown_page,
-    page_table,
-    plain_row,
-    size_cell,
-    times_floor_cell,
-    write_result,
-)
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, markdown_of, page_table, write_rows
+from qlora_lowmem.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -47,18 +34,22 @@ class Longest:
 
 _COLUMNS: tuple[Column[Longest], ...] = (
     Column("recipe", lambda row: Cell(row.recipe)),
-    Column("longest that trains", lambda row: count_cell(row.tokens), "longest"),
+    Column("longest that trains", lambda row: Cell.count(row.tokens), "longest"),
     Column("does not fit", lambda row: _next(row, "(not looked further)"), "", lambda row: _next(row)),
-    Column("allocated", lambda row: known_gib_cell(row.peak.allocated), "allocated GiB"),
-    Column("floor", lambda row: known_gib_cell(row.floor_bytes), "floor GiB"),
-    Column("x floor", lambda row: times_floor_cell(row.peak.allocated, row.floor_bytes)),
-    Column("on the card", lambda row: known_gib_cell(row.peak.device), "on the card GiB"),
-    Column("host", lambda row: Cell(gib(row.host_bytes)), "pinned host memory", lambda row: size_cell(row.host_bytes)),
+    Column("allocated", lambda row: Cell.known_gib(row.peak.allocated), "allocated GiB"),
+    Column("floor", lambda row: Cell.known_gib(row.floor_bytes), "floor GiB"),
+    Column("x floor", lambda row: Cell.times_floor(row.peak.allocated, row.floor_bytes)),
+    Column("on the card", lambda row: Cell.known_gib(row.peak.device), "on the card GiB"),
+    Column("host", lambda row: Cell.gib(row.host_bytes), "pinned host memory", lambda row: _host(row.host_bytes)),
 )
 
 
+def _host(count: int) -> Cell:
+    return Cell(format_bytes(count), count)
+
+
 def _next(row: Longest, unknown: str = "not looked further") -> Cell:
-    return count_cell(row.next_tokens) if row.next_tokens else Cell(unknown)
+    return Cell.count(row.next_tokens) if row.next_tokens else Cell(unknown)
 
 
 def write_longest(folder: Path, rows: Sequence[Longest], record: dict[str, Any], changes: Mapping[str, str]) -> None:
@@ -73,10 +64,9 @@ def write_longest(folder: Path, rows: Sequence[Longest], record: dict[str, Any],
         "micro-batches). Peaks in GiB; what a job can use of the card holds the CUDA context too; host is page-locked "
         f"memory. {FLOOR_TEXT}{f' Changed in every recipe: {changed}.' if changed else ''}"
     )
-    markdown = markdown_page(f"The longest sequence on {record['device']}", (text, markdown_of(_COLUMNS, rows)), record)
-    plain = [plain_row(row) for row in rows]
-    content = {"environment": record, "device": record["device"], "provenance": "virtual", "changes": changes}
-    write_result(folder, "longest", content | {"cases": plain}, markdown, plain)
+    title, table = f"The longest sequence on {record['device']}", markdown_of(_COLUMNS, rows)
+    head = {"device": record["device"], "provenance": "virtual", "changes": changes}
+    write_rows(folder, "longest", rows, record, title=title, parts=(text, table), head=head)
 
 
 @dataclass(frozen=True)

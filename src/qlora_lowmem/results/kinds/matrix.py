@@ -13,15 +13,12 @@ from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
     Column,
-    count_cell,
     gib,
-    known_gib_cell,
     markdown_of,
     markdown_page,
     page_table,
     plain_row,
     provenance_lines,
-    times_floor_cell,
     write_result,
 )
 
@@ -111,28 +108,28 @@ def _case(result: CaseResult) -> Case:
 
 
 def _phase(name: str) -> Column[Case]:
-    return Column(name, lambda case: known_gib_cell(case.phases.get(name, Peak()).allocated))
+    return Column(name, lambda case: Cell.known_gib(case.phases.get(name, Peak()).allocated))
 
 
 _COLUMNS: tuple[Column[Case], ...] = (
     Column("recipe", lambda case: Cell(case.recipe)),
     Column("card", lambda case: Cell(case.device)),
-    Column("r", lambda case: count_cell(case.lora_r)),
+    Column("r", lambda case: Cell.count(case.lora_r)),
     Column(
         "targets",
         lambda case: Cell(case.target_modules.replace(" ", ", ")),
         page_cell=lambda case: Cell(case.target_modules),
     ),
-    Column("seq", lambda case: Cell(str(case.max_seq_length)), page_cell=lambda case: count_cell(case.max_seq_length)),
+    Column("seq", lambda case: Cell(str(case.max_seq_length)), page_cell=lambda case: Cell.count(case.max_seq_length)),
     Column("batch", lambda case: _batch(case, "x"), page_cell=lambda case: _batch(case, "×")),
     Column("ckpt", lambda case: Cell("yes" if case.gradient_checkpointing else "no"), "checkpointing"),
     Column("loss", lambda case: Cell(case.loss)),
     *(_phase(name) for name in ("load", "first step", "steady")),
-    Column("allocated", lambda case: known_gib_cell(case.peak.allocated)),
-    Column("floor", lambda case: known_gib_cell(case.floor_bytes)),
-    Column("x floor", lambda case: times_floor_cell(case.peak.allocated, case.floor_bytes)),
-    Column("reserved", lambda case: known_gib_cell(case.peak.reserved)),
-    Column("on the card", lambda case: known_gib_cell(case.peak.device)),
+    Column("allocated", lambda case: Cell.known_gib(case.peak.allocated)),
+    Column("floor", lambda case: Cell.known_gib(case.floor_bytes)),
+    Column("x floor", lambda case: Cell.times_floor(case.peak.allocated, case.floor_bytes)),
+    Column("reserved", lambda case: Cell.known_gib(case.peak.reserved)),
+    Column("on the card", lambda case: Cell.known_gib(case.peak.device)),
     Column("verdict", lambda case: Cell(_reason(case)), page_cell=lambda case: _verdict(case)),
 )
 

@@ -7,31 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import (
-    SMALL,
-    Style,
-    legend,
-    legend_label,
-    name_rows,
-    patch,
-    plain,
-    row_height,
-    stroke,
-    tick,
-    words_behind,
-)
+from qlora_lowmem.results.style import SMALL, Style, legend_label
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
     Column,
     Table,
     gib,
-    gib_cell,
-    known_gib_cell,
     markdown_of,
     markdown_page,
     page_table,
-    times_floor_cell,
     write_result,
 )
 from qlora_lowmem.units import GIB
@@ -124,18 +109,18 @@ _Row = tuple[str, PhaseBytes]  # a recipe and one of its phases
 _COLUMNS: tuple[Column[_Row], ...] = (
     Column("recipe", lambda row: Cell(row[0])),
     Column(_PHASE, lambda row: Cell(row[1].phase)),
-    Column("allocated", lambda row: gib_cell(row[1].peak.allocated)),
-    Column(_BUDGET, lambda row: known_gib_cell(row[1].allocated_budget), "allocated budget"),
-    Column("reserved", lambda row: gib_cell(row[1].peak.reserved)),
-    Column("on the card", lambda row: gib_cell(row[1].peak.device)),
-    Column("budget on the card", lambda row: gib_cell(row[1].device_budget), "card budget"),
+    Column("allocated", lambda row: Cell.gib(row[1].peak.allocated)),
+    Column(_BUDGET, lambda row: Cell.known_gib(row[1].allocated_budget), "allocated budget"),
+    Column("reserved", lambda row: Cell.gib(row[1].peak.reserved)),
+    Column("on the card", lambda row: Cell.gib(row[1].peak.device)),
+    Column("budget on the card", lambda row: Cell.gib(row[1].device_budget), "card budget"),
 )
 _FLOOR_COLUMNS: tuple[Column[_Row], ...] = (
     Column("recipe", lambda row: Cell(row[0])),
     Column("highest in", lambda row: Cell(row[1].phase)),
-    Column("allocated", lambda row: gib_cell(row[1].peak.allocated)),
-    Column("floor", lambda row: known_gib_cell(row[1].floor)),
-    Column("x floor", lambda row: times_floor_cell(row[1].peak.allocated, row[1].floor)),
+    Column("allocated", lambda row: Cell.gib(row[1].peak.allocated)),
+    Column("floor", lambda row: Cell.known_gib(row[1].floor)),
+    Column("x floor", lambda row: Cell.times_floor(row[1].peak.allocated, row[1].floor)),
 )
 
 
@@ -301,7 +286,7 @@ def phases(style: Style, lives: Lives) -> "Figure":
     names = [name for name in PHASES if name in there]
     columns = 1 if style.narrow or len(lives) == 1 else 2
     lines = -(-len(lives) // columns)
-    rows = row_height(style) * len(names)
+    rows = style.row_height * len(names)
     figure = style.figure(lines * (rows + 0.7) + (1.4 if style.narrow else 0.7))
     panels = list(figure.subplots(lines, columns, squeeze=False, gridspec_kw={"hspace": 0.06}).flat)
     for number, (recipe, found) in enumerate(lives.items()):
@@ -327,26 +312,19 @@ def _scale_end(lives: Lives, style: Style, columns: int) -> float:
 
 
 def _panel(axes: "Axes", style: Style, names: Sequence[str], found: Sequence[PhaseBytes], end: float) -> None:
-    places, height = name_rows(axes, names, style)
+    places, height = style.name_rows(axes, names)
     by_name = {each.phase: each for each in found}
     _budget_line(axes, style, [by_name[name].device_budget for name in names if name in by_name])
     for name, place in zip(names, places, strict=True):
         if name in by_name:
             _row(axes, style, place, height, by_name[name])
         else:
-            axes.annotate(
-                "no figures",
-                (0, place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=SMALL,
-                color=style.theme["muted"],
-            )
+            look: Any = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
+            axes.annotate("no figures", (0, place), xytext=(4, 0), color=style.theme["muted"], **look)
     axes.set_xlim(0, end)
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("GiB at the peak of the phase")
-    plain(axes, style, grid="x")
+    style.plain(axes, grid="x")
 
 
 def _budget_line(axes: "Axes", style: Style, budgets: Sequence[int]) -> None:
@@ -362,41 +340,34 @@ def _row(axes: "Axes", style: Style, place: float, height: float, found: PhaseBy
         (found.peak.allocated, "bar", found.allocated_over),
     )
     for count, role, over in layers:  # each covers the one before
-        axes.barh(
-            place,
-            count / GIB,
-            height=height,
-            facecolor=style.theme["bad" if over else role],
-            edgecolor=style.theme["paper" if over else "edge"],
-            linewidth=0 if over else 0.6,
-            hatch="///" if over else None,
-        )
+        look = {"facecolor": "bad", "edgecolor": "paper", "linewidth": 0, "hatch": "///"}
+        if not over:
+            look = {"facecolor": role, "edgecolor": "edge", "linewidth": 0.6}
+        axes.barh(place, count / GIB, height=height, **style.look(**look))
     if found.allocated_budget is not None:
         for colour, width in (("paper", 3.6), ("limit", 1.8)):
-            tick(axes, found.allocated_budget / GIB, place, height / 2 + 0.06, style.theme[colour], width)
+            style.tick(axes, found.allocated_budget / GIB, place, height / 2 + 0.06, colour, width)
     failed = ", out of memory" if found.out_of_memory else ", over" if found.over else ""
-    words_behind(axes, f"{found.peak.device / GIB:.3f}{failed}", found.end / GIB, place, zorder=4)
+    style.words(axes, f"{found.peak.device / GIB:.3f}{failed}", found.end / GIB, place, zorder=4)
 
 
 def _legend(figure: "Figure", style: Style, lives: Lives) -> None:
-    colours, found = style.theme, [each for _, each in _rows(lives)]
-    edge = {"edgecolor": colours["edge"], "linewidth": 0.6}
+    found, edge = [each for _, each in _rows(lives)], {"edgecolor": "edge", "linewidth": 0.6}
     budgets = sorted({each.device_budget for each in found})
     text = f"budget on the card: {', '.join(f'{budget / GIB:.2f}' for budget in budgets)}"
     over, ran_out = any(each.over for each in found), any(each.out_of_memory for each in found)
     reasons = [reason for reason, there in (("over budget", over), ("out of memory", ran_out)) if there]
-    handles = [patch("allocated", facecolor=colours["bar"], **edge)]
+    handles = [style.patch("allocated", facecolor="bar", **edge)]
     if any(each.allocated_budget is not None for each in found):
-        look = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 1.8}
-        handles.append(stroke("budget of allocated", color=colours["limit"], **look))
+        mark = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 1.8}
+        handles.append(style.stroke("budget of allocated", color="limit", **mark))
     handles += [
-        patch("reserved", facecolor=colours["slack"], **edge),
-        patch("on the card", facecolor=colours["context"], **edge),
-        stroke(text, color=colours["limit"], linewidth=1.4, linestyle="--"),
+        style.patch("reserved", facecolor="slack", **edge),
+        style.patch("on the card", facecolor="context", **edge),
+        style.stroke(text, color="limit", linewidth=1.4, linestyle="--"),
     ]
     if reasons:
         label = "striped: fails" if style.narrow and len(reasons) > 1 else f"striped: {' or '.join(reasons)}"
-        striped = {"facecolor": colours["bad"], "edgecolor": colours["paper"], "linewidth": 0, "hatch": "///"}
-        handles.append(patch(label, **striped))
+        handles.append(style.patch(label, facecolor="bad", edgecolor="paper", linewidth=0, hatch="///"))
     columns = 2 if style.narrow else len(handles) if len(handles) < 6 else 3
-    legend(figure, handles, columns, columnspacing=1.0, handlelength=1.6)
+    style.legend(figure, handles, columns, columnspacing=1.0, handlelength=1.6)

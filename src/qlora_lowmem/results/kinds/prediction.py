@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own
-from qlora_lowmem.results.style import SMALL, Style, legend, name_rows, plain, row_height, stroke
+from qlora_lowmem.results.style import SMALL, Style, doubling
 from qlora_lowmem.results.tables import (
     Cell,
     Column,
     Table,
     gib,
-    gib_cell,
     markdown_page,
     markdown_table,
     page_table,
-    ratio_cell,
     write_result,
 )
 from qlora_lowmem.units import GIB
@@ -233,9 +231,9 @@ _COLUMNS: tuple[Column[Figure], ...] = (
     Column("recipe", lambda figure: Cell(figure.recipe)),
     Column("phase", lambda figure: Cell(figure.phase)),
     Column("reading", lambda figure: Cell(figure.reading)),
-    Column("predicted", lambda figure: gib_cell(figure.predicted)),
-    Column("measured", lambda figure: gib_cell(figure.measured)),
-    Column("error", lambda figure: ratio_cell(f"{figure.error:+.2%}", figure.error, _tone(figure))),
+    Column("predicted", lambda figure: Cell.gib(figure.predicted)),
+    Column("measured", lambda figure: Cell.gib(figure.measured)),
+    Column("error", lambda figure: Cell.ratio(f"{figure.error:+.2%}", figure.error, _tone(figure))),
     Column("limit", lambda figure: Cell("-" if figure.limit is None else f"{figure.limit} %")),
 )
 
@@ -259,7 +257,7 @@ def prediction(style: Style, figures: Sequence[Figure]) -> "Drawn":
         figures: readings of whole runs, at least one.
     """
     recipes = list(dict.fromkeys(figure.recipe for figure in figures))
-    rows = row_height(style) * len(recipes)
+    rows = style.row_height * len(recipes)
     if style.narrow:
         figure = style.figure(rows + 5.2)
         scatter, errors = figure.subplots(2, 1, height_ratios=(3.2, rows + 0.9))
@@ -275,14 +273,9 @@ def prediction(style: Style, figures: Sequence[Figure]) -> "Drawn":
 def _scatter(axes: "Axes", style: Style, figures: Sequence[Figure]) -> None:
     equals(axes, style, [size / GIB for figure in figures for size in (figure.predicted, figure.measured)])
     for figure in figures:
-        axes.plot(figure.measured / GIB, figure.predicted / GIB, markersize=6, **_mark(style, figure.reading))
+        axes.plot(figure.measured / GIB, figure.predicted / GIB, markersize=6, **style.mark(*_MARKS[figure.reading]))
     axes.set_xlabel("measured GiB")
     axes.set_ylabel("predicted GiB")
-
-
-def _mark(style: Style, reading: Reading) -> dict[str, Any]:
-    marker, role = _MARKS[reading]
-    return {"marker": marker, "markerfacecolor": "none", "markeredgecolor": style.theme[role], "markeredgewidth": 1.4}
 
 
 def equals(axes: "Axes", style: Style, sizes: Sequence[float]) -> None:
@@ -292,39 +285,35 @@ def equals(axes: "Axes", style: Style, sizes: Sequence[float]) -> None:
     high = max(high, low + 1)
     ends = (2.0**low, 2.0**high)
     axes.plot(ends, ends, color=style.theme["edge"], linewidth=1, linestyle="--")
-    ticks = [2.0**power for power in range(low, high + 1)]
-    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
-        scale("log", base=2)
-        axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    doubling(axes, "x", low, high)
+    doubling(axes, "y", low, high)
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
     axes.set_box_aspect(0.8 if style.narrow else 1)
     muted = style.theme["muted"]
     axes.text(0.97, 0.05, "dashed: equal", transform=axes.transAxes, ha="right", fontsize=SMALL, color=muted)
-    plain(axes, style, keep=("bottom", "left"), grid="y")
+    style.plain(axes, keep=("bottom", "left"), grid="y")
 
 
 def _errors(axes: "Axes", style: Style, figures: Sequence[Figure], recipes: Sequence[str]) -> None:
-    places, _ = name_rows(axes, recipes, style)
+    places, _ = style.name_rows(axes, recipes)
     place_of = dict(zip(recipes, places, strict=True))
     for limit in set(LIMITS.values()):
         for side in (-limit, limit):
             axes.axvline(side, color=style.theme["limit"], linewidth=1, linestyle=(0, (4, 3)))
     axes.axvline(0, color=style.theme["edge"], linewidth=1)
     for figure in figures:
-        axes.plot(100 * figure.error, place_of[figure.recipe], markersize=6, **_mark(style, figure.reading))
+        axes.plot(100 * figure.error, place_of[figure.recipe], markersize=6, **style.mark(*_MARKS[figure.reading]))
     reach = max(*LIMITS.values(), *(abs(100 * figure.error) for figure in figures)) * 1.15
     axes.set_xlim(-reach, reach)
     axes.set_xlabel("predicted over measured, %")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
-    plain(axes, style)
+    style.plain(axes)
 
 
 def _legend(figure: "Drawn", style: Style) -> None:
     names = {"allocated": "allocated", "reserved": "reserved", "device": "on the card"}
-    handles = [stroke(names[reading], linestyle="none", **_mark(style, reading)) for reading in READINGS]
+    handles = [style.stroke(names[reading], linestyle="none", **style.mark(*_MARKS[reading])) for reading in READINGS]
     limits = ", ".join(f"{names[reading]} {limit} %" for reading, limit in LIMITS.items())
-    dashed = {"color": style.theme["limit"], "linestyle": (0, (4, 3)), "linewidth": 1}
-    handles.append(stroke(f"limits: {limits}", **dashed))
-    legend(figure, handles, 2 if style.narrow else 4)
+    handles.append(style.stroke(f"limits: {limits}", color="limit", linestyle=(0, (4, 3)), linewidth=1))
+    style.legend(figure, handles, 2 if style.narrow else 4)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.kinds.prediction import equals
-from qlora_lowmem.results.style import Style, legend, name_at, plain, row_height, short, stroke
-from qlora_lowmem.results.tables import Cell, Column, Table, gib, gib_cell, page_table, ratio_cell
+from qlora_lowmem.results.style import Style, short
+from qlora_lowmem.results.tables import Cell, Column, Table, gib, page_table
 from qlora_lowmem.units import GIB
 
 if TYPE_CHECKING:
@@ -140,13 +140,13 @@ _COLUMNS: tuple[Column[Published], ...] = (
     Column("figure", lambda row: Cell(FIGURES[row.measures][0] if row.is_peak else _OUT_OF_MEMORY)),
     Column(
         "measured by others",
-        lambda row: gib_cell(row.measured_bytes) if row.is_peak else Cell(f"more than {gib(row.measured_bytes)}"),
+        lambda row: Cell.gib(row.measured_bytes) if row.is_peak else Cell(f"more than {gib(row.measured_bytes)}"),
     ),
-    Column("predicted", lambda row: gib_cell(row.plan_bytes)),
+    Column("predicted", lambda row: Cell.gib(row.plan_bytes)),
     Column("error", lambda row: _percent(row.error if row.is_peak else None)),
     Column(
         "explained",
-        lambda row: gib_cell(row.explained_bytes) if row.is_peak and row.explained_bytes else Cell("-"),
+        lambda row: Cell.gib(row.explained_bytes) if row.is_peak and row.explained_bytes else Cell("-"),
     ),
     Column("unexplained", lambda row: _percent(row.left if row.is_peak else None)),
 )
@@ -174,7 +174,7 @@ def _table(source: str, rows: Sequence[Published]) -> Table:
 
 
 def _percent(share: float | None) -> Cell:
-    return Cell("-") if share is None else ratio_cell(f"{share:+.2%}", share)
+    return Cell("-") if share is None else Cell.ratio(f"{share:+.2%}", share)
 
 
 def _agrees(agrees: bool | None) -> Cell:
@@ -198,7 +198,7 @@ def published(style: Style, points: Sequence[Published]) -> "Figure":
         points: at least one.
     """
     sources = list(dict.fromkeys(point.source for point in points))
-    rows = 1.2 * row_height(style) * sum(_tall(points, source) for source in sources)
+    rows = 1.2 * style.row_height * sum(_tall(points, source) for source in sources)
     if style.narrow:
         figure = style.figure(rows + 5.6)
         scatter, errors = figure.subplots(2, 1, height_ratios=(3.2, rows + 0.9))
@@ -224,16 +224,7 @@ def published(style: Style, points: Sequence[Published]) -> "Figure":
 
 def _mark(axes: "Axes", style: Style, point: Published, x: float, y: float, filled: bool) -> None:
     _, marker, role = FIGURES[point.measures]
-    colour = style.theme[role]
-    axes.plot(
-        x,
-        y,
-        marker=marker,
-        markersize=4 if filled else 5.5,
-        markerfacecolor=colour if filled else "none",
-        markeredgecolor=colour,
-        markeredgewidth=1.2,
-    )
+    axes.plot(x, y, markersize=4 if filled else 5.5, **style.mark(marker, role, role if filled else "none", 1.2))
 
 
 def _errors(axes: "Axes", style: Style, points: Sequence[Published], sources: Sequence[str]) -> None:
@@ -243,7 +234,7 @@ def _errors(axes: "Axes", style: Style, points: Sequence[Published], sources: Se
         found = [point for point in points if point.source == source]
         tall = _tall(points, source)
         if style.narrow:
-            name_at(axes, style, source, top + 0.14)
+            style.name_at(axes, source, top + 0.14)
         first, last = top + (0.42 if style.narrow else 0.15), top + tall - 0.15
         middles.append((first + last) / 2)
         top += tall
@@ -263,7 +254,7 @@ def _errors(axes: "Axes", style: Style, points: Sequence[Published], sources: Se
     axes.set_xlabel("predicted over measured, %")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
     axes.locator_params(axis="x", nbins=6)
-    plain(axes, style, grid="x")
+    style.plain(axes, grid="x")
 
 
 def _tall(points: Sequence[Published], source: str) -> float:
@@ -274,11 +265,10 @@ def _tall(points: Sequence[Published], source: str) -> float:
 def _legend(figure: "Figure", style: Style, points: Sequence[Published]) -> None:
     there = {point.measures for point in points}
     handles = [
-        stroke(text, linestyle="none", marker=marker, color=style.theme[role], markerfacecolor="none")
+        style.stroke(text, linestyle="none", marker=marker, color=role, markerfacecolor="none")
         for name, (text, marker, role) in FIGURES.items()
         if name in there
     ]
     if any(point.explained_bytes for point in points):
-        filled = {"linestyle": "none", "marker": "o", "color": style.theme["ink"]}
-        handles.append(stroke("filled: with what is explained", **filled))
-    legend(figure, handles, 2 if style.narrow else len(handles), columnspacing=1.2)
+        handles.append(style.stroke("filled: with what is explained", linestyle="none", marker="o", color="ink"))
+    style.legend(figure, handles, 2 if style.narrow else len(handles), columnspacing=1.2)

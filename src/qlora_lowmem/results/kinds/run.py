@@ -1,28 +1,19 @@
 """Training runs: the peaks by phase of what `train --json` says of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from qlora_lowmem.results.kinds import Fields, Kind, Section, Source, named_by_file
+from qlora_lowmem.results.kinds import Fields, Kind, Section, together
 from qlora_lowmem.results.kinds.phases import PhaseBytes, chart_of, phase_bytes, tables_of
 from qlora_lowmem.results.tables import FLOOR_TEXT, usable_bytes
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run's recipe by name, empty where it has none, and its phases."""
-
-    recipe: str
-    phases: tuple[PhaseBytes, ...]
 
 
 def _recognises(content: Mapping[str, Any]) -> bool:
     return isinstance(content.get("recipe"), dict) and isinstance(content.get("phases"), list)
 
 
-def _read(content: Fields) -> _Run:
-    """The phases of a `train --json`, and where memory ran out if it did."""
+def _read(content: Fields) -> tuple[str, tuple[PhaseBytes, ...]]:
+    """The recipe's name, empty where it has none, and the phases; where memory ran out too, if it did."""
     ran_out = {}
     if content.raw.get("failure") is not None:
         failure = content.object("failure")
@@ -33,24 +24,19 @@ def _read(content: Fields) -> _Run:
     name = content.object("recipe").raw.get("name")
     floor = 0 if ran_out else content.count("floor_bytes")
     phases = phase_bytes(content.phases("phases"), budget, out_of_memory=ran_out, floor=floor)
-    return _Run(name if isinstance(name, str) else "", phases)
+    return name if isinstance(name, str) else "", phases
 
 
-def _sections(found: Sequence[tuple[Source, _Run]]) -> list[Section]:
-    """One section for all runs, side by side."""
-    names = named_by_file([(source, run.recipe) for source, run in found])
-    lives = {name: run.phases for name, (_, run) in zip(names, found, strict=True)}
-    return [
-        Section(
-            name="runs",
-            title="Training runs by phase",
-            text="What the card held in each phase of a training run. The dashed line is what a job can use on the "
-            f"card; of a card that this project has no figures of, all that it has. {FLOOR_TEXT}",
-            charts=(chart_of("runs", lives, whole=False),),
-            tables=tables_of(lives),
-            sources=tuple(source for source, _ in found),
-        )
-    ]
+def _section(runs: Sequence[tuple[str, tuple[PhaseBytes, ...]]]) -> Section:
+    lives = dict(runs)
+    return Section(
+        name="runs",
+        title="Training runs by phase",
+        text="What the card held in each phase of a training run. The dashed line is what a job can use on the card; "
+        f"of a card that this project has no figures of, all that it has. {FLOOR_TEXT}",
+        charts=(chart_of("runs", lives, whole=False),),
+        tables=tables_of(lives),
+    )
 
 
-KIND = Kind("a training run (train --json)", _recognises, _read, _sections)
+KIND = Kind("a training run (train --json)", _recognises, _read, together(_section))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import Style, name_rows, plain, row_height, tick, words_behind
+from qlora_lowmem.results.style import Style
 from qlora_lowmem.results.tables import Cell, Column, markdown_of, page_table
 from qlora_lowmem.units import MIB, format_bytes, format_signed
 
@@ -222,9 +222,9 @@ def verdicts(style: Style, rows: Sequence[Row]) -> "Figure":
     Args:
         rows: those with a record.
     """
-    figure = style.figure(row_height(style) * len(rows) + (1.2 if style.narrow else 0.8))
+    figure = style.figure(style.row_height * len(rows) + (1.2 if style.narrow else 0.8))
     axes = figure.subplots()
-    places, height = name_rows(axes, [row.name for row in rows], style)
+    places, height = style.name_rows(axes, [row.name for row in rows])
     for place, row in zip(places, rows, strict=True):
         axes.barh(
             place,
@@ -236,17 +236,17 @@ def verdicts(style: Style, rows: Sequence[Row]) -> "Figure":
             hatch="///" if row.fails else None,
         )
         if row.held_against is not None:
-            tick(axes, row.held_against / MIB, place, height / 2 + 0.08, style.theme["floor"])
+            style.tick(axes, row.held_against / MIB, place, height / 2 + 0.08, "floor")
         end = max(row.judged, row.held_against or 0) / MIB
         words = f"{format_bytes(row.judged)}{', fails' if row.fails else ''}"
-        words_behind(axes, words, end, place)
+        style.words(axes, words, end, place)
     ends = (max(row.judged, row.held_against or 0) for row in rows)
     largest = max(ends, default=MIB) / MIB
     axes.set_xlim(0, largest * (1.5 if style.narrow else 1.2))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=4 if style.narrow else 8)
     axes.set_xlabel("MiB; the mark is the baseline or limit" if style.narrow else _EXPLAINED)
-    plain(axes, style, grid="x")
+    style.plain(axes, grid="x")
     return figure
 
 

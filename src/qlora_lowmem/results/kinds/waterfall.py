@@ -8,28 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import (
-    Style,
-    legend,
-    name_rows,
-    patch,
-    plain,
-    row_height,
-    save,
-    stroke,
-    tick,
-    words_behind,
-)
+from qlora_lowmem.results.style import Style, doubling, save
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
     Column,
     gib,
-    gib_cell,
     markdown_of,
     markdown_page,
     page_table,
-    times_floor_cell,
     usable_bytes,
     write_result,
 )
@@ -58,16 +45,16 @@ class Step:
 _Row = tuple[Step, int | None]  # with what its idea saved; None for the first
 _COLUMNS: tuple[Column[_Row], ...] = (
     Column("idea", lambda row: Cell(row[0].idea)),
-    Column("allocated", lambda row: gib_cell(row[0].peak_allocated_bytes)),
-    Column("saves", lambda row: gib_cell(row[1] or 0), page_cell=lambda row: _saved(row[1])),
-    Column("on the card", lambda row: gib_cell(row[0].peak_device_bytes)),
-    Column("floor", lambda row: gib_cell(row[0].floor_bytes)),
-    Column("x floor", lambda row: times_floor_cell(row[0].peak_allocated_bytes, row[0].floor_bytes)),
+    Column("allocated", lambda row: Cell.gib(row[0].peak_allocated_bytes)),
+    Column("saves", lambda row: Cell.gib(row[1] or 0), page_cell=lambda row: _saved(row[1])),
+    Column("on the card", lambda row: Cell.gib(row[0].peak_device_bytes)),
+    Column("floor", lambda row: Cell.gib(row[0].floor_bytes)),
+    Column("x floor", lambda row: Cell.times_floor(row[0].peak_allocated_bytes, row[0].floor_bytes)),
 )
 
 
 def _saved(count: int | None) -> Cell:
-    return Cell("-") if count is None else gib_cell(count)
+    return Cell("-") if count is None else Cell.gib(count)
 
 
 def _rows(steps: Sequence[Step]) -> list[_Row]:
@@ -149,9 +136,9 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
     Args:
         usable_bytes: what a job can count on on the card; None where that is not known.
     """
-    figure = style.figure(row_height(style) * len(steps) + (1.75 if style.narrow else 1.2))
+    figure = style.figure(style.row_height * len(steps) + (1.75 if style.narrow else 1.2))
     axes = figure.subplots()
-    places, height = name_rows(axes, [step.idea for step in steps], style)
+    places, height = style.name_rows(axes, [step.idea for step in steps])
     start = _scale(axes, style, steps)
     before = 0
     for place, step in zip(places, steps, strict=True):
@@ -160,7 +147,7 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
     if usable_bytes is not None:
         axes.axvline(usable_bytes / GIB, color=style.theme["limit"], linewidth=1.2, linestyle="--", zorder=0.9)
     axes.set_xlabel("peak, GiB, logarithmic scale")
-    plain(axes, style, grid="x")
+    style.plain(axes, grid="x")
     _legend(figure, style, usable_bytes)
     return figure
 
@@ -172,24 +159,13 @@ def _row(axes: "Axes", style: Style, place: float, height: float, step: Step, be
     axes.barh(place, low - start, left=start, height=height, color=colours["bar"], linewidth=0)
     change = colours["saved"] if previous > peak else colours["bad"]
     axes.barh(place, high - low, left=low, height=height, color=change, linewidth=0)
-    tick(axes, step.floor_bytes / GIB, place, height / 2 + 0.04, colours["floor"])
-    axes.plot(
-        step.peak_device_bytes / GIB,
-        place,
-        marker="o",
-        markersize=5.5,
-        markerfacecolor=colours["paper"],
-        markeredgecolor=colours["ink"],
-        linestyle="none",
-    )
+    style.tick(axes, step.floor_bytes / GIB, place, height / 2 + 0.04, "floor")
+    ring = style.mark("o", "ink", "paper", 1.0)
+    axes.plot(step.peak_device_bytes / GIB, place, markersize=5.5, linestyle="none", **ring)
     words = f"{peak:.3f}"
     if before:
         words += f" ({'−' if peak < previous else '+'}{abs(peak - previous):.3f})"
-    if style.narrow:  # beside the name, for behind the bar is no room
-        place_of_name = {"xycoords": ("axes fraction", "data"), "ha": "right"}
-        words_behind(axes, words, 1, place - 0.42, 0, **place_of_name)
-    else:
-        words_behind(axes, words, max(high, step.peak_device_bytes / GIB), place, 7)
+    style.row_words(axes, words, max(high, step.peak_device_bytes / GIB), place, 7)
 
 
 def _scale(axes: "Axes", style: Style, steps: Sequence[Step]) -> float:
@@ -197,26 +173,22 @@ def _scale(axes: "Axes", style: Style, steps: Sequence[Step]) -> float:
     smallest = min(count for step in steps for count in (step.floor_bytes, step.peak_allocated_bytes))
     largest = max(count for step in steps for count in (step.peak_allocated_bytes, step.peak_device_bytes))
     low, high = math.floor(math.log2(smallest / GIB) - 0.2), math.ceil(math.log2(largest / GIB))
-    axes.set_xscale("log", base=2)
+    doubling(axes, "x", low, high, max(1, (high - low) // 8))
     # Room for the figures behind the longest bar: a part of the scale's length.
     axes.set_xlim(2.0**low, 2.0 ** (high + (high - low) * (0.04 if style.narrow else 0.13)))
-    ticks = [2.0**power for power in range(low, high + 1, max(1, (high - low) // 8))]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
     return float(2.0**low)
 
 
 def _legend(figure: "Figure", style: Style, usable_bytes: int | None) -> None:
-    colours = style.theme
-    ring = {"marker": "o", "markerfacecolor": colours["paper"], "markeredgecolor": colours["ink"]}
+    ring = {"marker": "o", "markerfacecolor": "paper", "markeredgecolor": "ink"}
     handles = [
-        patch("allocated", color=colours["bar"]),
-        patch("saved by this idea", color=colours["saved"]),
-        patch("cost of this idea", color=colours["bad"]),
-        stroke("floor", color=colours["floor"], linewidth=2.5),
-        stroke("on the card, with context", linestyle="none", **ring),
+        style.patch("allocated", color="bar"),
+        style.patch("saved by this idea", color="saved"),
+        style.patch("cost of this idea", color="bad"),
+        style.stroke("floor", color="floor", linewidth=2.5),
+        style.stroke("on the card, with context", linestyle="none", **ring),
     ]
     if usable_bytes is not None:
         text = f"usable on the card: {usable_bytes / GIB:.2f}"
-        handles.append(stroke(text, color=colours["limit"], linestyle="--", linewidth=1.2))
-    legend(figure, handles, 2 if style.narrow else 3, columnspacing=1.0)
+        handles.append(style.stroke(text, color="limit", linestyle="--", linewidth=1.2))
+    style.legend(figure, handles, 2 if style.narrow else 3, columnspacing=1.0)
