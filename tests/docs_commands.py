@@ -145,11 +145,12 @@ def run_as(command: str) -> str:
 def tiny(command: str) -> str:
     """A command on recipes as the same command on the tiny one; any other command as it is."""
     words = shlex.split(command)
-    if words[:2] != ["python", "-m"] or "--config" not in words:
+    first = 3 if words[:2] == ["python", "-m"] else 2
+    if words[0] not in ("python", "qlora-lowmem") or "--config" not in words:
         return command
-    name = words[2].removeprefix("qlora_lowmem.")
-    kept = words[:3]
-    rest = iter(words[3:])
+    name = words[first - 1].removeprefix("qlora_lowmem.")
+    kept = words[:first]
+    rest = iter(words[first:])
     for word in rest:
         if word in _SIZES:
             next(rest)

@@ -1,5 +1,7 @@
 """Places and sizes that tests share."""
 
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +26,13 @@ TINY_HYBRID: dict[str, Any] = {
     "mamba_d_state": 16,
     "mamba_chunk_size": 32,
 }
+
+
+def write_script(folder: Path) -> Path:
+    """The project's script in `folder`, as pip makes it of pyproject.toml's entry."""
+    ((name, entry),) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
+    module, function = entry.split(":")
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    path.chmod(0o755)
+    return path

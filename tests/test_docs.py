@@ -18,7 +18,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from docs_commands import AS, NOT_RUN, TINY, blocks, commands, pages, run_as
-from helpers import RECIPES, ROOT
+from helpers import RECIPES, ROOT, write_script
 from qlora_lowmem.commands import COMMANDS
 from qlora_lowmem.memory.live import LiveMemory, write_live
 from qlora_lowmem.recipe.checks import field_specs
@@ -58,6 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_hybrid: Path) -> Path:
     write_live(
         folder / "outputs" / "optimised", LiveMemory(me.pid, me.create_time() - 3600, 0.0, "optimised", "virtual")
     )
+    (folder / "bin").mkdir()
+    write_script(folder / "bin")
     (folder / "project").mkdir()
     example = next(block for block in blocks(ROOT / "docs" / "gate.md") if block.language == "python")
     (folder / "project" / "test_example.py").write_text("\n".join(example.lines) + "\n")
@@ -79,7 +81,7 @@ def _runs_a_command(item: pytest.Item) -> bool:
 
 def run(command: str, folder: Path) -> str:
     """Run a command with this Python's programs first; the end of what it says where it fails."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
         command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
@@ -168,3 +170,5 @@ def test_the_reference_has_the_help_of_every_command(reference: ModuleType) -> N
 def test_modules_that_a_page_names_are_there(page: Path) -> None:
     for name in re.findall(r"python3? -m (qlora_lowmem[\w.]*)", page.read_text(encoding="utf-8")):
         assert importlib.util.find_spec(name.rstrip(".")) is not None, name
+    for name in re.findall(r"qlora-lowmem ([a-z][\w-]*)", page.read_text(encoding="utf-8")):
+        assert name in COMMANDS, name

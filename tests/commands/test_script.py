@@ -6,13 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import RECIPES, ROOT
+from helpers import RECIPES, write_script
 from qlora_lowmem import __version__, environment
 from qlora_lowmem.commands import COMMANDS, frame, start
 from qlora_lowmem.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
@@ -53,12 +52,7 @@ def helps() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The script as pip makes it."""
-    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][environment.SCRIPT]
-    module, function = entry.split(":")
-    path = tmp_path_factory.mktemp("bin") / environment.SCRIPT
-    path.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\n{function}()\n")
-    path.chmod(0o755)
-    return path
+    return write_script(tmp_path_factory.mktemp("bin"))
 
 
 def test_the_list_imports_no_command(helps: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import json
 
 from helpers import ROOT
-from qlora_lowmem.commands.readme import CARD
+from qlora_lowmem.commands.report import CARD
 from qlora_lowmem.results.kinds import Fields
 from qlora_lowmem.results.kinds.matrix import KIND, readme_table
 
@@ -12,5 +12,5 @@ def test_readme_shows_the_committed_results() -> None:
     """Peaks on the virtual card are exact, so a run of the matrix changes no figure of the table."""
     content = json.loads((ROOT / "results" / CARD / "matrix.json").read_text(encoding="utf-8"))
     assert readme_table(KIND.read(Fields(content))) in (ROOT / "README.md").read_text(encoding="utf-8"), (
-        "run: python -m qlora_lowmem.commands.readme"
+        "run: qlora-lowmem readme"
     )

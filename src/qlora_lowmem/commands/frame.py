@@ -115,9 +115,10 @@ def _script(words: list[str]) -> int:
 
 def main_of(name: str) -> Callable[..., int]:
     """The function that runs a command: `main(arguments, prog)`, both optional."""
-    module = "virtual_gpu.__main__" if name == "virtual-gpu" else f"commands.{name}"
+    elsewhere = {"virtual-gpu": ("virtual_gpu.__main__", "main"), "readme": ("commands.report", "readme")}
+    module, function = elsewhere.get(name, (f"commands.{name}", "main"))
     with importing():
-        found: Callable[..., int] = importlib.import_module(f"qlora_lowmem.{module}").main
+        found: Callable[..., int] = getattr(importlib.import_module(f"qlora_lowmem.{module}"), function)
     return found
 
 

@@ -10,6 +10,8 @@ needs no network and no JavaScript; two attributions are shown side by side.
 """
 
 import argparse
+import json
+import re
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -17,7 +19,11 @@ from tqdm.auto import tqdm
 from qlora_lowmem.commands.frame import Command, check_parent
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import write_whole
+from qlora_lowmem.results.kinds.matrix import readme_block
 from qlora_lowmem.results.page import render, save_charts, sections_of, title_of
+
+CARD = "rtx-4050-laptop-6gb"
+_BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,5 +57,30 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def add_readme_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `readme`."""
+    parser.add_argument("--results", default="results", metavar="DIR", help="where the tables are (default: results)")
+    parser.add_argument("--readme", default="README.md", metavar="FILE", help="the file to write into")
+
+
+def write_readme(options: argparse.Namespace) -> int:
+    """Write the README's figures between its markers. Exit code 2 if the README or the results are not there."""
+    source, readme = Path(options.results) / CARD / "matrix.json", Path(options.readme)
+    try:
+        content, text = json.loads(source.read_text(encoding="utf-8")), readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename}: {error.strerror}; run pytest bench/ first, in the project's root"
+        ) from None
+    if not _BLOCK.search(text):
+        raise UsageError(f"{readme} has no <!-- matrix --> ... <!-- /matrix -->; put the markers where the table goes")
+    block = readme_block(content)
+    readme.write_text(_BLOCK.sub(lambda found: found[1] + block + found[2], text), encoding="utf-8")
+    return EXIT_OK
+
+
 COMMAND = Command("report", __doc__, add_arguments, run)
 main, parser = COMMAND.main, COMMAND.parser
+
+ABOUT_README = "The README's figures, from `results/`: `qlora-lowmem readme` writes them between the markers."
+readme = Command("readme", ABOUT_README, add_readme_arguments, write_readme).main
