@@ -1,5 +1,7 @@
-"""Ten (model, card) pairs planned from an empty cache; each proposal run again in full, and the next larger length."""
+"""Ten (model, card) pairs planned from an empty cache; each proposal run again in full, and the next larger length; and
+no recipe that trains the same needs less than the leanest that the ladder has."""
 
+import itertools
 import os
 import resource
 import time
@@ -13,13 +15,15 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.plan.answers import Plan
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
+from qlora_lowmem.plan.ladder import ladder
 from qlora_lowmem.plan.maximum import room_left
 from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, sweep
-from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, submit_recipe, two_steps
+from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, roomy, submit_recipe, two_steps
 from qlora_lowmem.plan.screen import Again, write_plans
-from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe import Recipe, field_values
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
+from qlora_lowmem.recipe.moves import changes_of, keeps_training
 
 pytestmark = pytest.mark.plan
 
@@ -131,3 +135,41 @@ def test_the_proposal_fits_and_the_next_step_does_not(planned: Sweep, again: lis
     assert not run.next_fits
     assert run.device_bytes == plan.proposal.need.device_bytes
     assert plan.proposal.longest.next_value == plan.proposal.longest.value + plan.proposal.longest.step
+
+
+def exact_recipes(recipe: Recipe, *, tiles: bool) -> set[Recipe]:
+    """All that moves come to, one upon the other, while what is trained stays the same."""
+    found, new = {recipe}, {recipe}
+    while new:
+        changes = itertools.chain.from_iterable(changes_of(each, tiles=tiles) for each in new)
+        new = {change.recipe for change in changes if change.keeps_training} - found
+        found |= new
+    return found
+
+
+def is_exact(recipe: Recipe, start: Recipe) -> bool:
+    """Whether it trains what `start` does."""
+    now, before = field_values(recipe), field_values(start)
+    return all(keeps_training(leaf, same_samples=True) for leaf in now if now[leaf] != before[leaf])
+
+
+@pytest.mark.parametrize("number", range(len(ASKED)), ids=[f"{model}-{card}" for model, card, _ in ASKED])
+def test_no_exact_recipe_needs_less_than_the_ladder_has(
+    planned: Sweep, virtual_server: virtual_gpu.Server, number: int
+) -> None:
+    """At the length that the proposal does not reach any more, the leanest exact rung needs no more than any other
+    exact recipe: where one fits, a plan has one to propose. Each is run with room for it, a micro-batch a step."""
+    pair, proposal = asked_pairs()[number], planned.plans[number].proposal
+    assert proposal is not None
+    start = replace_fields(
+        pair.model.recipe, {"max_seq_length": proposal.longest.next_value, "gradient_accumulation_steps": 1}
+    )
+    tiles = pair.model.tiles
+    made = [recipe for _, recipe in ladder(start, tiles=tiles, fixed=(), climbing=False)]
+    rungs = [recipe for recipe in made if is_exact(recipe, start)]
+    others = exact_recipes(made[0], tiles=tiles) - set(rungs)
+    assert len(others) == 3, "offloading, tiles as a recipe has them, and these with checkpoints in host memory"
+    card = roomy(pair.card)
+    runs = [submit_recipe(virtual_server, two_steps(recipe), card) for recipe in (rungs[-1], *others)]
+    leanest, *needs = (card.usable_bytes - room_left(run.result(), card, pair.subject) for run in runs)
+    assert leanest <= min(needs)

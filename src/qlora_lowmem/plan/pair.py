@@ -175,12 +175,16 @@ class Planner:
 
     def _longest(self, recipe: Recipe) -> tuple[Limit, RecipeRun | None]:
         """The longest sequence, its steps run in full; the wanted one where no multiple of the step is as long."""
-        found = self._reach(recipe, "max_seq_length", self._limit, min(self._step, self._limit))
         wanted = recipe.batch.max_seq_length
+        found = Reach(0, 0, None)
+        if wanted < self._limit:
+            found = self._reach(recipe, "max_seq_length", self._limit, min(self._step, self._limit))
         if found.value < wanted and (found.next_value == 0 or wanted < found.next_value):
             run = self._submit(two_steps(recipe), self._card).result()
             if room_left(run, self._card, recipe.name) >= 0:
                 found = Reach(wanted, found.next_value, run)
+            elif wanted >= self._limit:
+                found = self._reach(recipe, "max_seq_length", self._limit, min(self._step, self._limit))
         return limit_of(found, self._step, self._last), found.run
 
     def _reach(self, recipe: Recipe, leaf: str, limit: int, step: int) -> Reach:
