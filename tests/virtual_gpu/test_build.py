@@ -192,7 +192,58 @@ def test_every_function_of_the_real_libraries_is_answered():
     cuda = discovery.find_cuda(frozenset(build.stubs.POLICIES))
     folder = build.ensure_built().folder
     for library in cuda.libraries:
-        assert discovery.read_exports(folder / build._file_name(library)) == discovery.read_exports(library.path)
+        ours, real = folder / build._file_name(library), library.path
+        assert discovery.functions_of(ours) == discovery.functions_of(real) != set()
+        assert discovery.version_node(ours) == discovery.version_node(real)
+
+
+# Prints whether a run of it read libraries or started a process.
+KNOWN = """
+import subprocess, sys
+from qlora_lowmem.virtual_gpu.build import ensure_built
+subprocess.run = None
+print(ensure_built().folder, "elftools" in sys.modules)
+"""
+
+
+@pytest.mark.usefixtures("built")
+def test_a_known_build_is_found_without_reading_libraries_or_asking_the_compiler():
+    folder = build.ensure_built().folder
+    answer = subprocess.run([sys.executable, "-c", KNOWN], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == [str(folder), "False"]
+
+
+@pytest.mark.parametrize("changed", ["content", "time"])
+@pytest.mark.usefixtures("built")
+def test_a_source_that_changed_is_another_build_and_one_that_was_touched_is_the_same(
+    tmp_path, cache, monkeypatch, changed
+):
+    sources = tmp_path / "csrc"
+    shutil.copytree(build._SOURCES, sources)
+    monkeypatch.setattr(build, "_SOURCES", sources)
+    record = '{"preload": [], "versions": {}}'
+    monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
+    first = build.ensure_built()
+    if changed == "content":
+        with (sources / "sparse.cpp").open("a") as file:
+            file.write("// more\n")
+    else:
+        os.utime(sources / "sparse.cpp", (1, 1))
+    assert (build.ensure_built() == first) is (changed == "time")
+    assert len(builds(cache)) == (2 if changed == "content" else 1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"asked": 3}'])
+@pytest.mark.usefixtures("built")
+def test_a_damaged_note_of_what_was_found_is_made_again(cache, monkeypatch, text):
+    record = '{"preload": [], "versions": {}}'
+    monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
+    first = build.ensure_built()
+    (note,) = (cache / "virtual_gpu").glob("found-*.json")
+    whole = note.read_text()
+    note.write_text(text)
+    assert build.ensure_built() == first
+    assert note.read_text() == whole
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_lowmem.virtual_gpu import processes
 
-ACCOUNT = Path("/somewhere/account.bin")
+ACCOUNT = "/somewhere/account.bin"
 
 
 def entry(folder: Path, pid: int, environ: bytes = b"", cmdline: bytes = b"", has_program: bool = True) -> Path:

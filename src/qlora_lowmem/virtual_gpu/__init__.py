@@ -11,11 +11,18 @@ above all. A run that uses such a library is told, and `Report.notices` keeps it
     report.peak_device_bytes
 """
 
-from .cards import Card, all_cards, current_card, get_card
-from .errors import JobFailedError, UnknownCardError, VirtualGPUError, VirtualGPUUnavailable
+from .account import DevicePeaks, Report, read_report
+from .cards import (
+    Card,
+    UnknownCardError,
+    VirtualGPUError,
+    VirtualGPUUnavailable,
+    all_cards,
+    current_card,
+    get_card,
+)
 from .launch import environment, run
-from .report import DevicePeaks, Report, read_report
-from .server import JobResult, Server
+from .server import JobFailedError, JobResult, Server
 
 __all__ = [
     "Card",

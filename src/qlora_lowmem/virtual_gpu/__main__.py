@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .cards import Card, all_cards, get_card
-from .errors import UnknownCardError, VirtualGPUError
+from .account import Report
+from .cards import Card, UnknownCardError, VirtualGPUError, all_cards, card_row, get_card
 from .launch import run
-from .print_card import card_row
-from .report import Report
 
 _GIB = 2**30
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -1,5 +1,6 @@
 """Compiles the stub libraries on first use, and keeps them in a cache by what they were made from."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -9,19 +10,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import SymbolTableSection
-
-from . import stubs
-from .discovery import CudaInstallation, CudaLibrary, find_cuda, header_version, read_exports
-from .errors import VirtualGPUUnavailable
+from . import discovery, stubs
+from .cards import VirtualGPUUnavailable
+from .discovery import CudaInstallation, CudaLibrary, functions_of, header_version
 
 _SOURCES = Path(__file__).with_name("csrc")
 _COMPILERS = ("g++", "c++", "clang++")
@@ -65,24 +63,28 @@ def ensure_built() -> Build:
         VirtualGPUUnavailable: there is no compiler, no CUDA build of PyTorch, no headers, or the cache and the
             temporary folder cannot be written; the message says what to do.
     """
-    cuda = find_cuda(frozenset(stubs.POLICIES))
+    torch = discovery.find_torch()
     compiler = find_compiler()
+    asked = [str(torch[0]), str(shutil.which(compiler[0])), *compiler]
+    asked += [os.environ.get(name, "") for name in discovery.VARIABLES]
+    for root in _cache_roots():
+        if (build := _recall(root, asked)) is not None:
+            return build
+    cuda = discovery.find_cuda(frozenset(stubs.POLICIES))
+    files = [*_own_files(), Path(discovery.__file__), *torch, *(library.path for library in cuda.libraries)]
+    files += [*(cuda.headers / name for name in discovery.HEADERS), Path(asked[1])]
     key = _key(cuda, compiler)
     failures: list[str] = []
     for root in _cache_roots():
         folder = root / key
         _require_preloadable(folder)
-        if _is_whole(folder):
-            return _load(folder)
         try:
-            with _locked(root, key):
-                if not _is_whole(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    _build_into(folder, cuda, compiler)
+            build = _load(folder) or _build_once(folder, cuda, compiler)
         except OSError as error:
             failures.append(f"{root} ({error.strerror or error})")
             continue
-        return _load(folder)
+        _remember(root, asked, key, files)
+        return build
     raise VirtualGPUUnavailable(
         f"the virtual GPU's libraries cannot be written to any of {', '.join(failures)}. "
         f"Set {CACHE_VARIABLE} to a folder that can be written."
@@ -120,16 +122,19 @@ def find_compiler() -> tuple[str, ...]:
     )
 
 
+def _own_files() -> list[Path]:
+    return sorted([_SOURCES, *_SOURCES.rglob("*"), Path(__file__), Path(stubs.__file__)])
+
+
 def _key(cuda: CudaInstallation, compiler: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for source in sorted([*_SOURCES.rglob("*"), Path(__file__), Path(stubs.__file__)]):
+    for source in _own_files():
         if source.is_file():
             digest.update(source.name.encode() + source.read_bytes())
     digest.update(_compiler_version(compiler).encode())
     digest.update(str(header_version(cuda.headers)).encode())
     for library in cuda.libraries:
-        status = library.path.stat()
-        digest.update(f"{library.path} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(f"{library.path} {_stamp(library.path)}".encode())
     return digest.hexdigest()[:20]
 
 
@@ -138,12 +143,35 @@ def _compiler_version(compiler: Sequence[str]) -> str:
     return f"{' '.join(compiler)}: {answer.stdout.splitlines()[0] if answer.stdout else 'unknown'}"
 
 
-@contextmanager
-def _locked(root: Path, key: str) -> Iterator[None]:
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{key}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _stamp(path: Path) -> list[int]:
+    """What tells, without reading a file, that it is the one it was: its size and time."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+# Finding out what a build is made from takes longer than anything else at the start of a run. So the answer is kept,
+# with the sizes and times of all files that led to it.
+
+
+def _answer_file(root: Path, asked: list[str]) -> Path:
+    return root / f"found-{zlib.crc32(json.dumps(asked).encode()):08x}.json"
+
+
+def _recall(root: Path, asked: list[str]) -> Build | None:
+    """The build that was found when the same was asked, unless a file has changed since."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        answer = json.loads(_answer_file(root, asked).read_text(encoding="utf-8"))
+        unchanged = all(_stamp(Path(path)) == stamp for path, stamp in answer["files"].items())
+        if answer["asked"] == asked and unchanged:
+            return _load(root / answer["key"])
+    return None
+
+
+def _remember(root: Path, asked: list[str], key: str, files: list[Path]) -> None:
+    answer = {"asked": asked, "key": key, "files": {str(path): _stamp(path) for path in files}}
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=root, prefix=".found-") as scratch:
+        (Path(scratch) / "answer").write_text(json.dumps(answer, indent=1), encoding="utf-8")
+        (Path(scratch) / "answer").replace(_answer_file(root, asked))
 
 
 def _require_preloadable(folder: Path) -> None:
@@ -154,28 +182,38 @@ def _require_preloadable(folder: Path) -> None:
         )
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a build is there with every file as long as it was: the loader only warns of a damaged one."""
-    try:
-        files = json.loads((folder / "build.json").read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+def _load(folder: Path) -> Build | None:
+    """The build in a folder, if every file is as long as it was: the loader only warns of one that was cut short."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        record = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+        if all((folder / name).stat().st_size == size for name, size in record.get("files", {}).items()):
+            return Build(folder, tuple(folder / name for name in record["preload"]), record["versions"])
+    return None
 
 
-def _load(folder: Path) -> Build:
-    record = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-    return Build(folder, tuple(folder / name for name in record["preload"]), record["versions"])
+def _build_once(folder: Path, cuda: CudaInstallation, compiler: tuple[str, ...]) -> Build:
+    """Makes the build, or waits for the process that does.
 
-
-def _build_into(folder: Path, cuda: CudaInstallation, compiler: tuple[str, ...]) -> None:
-    print("virtual GPU: compiling its libraries (once)", file=sys.stderr)
-    # A build appears under its name when it is whole, so that one that was interrupted is never used.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".build-") as scratch:
-        work = Path(scratch) / "build"
-        work.mkdir()
-        _Builder(work, cuda, compiler).build()
-        work.rename(folder)
+    Raises:
+        OSError: it cannot be written there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (made := _load(folder)) is not None:
+            return made
+        shutil.rmtree(folder, ignore_errors=True)
+        print("virtual GPU: compiling its libraries (once)", file=sys.stderr)
+        # It appears under its name when it is whole, so that one that was interrupted is never used.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".build-") as scratch:
+            work = Path(scratch) / "build"
+            work.mkdir()
+            _Builder(work, cuda, compiler).build()
+            work.rename(folder)
+    made = _load(folder)
+    if made is None:
+        raise OSError(f"what was written to {folder} is not there")
+    return made
 
 
 class _Builder:
@@ -183,8 +221,8 @@ class _Builder:
         self.folder = folder
         self.cuda = cuda
         self.compiler = compiler
-        cudart = header_version(cuda.headers)
-        self.versions = {"cublasLt": cudart * 10} | _library_versions(cuda.libraries)
+        self.cudart = header_version(cuda.headers)
+        self.versions = {"cublasLt": self.cudart * 10} | _library_versions(cuda.libraries)
 
     def build(self) -> None:
         libraries = {library.stem: library for library in self.cuda.libraries}
@@ -192,16 +230,14 @@ class _Builder:
         jobs += [(source, stem) for stem in libraries for source in _LIBRARY_SOURCES.get(stem, ())]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = dict(zip(jobs, pool.map(lambda job: self._compile(*job), jobs), strict=True))
-        shared = [objects[source, None] for source in _SHARED]
-        self._link("libvgpu.so", shared, None, None)
+        self._link("libvgpu.so", [objects[source, None] for source in _SHARED], None, None)
         self._link_driver([objects[source, None] for source in _DRIVER])
-        nvml = [objects["nvml.cpp", None]]
-        self._link("libnvidia-ml.so.1", nvml, None, sorted(_defined_functions(nvml)))
+        nvml = objects["nvml.cpp", None]
+        self._link("libnvidia-ml.so.1", [nvml], None, _defined_functions([nvml]))
         for stem, library in libraries.items():
             self._link_library(library, [objects[source, stem] for source in _LIBRARY_SOURCES.get(stem, ())])
-        preload = ["libvgpu.so", "libcuda.so.1", "libnvidia-ml.so.1"]
-        preload += [_file_name(library) for library in libraries.values()]
-        versions = {"cuda": str(header_version(self.cuda.headers)), "compiler": _compiler_version(self.compiler)}
+        preload = ["libvgpu.so", "libcuda.so.1", "libnvidia-ml.so.1", *map(_file_name, libraries.values())]
+        versions = {"cuda": str(self.cudart), "compiler": _compiler_version(self.compiler)}
         versions |= {stem: str(version) for stem, version in self.versions.items()}
         for leftover in (*self.folder.glob("*.o"), *self.folder.glob("*.S"), *self.folder.glob("*.map")):
             leftover.unlink()
@@ -211,33 +247,33 @@ class _Builder:
 
     def _compile(self, source: str, stem: str | None) -> Path:
         target = self.folder / f"{stem or 'common'}-{source}.o"
-        cudart = header_version(self.cuda.headers)
-        cublas = self.versions.get("cublasLt", cudart * 10)
-        defines = [f"-DVGPU_CUDART_VERSION={cudart}", f"-DVGPU_CUBLAS_VERSION={cublas}"]
+        defines = [f"-DVGPU_CUDART_VERSION={self.cudart}", f"-DVGPU_CUBLAS_VERSION={self.versions['cublasLt']}"]
         if stem is not None:
             defines += [f"-DVGPU_LIBRARY_{stem}", f"-DVGPU_LIBRARY_VERSION={self.versions.get(stem, 0)}"]
         headers = ["-I", str(self.cuda.headers), "-idirafter", str(_SOURCES)]
         self._run([*_FLAGS, *defines, *headers, "-c", str(_SOURCES / source), "-o", str(target)])
         return target
 
+    def _write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
     def _link_library(self, library: CudaLibrary, objects: list[Path]) -> None:
-        implemented = _defined_functions(objects)
-        assembly = self.folder / f"{library.stem}-stubs.S"
-        exports = read_exports(library.path)
+        exports = functions_of(library.path)
+        if not exports:
+            raise VirtualGPUUnavailable(f"{library.path} exports nothing; reinstall PyTorch with its dependencies")
         policy, version = stubs.POLICIES[library.stem], self.versions.get(library.stem, 0)
-        text = stubs.write_assembly(policy, exports.functions, implemented, version)
-        assembly.write_text(text, encoding="utf-8")
-        inputs = [*objects, assembly]
-        self._link(_file_name(library), inputs, exports.version_node, exports.functions, library.soname)
+        text = stubs.write_assembly(policy, exports, _defined_functions(objects), version)
+        inputs = [*objects, self._write(f"{library.stem}-stubs.S", text)]
+        self._link(_file_name(library), inputs, discovery.version_node(library.path), exports, library.soname)
 
     def _link_driver(self, objects: list[Path]) -> None:
         header = (self.cuda.headers / "cuda.h").read_text(encoding="utf-8", errors="replace")
         functions, aliases = stubs.driver_functions(header)
         implemented = _defined_functions(objects)
-        assembly = self.folder / "driver-stubs.S"
         text = stubs.write_assembly(stubs.DRIVER, functions, implemented, 0) + stubs.write_aliases(aliases)
-        assembly.write_text(text, encoding="utf-8")
-        self._link("libcuda.so.1", [*objects, assembly], None, {*functions, *implemented})
+        self._link("libcuda.so.1", [*objects, self._write("driver-stubs.S", text)], None, {*functions, *implemented})
 
     def _link(
         self,
@@ -249,8 +285,7 @@ class _Builder:
     ) -> None:
         options = ["-shared", "-fPIC", f"-Wl,-soname,{soname or name}", "-Wl,-z,now", "-o", str(self.folder / name)]
         if exported is not None:
-            script = self.folder / f"{name}.map"
-            script.write_text(stubs.write_version_script(node, exported), encoding="utf-8")
+            script = self._write(f"{name}.map", stubs.write_version_script(node, exported))
             options += [f"-Wl,--version-script={script}", "-Wl,-rpath,$ORIGIN", str(self.folder / "libvgpu.so")]
             if name.startswith("libcudart"):
                 options.append(str(self.folder / "libcuda.so.1"))
@@ -282,18 +317,7 @@ def _file_name(library: CudaLibrary) -> str:
 
 
 def _defined_functions(objects: Sequence[Path]) -> set[str]:
-    """Names of the C functions that objects define for others."""
-    names = set()
-    for path in objects:
-        with path.open("rb") as file:
-            table = ELFFile(file).get_section_by_name(".symtab")
-            if not isinstance(table, SymbolTableSection):
-                continue
-            for symbol in table.iter_symbols():
-                defined = symbol["st_shndx"] != "SHN_UNDEF" and symbol["st_info"]["bind"] == "STB_GLOBAL"
-                if defined and symbol["st_info"]["type"] == "STT_FUNC" and not symbol.name.startswith("_Z"):
-                    names.add(symbol.name)
-    return names
+    return {name for path in objects for name in functions_of(path, ".symtab")}
 
 
 _ASK_VERSIONS = """
@@ -314,13 +338,13 @@ print(json.dumps(answers))
 
 def _library_versions(libraries: Sequence[CudaLibrary]) -> dict[str, int]:
     """What the real libraries say their versions are, asked in a process of its own; none of these needs a GPU."""
-    questions = []
-    for library in libraries:
-        policy = stubs.POLICIES[library.stem]
-        if policy.version is not None:
-            questions.append([library.stem, str(library.path), policy.version, policy.version_is_returned])
-    text = json.dumps(questions)
+    policies = ((library, stubs.POLICIES[library.stem]) for library in libraries)
+    questions = [
+        (library.stem, str(library.path), policy.version, policy.version_is_returned)
+        for library, policy in policies
+        if policy.version is not None
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = [sys.executable, "-I", "-c", _ASK_VERSIONS, text]
+    command = [sys.executable, "-I", "-c", _ASK_VERSIONS, json.dumps(questions)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return dict(json.loads(answer.stdout)) if answer.returncode == 0 else {}

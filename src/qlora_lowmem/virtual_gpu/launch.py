@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from . import account, processes
+from .account import ACCOUNT_FILE, PEAK_FILES, Report, read_report
 from .build import Build, ensure_built
 from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, get_card
-from .report import ACCOUNT_FILE, Report, read_report
 
 _WORKER = Path(__file__).with_name("worker")
 # Seconds that a process group gets to end after SIGTERM before it is killed.
@@ -39,7 +39,7 @@ def environment(card: Card, *, count: int = 1, report: Path) -> dict[str, str]:
 def variables(build: Build, card: Card, count: int, report: Path, base: Mapping[str, str]) -> dict[str, str]:
     """What `environment` adds to the environment `base`; makes the report folder and its account."""
     report.mkdir(parents=True, exist_ok=True)
-    for stale in report.glob("torch-*.json"):
+    for stale in report.glob(PEAK_FILES):
         stale.unlink()
     account.create(report / ACCOUNT_FILE, card, count)
     preload = [*map(str, build.preload), *base.get("LD_PRELOAD", "").split()]
@@ -100,7 +100,7 @@ def run(
                 command, env=complete, cwd=cwd, stdout=stdout, stderr=stderr, start_new_session=True
             )
             tell(process.pid)
-            with _stopping(process, Path(complete[processes.ACCOUNT_VARIABLE])):
+            with _stopping(process, complete[processes.ACCOUNT_VARIABLE]):
                 code = process.wait(timeout)
         return read_report(report, card, code if code >= 0 else 128 - code)
 
@@ -141,7 +141,7 @@ def _say(pipe: int, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _stopping(process: subprocess.Popen[bytes], account_file: Path) -> Iterator[None]:
+def _stopping(process: subprocess.Popen[bytes], account_file: str) -> Iterator[None]:
     """Leaves nothing of the process and its descendants behind, however the block ends.
 
     The session is its own, so an interrupt from the keyboard reaches the program only through this.
@@ -150,11 +150,11 @@ def _stopping(process: subprocess.Popen[bytes], account_file: Path) -> Iterator[
         yield
     except BaseException as error:
         first = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-        processes.end_group(process.pid, first)
+        processes.send(os.killpg, process.pid, first)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(_GRACE_SECONDS)
         raise
     finally:
-        processes.end_group(process.pid)
+        processes.send(os.killpg, process.pid)
         process.wait()
         processes.end_members(account_file)

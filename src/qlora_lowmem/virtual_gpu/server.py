@@ -19,14 +19,17 @@ from types import TracebackType
 from typing import Any
 
 from . import account
+from .account import ACCOUNT_FILE, Report, read_report
 from .build import ensure_built
-from .cards import Card
-from .errors import JobFailedError
+from .cards import Card, VirtualGPUError
 from .launch import card_variables, variables
-from .report import ACCOUNT_FILE, Report, read_report
 
 _SCRIPT = Path(__file__).with_name("worker") / "vgpu_server.py"
 _TAIL_BYTES = 4096
+
+
+class JobFailedError(VirtualGPUError):
+    """The server that ran a job ended before the job did."""
 
 
 @dataclass(frozen=True)

@@ -261,8 +261,7 @@ def write_assembly(policy: Policy, functions: Iterable[str], implemented: Iterab
 
     `version` is what the library's version function answers.
     """
-    have = set(implemented)
-    names = [name for name in functions if name not in have]
+    names = sorted(set(functions) - set(implemented))
     # The arguments of a missing function are of no interest, so its name may take the first one's place.
     lines = ["    .text", *(_STUB.format(name=name, body=_body(policy, name, version)) for name in names)]
     lines += [".Lmissing:", f"    movl ${policy.not_supported}, %esi", "    jmp vgpu_refuse@PLT"]

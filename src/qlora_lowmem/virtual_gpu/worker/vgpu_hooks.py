@@ -10,10 +10,11 @@ import ctypes
 import importlib
 import json
 import os
+import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 # Peaks in bytes, (allocated, reserved) by device, of what was counted before the last reset.
 _folded: list[list[int]] = []
@@ -41,7 +42,7 @@ def _write_report(torch: Any, ended: bool) -> None:
     if not _folded:
         return
     if ended:
-        importlib.import_module("vgpu_static").tell_of_static_runtimes()
+        _tell_of_static_runtimes()
     versions = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     text = json.dumps({"peaks": _folded, "versions": versions, "ended": ended})
     path = _report_path()
@@ -56,6 +57,59 @@ def _write_report(torch: Any, ended: bool) -> None:
         return  # the launcher is gone, and nobody reads it
     except OSError as error:
         print(f"virtual GPU: this process' peaks could not be written to {path}: {error.strerror}", file=sys.stderr)
+
+
+# Extensions that bring a CUDA runtime of their own, whose calls the virtual GPU does not see.
+_STATIC_RUNTIME = 64  # Notice in account.h
+_REGISTER = b"__cudaRegisterFatBinary"
+# NVIDIA's libraries have a runtime of their own by design, and nothing calls the real ones here.
+_OURS = ("/nvidia/", "libvgpu.so", "-virtual.so")
+
+
+def _tell_of_static_runtimes() -> None:
+    """Says once a run which loaded extensions hold device code and a runtime linked into them."""
+    found = sorted({path for path in _loaded_libraries() if _has_static_runtime(path)})
+    if found and ctypes.CDLL(None).vgpu_first_notice(_STATIC_RUNTIME) & 1:
+        print(
+            f"virtual GPU: {', '.join(found)} has the CUDA runtime linked into it (libcudart_static): its allocations "
+            "and launches do not reach the virtual card. Build it with the shared runtime (nvcc -cudart shared).",
+            file=sys.stderr,
+        )
+
+
+def _loaded_libraries() -> Iterator[str]:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:  # noqa: PTH123
+        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if ".so" in line}
+    return (path for path in paths if path.startswith("/") and not any(part in path for part in _OURS))
+
+
+def _has_static_runtime(path: str) -> bool:
+    """Whether an ELF file holds device code (.nv_fatbin), but does not get the function that registers it from outside.
+
+    With the shared runtime its name is among the file's dynamic symbols; with the static one it is a local function.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            header = file.read(64)
+            if header[:5] != b"\x7fELF\x02":
+                return False
+            (offset,) = struct.unpack_from("<Q", header, 40)
+            size, count, names_index = struct.unpack_from("<3H", header, 58)
+            file.seek(offset)
+            table = file.read(size * count)
+            rows = [struct.unpack_from("<IIQQQQ", table, size * index) for index in range(count)]
+            names = _content(file, rows[names_index])
+            sections = {names[row[0] : names.index(b"\0", row[0])]: row for row in rows}
+            if b".nv_fatbin" not in sections or b".dynstr" not in sections:
+                return False
+            return _REGISTER not in _content(file, sections[b".dynstr"])
+    except (OSError, struct.error, ValueError, IndexError):
+        return False  # gone, or no file that a loader would take
+
+
+def _content(file: BinaryIO, row: tuple[int, ...]) -> bytes:
+    file.seek(row[4])
+    return file.read(row[5])
 
 
 def _report_at_the_end(torch: Any) -> None:
@@ -131,12 +185,16 @@ def _take_the_worst_case(torch: Any) -> None:
     def repeat_interleave(repeats: Any, *, output_size: int | None = None) -> Any:
         return indices(repeats.numel() if output_size is None else output_size, repeats)
 
+    operators = {
+        "nonzero": nonzero,
+        "_unique2": unique,
+        "unique_consecutive": unique_consecutive,
+        "unique_dim": unique_dim,
+        "repeat_interleave.Tensor": repeat_interleave,
+    }
     library = torch.library.Library("aten", "IMPL")
-    library.impl("nonzero", nonzero, "CUDA", allow_override=True)
-    library.impl("_unique2", unique, "CUDA", allow_override=True)
-    library.impl("unique_consecutive", unique_consecutive, "CUDA", allow_override=True)
-    library.impl("unique_dim", unique_dim, "CUDA", allow_override=True)
-    library.impl("repeat_interleave.Tensor", repeat_interleave, "CUDA", allow_override=True)
+    for name, operator in operators.items():
+        library.impl(name, operator, "CUDA", allow_override=True)
     _keep.append(library)  # the registration lives as long as its library
 
 
@@ -144,23 +202,18 @@ _keep: list[Any] = []
 
 
 def _all_is_true_for_transformers(torch: Any) -> None:
-    def asked_by_transformers() -> bool:
-        return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("transformers")
+    def true_for_transformers(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def all_of(*arguments: Any, **options: Any) -> Any:
+            answer = ask(*arguments, **options)
+            if len(arguments) != 1 or options or not arguments[0].is_cuda:
+                return answer
+            asked_by = str(sys._getframe(1).f_globals.get("__name__", ""))
+            return torch.ones((), dtype=torch.bool) if asked_by.startswith("transformers") else answer
 
-    method, function = torch.Tensor.all, torch.all
+        return all_of
 
-    def all_of_self(self: Any, *arguments: Any, **options: Any) -> Any:
-        answer = method(self, *arguments, **options)
-        whole = not arguments and not options and self.is_cuda
-        return torch.ones((), dtype=torch.bool) if whole and asked_by_transformers() else answer
-
-    def all_of(tensor: Any, *arguments: Any, **options: Any) -> Any:
-        answer = function(tensor, *arguments, **options)
-        whole = not arguments and not options and tensor.is_cuda
-        return torch.ones((), dtype=torch.bool) if whole and asked_by_transformers() else answer
-
-    torch.Tensor.all = all_of_self
-    torch.all = all_of
+    torch.Tensor.all = true_for_transformers(torch.Tensor.all)
+    torch.all = true_for_transformers(torch.all)
 
 
 def _on_the_machine() -> bool:
