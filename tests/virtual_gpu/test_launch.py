@@ -199,10 +199,10 @@ import os, signal, sys
 from qlora_lowmem.virtual_gpu import Server, get_card
 server = Server()
 future = server.submit("virtual_gpu.jobs:hold_and_sleep", {"seconds": 60}, get_card("t4-16gb"))
-parent = next(iter(server._parents.values()))
-while not any(job.pid for job in parent._jobs.values()):
+while not any(job.pid for job in list(server._running)):
     pass
-print(parent._process.pid, *(job.pid for job in parent._jobs.values()), server._folder, flush=True)
+parent = next(iter(server._parents.values()))
+print(parent._process.pid, *(job.pid for job in server._running), server._folder, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

@@ -259,6 +259,8 @@ def test_closing_leaves_no_process_and_no_file(laptop):
     server = Server(max_workers=1)
     running = server.submit("virtual_gpu.jobs:hold_and_sleep", {"seconds": 60}, laptop)
     waiting = server.submit("virtual_gpu.jobs:card", {}, laptop)
+    while not processes_of(server):
+        time.sleep(0.01)
     folder, (process,) = server._folder, processes_of(server)
     server.close()
     for future in (running, waiting):

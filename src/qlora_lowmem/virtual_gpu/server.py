@@ -3,15 +3,14 @@
 import contextlib
 import json
 import os
+import queue
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from .account import ACCOUNT_FILE, Report, read_report
 from .build import ensure_built
 from .cards import Card, VirtualGPUError
 from .launch import card_variables, variables
+from .processes import send
 
 _SCRIPT = Path(__file__).with_name("worker") / "vgpu_server.py"
 _TAIL_BYTES = 4096
@@ -55,18 +55,23 @@ class JobResult:
     output_tail: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
-    number: int
     function: str
     kwargs: dict[str, Any]
     card: Card
     timeout: float | None
-    future: "Future[JobResult]"
     folder: Path
-    timer: threading.Timer | None = None
-    timed_out: bool = False
+    future: "Future[JobResult]"
     pid: int | None = None
+
+    def failed(self, reason: str) -> JobFailedError:
+        return JobFailedError(f"{self.function} on {self.card.name}: {reason}")
+
+    def kill(self) -> None:
+        if self.pid is not None:
+            for how in (os.killpg, os.kill):  # the group exists once the child has made it
+                send(how, self.pid)
 
 
 class Server:
@@ -90,14 +95,16 @@ class Server:
         if max_workers < 1:
             raise ValueError(f"max_workers is {max_workers}; it must be at least 1")
         self._preload = list(preload)
-        self._max_workers = max_workers
-        self._lock = threading.RLock()
         self._folder = Path(tempfile.mkdtemp(prefix="vgpu-server-"))
-        self._waiting: deque[_Job] = deque()
-        self._running = 0
-        self._next = 0
+        self._lock = threading.RLock()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._submitted = 0
+        self._running: set[_Job] = set()
         self._closed = False
         self._parents: dict[tuple[int, int], _ForkParent] = {}
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(max_workers)]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> "Server":
         return self
@@ -125,10 +132,9 @@ class Server:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the server is closed; submit jobs inside its with block")
-            self._next += 1
-            job = _Job(self._next, function, kwargs, card, timeout, Future(), self._folder / str(self._next))
-            self._waiting.append(job)
-            self._start_waiting()
+            self._submitted += 1
+            job = _Job(function, kwargs, card, timeout, self._folder / str(self._submitted), Future())
+            self._jobs.put(job)
         return job.future
 
     def close(self) -> None:
@@ -137,51 +143,81 @@ class Server:
             if self._closed:
                 return
             self._closed = True
-            waiting, self._waiting = list(self._waiting), deque()
-            parents = list(self._parents.values())
-        for job in waiting:
-            _fail(job, "the server was closed before the job began")
-        for parent in parents:
+            for job in self._running:
+                job.kill()
+        for parent in self._parents.values():
             parent.close()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start_waiting(self) -> None:
-        while self._waiting and self._running < self._max_workers:
-            job = self._waiting.popleft()
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
-            self._running += 1
             try:
-                self._parent_for(job.card).start(job)
-            except Exception as error:  # this may be the thread that reads for another job
-                self._running -= 1
+                result = self._run(job)
+            except Exception as error:  # whatever it is, it is the caller's
                 job.future.set_exception(error)
+            else:
+                job.future.set_result(result)
+
+    def _run(self, job: _Job) -> JobResult:
+        with self._lock:
+            if self._closed:
+                raise job.failed("the server was closed before the job began")
+            parent = self._parent_for(job.card)
+            self._running.add(job)
+        try:
+            job.folder.mkdir()
+            account.create(job.folder / ACCOUNT_FILE, job.card, 1)
+            order = {"function": job.function, "kwargs": job.kwargs, "variables": card_variables(job.card, job.folder)}
+            (job.folder / "job.json").write_text(json.dumps(order), encoding="utf-8")
+            status, timed_out = self._wait(job, parent)
+            return _result(job, status, timed_out)
+        finally:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            with self._lock:
+                self._running.discard(job)
+
+    def _wait(self, job: _Job, parent: "_ForkParent") -> tuple[int, bool]:
+        """The exit code, or minus a signal's number, of the child that runs the job; whether it took too long."""
+        status, timed_out = b"", False
+        with parent.start(job.folder) as connection:
+            if pid := connection.recv(32):
+                job.pid = int(pid)
+                if self._closed:  # meanwhile
+                    job.kill()
+                connection.settimeout(job.timeout)
+                try:
+                    status = connection.recv(32)
+                except TimeoutError:
+                    timed_out = True
+                    job.kill()
+                    connection.settimeout(None)
+                    status = connection.recv(32)
+        if self._closed:
+            raise job.failed("the server was closed while the job ran")
+        if not status:
+            job.kill()
+            raise job.failed(parent.why_it_ended())
+        job.pid = None
+        return int(status), timed_out
 
     def _parent_for(self, card: Card) -> "_ForkParent":
         parent = self._parents.get(card.compute_capability)
         if parent is None or parent.ended:
             folder = self._folder / f"parent-{len(list(self._folder.glob('parent-*')))}"
-            parent = _ForkParent(self._preload, card, folder, self._job_ended)
-            self._parents[card.compute_capability] = parent
+            parent = self._parents[card.compute_capability] = _ForkParent(self._preload, card, folder)
         return parent
-
-    def _job_ended(self) -> None:
-        with self._lock:
-            self._running -= 1
-            if not self._closed:
-                self._start_waiting()
 
 
 class _ForkParent:
-    """One server process and the jobs that run under it."""
+    """The process that jobs on cards of one compute capability are forked from (`worker/vgpu_server.py`)."""
 
-    def __init__(self, preload: list[str], card: Card, folder: Path, on_job_end: Callable[[], None]) -> None:
-        self._on_job_end = on_job_end
-        self._lock = threading.RLock()
-        self._jobs: dict[int, _Job] = {}
-        self._closing = False
-        self._failure = ""
-        self.ended = False
+    def __init__(self, preload: list[str], card: Card, folder: Path) -> None:
         environment = dict(os.environ) | variables(ensure_built(), card, 1, folder, os.environ)
         environment |= {
             "VGPU_SERVER_CAPABILITY": json.dumps(card.compute_capability),
@@ -192,11 +228,12 @@ class _ForkParent:
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
         self._output = folder / "output"
-        ours, theirs = socket.socketpair()
+        self._lock = threading.Lock()
+        self._failure = b""
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with self._output.open("wb") as output, theirs:
-            command = [sys.executable, str(_SCRIPT), str(theirs.fileno()), json.dumps(preload)]
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, str(_SCRIPT), str(theirs.fileno()), json.dumps(preload)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -204,135 +241,56 @@ class _ForkParent:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self._connection = ours
-        self._reader = threading.Thread(target=self._read, name="virtual-gpu-server", daemon=True)
-        self._reader.start()
 
-    def start(self, job: _Job) -> None:
-        """Asks for the job to be forked; it fails through its future if the process is gone."""
-        job.folder.mkdir()
-        account.create(job.folder / ACCOUNT_FILE, job.card, 1)
-        message = {
-            "id": job.number,
-            "function": job.function,
-            "kwargs": job.kwargs,
-            "variables": card_variables(job.card, job.folder),
-            "output": str(job.folder / "output"),
-            "result": str(job.folder / "result.json"),
-        }
-        text = json.dumps(message).encode() + b"\n"
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def start(self, folder: Path) -> socket.socket:
+        """Asks for a child that runs the job in the folder; returns what its pid and then its end are told through.
+
+        Nothing is told if the process is gone.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, contextlib.suppress(OSError):
+            socket.send_fds(self._connection, [str(folder).encode()], [theirs.fileno()])
+        return ours
+
+    def why_it_ended(self) -> str:
         with self._lock:
-            self._jobs[job.number] = job
-            # Should it have ended, the reader fails the job.
+            self._end()
             with contextlib.suppress(OSError):
-                self._connection.sendall(text)
-            late = self.ended
-        if late:
-            self._fail_jobs()
+                self._failure = self._failure or self._connection.recv(1 << 16)
+        if self._failure:
+            return f"the server process could not import its modules: {self._failure.decode()}"
+        return f"the server process ended with {self._process.returncode}\n{_tail(self._output)}"
 
     def close(self) -> None:
-        """Kills the jobs, ends the process, and waits for both."""
-        self._closing = True
-        with self._lock:
-            for job in self._jobs.values():
-                _kill(job)
-        with contextlib.suppress(OSError):
-            self._connection.sendall(b'{"bye": true}\n')
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._reader.join()
-        self._connection.close()
+        """Ends the process and what it started."""
+        with self._lock, self._connection:
+            self._end()
 
-    def _read(self) -> None:
-        with self._connection.makefile("rb") as lines, contextlib.suppress(OSError):
-            for line in lines:
-                self._handle(json.loads(line))
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+    def _end(self) -> None:
+        send(os.killpg, self._process.pid)
         self._process.wait()
-        with self._lock:
-            self.ended = True
-            for job in self._jobs.values():
-                _kill(job)
-        self._fail_jobs()
-
-    def _handle(self, message: dict[str, Any]) -> None:
-        event = message["event"]
-        if event == "failed":
-            self._failure = message["error"]
-        elif event == "started":
-            with self._lock:
-                job = self._jobs[message["id"]]
-                job.pid = message["pid"]
-                if self._closing:
-                    _kill(job)
-                elif job.timeout is not None:
-                    job.timer = threading.Timer(job.timeout, _time_out, [job])
-                    job.timer.daemon = True
-                    job.timer.start()
-        elif event == "ended":
-            with self._lock:
-                job = self._jobs.pop(message["id"])
-                job.pid = None
-            _finish(job, message["status"])
-            self._on_job_end()
-
-    def _fail_jobs(self) -> None:
-        with self._lock:
-            jobs, self._jobs = list(self._jobs.values()), {}
-        if self._closing:
-            reason = "the server was closed while the job ran"
-        elif self._failure:
-            reason = f"the server process could not import its modules: {self._failure}"
-        else:
-            reason = f"the server process ended with {self._process.returncode}\n{_tail(self._output)}"
-        for job in jobs:
-            _fail(job, reason)
-            self._on_job_end()
 
 
-def _kill(job: _Job) -> None:
-    if job.pid is None:
-        return
-    for send in (os.killpg, os.kill):  # the group exists once the child has made it
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            send(job.pid, signal.SIGKILL)
-
-
-def _time_out(job: _Job) -> None:
-    job.timed_out = True
-    _kill(job)
-
-
-def _fail(job: _Job, reason: str) -> None:
-    if job.timer is not None:
-        job.timer.cancel()
-    with contextlib.suppress(Exception):  # cancelled meanwhile
-        job.future.set_exception(JobFailedError(f"{job.function} on {job.card.name}: {reason}"))
-    shutil.rmtree(job.folder, ignore_errors=True)
-
-
-def _finish(job: _Job, status: int) -> None:
-    """Completes the future of a job that ended with `status`: an exit code, or minus a signal's number."""
-    if job.timer is not None:
-        job.timer.cancel()
+def _result(job: _Job, status: int, timed_out: bool) -> JobResult:
     exit_code = status if status >= 0 else 128 - status
-    result_file = job.folder / "result.json"
+    file = job.folder / "result.json"
     try:
-        result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
-        outcome = JobResult(
+        result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return JobResult(
             value=result.get("value"),
             report=read_report(job.folder, job.card, exit_code),
             exit_code=exit_code,
             signal=-status if status < 0 else None,
             error=result.get("error"),
-            timed_out=job.timed_out,
+            timed_out=timed_out,
             output_tail=_tail(job.folder / "output"),
         )
     except (OSError, ValueError) as error:
-        _fail(job, f"its report cannot be read: {error}")
-        return
-    job.future.set_result(outcome)
-    shutil.rmtree(job.folder, ignore_errors=True)
+        raise job.failed(f"its report cannot be read: {error}") from error
 
 
 def _tail(path: Path) -> str:

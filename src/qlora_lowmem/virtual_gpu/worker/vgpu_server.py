@@ -1,10 +1,10 @@
 """The process that jobs are forked from: imports modules once, without initialising CUDA, then forks a child a job.
 
-`python vgpu_server.py FD MODULES`: FD is a socket to the parent, MODULES a JSON list. Lines of JSON go both ways:
+`python vgpu_server.py FD MODULES`: FD is a socket to the parent, MODULES a JSON list. Every message of the parent is a
+job's folder, with a socket of the job's own; that gets the child's pid, and when it has ended its exit code, or minus a
+signal's number. Modules that cannot be imported are told to the parent, and end the process.
 
-    from us   {"event": "ready"}, {"event": "failed", "error"},
-              {"event": "started", "id", "pid"}, {"event": "ended", "id", "status"}
-    to us     {"id", "function", "kwargs", "variables", "output", "result"}, {"bye": true}
+A job's folder has `job.json` (`function`, `kwargs`, `variables`), and gets `result.json` and `output`.
 """
 
 import contextlib
@@ -76,14 +76,15 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _run_job(job: dict[str, Any]) -> NoReturn:
+def _run_job(folder: Path) -> NoReturn:
     """In the child: runs the function, leaves its result, and ends the process."""
     _die_with_parent()
     os.setpgid(0, 0)
-    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     os.environ.update(job["variables"])
     for action in _after_fork:
         action()
@@ -104,7 +105,7 @@ def _run_job(job: dict[str, Any]) -> NoReturn:
     except BaseException as error:
         code, result = 1, {"error": f"{type(error).__name__}: {error}"}
         traceback.print_exc()
-    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code & 0xFF)
@@ -120,56 +121,47 @@ class _Server:
         self.connection = connection
         self.selector = selectors.DefaultSelector()
         self.selector.register(connection, selectors.EVENT_READ)
-        self.buffer = b""
-        self.children: set[int] = set()
-        self.dismissed = False
-
-    def say(self, **message: Any) -> None:
-        self.connection.sendall(json.dumps(message).encode() + b"\n")
+        self.jobs: dict[int, socket.socket] = {}  # by the child's pid
 
     def serve(self) -> None:
-        """Until the parent closes its end."""
+        """Until the parent is gone."""
         while True:
             for key, _ in self.selector.select():
                 if key.data is not None:
                     self._reap(key)
-                elif not self._receive():
+                    continue
+                folder, sockets, _, _ = socket.recv_fds(self.connection, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+                if not folder:
                     return
+                self._start(Path(folder.decode()), socket.socket(fileno=sockets[0]))
 
-    def _receive(self) -> bool:
-        data = self.connection.recv(65536)
-        self.buffer += data
-        *lines, self.buffer = self.buffer.split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            if "bye" in message:
-                self.dismissed = True
-            else:
-                self._start(message)
-        return bool(data)
-
-    def _start(self, job: dict[str, Any]) -> None:
+    def _start(self, folder: Path, job: socket.socket) -> None:
         pid = os.fork()
         if pid == 0:
             self.selector.close()
-            self.connection.close()
-            _run_job(job)
-        self.children.add(pid)
-        self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (job["id"], pid))
-        self.say(event="started", id=job["id"], pid=pid)
+            for ours in (self.connection, job, *self.jobs.values()):
+                ours.close()
+            _run_job(folder)
+        self.jobs[pid] = job
+        self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
+        _say(job, pid)
 
     def _reap(self, key: selectors.SelectorKey) -> None:
         self.selector.unregister(key.fileobj)
         os.close(key.fd)
-        job, pid = key.data
-        _, status = os.waitpid(pid, 0)
-        self.children.discard(pid)
-        _kill_group(pid)  # what the job started and left behind
-        self.say(event="ended", id=job, status=os.waitstatus_to_exitcode(status))
+        _, status = os.waitpid(key.data, 0)
+        _kill_group(key.data)  # what the job started and left behind
+        with self.jobs.pop(key.data) as job:
+            _say(job, os.waitstatus_to_exitcode(status))
+
+
+def _say(job: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # nobody waits for it any more
+        job.send(str(number).encode())
 
 
 def main() -> None:
-    """Entry of the server process. It ends when the parent's end of the socket closes, however the parent ended."""
+    """Entry of the server process. It is killed when the parent closes it, and ends by itself if that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     server = _Server(socket.socket(fileno=int(sys.argv[1])))
     sys.path[:] = json.loads(os.environ.pop("VGPU_SERVER_PATH"))
@@ -177,15 +169,12 @@ def main() -> None:
         _preload(json.loads(sys.argv[2]))
     except BaseException as error:
         traceback.print_exc()
-        server.say(event="failed", error=f"{type(error).__name__}: {error}")
+        server.connection.send(f"{type(error).__name__}: {error}"[:10000].encode())
         return
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        server.say(event="ready")
-        server.serve()
-    for pid in server.children:
+    server.serve()
+    for pid in server.jobs:
         _kill_group(pid)
-    if not server.dismissed:  # the parent was killed, and nobody else is left to do it
-        shutil.rmtree(os.environ["VGPU_SERVER_FOLDER"], ignore_errors=True)
+    shutil.rmtree(os.environ["VGPU_SERVER_FOLDER"], ignore_errors=True)
 
 
 if __name__ == "__main__":
