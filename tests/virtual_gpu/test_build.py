@@ -233,6 +233,23 @@ def test_a_source_that_changed_is_another_build_and_one_that_was_touched_is_the_
     assert len(builds(cache)) == (2 if changed == "content" else 1)
 
 
+@pytest.mark.usefixtures("built", "cache")
+def test_two_installations_that_share_a_cache_have_a_build_each(tmp_path, monkeypatch):
+    record = '{"preload": [], "versions": {}}'
+    monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
+    found = {"one": set(), "other": set()}
+    original = build._SOURCES
+    for name in ("one", "other", "one", "other"):
+        sources = tmp_path / name / "csrc"
+        if not sources.exists():
+            shutil.copytree(original, sources)
+            (sources / "sparse.cpp").write_text(f"// {name}")
+        monkeypatch.setattr(build, "_SOURCES", sources)
+        found[name].add(build.ensure_built().folder)
+    assert len(found["one"]) == len(found["other"]) == 1
+    assert found["one"] != found["other"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"asked": 3}'])
 @pytest.mark.usefixtures("built")
 def test_a_damaged_note_of_what_was_found_is_made_again(cache, monkeypatch, text):

@@ -65,14 +65,14 @@ def ensure_built() -> Build:
     """
     torch = discovery.find_torch()
     compiler = find_compiler()
-    asked = [str(torch[0]), str(shutil.which(compiler[0])), *compiler]
+    asked = [str(_SOURCES), str(torch[0]), str(shutil.which(compiler[0])), *compiler]
     asked += [os.environ.get(name, "") for name in discovery.VARIABLES]
     for root in _cache_roots():
         if (build := _recall(root, asked)) is not None:
             return build
     cuda = discovery.find_cuda(frozenset(stubs.POLICIES))
     files = [*_own_files(), Path(discovery.__file__), *torch, *(library.path for library in cuda.libraries)]
-    files += [*(cuda.headers / name for name in discovery.HEADERS), Path(asked[1])]
+    files += [*(cuda.headers / name for name in discovery.HEADERS), Path(asked[2])]
     key = _key(cuda, compiler)
     failures: list[str] = []
     for root in _cache_roots():
