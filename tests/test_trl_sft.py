@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.models.random_weights import meta_model
+from qlora_lowmem.models.random_weights import config_from, meta_model
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.plan.recipe_runs import submit_recipe
 from qlora_lowmem.recipe.io import load_recipe
@@ -46,7 +46,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("granite-five-layers")
     content = architecture("granite-4.0-h-350m") | FIVE_LAYERS
     (folder / "config.json").write_text(json.dumps(content))
-    model = meta_model(content, torch.bfloat16, "sdpa")
+    model = meta_model(config_from(content), torch.bfloat16, "sdpa")
     tied = set(model._tied_weights_keys or ())
     generator = torch.Generator().manual_seed(0)
     weights = {

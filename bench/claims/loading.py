@@ -15,14 +15,14 @@ import torch
 from accelerate.utils import get_max_memory
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lowmem.models.random_weights import meta_model
+from qlora_lowmem.models.random_weights import config_from, meta_model
 from qlora_lowmem.models.sources import architecture
 
 
 def write_zero_checkpoint(folder: Path, name: str) -> int:
     """`config.json` and `model.safetensors` of a known architecture in bf16; the bytes of its weights."""
     content = architecture(name)
-    model = meta_model(content, torch.bfloat16, "sdpa")
+    model = meta_model(config_from(content), torch.bfloat16, "sdpa")
     tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.random_weights import meta_model
+from qlora_lowmem.models.random_weights import config_from, meta_model
 from qlora_lowmem.models.sources import architecture, known_architectures, resolve_model
 
 # Published parameter counts, tied embeddings counted once.
@@ -29,7 +29,7 @@ def test_every_known_architecture_has_a_count() -> None:
 def test_parameter_count(name: str) -> None:
     import torch
 
-    model = meta_model(architecture(name), torch.bfloat16, "sdpa")
+    model = meta_model(config_from(architecture(name)), torch.bfloat16, "sdpa")
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 

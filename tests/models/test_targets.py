@@ -5,13 +5,13 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.random_weights import meta_model
+from qlora_lowmem.models.random_weights import config_from, meta_model
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.models.targets import resolve_targets
 
 
 def model(name: str) -> PreTrainedModel:
-    return meta_model(architecture(name), torch.bfloat16, "sdpa")
+    return meta_model(config_from(architecture(name)), torch.bfloat16, "sdpa")
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,7 @@ A file streams: memory does not grow with it.
 """
 
 from qlora_lowmem.data.check import CheckedData, check_data
-from qlora_lowmem.data.formats import DataFormat
 from qlora_lowmem.data.report import DataReport
-from qlora_lowmem.data.sources import DataSource
 from qlora_lowmem.data.values import FaultLog, FaultySampleError
 
-__all__ = [
-    "CheckedData",
-    "DataFormat",
-    "DataReport",
-    "DataSource",
-    "FaultLog",
-    "FaultySampleError",
-    "check_data",
-]
+__all__ = ["CheckedData", "DataReport", "FaultLog", "FaultySampleError", "check_data"]

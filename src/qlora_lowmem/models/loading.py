@@ -70,16 +70,8 @@ def skeleton(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
     Raises:
         UsageError: as `load_config`.
     """
-    config = load_config(recipe, source)
-    if source.architecture is not None:
-        return meta_model(source.architecture, torch.bfloat16, recipe.base.attention)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=recipe.base.attention,
-            trust_remote_code=recipe.base.trust_remote_code,
-        )
-    return model
+    base = recipe.base
+    return meta_model(load_config(recipe, source), torch.bfloat16, base.attention, base.trust_remote_code)
 
 
 def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -116,9 +108,8 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
     if bits is not None:
         embedding: Any = model.get_input_embeddings()
         embedding.weight.requires_grad_(False)
-        embedding.weight.data = (
-            embedding.weight.data.cpu()
-        )  # so that it is never on the device beside its quantised self
+        # So that it is never on the device beside its quantised self.
+        embedding.weight.data = embedding.weight.data.cpu()
         with lean_refusals(recipe):
             quantise_embeddings(model, bits, device)
     return model

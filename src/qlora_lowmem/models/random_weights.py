@@ -23,17 +23,11 @@ def config_from(architecture: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**{k: v for k, v in architecture.items() if k not in ("torch_dtype", "dtype")})
 
 
-def meta_model(
-    architecture: dict[str, Any], dtype: torch.dtype, attention: str, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The architecture's modules on the meta device: names and shapes, no memory."""
+def meta_model(config: Any, dtype: torch.dtype, attention: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The modules of a configuration on the meta device: names and shapes, no memory."""
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config_from(architecture),
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     return model
 
 
@@ -54,7 +48,7 @@ def random_model(
     Raises:
         torch.cuda.OutOfMemoryError: the model does not fit `device`.
     """
-    model = meta_model(architecture, dtype, attention)
+    model = meta_model(config_from(architecture), dtype, attention)
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": device})
@@ -129,7 +123,7 @@ def write_zero_checkpoint(architecture: dict[str, Any], folder: Path) -> None:
     The file's format: https://huggingface.co/docs/safetensors (eight bytes of length, JSON, data).
     """
     folder.mkdir(parents=True)
-    model = meta_model(architecture, torch.bfloat16, "sdpa")
+    model = meta_model(config_from(architecture), torch.bfloat16, "sdpa")
     tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -3,7 +3,7 @@
 import errno
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,47 +76,38 @@ class TokenReport:
         return asdict(self)
 
 
+_COUNTED = [each.name for each in fields(TokenReport) if each.name not in ("of_samples", "first_truncated")]
+
+
 class TokenTally:
     """Cuts samples to their longest length and counts what that does."""
 
     def __init__(self, max_seq_length: int) -> None:
         self._limit = max_seq_length
-        self._samples = self._tokens = self._scored = self._longest = 0
-        self._truncated = self._lost = self._dropped = 0
+        self._counts = dict.fromkeys(_COUNTED, 0)
         self._first_truncated: int | None = None
 
     def cut(self, samples: Iterable[tuple[int, Encoded]]) -> Iterator[Encoded]:
         """Every sample that still teaches something, cut. Samples come with their line or row."""
+        counts = self._counts
         for number, (ids, labels) in samples:
-            self._longest = max(self._longest, len(ids))
+            counts["longest"] = max(counts["longest"], len(ids))
             over = len(ids) - self._limit
             if over > 0:
-                self._truncated += 1
-                self._lost += over
+                counts["truncated_samples"] += 1
+                counts["truncated_tokens"] += over
                 self._first_truncated = self._first_truncated or number
                 ids, labels = ids[: self._limit], labels[: self._limit]
             scored = len(labels) - labels.count(NO_LOSS)
-            if not scored:
-                self._dropped += 1
-                continue
-            self._samples += 1
-            self._tokens += len(ids)
-            self._scored += scored
-            yield Encoded(ids, labels)
+            counts["samples" if scored else "dropped_samples"] += 1
+            if scored:
+                counts["tokens"] += len(ids)
+                counts["scored_tokens"] += scored
+                yield Encoded(ids, labels)
 
     def report(self, of_samples: int) -> TokenReport:
         """The counts so far, of a source of `of_samples`."""
-        return TokenReport(
-            self._samples,
-            of_samples,
-            self._tokens,
-            self._scored,
-            self._longest,
-            self._truncated,
-            self._lost,
-            self._first_truncated,
-            self._dropped,
-        )
+        return TokenReport(of_samples=of_samples, first_truncated=self._first_truncated, **self._counts)
 
 
 def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], max_seq_length: int, of_samples: int) -> None:
