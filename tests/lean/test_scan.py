@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import mamba2_chunk_scan
 
-from qlora_lowmem.lean.scan import advance_state, mamba2_scan
-from qlora_lowmem.lean.scan_chunks import ScanOptions
+from qlora_lowmem.lean.scan import ScanOptions, advance_state, mamba2_scan
 
 from .conftest import relative
 

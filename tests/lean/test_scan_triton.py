@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lowmem.lean import LeanOptions, apply_lean, scan_choice
-from qlora_lowmem.lean.scan_choice import choose_scan
+from qlora_lowmem.lean import LeanOptions, apply_lean, scan_triton
+from qlora_lowmem.lean.scan_triton import choose_scan
 
 from .conftest import hybrid
 
@@ -64,7 +64,7 @@ def working(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card on which the kernels are installed and agree."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr(scan_choice, "_difference", lambda *_: 3e-3)
+    monkeypatch.setattr(scan_triton, "_difference", lambda *_: 3e-3)
 
 
 @pytest.mark.usefixtures("working")
@@ -82,10 +82,10 @@ def _fails(*_: Any) -> float:
     [
         (torch.cuda, "get_device_capability", lambda _: (7, 5), {}, "compute capability 7.5 is below 8.0"),
         (importlib.util, "find_spec", lambda _: None, {}, "fla-core is not installed"),
-        (scan_choice, "_difference", _fails, {}, "RuntimeError: Failed to find C compiler."),
-        (scan_choice, "_difference", lambda *_: 0.3, {}, "differ from PyTorch's by 3.0e-01"),
-        (scan_choice, "_difference", lambda *_: float("nan"), {}, "differ from PyTorch's by nan"),
-        (scan_choice, "_difference", lambda *_: 0.0, {"head_dim": 24}, "head_dim=24"),
+        (scan_triton, "_difference", _fails, {}, "RuntimeError: Failed to find C compiler."),
+        (scan_triton, "_difference", lambda *_: 0.3, {}, "differ from PyTorch's by 3.0e-01"),
+        (scan_triton, "_difference", lambda *_: float("nan"), {}, "differ from PyTorch's by nan"),
+        (scan_triton, "_difference", lambda *_: 0.0, {"head_dim": 24}, "head_dim=24"),
     ],
     ids=["old card", "not installed", "does not run", "wrong", "not a number", "shape"],
 )

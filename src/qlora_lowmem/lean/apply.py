@@ -1,23 +1,33 @@
-"""`apply_lean`: switch the ideas of this package on in a model, and say which."""
+"""`apply_lean`: switch the ideas of this package on in a model, and say which.
 
+A family of `families.py` gets every idea. Other causal language models get those that are general: norms, 4-bit layers,
+one checkpoint a layer, and the loss by tiles, which needs a backbone, a plain LM head and logits that are at most
+scaled.
+"""
+
+import functools
+import types
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qlora_lowmem.lean import generic, granite, llama
+from qlora_lowmem.lean import decoder, granite
 from qlora_lowmem.lean.decoder import Family, patch
-from qlora_lowmem.lean.embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
+from qlora_lowmem.lean.embeddings import check_quantisable, quantise_embeddings
 from qlora_lowmem.lean.families import TILED_FAMILIES, why_not_tiles
 from qlora_lowmem.lean.linear4bit import patch_linear_4bit
+from qlora_lowmem.lean.loss import HeadOptions, head_of, score
+from qlora_lowmem.lean.norms import rms_norms_of
 from qlora_lowmem.lean.options import Idea, LeanOptions, LeanReport, RefusedOptionError
-from qlora_lowmem.lean.scan_choice import choose_scan, refused_triton, why_never_triton
-from qlora_lowmem.lean.scoring import head_of
+from qlora_lowmem.lean.scan_triton import choose_scan, refused_triton, why_never_triton
 
 _OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
-_BUILT_LIKE = {"granite": granite.FAMILY, "llama": llama.FAMILY}
+_BUILT_LIKE = {"granite": granite.FAMILY, "llama": decoder.LLAMA}
 _FAMILIES = {each.causal_class: each for each in TILED_FAMILIES.values()}
+
+__all__ = ["apply_lean", "foresee_lean", "quantise_embeddings"]
 
 
 def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanReport:
@@ -52,14 +62,14 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
         mixers = _mamba_mixers(causal)
         kind, scan = choose_scan(options.scan, mixers[0]) if mixers else ("plain", "")
         patch(causal, family, replace(options, scan=kind))
-        # For the calls that take the model's own forward.
-        generic.enable_checkpointing(causal, options)
         ideas = [*_ideas_of_tiles(causal, family, options, scan), *ideas]
+        general = [_checkpointing(causal, options)]  # for the calls that take the model's own forward
     else:
-        ideas += (Idea(each, False, refusal) for each in _OF_TILES)
-        ideas.append(generic.patch_rms_norms(causal))
-        ideas.append(generic.enable_checkpointing(causal, options))
-        ideas.append(generic.patch_loss(causal, options))
+        general = _general_ideas(causal, options)
+        ideas += [*(Idea(each, False, refusal) for each in _OF_TILES), *(idea for idea, _ in general)]
+    for idea, switch_on in general:
+        if idea.applied:
+            switch_on()
     dequantisation = patch_linear_4bit(causal, options.dequantised_tile_bytes)
     if dequantisation is not None:
         ideas.append(dequantisation)
@@ -81,14 +91,10 @@ def foresee_lean(model: nn.Module, options: LeanOptions | None = None, device: s
     options = options or LeanOptions()
     causal = _causal_language_model(model)
     if options.quantised_embeddings is not None:
-        _check_quantisable(causal, options.quantised_embeddings)
+        check_quantisable(causal, options.quantised_embeddings)
     family, refusal = _family_of(causal)
     if family is None:
-        general = (
-            generic.foresee_rms_norms(causal),
-            generic.foresee_checkpointing(causal, options),
-            generic.foresee_loss(causal, options),
-        )
+        general = (idea for idea, _ in _general_ideas(causal, options))
         return LeanReport(type(causal).__name__, (*(Idea(each, False, refusal) for each in _OF_TILES), *general))
     mixers = _mamba_mixers(causal)
     never = why_never_triton(mixers[0], device) if mixers and options.scan == "triton" else None
@@ -150,42 +156,82 @@ def _ideas_of_tiles(causal: Any, family: Family, options: LeanOptions, scan: str
     ]
 
 
-def quantise_embeddings(causal: Any, bits: int, device: torch.device | None = None) -> Idea:
-    """Replace the tied embedding and LM head by one table in `bits` bits; a model that has it already is left alone.
-
-    Done while a model loads, it saves the 16-bit table: move the weight to host memory and name the `device`.
-
-    Raises:
-        RefusedOptionError: embeddings that are trained, untied or adapted; 4 bits of an odd width.
-    """
-    embedding = causal.get_input_embeddings()
-    if isinstance(embedding, QuantisedEmbedding) and embedding.table.bits == bits:
-        return _quantised(embedding.table)
-    _check_quantisable(causal, bits)
-    if embedding.weight.requires_grad:
-        reason = "the embedding is trained"
-        raise RefusedOptionError("quantised_embeddings", bits, reason, "freeze it (PEFT does) or use None")
-    table = QuantisedTable(embedding.weight, bits, device)
-    causal.set_input_embeddings(QuantisedEmbedding(table))
-    causal.set_output_embeddings(QuantisedHead(table))
-    return _quantised(table)
+def _general_ideas(causal: Any, options: LeanOptions) -> list[tuple[Idea, Callable[[], None]]]:
+    """What to say of a model of any family, each idea with what switches it on where it applies."""
+    return [rms_norms_of(causal), _checkpointing(causal, options), _loss(causal, options)]
 
 
-def _check_quantisable(causal: Any, bits: int) -> None:
-    """Refuse what `quantise_embeddings` cannot replace; whether it is trained is not asked."""
-    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
-    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
-        kinds = f"{type(embedding).__name__} and {type(head).__name__}"
-        reason, advice = f"the embeddings are {kinds}, already quantised or adapted", "leave them as they are"
-    elif embedding.weight is not head.weight:
-        reason, advice = "the model's embedding and LM head are not tied", "use None"
-    elif bits == 4 and embedding.weight.shape[1] % 2:
-        reason, advice = f"4 bits need an even hidden size, and this is {embedding.weight.shape[1]}", "use 8"
+def _checkpointing(model: Any, options: LeanOptions) -> tuple[Idea, Callable[[], None]]:
+    """One checkpoint a layer, as the model itself offers it."""
+
+    def switch_on() -> None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers makes the embeddings' output want a gradient, which reentrant checkpoints need. These do not, and
+        # it costs a residual tensor with its gradient.
+        model.disable_input_require_grads()
+
+    offered = bool(getattr(model, "supports_gradient_checkpointing", False))
+    if not offered:
+        detail = f"{type(model).__name__} does not support gradient checkpointing"
+    elif options.checkpointing == "layer":
+        detail = "one a layer, by the model's own gradient_checkpointing_enable"
     else:
-        return
-    raise RefusedOptionError("quantised_embeddings", bits, reason, advice)
+        detail = f"one a layer: {options.checkpointing!r} needs layers in tiles, which this model does not have"
+    return Idea("checkpointing", offered, detail), switch_on
 
 
-def _quantised(table: QuantisedTable) -> Idea:
-    detail = f"{table.words} x {table.width} in {table.bits} bits, shared with the LM head"
-    return Idea("quantised_embeddings", True, detail)
+def _loss(causal: Any, options: LeanOptions) -> tuple[Idea, Callable[[], None]]:
+    """The loss by tiles, wherever labels are given and the model only scales its logits."""
+
+    def switch_on() -> None:
+        scaling = getattr(causal.config, "logits_scaling", None)
+        head_options = HeadOptions(1.0 if scaling is None else 1 / scaling, options.loss_tile_bytes)
+        forward = functools.partial(_loss_forward, plain=causal.forward, options=head_options)
+        causal.forward = types.MethodType(functools.wraps(type(causal).forward)(forward), causal)
+
+    refusal = _why_not_loss(causal)
+    detail = refusal or f"logits in tiles of at most {options.loss_tile_bytes} bytes"
+    return Idea("loss", refusal is None, detail), switch_on
+
+
+def _why_not_loss(causal: Any) -> str | None:
+    config, head = causal.config, causal.get_output_embeddings()
+    backbone = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
+    if head_of(head) is None:
+        return f"the LM head is a {type(head).__name__}, not a plain Linear without bias"
+    if backbone is None or backbone is causal:
+        return f"{type(causal).__name__} has no backbone of its own to take hidden states from"
+    transforms = ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "output_multiplier")
+    unknown = [name for name in transforms if getattr(config, name, None) is not None]
+    if unknown:
+        return f"the config transforms logits in a way that is not known here: {', '.join(unknown)}"
+    if getattr(config, "logits_scaling", None) is not None and "granite" not in config.model_type:
+        return f"logits_scaling of model type {config.model_type!r} may multiply or divide"
+    return None
+
+
+def _loss_forward(
+    self: Any,
+    *args: Any,
+    plain: Callable[..., Any],
+    options: HeadOptions,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    fused_lm_head: bool = False,
+    **kwargs: Any,
+) -> Any:
+    head = head_of(self.get_output_embeddings())
+    unlabelled = labels is None and shift_labels is None
+    if unlabelled or head is None or kwargs.get("output_router_logits") or kwargs.get("past_key_values") is not None:
+        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return plain(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
+    output = getattr(self, self.base_model_prefix)(*args, **kwargs | {"use_cache": False, "return_dict": True})
+    options = replace(options, entropy=fused_lm_head)
+    hidden = output.last_hidden_state
+    scored = score(hidden, labels, shift_labels, num_items_in_batch, head, lambda rows: rows * 1, options)
+    if fused_lm_head:
+        return scored.fused_output()
+    output["loss"] = scored.loss
+    return output

@@ -1,7 +1,7 @@
-"""A causal language model whose decoder layers run in tiles: what the families of models share.
+"""A causal language model whose decoder layers run in tiles: what the families of models share, and Llama's.
 
-This file and those of the families (`granite.py`, `llama.py`) are the only ones that know transformers, and they know
-it by what the model brings: the classes that a model's own `forward` would return are looked up in the module that its
+This file and `granite.py` are the only ones that know transformers' decoders, and they know them by what the model
+brings: the classes that a model's own `forward` would return are looked up in the module that its
 class comes from. Projections are called as the modules that they are, so that PEFT's LoRA and bitsandbytes' 4-bit
 layers keep their own semantics.
 """
@@ -19,10 +19,10 @@ from transformers.masking_utils import create_recurrent_attention_mask
 
 from qlora_lowmem.lean.attention import KeyValues, rotate
 from qlora_lowmem.lean.checkpointing import run_layers
-from qlora_lowmem.lean.loss import HeadOptions
+from qlora_lowmem.lean.loss import HeadOptions, head_of, score
 from qlora_lowmem.lean.norms import rms_norm
 from qlora_lowmem.lean.options import LeanOptions
-from qlora_lowmem.lean.scoring import head_of, score
+from qlora_lowmem.lean.swiglu import swiglu_of
 from qlora_lowmem.lean.tiles import Carry, TiledLayer, TilePlan
 
 
@@ -145,6 +145,38 @@ class AttentionLayer(DecoderLayer):
         """As `TiledLayer` says."""
         shared.write(start, *self._keys_values(self.normed(x), start))
         return carry
+
+
+def _swiglu_feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    update: Tensor = mlp.down_proj(swiglu_of(mlp.gate_proj(x), mlp.up_proj(x)))
+    return update
+
+
+def _llama_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> TiledLayer:
+    del options
+    return AttentionLayer(
+        layer, inputs, layer.self_attn, functools.partial(_swiglu_feed_forward, layer.mlp), (layer.mlp,)
+    )
+
+
+def _llama_window(config: Any) -> int | None:
+    # Mistral has one window for all layers where its config names no types; the others list a type a layer.
+    types = getattr(config, "layer_types", None)
+    slides = types is None or "sliding_attention" in types
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+# Llama and the families built as it is: causal attention and a SwiGLU, each after an RMSNorm. Mirrors
+# `LlamaDecoderLayer.forward`, `LlamaModel.forward` and `LlamaForCausalLM.forward`. What its relatives add is read from
+# their modules: biases (Qwen 2), norms of heads (Qwen 3), layers without rotation (SmolLM 3), multipliers (Granite).
+# Packed samples are told apart by their positions, which are given in no other case: the model's own masks keep them.
+LLAMA = Family(
+    _llama_layer,
+    backbone_output="BaseModelOutputWithPast",
+    causal_output="CausalLMOutputWithPast",
+    window=_llama_window,
+    plain_keywords=("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),
+)
 
 
 def _tiled_layers(

@@ -10,9 +10,12 @@ logits, once for their gradient. It changes the model a little, so it is off unl
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qlora_lowmem.lean.options import Idea, RefusedOptionError
 
 _BLOCK = 64
 # A dequantised part of the vocabulary: 2,730 words of 1,536 in bf16. In 4 bits the lookup's int32 indices are as much.
@@ -121,3 +124,44 @@ class QuantisedHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., width) to logits (..., words). The table is frozen; gradients reach hidden."""
         return torch.cat([hidden @ weight.t() for _, weight in self.table.tiles(hidden.dtype)], -1)
+
+
+def quantise_embeddings(causal: Any, bits: int, device: torch.device | None = None) -> Idea:
+    """Replace the tied embedding and LM head by one table in `bits` bits; a model that has it already is left alone.
+
+    Done while a model loads, it saves the 16-bit table: move the weight to host memory and name the `device`.
+
+    Raises:
+        RefusedOptionError: embeddings that are trained, untied or adapted; 4 bits of an odd width.
+    """
+    embedding = causal.get_input_embeddings()
+    if isinstance(embedding, QuantisedEmbedding) and embedding.table.bits == bits:
+        return _quantised(embedding.table)
+    check_quantisable(causal, bits)
+    if embedding.weight.requires_grad:
+        reason = "the embedding is trained"
+        raise RefusedOptionError("quantised_embeddings", bits, reason, "freeze it (PEFT does) or use None")
+    table = QuantisedTable(embedding.weight, bits, device)
+    causal.set_input_embeddings(QuantisedEmbedding(table))
+    causal.set_output_embeddings(QuantisedHead(table))
+    return _quantised(table)
+
+
+def check_quantisable(causal: Any, bits: int) -> None:
+    """Refuse what `quantise_embeddings` cannot replace; whether it is trained is not asked."""
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
+        kinds = f"{type(embedding).__name__} and {type(head).__name__}"
+        reason, advice = f"the embeddings are {kinds}, already quantised or adapted", "leave them as they are"
+    elif embedding.weight is not head.weight:
+        reason, advice = "the model's embedding and LM head are not tied", "use None"
+    elif bits == 4 and embedding.weight.shape[1] % 2:
+        reason, advice = f"4 bits need an even hidden size, and this is {embedding.weight.shape[1]}", "use 8"
+    else:
+        return
+    raise RefusedOptionError("quantised_embeddings", bits, reason, advice)
+
+
+def _quantised(table: QuantisedTable) -> Idea:
+    detail = f"{table.words} x {table.width} in {table.bits} bits, shared with the LM head"
+    return Idea("quantised_embeddings", True, detail)

@@ -15,7 +15,7 @@ class TiledFamily:
 
     Attributes:
         causal_class: their class in transformers.
-        built_like: the file of this package that holds their layers: `granite` or `llama`.
+        built_like: whose layers theirs are like: `granite` or `llama`.
     """
 
     causal_class: str
@@ -70,18 +70,13 @@ HOLDS: Mapping[str, Holding | None] = {
     "decoder.py": None,
     "embeddings.py": None,
     "families.py": None,
-    "generic.py": None,
     "granite.py": None,
     "linear4bit.py": None,
-    "llama.py": None,
     "loss.py": "loss",
     "norms.py": "norm",
     "options.py": None,
     "scan.py": "mamba",
-    "scan_choice.py": None,
-    "scan_chunks.py": "mamba",
     "scan_triton.py": "mamba",
-    "scoring.py": None,
     "swiglu.py": "mlp",
     "tiles.py": None,
 }

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lowmem.lean import scan
+from qlora_lowmem.lean import scan, scan_triton
 from qlora_lowmem.lean.convolution import causal_conv_silu, next_tail
 from qlora_lowmem.lean.decoder import AttentionLayer, DecoderLayer, Family, SequenceInputs
 from qlora_lowmem.lean.norms import gated_rms_norm
 from qlora_lowmem.lean.options import LeanOptions
-from qlora_lowmem.lean.scan_chunks import ScanOptions
+from qlora_lowmem.lean.scan import ScanOptions
 from qlora_lowmem.lean.swiglu import swiglu
 from qlora_lowmem.lean.tiles import Carry, TiledLayer
 
@@ -24,15 +24,6 @@ def _feed_forward(layer: Any, x: Tensor) -> Tensor:
     mlp = layer.shared_mlp
     update: Tensor = mlp.output_linear(swiglu(mlp.input_linear(x)))
     return layer.block_sparse_moe(x) + update if layer.has_experts else update
-
-
-def _scan_module(options: LeanOptions) -> Any:
-    """`scan.py`, or `scan_triton.py` where `apply_lean` has chosen it."""
-    if options.scan != "triton":
-        return scan
-    from qlora_lowmem.lean import scan_triton  # needs an optional package
-
-    return scan_triton
 
 
 def _modules(layer: Any) -> tuple[Any, Any]:
@@ -47,7 +38,7 @@ class MambaLayer(DecoderLayer):
         super().__init__(layer, inputs, layer.mamba, functools.partial(_feed_forward, layer), _modules(layer))
         low, high = layer.mamba.time_step_limit
         self.scan_options = ScanOptions(options.scan_chunk_length, (float(low), float(high)))
-        self.scan: Any = _scan_module(options)
+        self.scan: Any = scan_triton if options.scan == "triton" else scan
 
     def begin(self, x: Tensor) -> tuple[None, Carry]:
         mixer, batch = self.layer.mamba, x.shape[0]

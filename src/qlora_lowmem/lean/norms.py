@@ -8,11 +8,16 @@ of its own but one fp32 number a row (the reciprocal root mean square), 4 bytes.
 Both work in blocks of rows, so that their fp32 temporaries stay below `_TEMPORARY_BYTES` each, whatever the length.
 """
 
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from qlora_lowmem.lean.options import Idea
 
 # One fp32 temporary of a block: 2 MiB is 341 rows of 1536 and 170 rows of 3072. The backward of the gated norm holds
 # about eight of them.
@@ -162,3 +167,47 @@ class _GatedRMSNorm(torch.autograd.Function):
 def _rows(x: Tensor) -> tuple[Tensor, ...]:
     """(..., length, width) as a tuple of views (length, width)."""
     return tuple(x.flatten(0, -3)) if x.dim() > 2 else (x,)
+
+
+def rms_norms_of(model: nn.Module) -> tuple[Idea, Callable[[], None]]:
+    """What to say of a model's RMSNorms, and what gives those that compute what ours does our forward.
+
+    They are tried on random rows, because families differ (Gemma multiplies by 1 + weight) and names do not say how.
+    """
+    known: list[tuple[Any, float]] = []
+    other: set[str] = set()
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm") or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if isinstance(eps, float) and _computes_rms_norm(module, eps):
+            known.append((module, eps))
+        else:
+            other.add(type(module).__name__)
+
+    def switch_on() -> None:
+        for module, eps in known:
+            module.forward = types.MethodType(functools.partial(_norm_forward, eps=eps), module)
+
+    if not known:
+        reason = f"no RMSNorm that is known ({', '.join(sorted(other)) or 'none in the model'})"
+        return Idea("rms_norm", False, reason), switch_on
+    rest = f"; not known: {', '.join(sorted(other))}" if other else ""
+    return Idea("rms_norm", True, f"{len(known)} norms{rest}"), switch_on
+
+
+def _norm_forward(self: Any, hidden_states: Tensor, *, eps: float) -> Tensor:
+    return rms_norm(hidden_states, self.weight, eps)
+
+
+@torch.no_grad()
+def _computes_rms_norm(module: Any, eps: float) -> bool:
+    """Tried in host memory, with weights of its own: a virtual GPU and a module on the meta device have no values."""
+    generator = torch.Generator().manual_seed(0)
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    # Weights of one cannot tell w from another function of w that is one there.
+    tried = {name: (torch.rand(t.shape, generator=generator) + 0.5).to(t.dtype) for name, t in state.items()}
+    weight = tried["weight"]
+    rows = torch.randn(4, weight.shape[-1], generator=generator).to(weight.dtype)
+    found = torch.func.functional_call(module, tried, (rows,))
+    return torch.allclose(found.float(), rms_norm(rows, weight, eps).float(), rtol=2e-2, atol=1e-3)

@@ -17,35 +17,45 @@ diagonal. With deep decays little is left of it: for dt enough beside the roundi
 (`tests/lean/test_scan_triton.py`), for A, whose sum cancels again, too little.
 """
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fla.ops.common import chunk_h, chunk_o
-from fla.ops.simple_gla import chunk_simple_gla
-from fla.ops.utils import cumsum
 from torch import Tensor
 from torch.nn import functional as F
-from triton.runtime.autotuner import Autotuner
 
 from qlora_lowmem.lean import scan
-from qlora_lowmem.lean.scan_chunks import ScanOptions, product_dtype
+from qlora_lowmem.lean.options import RefusedOptionError, Scan
+from qlora_lowmem.lean.scan import ScanOptions, product_dtype
 
 SPAN = 128  # tokens computed together: B and C for 48 heads take 1.5 MiB each, the states in backward 3 MiB
 _CHUNK = 64  # tokens of a chunk of the kernels, which offer powers of two
 _WARPS = 4
 
+_CAPABILITY = (8, 0)  # bf16 products
+_SIZES = (16, 32, 64, 128, 256)  # of head_dim and state: what the kernels' tiles divide
+_TOKENS = 96  # a whole chunk of 64 and a part of one
+# Of the norm. Sums of 16-bit products are a few thousandths off in any order; a wrong kernel is off by far more.
+_TOLERANCE = 2e-2
+
 
 def _autotuner(kernel: Any) -> Any:
+    from triton.runtime.autotuner import Autotuner
+
     while not isinstance(kernel, Autotuner):
         kernel = kernel.fn
     return kernel
 
 
-_KERNELS = [
-    _autotuner(kernel)
-    for kernel in (
+@functools.cache
+def _kernels() -> list[Any]:
+    from fla.ops.common import chunk_h, chunk_o
+    from fla.ops.utils import cumsum
+
+    kernels = (
         cumsum.chunk_local_cumsum_scalar_kernel,
         chunk_h.chunk_fwd_kernel_h,
         chunk_h.chunk_bwd_kernel_dh,
@@ -53,20 +63,20 @@ _KERNELS = [
         chunk_o.chunk_bwd_kernel_dqkwg,
         chunk_o.chunk_bwd_kernel_dv,
     )
-]
+    return [_autotuner(kernel) for kernel in kernels]
 
 
 @contextmanager
 def _one_configuration() -> Iterator[None]:
     """An autotuner with one configuration measures nothing. Put back at the end: other code may use the kernels."""
-    offered = [kernel.configs for kernel in _KERNELS]
-    for kernel, configs in zip(_KERNELS, offered, strict=True):
+    offered = [kernel.configs for kernel in _kernels()]
+    for kernel, configs in zip(_kernels(), offered, strict=True):
         usable = [config for config in configs if config.num_warps == _WARPS]
         kernel.configs = [min(usable, key=lambda config: config.num_stages)]
     try:
         yield
     finally:
-        for kernel, configs in zip(_KERNELS, offered, strict=True):
+        for kernel, configs in zip(_kernels(), offered, strict=True):
             kernel.configs = configs
 
 
@@ -120,6 +130,8 @@ def _attend(
     options: ScanOptions,
 ) -> tuple[Tensor, Tensor]:
     """`C_t h_t` (batch, span, heads, head_dim) in `dtype` and the last state, for one span."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
     step = F.softplus(dt.float() + dt_bias).clamp(*options.time_step_limit)
     copies = x.shape[2] // b.shape[2]
     found: tuple[Tensor, Tensor] = chunk_simple_gla(
@@ -138,19 +150,10 @@ def _attend(
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor,
-        d: Tensor,
-        dt_bias: Tensor,
-        state: Tensor,
-        options: ScanOptions,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, dt, a, b, c, d, dt_bias, state)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, options = arguments
+        x, dt, a, b, c, d, dt_bias, state = tensors
+        ctx.save_for_backward(*tensors)
         ctx.options = options
         ctx.dtype = product_dtype(x)
         y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -186,3 +189,88 @@ class _Scan(torch.autograd.Function):
                     whole[:, span] = part
         grad_x, grad_dt, grad_b, grad_c = grads
         return grad_x, grad_dt, None, grad_b, grad_c, None, None, grad_state, None
+
+
+def choose_scan(asked: Scan, mixer: Any) -> tuple[Scan, str]:
+    """`plain` or `triton`, and in words which and why.
+
+    Args:
+        asked: what the options say. `auto` takes Triton wherever it works.
+        mixer: one Mamba-2 mixer of the model, on the device where it will train.
+
+    Raises:
+        RefusedOptionError: `triton` is asked for and cannot be.
+    """
+    if asked == "plain":
+        return "plain", "in PyTorch, as asked"
+    refusal = why_not_triton(mixer)
+    if refusal is None:
+        return "triton", "16-bit products by Triton kernels of flash-linear-attention"
+    if asked == "triton":
+        raise refused_triton(refusal)
+    return "plain", f"in PyTorch: {refusal}"
+
+
+def why_not_triton(mixer: Any) -> str | None:
+    """Why the kernels cannot serve this mixer, from what is cheapest to ask to a trial run; None if they can."""
+    device = mixer.D.device
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]} is below {_CAPABILITY[0]}.{_CAPABILITY[1]}"
+    refusal = why_never_triton(mixer, device.type)
+    if refusal is not None:
+        return refusal
+    try:
+        difference = _difference(mixer, device)
+    except Exception as error:  # no C compiler for Triton's launcher, a card that it does not know, an API that moved
+        return (
+            f"its kernels do not run here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
+    if not difference <= _TOLERANCE:
+        return f"on this card its kernels differ from PyTorch's by {difference:.1e} of the norm"
+    return None
+
+
+def refused_triton(reason: str) -> RefusedOptionError:
+    """The error of `triton` asked for where it cannot be."""
+    return RefusedOptionError("scan", "triton", reason, "set scan to auto or plain")
+
+
+def why_never_triton(mixer: Any, device: str) -> str | None:
+    """Why the kernels cannot serve this mixer on any device of the type `device`; None if a trial must tell.
+
+    The mixer may be on the meta device.
+    """
+    if device != "cuda":
+        return f"Triton needs a CUDA device, the model is on {device}"
+    if mixer.head_dim not in _SIZES or mixer.ssm_state_size not in _SIZES:
+        return f"head_dim={mixer.head_dim} and state={mixer.ssm_state_size}: the kernels take {_SIZES}"
+    if importlib.util.find_spec("fla") is None:
+        return "the package fla-core is not installed (pip install 'qlora-lowmem[triton]')"
+    return None
+
+
+def _difference(mixer: Any, device: torch.device) -> float:
+    """The largest relative difference of the two scans and of their gradients, on random inputs of this shape."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    heads, dim, width = mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
+    bias, d = normal(heads), normal(heads)
+    a = -torch.arange(1, heads + 1, device=device).float()
+    inputs = [normal(1, _TOKENS, heads, dim), normal(1, _TOKENS, heads)]
+    inputs += [normal(1, _TOKENS, mixer.n_groups, width) for _ in "bc"] + [normal(1, heads, dim, width)]
+    weights = [normal(1, _TOKENS, heads, dim), normal(1, heads, dim, width)]
+
+    def results(function: Any) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        x, dt, b, c, state = leaves
+        with torch.enable_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+            ends = function(x, dt, a, b, c, d, bias, state, ScanOptions())
+        return [*(t.detach() for t in ends), *torch.autograd.grad(ends, leaves, weights)]
+
+    pairs = zip(results(mamba2_scan), results(scan.mamba2_scan), strict=True)
+    return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
