@@ -46,7 +46,7 @@ def pairs(
     not_compared = {name: _why_not(*found[name]) for name in found if not _figures(*found[name])}
     device = next(each.card for each in measured.values() if each.profile is not None)
     context = (
-        f"The virtual card is `{twin.name}` of the table with torch's properties of the {properties.name}, and a "
+        f"The virtual card is `{twin.name}` of the table with torch's properties of the {properties.title}, and a "
         f"context of {twin.context_bytes:,} bytes, the most that a measured run held outside the allocator."
     )
     record = provenance_record(device, "measured", driver_version())

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from helpers import RECIPES
@@ -21,10 +22,9 @@ from qlora_lowmem.results.kinds.matrix import CaseResult
 from qlora_lowmem.results.kinds.prediction import compare, misses
 
 BLACKWELL_LAPTOP = DeviceProperties(
-    name="NVIDIA GeForce RTX 5060 Laptop GPU",
+    title="NVIDIA GeForce RTX 5060 Laptop GPU",
     total_bytes=8_146_000_000,
-    major=12,
-    minor=0,
+    compute_capability=(12, 0),
     sm_count=26,
     l2_bytes=33_554_432,
     threads_per_sm=1536,
@@ -38,7 +38,7 @@ def _asked_on(card: virtual_gpu.Card, folder: Path) -> DeviceProperties:
         report = virtual_gpu.run([sys.executable, "-m", "qlora_lowmem.memory.device"], card, stdout=file)
         assert report.exit_code == 0
         file.seek(0)
-        return DeviceProperties(**json.load(file))
+        return msgspec.json.decode(file.read(), type=DeviceProperties)
 
 
 @pytest.mark.parametrize("name", ["rtx-2060-6gb", "rtx-4050-laptop-6gb", "h100-80gb"])
@@ -54,15 +54,15 @@ def test_a_gpu_that_is_in_no_table_is_what_torch_says(tmp_path: Path) -> None:
     assert _asked_on(twin, tmp_path) == BLACKWELL_LAPTOP
     assert twin.context_bytes == 400 * 2**20
     assert "measured" in twin.sources["context_bytes"]
-    assert BLACKWELL_LAPTOP.name in twin.sources["sm_count"]
+    assert BLACKWELL_LAPTOP.title in twin.sources["sm_count"]
 
 
 def test_the_nearest_card_is_of_the_same_generation_and_then_of_the_nearest_memory() -> None:
-    ada = replace(BLACKWELL_LAPTOP, major=8, minor=9)
+    ada = replace(BLACKWELL_LAPTOP, compute_capability=(8, 9))
     assert virtual_twin(replace(ada, total_bytes=6 * 10**9), 1).name == "rtx-4050-laptop-6gb"
     assert virtual_twin(replace(ada, total_bytes=8 * 10**9), 1).name == "rtx-4060-8gb"
     assert virtual_twin(replace(ada, total_bytes=48 * 10**9), 1).name == "l40s-48gb"
-    assert virtual_twin(replace(ada, minor=0, total_bytes=80 * 10**9), 1).name == "a100-80gb"
+    assert virtual_twin(replace(ada, compute_capability=(8, 0), total_bytes=80 * 10**9), 1).name == "a100-80gb"
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

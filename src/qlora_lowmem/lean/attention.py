@@ -226,8 +226,8 @@ class _Block:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x (batch, tile, heads, head_dim); cos and sin (1 or batch, tile, head_dim).
 
-    Mirrors `apply_rotary_pos_emb` of transformers (Su et al., "RoFormer", 2021, equation 34, with split halves: a number
-    is paired with the one half a head further, not with its neighbour).
+    Mirrors `apply_rotary_pos_emb` of transformers (Su et al., "RoFormer", 2021, equation 34, with split halves: a
+    number is paired with the one half a head further, not with its neighbour).
     """
     first, second = x.chunk(2, -1)
     return x * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]

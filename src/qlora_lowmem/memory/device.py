@@ -84,17 +84,16 @@ def driver_version() -> str | None:
 
 @dataclass(frozen=True)
 class DeviceProperties:
-    """What `torch.cuda.get_device_properties` says of a GPU, as far as memory can depend on it. Sizes in bytes.
+    """What `torch.cuda.get_device_properties` says of a GPU, as far as memory can depend on it: fields of a `Card`.
 
     Attributes:
         uuid: without NVML's prefix. Numbers are no identity: `CUDA_VISIBLE_DEVICES` and `CUDA_DEVICE_ORDER` change
             torch's, and not NVML's.
     """
 
-    name: str
+    title: str
     total_bytes: int
-    major: int
-    minor: int
+    compute_capability: tuple[int, int]
     sm_count: int
     l2_bytes: int
     threads_per_sm: int
@@ -123,10 +122,9 @@ def _read_properties() -> DeviceProperties:
 
     found: Any = torch.cuda.get_device_properties(0)
     return DeviceProperties(
-        name=found.name,
+        title=found.name,
         total_bytes=found.total_memory,
-        major=found.major,
-        minor=found.minor,
+        compute_capability=(found.major, found.minor),
         sm_count=found.multi_processor_count,
         l2_bytes=found.L2_cache_size,
         threads_per_sm=found.max_threads_per_multi_processor,
@@ -148,22 +146,18 @@ def virtual_twin(properties: DeviceProperties, context_bytes: int) -> Card:
         context_bytes: what its processes held outside the caching allocator, measured.
     """
 
+    major, minor = properties.compute_capability
+
     def distance(card: Card) -> tuple[int, int]:
-        major, minor = card.compute_capability
-        generations = abs((major - properties.major) * 10 + minor - properties.minor)
+        generations = abs((card.compute_capability[0] - major) * 10 + card.compute_capability[1] - minor)
         return (generations, abs(card.total_bytes - properties.total_bytes))
 
     nearest = min(virtual_gpu.all_cards(), key=distance)
-    source = f"torch.cuda.get_device_properties of the measured {properties.name}"
-    measured: dict[str, Any] = {
-        "title": properties.name,
-        "usable_bytes": properties.total_bytes,
-        "compute_capability": (properties.major, properties.minor),
-    }
-    same = ("total_bytes", "sm_count", "l2_bytes", "threads_per_sm", "shared_per_sm", "shared_per_block_optin")
-    measured |= {name: getattr(properties, name) for name in same}
+    measured: dict[str, Any] = vars(properties) | {"usable_bytes": properties.total_bytes}
+    del measured["uuid"]
+    source = f"torch.cuda.get_device_properties of the measured {properties.title}"
     sources = dict(nearest.sources) | dict.fromkeys(measured, source)
-    sources["context_bytes"] = f"held outside the allocator in the measured runs on {properties.name}"
+    sources["context_bytes"] = f"held outside the allocator in the measured runs on {properties.title}"
     return dataclasses.replace(nearest, **measured, context_bytes=context_bytes, sources=MappingProxyType(sources))
 
 

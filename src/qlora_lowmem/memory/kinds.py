@@ -1,14 +1,14 @@
 """What a block of memory is: its owner says so, or the scope and the Python frames of its allocation.
 
 Of a recipe's job much is known: its libraries, its model, the files of `lean`. Of a program that is not ours only its
-modules' names and what torch itself does. A `Namer` is what differs; all else of an attribution is the same.
+modules' names and what torch itself does. A namer is what differs; all else of an attribution is the same.
 """
 
 import functools
 import linecache
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from qlora_lowmem.lean.families import HOLDS, Holding
 from qlora_lowmem.memory.history import BEFORE, Block, Frame
@@ -66,44 +66,26 @@ _SERVANTS = (
 )
 
 
-class Namer(Protocol):
-    """What differs between a recipe's job and a program that is not ours.
+class RecipeNamer:
+    """Knows the libraries of a recipe's job, its trainer and `lean`.
 
     Attributes:
         start: the moment of a peak that came before anything was followed.
     """
 
-    start: str
-
-    def owner_name(self, name: str, part: str) -> str:
-        """Of a tensor that belongs to the parameter or buffer `name` as `part` (`.grad`), or is it (no part)."""
-
-    def is_adapter(self, name: str, parameter: "nn.Parameter") -> bool:
-        """Whether a parameter that is not quantised is an adapter's."""
-
-    def kind(self, scope: "Scope | None", block: Block) -> str:
-        """The key in `KINDS` of a block that no known tensor lives in."""
-
-    def line(self, scope: "Scope | None", block: Block) -> str:
-        """The line of code that owns a block."""
-
-
-class RecipeNamer:
-    """Knows the libraries of a recipe's job, its trainer and `lean`."""
-
     start = "at the start of the step"
 
     def owner_name(self, name: str, part: str) -> str:
-        """As `Namer` says."""
+        """Of a tensor that belongs to the parameter or buffer `name` as `part` (`.grad`), or is it (no part)."""
         return f"{plain_name(name) or 'parameter'}{part}"
 
     def is_adapter(self, name: str, parameter: "nn.Parameter") -> bool:
-        """As `Namer` says."""
+        """Whether a parameter that is not quantised is an adapter's."""
         del name
         return parameter.requires_grad
 
     def kind(self, scope: "Scope | None", block: Block) -> str:
-        """As `Namer` says."""
+        """The key in `KINDS` of a block that no known tensor lives in."""
         frames = block.frames
         if _dequantises(frames):
             return "dequantised"
@@ -129,14 +111,14 @@ class RecipeNamer:
         return f"{'backward' if _goes_back(frames, held) else _PREFIX[scope.phase]}_{module_type}"
 
     def line(self, scope: "Scope | None", block: Block) -> str:
-        """As `Namer` says; what was there before has frames if it came in the step before."""
+        """The line of code that owns a block; what was there before has frames if it came in the step before."""
         if block.born == BEFORE and not block.frames:
             return "before the recorded step"
         return owner_line(block.frames, scope)
 
 
 class ProgramNamer:
-    """Knows torch, and of anyone's program what names say.
+    """Knows torch, and of anyone's program what names say. Methods as `RecipeNamer` has them.
 
     Args:
         root: beginning of the paths of the program's own code, left out of lines.
@@ -148,17 +130,17 @@ class ProgramNamer:
         self._root = root
 
     def owner_name(self, name: str, part: str) -> str:
-        """As `Namer` says: what belongs to a parameter goes by its name."""
+        """What belongs to a parameter goes by its name."""
         del part
         return name
 
     def is_adapter(self, name: str, parameter: "nn.Parameter") -> bool:
-        """As `Namer` says."""
+        """By its name: anyone's parameters may be trained."""
         del parameter
         return "lora_" in name
 
     def kind(self, scope: "Scope | None", block: Block) -> str:
-        """As `Namer` says."""
+        """By the scope; outside of modules, by what its functions are called."""
         if scope is None or scope.phase == "outside":
             computes_loss = any("loss" in f["name"] or "cross_entropy" in f["name"] for f in block.frames[:6])
             return "loss" if computes_loss else "input"
@@ -167,10 +149,13 @@ class ProgramNamer:
         return "loss" if scope.module_type == "loss" else f"{_PREFIX[scope.phase]}_{scope.module_type}"
 
     def line(self, scope: "Scope | None", block: Block) -> str:
-        """As `Namer` says."""
+        """The line of code that owns a block."""
         if block.born == BEFORE:
             return "before the test"
         return owner_line(block.frames, scope).removeprefix(self._root)
+
+
+Namer = RecipeNamer | ProgramNamer
 
 
 @functools.cache
