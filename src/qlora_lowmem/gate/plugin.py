@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qlora_lowmem.gate import JUDGE, REPORT_ATTRIBUTE
-from qlora_lowmem.units import parse_bytes
 
 if TYPE_CHECKING:
     from qlora_lowmem.gate.session import GateSession
@@ -145,9 +144,9 @@ def _check_options(config: pytest.Config) -> None:
     checks: list[tuple[str, Callable[[str], object], str | None]] = [
         ("--card", _card, card),
         ("vram_card", _card, None if card else config.getini("vram_card")),
-        ("--vram-cap", parse_bytes, cap),
-        ("--vram-budget", parse_bytes, config.getoption("vram_budget")),
-        *((name, parse_bytes, config.getini(name)) for name in _SIZES),
+        ("--vram-cap", _size, cap),
+        ("--vram-budget", _size, config.getoption("vram_budget")),
+        *((name, _size, config.getini(name)) for name in _SIZES),
         ("vram_tolerance_relative", _share, config.getini("vram_tolerance_relative")),
     ]
     for name, read, value in checks:
@@ -167,6 +166,12 @@ def _check_options(config: pytest.Config) -> None:
                 f"--record {name}: {name} is a path, and --record took it for a case's name. Put --record last, or "
                 "write --record=CASE"
             )
+
+
+def _size(text: str) -> None:
+    from qlora_lowmem.units import parse_bytes
+
+    parse_bytes(text)
 
 
 def _card(name: str) -> None:
