@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.results.kinds.published import Published
+from qlora_lowmem.results.tables import plain_row
 from reality.explained import explained_bytes
 from reality.rows import PublishedPeak
 
@@ -30,11 +32,25 @@ class Comparison:
         return self.plan.peak_reserved_bytes if self.row.measures == "reserved" else self.plan.peak_device_bytes
 
     @property
+    def published(self) -> Published:
+        """The row that a page shows."""
+        return Published(
+            source=self.row.source,
+            run=self.row.run,
+            virtual_card=self.row.card,
+            measures=self.row.measures,
+            measured_bytes=self.row.measured_bytes,
+            measured_versions=self.row.versions,
+            plan_bytes=self.plan_bytes,
+            explained_bytes=self.explained,
+            agrees_with_its_rounding=self.agrees,
+            program_bytes=(self.program or {}).get(self.row.measures),
+        )
+
+    @property
     def difference(self) -> float | None:
         """The plan over the published figure, less 1; None where no peak was published."""
-        if self.row.measures == "out of memory":
-            return None
-        return self.plan_bytes / self.row.measured_bytes - 1
+        return self.published.error if self.published.is_peak else None
 
     @property
     def explained(self) -> int:
@@ -44,16 +60,12 @@ class Comparison:
     @property
     def left(self) -> float | None:
         """The difference once the explained bytes are added to the plan."""
-        if self.difference is None:
-            return None
-        return (self.plan_bytes + self.explained) / self.row.measured_bytes - 1
+        return self.published.left if self.published.is_peak else None
 
     @property
     def program_difference(self) -> float | None:
         """The measured program on the virtual card over the published figure, less 1."""
-        if self.program is None:
-            return None
-        return self.program[self.row.measures] / self.row.measured_bytes - 1
+        return self.published.program_error
 
     @property
     def program_growth_difference(self) -> float | None:
@@ -74,25 +86,24 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, a column a figure."""
-        program = self.program or {}
-        return {
-            "source": self.row.source,
-            "run": self.row.run,
-            "virtual_card": self.row.card,
-            "measures": self.row.measures,
-            "measured_bytes": self.row.measured_bytes,
+        found = plain_row(self.published) | {
             "measured_provenance": "measured by others: see source",
-            "measured_versions": self.row.versions,
-            "plan_bytes": self.plan_bytes,
             "plan_allocated_bytes": self.plan.peak_allocated_bytes,
             "plan_reserved_bytes": self.plan.peak_reserved_bytes,
             "plan_device_bytes": self.plan.peak_device_bytes,
             "plan_provenance": "virtual",
             "difference": self.difference,
-            "explained_bytes": self.explained,
             "left": self.left,
-            "agrees_with_its_rounding": self.agrees,
-            "program_bytes": program.get(self.row.measures),
             "program_difference": self.program_difference,
             "program_growth_difference": self.program_growth_difference,
         }
+        return {name: found[name] for name in _ORDER}
+
+
+# Of the fields in the files.
+_ORDER = (
+    *("source", "run", "virtual_card", "measures", "measured_bytes", "measured_provenance", "measured_versions"),
+    *("plan_bytes", "plan_allocated_bytes", "plan_reserved_bytes", "plan_device_bytes", "plan_provenance"),
+    *("difference", "explained_bytes", "left", "agrees_with_its_rounding"),
+    *("program_bytes", "program_difference", "program_growth_difference"),
+)

@@ -19,7 +19,6 @@ from qlora_lowmem.results.kinds import (
     Chart,
     Fields,
     Kind,
-    NoObjectError,
     Section,
     Source,
     attribution,
@@ -42,19 +41,9 @@ _HERE = Path(__file__).parent
 
 
 # In the order of the page.
-KINDS: tuple[Kind[Any], ...] = (
-    waterfall.KIND,
-    families.KIND,
-    attribution.KIND,
-    phases.KIND,
-    run.KIND,
-    lengths.KIND,
-    longest.KIND,
-    prediction.KIND,
-    published.KIND,
-    verdicts.KIND,
-    matrix.KIND,
-)
+_MODULES = waterfall, families, attribution, phases, run, lengths, longest, prediction, published, verdicts, matrix
+KINDS: tuple[Kind[Any], ...] = tuple(module.KIND for module in _MODULES)
+_SHOWN = "; ".join(kind.text for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -78,36 +67,29 @@ def sections_of(paths: Sequence[Path]) -> Made:
             can show; nothing to show.
     """
     files, from_folders = _files(paths)
-    found: dict[int, list[tuple[Source, Any]]] = {}
+    found: dict[Kind[Any], list[tuple[Source, Any]]] = {}
     left_out = []
     for path in files:
+        content = read_json(path)
+        kind = next((kind for kind in KINDS if content is not None and kind.recognises(content)), None)
+        if content is None or kind is None:
+            if path in from_folders:
+                left_out.append(path)
+                continue
+            if content is None:
+                raise UsageError(f"{path} holds no object; give a file that a command of this project wrote")
+            raise UsageError(f"{path} is nothing that a page shows. It shows {_SHOWN}")
         try:
-            content = read_json(path)
-        except NoObjectError:
-            if path not in from_folders:
-                raise
-            left_out.append(path)
-            continue
-        number = next((number for number, kind in enumerate(KINDS) if kind.recognises(content)), None)
-        if number is None:
-            if path not in from_folders:
-                raise UsageError(f"{path} is nothing that a page shows. It shows {_SHOWN}")
-            left_out.append(path)
-            continue
-        try:
-            fields, kind = Fields(content), KINDS[number]
-            data, provenance = kind.read(fields), kind.provenance(fields)
+            data, provenance = kind.read(Fields(content)), kind.provenance(Fields(content))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is not {KINDS[number].text} as it should be: {error}; write it again") from None
-        found.setdefault(number, []).append((Source(_label(path, files), provenance), data))
+            raise UsageError(f"{path} is not {kind.text} as it should be: {error}; write it again") from None
+        found.setdefault(kind, []).append((Source(_label(path, files), provenance), data))
     if not found:
         given = ", ".join(str(path) for path in paths)
         raise UsageError(f"{given}: nothing in it that a page shows. It shows {_SHOWN}")
-    sections = [section for number in sorted(found) for section in KINDS[number].sections(found[number])]
-    return Made(tuple(sections), tuple(left_out))
-
-
-_SHOWN = "; ".join(kind.text for kind in KINDS)
+    return Made(
+        tuple(section for kind in KINDS if kind in found for section in kind.sections(found[kind])), tuple(left_out)
+    )
 
 
 def _label(path: Path, files: Sequence[Path]) -> str:
@@ -117,16 +99,11 @@ def _label(path: Path, files: Sequence[Path]) -> str:
 
 
 def _files(paths: Sequence[Path]) -> tuple[list[Path], set[Path]]:
-    files: list[Path] = []
-    from_folders: set[Path] = set()
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(path.glob("*.json"))
-            files += inside
-            from_folders |= set(inside)
-        else:
-            files.append(path)
-    return list(dict.fromkeys(files)), from_folders - {path for path in paths if not path.is_dir()}
+    """All files, and those of them that only a folder led to."""
+    folders = {path for path in paths if path.is_dir()}
+    inside = [sorted(path.glob("*.json")) if path in folders else [path] for path in paths]
+    files = list(dict.fromkeys(file for each in inside for file in each))
+    return files, set(files) - (set(paths) - folders)
 
 
 @dataclass(frozen=True)

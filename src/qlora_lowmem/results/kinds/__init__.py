@@ -88,10 +88,6 @@ class Section:
     sources: tuple[Source, ...] = ()
 
 
-class NoObjectError(UsageError):
-    """JSON that is a list or a value of its own: no result of this project's that a page shows."""
-
-
 class Fields:
     """A JSON object that knows where it stands.
 
@@ -269,11 +265,10 @@ def each_its_own(
     return sections
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, with what no page can show replaced in its texts.
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, with what no page can show replaced in its texts; None if it holds something else.
 
     Raises:
-        NoObjectError: the file holds something else than an object.
         UsageError: it cannot be read or is not JSON.
     """
     try:
@@ -282,10 +277,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror}; give a file that a command of this project wrote") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON ({error}); write it again with the command that made it") from None
-    if not isinstance(content, dict):
-        raise NoObjectError(f"{path} holds no object; give a file that a command of this project wrote")
-    found: dict[str, Any] = _printable(content)
-    return found
+    return _printable(content) if isinstance(content, dict) else None
 
 
 def _refuse(name: str) -> None:

@@ -258,12 +258,7 @@ def prediction(style: Style, figures: Sequence[Figure]) -> "Drawn":
     """
     recipes = list(dict.fromkeys(figure.recipe for figure in figures))
     rows = style.row_height * len(recipes)
-    if style.narrow:
-        figure = style.figure(rows + 5.2)
-        scatter, errors = figure.subplots(2, 1, height_ratios=(3.2, rows + 0.9))
-    else:
-        figure = style.figure(max(rows + 1.4, 4.0))
-        scatter, errors = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    figure, scatter, errors = two_panels(style, rows, rows + 5.2 if style.narrow else max(rows + 1.4, 4.0))
     _scatter(scatter, style, figures)
     _errors(errors, style, figures, recipes)
     _legend(figure, style)
@@ -276,6 +271,22 @@ def _scatter(axes: "Axes", style: Style, figures: Sequence[Figure]) -> None:
         axes.plot(figure.measured / GIB, figure.predicted / GIB, markersize=6, **style.mark(*_MARKS[figure.reading]))
     axes.set_xlabel("measured GiB")
     axes.set_ylabel("predicted GiB")
+
+
+def two_panels(style: Style, rows: float, height: float) -> tuple["Drawn", "Axes", "Axes"]:
+    """Figures against each other, and beside or below that their errors in rows of that many inches in all."""
+    figure = style.figure(height)
+    if style.narrow:
+        scatter, errors = figure.subplots(2, 1, height_ratios=(3.2, rows + 0.9))
+    else:
+        scatter, errors = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    return figure, scatter, errors
+
+
+def percent_axis(axes: "Axes") -> None:
+    """Errors along x, signed."""
+    axes.set_xlabel("predicted over measured, %")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
 
 
 def equals(axes: "Axes", style: Style, sizes: Sequence[float]) -> None:
@@ -306,8 +317,7 @@ def _errors(axes: "Axes", style: Style, figures: Sequence[Figure], recipes: Sequ
         axes.plot(100 * figure.error, place_of[figure.recipe], markersize=6, **style.mark(*_MARKS[figure.reading]))
     reach = max(*LIMITS.values(), *(abs(100 * figure.error) for figure in figures)) * 1.15
     axes.set_xlim(-reach, reach)
-    axes.set_xlabel("predicted over measured, %")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    percent_axis(axes)
     style.plain(axes)
 
 

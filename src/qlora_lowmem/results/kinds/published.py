@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.kinds.prediction import equals
+from qlora_lowmem.results.kinds.prediction import equals, percent_axis, two_panels
 from qlora_lowmem.results.style import Style, short
 from qlora_lowmem.results.tables import Cell, Column, Table, gib, page_table
 from qlora_lowmem.units import GIB
@@ -62,6 +62,11 @@ class Published:
     def left(self) -> float:
         """The same with the explained bytes added to the plan."""
         return (self.plan_bytes + self.explained_bytes) / self.measured_bytes - 1
+
+    @property
+    def program_error(self) -> float | None:
+        """The measured program on the virtual card over measured, less 1; None where it is not stated."""
+        return None if self.program_bytes is None else self.program_bytes / self.measured_bytes - 1
 
 
 def _read(content: Fields) -> tuple[Published, ...]:
@@ -151,10 +156,7 @@ _COLUMNS: tuple[Column[Published], ...] = (
     Column("unexplained", lambda row: _percent(row.left if row.is_peak else None)),
 )
 _AGREES = Column[Published]("as published", lambda row: _agrees(row.agrees_with_its_rounding))
-_PROGRAM = Column[Published](
-    "the program itself",
-    lambda row: _percent(None if row.program_bytes is None else row.program_bytes / row.measured_bytes - 1),
-)
+_PROGRAM = Column[Published]("the program itself", lambda row: _percent(row.program_error))
 _CARD = Column[Published]("virtual card", lambda row: Cell(row.virtual_card))
 _VERSIONS = Column[Published]("versions", lambda row: Cell(row.measured_versions or "not stated"))
 
@@ -199,12 +201,7 @@ def published(style: Style, points: Sequence[Published]) -> "Figure":
     """
     sources = list(dict.fromkeys(point.source for point in points))
     rows = 1.2 * style.row_height * sum(_tall(points, source) for source in sources)
-    if style.narrow:
-        figure = style.figure(rows + 5.6)
-        scatter, errors = figure.subplots(2, 1, height_ratios=(3.2, rows + 0.9))
-    else:
-        figure = style.figure(max(rows + 1.6, 4.2))
-        scatter, errors = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    figure, scatter, errors = two_panels(style, rows, rows + 5.6 if style.narrow else max(rows + 1.6, 4.2))
     equals(scatter, style, [size / GIB for point in points for size in (point.plan_bytes, point.measured_bytes)])
     scatter.set_xlabel("measured by others, GiB")
     scatter.set_ylabel("predicted GiB")
@@ -251,8 +248,7 @@ def _errors(axes: "Axes", style: Style, points: Sequence[Published], sources: Se
     errors = [0.0, *(100 * error for point in points for error in (point.error, point.left))]
     room = 0.06 * (max(errors) - min(errors)) + 0.5
     axes.set_xlim(min(errors) - room, max(errors) + room)
-    axes.set_xlabel("predicted over measured, %")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    percent_axis(axes)
     axes.locator_params(axis="x", nbins=6)
     style.plain(axes, grid="x")
 
