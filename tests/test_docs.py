@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from docs_commands import AS, NOT_RUN, TINY, blocks, commands, pages, run_as
 from helpers import RECIPES, ROOT, write_script
 from qlora_lowmem.commands import COMMANDS
-from qlora_lowmem.memory.live import LiveMemory, write_live
+from qlora_lowmem.memory.profile import LiveMemory, write_live
 from qlora_lowmem.recipe.checks import field_specs
 from qlora_lowmem.recipe.io import load_recipe
 

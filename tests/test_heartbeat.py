@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qlora_lowmem.memory.live import LiveMemory, read_live, write_live
+from qlora_lowmem.memory.profile import LiveMemory, read_live, write_live
 from qlora_lowmem.recipe import Recipe, Run
 from qlora_lowmem.training.heartbeat import Heartbeat
 from qlora_lowmem.virtual_gpu.cards import CARD_VARIABLE

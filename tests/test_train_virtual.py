@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES, TINY_HYBRID
-from qlora_lowmem.memory.live import read_live
+from qlora_lowmem.memory.profile import read_live
 from qlora_lowmem.models.sources import architecture
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from qlora_lowmem.commands.watch import main
 from qlora_lowmem.errors import DoesNotFitError
-from qlora_lowmem.memory.live import MEMORY_FILE, LiveMemory, read_live, write_live
+from qlora_lowmem.memory.profile import MEMORY_FILE, LiveMemory, read_live, write_live
 from qlora_lowmem.recipe import Recipe, Run
 from qlora_lowmem.units import GIB, MIB
 from qlora_lowmem.virtual_gpu import get_card

@@ -19,7 +19,7 @@ from rich.live import Live
 
 from qlora_lowmem.commands.frame import Command
 from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.memory.live import MEMORY_FILE
+from qlora_lowmem.memory.profile import MEMORY_FILE
 from qlora_lowmem.units import GIB, parse_memory_limit
 from qlora_lowmem.watch.judgement import Frame, Watch
 from qlora_lowmem.watch.readings import is_running

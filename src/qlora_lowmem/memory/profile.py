@@ -1,12 +1,18 @@
-"""A job's peaks, phase by phase. Bytes are integers; nothing here touches a device."""
+"""A job's memory as plain data: its peaks by phase, and what it says of itself while it runs.
 
+Bytes are integers. Nothing here imports torch or touches a device.
+"""
+
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.files import as_dataclass, write_whole
 
 Provenance = Literal["virtual", "measured"]
 
@@ -89,3 +95,66 @@ class MemoryProfile:
     def from_dict(cls, content: dict[str, Any]) -> "MemoryProfile":
         """The inverse of `to_dict`."""
         return msgspec.convert({**content, "phases": {phase["name"]: phase for phase in content["phases"]}}, cls)
+
+
+MEMORY_FILE = "memory.json"  # in a run's folder: `heartbeat.py` replaces it whole, `watch/` reads it
+
+
+@dataclass(frozen=True)
+class LiveMemory:
+    """A job's newest reading. Bytes are integers; times are seconds since 1970.
+
+    Attributes:
+        pid, started: the process, and when it began: a later process may get the same pid.
+        time: when this was read.
+        recipe: the recipe's name.
+        device: `cuda`, `virtual` or `cpu`; on a CPU all figures of a card are 0.
+        card: the card's name.
+        gpu: the GPU's UUID as NVML writes it; empty for `virtual` and `cpu`.
+        phase: `loading`, `training` or `ended`.
+        outcome: how it ended (`done`, `interrupted`, `out of GPU memory`, `failed`); empty until then.
+        step, steps: optimizer steps done, and in all; 0 until training begins.
+        allocated, reserved: what the caching allocator has given to tensors, and has taken from the card.
+        peak_allocated, peak_reserved: the highest of both since the job began.
+        outside: CUDA context and what libraries took past the allocator.
+        limit: what the allocator may reserve at most.
+        total: the card's memory as CUDA reports it.
+    """
+
+    pid: int
+    started: float
+    time: float
+    recipe: str
+    device: str
+    card: str = ""
+    gpu: str = ""
+    phase: Literal["loading", "training", "ended"] = "loading"
+    outcome: str = ""
+    step: int = 0
+    steps: int = 0
+    allocated: int = 0
+    reserved: int = 0
+    peak_allocated: int = 0
+    peak_reserved: int = 0
+    outside: int = 0
+    limit: int = 0
+    total: int = 0
+
+
+def write_live(folder: Path, live: LiveMemory) -> None:
+    """Replace the file in `folder`: a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_whole(folder / MEMORY_FILE, json.dumps(asdict(live)) + "\n")
+
+
+def read_live(folder: Path) -> LiveMemory:
+    """The newest reading in `folder`.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is torn, or no job of this project wrote it.
+    """
+    return as_dataclass(LiveMemory, json.loads((folder / MEMORY_FILE).read_text(encoding="utf-8")))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.memory.live import MEMORY_FILE, read_live
+from qlora_lowmem.memory.profile import MEMORY_FILE, read_live
 from qlora_lowmem.run_folder.manifest import MANIFEST
 from qlora_lowmem.run_folder.marker import RECIPE_FILE, is_marker
 

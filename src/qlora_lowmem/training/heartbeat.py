@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import is_first
 from qlora_lowmem.errors import DoesNotFitError
-from qlora_lowmem.memory.live import LiveMemory, read_live, write_live
+from qlora_lowmem.memory.profile import LiveMemory, read_live, write_live
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.recipe import Recipe
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.memory.live import MEMORY_FILE, LiveMemory, read_live
+from qlora_lowmem.memory.profile import MEMORY_FILE, LiveMemory, read_live
 from qlora_lowmem.units import format_bytes, parse_memory_limit
 from qlora_lowmem.watch.readings import Nvml, Reading, System, card_of, is_running, look, system
 

@@ -10,7 +10,7 @@ import psutil
 import pynvml
 
 from qlora_lowmem.errors import QloraLowmemError, UsageError
-from qlora_lowmem.memory.live import LiveMemory
+from qlora_lowmem.memory.profile import LiveMemory
 
 System = Literal["linux", "wsl", "windows"]
 
