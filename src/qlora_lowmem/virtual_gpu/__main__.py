@@ -75,19 +75,22 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m qlora_lo
     signal.signal(signal.SIGTERM, _terminate)
     parser = _parser(prog)
     options = parser.parse_args(arguments)
-    if options.list_cards:
-        print(_card_table())
-        return 0
-    if options.print_card:
-        return _print_card(parser)
-    if options.card is None:
-        parser.error("--card is missing; --list-cards shows the cards")
-    if not options.command:
-        parser.error("the command to run is missing; put it after --, as in -- python train.py")
-    if shutil.which(options.command[0]) is None:
-        parser.error(f"the command {options.command[0]!r} is not found; put it after --, as in -- python train.py")
     try:
-        card = _chosen_card(options.card, options.memory)
+        if options.list_cards:
+            print(_card_table())
+            return 0
+        if options.print_card:
+            print(card_row())
+            return 0
+        if options.card is None:
+            parser.error("--card is missing; --list-cards shows the cards")
+        if not options.command:
+            parser.error("the command to run is missing; put it after --, as in -- python train.py")
+        if shutil.which(options.command[0]) is None:
+            parser.error(f"the command {options.command[0]!r} is not found; put it after --, as in -- python train.py")
+        card = get_card(options.card)
+        if options.memory is not None:
+            card = card.with_memory(options.memory)
         if options.json not in (None, "-"):
             Path(options.json).touch()
         report = run(options.command, card, count=options.count)
@@ -104,19 +107,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m qlora_lo
 
 def _terminate(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)
-
-
-def _chosen_card(name: str, memory: int | None) -> Card:
-    card = get_card(name)
-    return card if memory is None else card.with_memory(memory)
-
-
-def _print_card(parser: argparse.ArgumentParser) -> int:
-    try:
-        print(card_row())
-    except VirtualGPUError as error:
-        parser.exit(_EXIT_USAGE, f"virtual GPU: {error}\n")
-    return 0
 
 
 def _print_summary(report: Report, card: Card) -> None:

@@ -80,25 +80,14 @@ def create(path: Path, card: Card, count: int) -> None:
 def _device_row(card: Card, device: int) -> tuple[bytes | int, ...]:
     identity = uuid.uuid5(uuid.NAMESPACE_DNS, f"{card.name}.{device}.virtual-gpu")
     return (
-        card.title.encode()[: _NAME_BYTES - 1],
-        identity.bytes,
-        card.total_bytes,
-        card.context_bytes,
-        0,  # used
-        0,  # peak
-        *card.compute_capability,
-        card.sm_count,
-        card.threads_per_sm,
-        card.blocks_per_sm,
+        card.title.encode()[: _NAME_BYTES - 1], identity.bytes,
+        card.total_bytes, card.context_bytes, 0, 0,  # nothing is in use
+        *card.compute_capability, card.sm_count, card.threads_per_sm, card.blocks_per_sm,
         49152,  # shared memory a block has without asking: 48 KiB on every card
-        card.shared_per_block_optin,
-        card.shared_per_sm,
+        card.shared_per_block_optin, card.shared_per_sm,
         65536,  # registers an SM: the same on every card
-        card.l2_bytes,
-        card.bus_width_bits,
-        card.clock_khz,
-        card.memory_clock_khz,
-    )
+        card.l2_bytes, card.bus_width_bits, card.clock_khz, card.memory_clock_khz,
+    )  # fmt: skip
 
 
 def read(path: Path) -> AccountReading:

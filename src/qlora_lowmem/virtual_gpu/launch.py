@@ -12,7 +12,7 @@ from typing import IO
 
 from . import account, processes
 from .account import ACCOUNT_FILE, PEAK_FILES, Report, read_report
-from .build import Build, ensure_built
+from .build import ensure_built
 from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, get_card
 
 _WORKER = Path(__file__).with_name("worker")
@@ -32,12 +32,12 @@ def environment(card: Card, *, count: int = 1, report: Path) -> dict[str, str]:
         VirtualGPUUnavailable: this machine cannot host a virtual GPU.
         ValueError: `count` is not between 1 and 16.
     """
-    build = ensure_built()
-    return dict(os.environ) | variables(build, card, count, report, os.environ)
+    return dict(os.environ) | variables(card, count, report, os.environ)
 
 
-def variables(build: Build, card: Card, count: int, report: Path, base: Mapping[str, str]) -> dict[str, str]:
+def variables(card: Card, count: int, report: Path, base: Mapping[str, str]) -> dict[str, str]:
     """What `environment` adds to the environment `base`; makes the report folder and its account."""
+    build = ensure_built()
     report.mkdir(parents=True, exist_ok=True)
     for stale in report.glob(PEAK_FILES):
         stale.unlink()
@@ -90,11 +90,10 @@ def run(
         subprocess.TimeoutExpired: it ran longer than `timeout`, and was stopped.
         OSError: the command cannot be started.
     """
-    build = ensure_built()
     base = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory(prefix="vgpu-") as folder:
         report = Path(folder)
-        complete = base | variables(build, card, count, report, base)
+        complete = base | variables(card, count, report, base)
         with _watchdog(report) as tell:
             process = subprocess.Popen(
                 command, env=complete, cwd=cwd, stdout=stdout, stderr=stderr, start_new_session=True
@@ -111,33 +110,29 @@ def _watchdog(folder: Path) -> Iterator[Callable[[int], None]]:
 
     Yields what tells it the program's pid.
     """
-    ours, theirs = os.pipe()
-    command = [sys.executable, "-I", "-S", processes.__file__, str(ours), str(folder.resolve())]
-    nothing = subprocess.DEVNULL
-    # Nothing of a virtual machine that this process itself may be on.
-    plain = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     watchdog = subprocess.Popen(
-        command,
-        env=plain,
+        [sys.executable, "-I", "-S", processes.__file__, str(folder.resolve())],
+        # Nothing of a virtual machine that this process itself may be on.
+        env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
         cwd="/",
-        stdin=nothing,
-        stdout=nothing,
-        stderr=nothing,
-        pass_fds=[ours],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    os.close(ours)
+    assert watchdog.stdin is not None
+    pipe = watchdog.stdin.fileno()
+
+    def say(text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # somebody killed it
+            os.write(pipe, text.encode())
+
     try:
-        yield lambda pid: _say(theirs, f"{pid}\n")
+        yield lambda pid: say(f"{pid}\n")
     finally:
-        _say(theirs, "\ndone")
-        os.close(theirs)
+        say("\ndone")
+        watchdog.stdin.close()
         watchdog.wait()
-
-
-def _say(pipe: int, text: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # somebody killed it
-        os.write(pipe, text.encode())
 
 
 @contextlib.contextmanager

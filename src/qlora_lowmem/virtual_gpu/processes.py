@@ -72,10 +72,10 @@ def send(how: "Callable[[int, int], None]", pid: int, number: int = _KILL) -> No
         return
 
 
-def _watch(pipe: int, folder: str) -> None:
+def _watch(folder: str) -> None:
     """Waits for the launcher's end; if it ends without a word, ends its program and removes its files."""
     said = b""
-    while part := os.read(pipe, 64):
+    while part := os.read(0, 64):
         said += part
     program, _, farewell = said.partition(b"\n")
     if farewell:
@@ -89,4 +89,4 @@ def _watch(pipe: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]), sys.argv[2])
+    _watch(sys.argv[1])

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from . import account
 from .account import ACCOUNT_FILE, Report, read_report
-from .build import ensure_built
 from .cards import Card, VirtualGPUError
 from .launch import card_variables, variables
 from .processes import send
@@ -109,9 +107,7 @@ class Server:
     def __enter__(self) -> "Server":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def submit(
@@ -218,7 +214,7 @@ class _ForkParent:
     """The process that jobs on cards of one compute capability are forked from (`worker/vgpu_server.py`)."""
 
     def __init__(self, preload: list[str], card: Card, folder: Path) -> None:
-        environment = dict(os.environ) | variables(ensure_built(), card, 1, folder, os.environ)
+        environment = dict(os.environ) | variables(card, 1, folder, os.environ)
         environment |= {
             "VGPU_SERVER_CAPABILITY": json.dumps(card.compute_capability),
             "VGPU_SERVER_TITLE": card.title,

@@ -66,6 +66,7 @@ _CUDART = Policy(
     same=(
         (r"(cuda(Malloc|Free|Memcpy|Memcpy2D|MemcpyPeer|Memset))Async", r"\1"),
         (r"cudaMallocHost", "cudaHostAlloc"),
+        (r"cudaRuntimeGetVersion", "cudaDriverGetVersion"),
         (r"cudaEventCreate", "cudaEventCreateWithFlags"),
         (r"cudaEventRecordWithFlags", "cudaEventRecord"),
         (r"cudaEventDestroy", "vgpu_free"),

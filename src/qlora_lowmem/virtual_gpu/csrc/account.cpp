@@ -131,10 +131,9 @@ class Lock {
   int fd_ = -1;
 };
 
-void grow_device(int device, uint64_t bytes) {
-  Device& row = mapped->devices[device];
-  row.used_bytes += bytes;
-  if (row.used_bytes > row.peak_bytes) row.peak_bytes = row.used_bytes;
+void grow(uint64_t& used, uint64_t& peak, uint64_t bytes) {
+  used += bytes;
+  if (used > peak) peak = used;
 }
 
 // Takes a process' bytes off the account: it ended, or is ending.
@@ -184,7 +183,7 @@ bool take_context(int device) {
   Device& row = mapped->devices[device];
   if (row.used_bytes + row.context_bytes > row.total_bytes) return false;
   process->contexts |= 1u << device;
-  grow_device(device, row.context_bytes);
+  grow(row.used_bytes, row.peak_bytes, row.context_bytes);
   return true;
 }
 
@@ -237,7 +236,7 @@ bool take(int device, uint64_t bytes) {
   Device& row = mapped->devices[device];
   if (row.used_bytes + bytes > row.total_bytes) return false;
   own->device_bytes[device] += bytes;
-  grow_device(device, bytes);
+  grow(row.used_bytes, row.peak_bytes, bytes);
   return true;
 }
 
@@ -257,11 +256,9 @@ uint64_t free_bytes(int device) {
 void take_host(bool managed, uint64_t bytes) {
   Lock lock;
   if (mapped == nullptr || own_row() == nullptr) return;
-  uint64_t& total = managed ? mapped->managed_bytes : mapped->pinned_bytes;
-  uint64_t& peak = managed ? mapped->managed_peak_bytes : mapped->pinned_peak_bytes;
   (managed ? own->managed_bytes : own->pinned_bytes) += bytes;
-  total += bytes;
-  if (total > peak) peak = total;
+  if (managed) grow(mapped->managed_bytes, mapped->managed_peak_bytes, bytes);
+  else grow(mapped->pinned_bytes, mapped->pinned_peak_bytes, bytes);
 }
 
 void give_host(bool managed, uint64_t bytes) {

@@ -1,5 +1,5 @@
-// libcudnn: what it says about itself, and its RNNs: where each weight lies in the one buffer that holds them, and how much
-// a run needs beside it.
+// libcudnn: what it says about itself, and its RNNs: where each weight lies in the one buffer that holds them, and how
+// much a run needs beside it.
 //
 // The weights' size is exact: all matrices by layer, direction and gate, then all biases. What a run needs (workspace and
 // reserve) is an estimate, since cuDNN does not document it: the reserve holds what the backward pass cannot do without,
@@ -8,6 +8,8 @@
 #include <cstring>
 
 #include "stubs.h"
+
+using vgpu::tell;
 
 namespace {
 
@@ -76,10 +78,7 @@ API int cudnnSetStream(void** handle, void* stream) {
   *handle = stream;  // all that a handle holds
   return kSuccess;
 }
-API int cudnnGetStream(void** handle, void** stream) {
-  *stream = *handle;
-  return kSuccess;
-}
+API int cudnnGetStream(void** handle, void** stream) { return tell(stream, *handle); }
 
 API size_t cudnnGetCudartVersion() { return VGPU_CUDART_VERSION; }
 API int cudnnGetProperty(int type, int* value) {
@@ -113,19 +112,16 @@ API int cudnnGetTensorNdDescriptor(const Tensor* tensor, int requested, int* typ
 API int cudnnSetRNNDescriptor_v8(Rnn* rnn, int, int cell, int bias_mode, int direction, int, int type, int, int,
                                  int32_t input, int32_t hidden, int32_t output, int32_t layers, void*, uint32_t) {
   int biases = bias_mode == 2 ? 2 : bias_mode == 0 ? 0 : 1;  // none; one on either side; both
-  *rnn = {cell, type, biases, direction == 1 ? 2 : 1, input, hidden, output, layers};
-  return kSuccess;
+  return tell(rnn, Rnn{cell, type, biases, direction == 1 ? 2 : 1, input, hidden, output, layers});
 }
 
 API int cudnnSetRNNDataDescriptor(Sequence* sequence, int, int, int steps, int batch, int, const int*, void*) {
-  *sequence = {steps, batch};
-  return kSuccess;
+  return tell(sequence, Sequence{steps, batch});
 }
 
 API int cudnnGetRNNWeightSpaceSize(void*, const Rnn* rnn, size_t* bytes) {
   int layers = rnn->layers * rnn->directions;
-  *bytes = (rnn->all_matrices(layers) + layers * rnn->layer_biases()) * element_bytes(rnn->type);
-  return kSuccess;
+  return tell(bytes, (rnn->all_matrices(layers) + layers * rnn->layer_biases()) * element_bytes(rnn->type));
 }
 
 API int cudnnGetRNNWeightParams(void*, const Rnn* rnn, int32_t layer, size_t, const void* weights, int32_t number,
@@ -145,8 +141,7 @@ API int cudnnGetRNNWeightParams(void*, const Rnn* rnn, int32_t layer, size_t, co
   if (!has_bias) return kSuccess;
   describe(bias, rnn->type, rnn->hidden, 1);
   int64_t before = rnn->all_matrices(layers) + layer * rnn->layer_biases() + static_cast<int64_t>(number) * rnn->hidden;
-  *bias_address = base + before * width;
-  return kSuccess;
+  return tell(bias_address, base + before * width);
 }
 
 API int cudnnGetRNNTempSpaceSizes(void*, const Rnn* rnn, int training, const Sequence* sequence, size_t* workspace,

@@ -9,11 +9,12 @@
 
 #include "stubs.h"
 
+using vgpu::tell;
+
 namespace {
 
 // Of cudnn_graph.h (cuDNN 9); written out because the headers are not installed everywhere.
-enum Status { kSuccess = 0, kBadParam = 2000 };
-enum Type { kInt64 = 3, kDescriptor = 15, kVoidPointer = 6 };
+constexpr int kSuccess = 0, kBadParam = 2000, kDescriptor = 15;
 enum Attribute {
   kHeuristicsResults = 202,
   kConfigEngine = 300,
@@ -26,15 +27,10 @@ enum Attribute {
 };
 
 struct Value {
-  int type;
   int64_t count;
   std::vector<char> bytes;
 };
-
-struct Descriptor {
-  int kind;
-  std::map<int, Value> attributes;
-};
+using Descriptor = std::map<int, Value>;  // by attribute
 
 size_t element_size(int type) {
   switch (type) {
@@ -54,74 +50,56 @@ size_t element_size(int type) {
   }
 }
 
-// Copies one descriptor's attributes into another that the caller has made, as cuDNN does for descriptors it hands out.
-void fill(void* to, const void* from) {
-  if (to != nullptr && from != nullptr) {
-    static_cast<Descriptor*>(to)->attributes = static_cast<const Descriptor*>(from)->attributes;
-  }
-}
-
-int give_number(int64_t number, int64_t requested, int64_t* given, void* out) {
-  if (given != nullptr) *given = 1;
-  if (requested > 0 && out != nullptr) memcpy(out, &number, sizeof number);
-  return kSuccess;
-}
-
 }  // namespace
 
-API int cudnnBackendCreateDescriptor(int kind, void** descriptor) {
-  *descriptor = new Descriptor{kind, {}};
+API int cudnnBackendCreateDescriptor(int, Descriptor** descriptor) { return tell(descriptor, new Descriptor); }
+
+API int cudnnBackendDestroyDescriptor(Descriptor* descriptor) {
+  delete descriptor;
   return kSuccess;
 }
 
-API int cudnnBackendDestroyDescriptor(void* descriptor) {
-  delete static_cast<Descriptor*>(descriptor);
-  return kSuccess;
-}
-
-API int cudnnBackendSetAttribute(void* descriptor, int name, int type, int64_t count, const void* elements) {
+API int cudnnBackendSetAttribute(Descriptor* descriptor, int name, int type, int64_t count, const char* elements) {
   if (descriptor == nullptr || (count > 0 && elements == nullptr)) return kBadParam;
-  const char* begin = static_cast<const char*>(elements);
-  std::vector<char> bytes(begin, begin + count * element_size(type));
-  static_cast<Descriptor*>(descriptor)->attributes[name] = Value{type, count, bytes};
+  (*descriptor)[name] = {count, std::vector<char>(elements, elements + count * element_size(type))};
   return kSuccess;
 }
 
-API int cudnnBackendGetAttribute(
-    void* descriptor, int name, int type, int64_t requested, int64_t* given, void* elements) {
+API int cudnnBackendGetAttribute(Descriptor* descriptor, int name, int type, int64_t requested, int64_t* given,
+                                 void* elements) {
   if (descriptor == nullptr) return kBadParam;
+  auto give = [&](int64_t number, size_t bytes) {
+    if (given != nullptr) *given = 1;
+    if (requested > 0 && elements != nullptr) memcpy(elements, &number, bytes);
+    return kSuccess;
+  };
   switch (name) {
     case kPlanWorkspace:
-    case kConfigWorkspace:
-      return give_number(0, requested, given, elements);
-    case kConfigSharedMemory:  // int32; plans that need more than the frontend allows are left out
-      if (given != nullptr) *given = 1;
-      if (requested > 0 && elements != nullptr) memset(elements, 0, sizeof(int32_t));
-      return kSuccess;
-    case kGraphEngineCount:
-      return give_number(1, requested, given, elements);
-    case kHeuristicsResults:  // one engine configuration, into the descriptor that the caller made for it
-      if (given != nullptr) *given = 1;
-      return kSuccess;
+    case kConfigWorkspace: return give(0, sizeof(int64_t));
+    case kConfigSharedMemory: return give(0, sizeof(int32_t));  // plans that need more than allowed are left out
+    case kGraphEngineCount: return give(1, sizeof(int64_t));
+    case kHeuristicsResults: return give(0, 0);  // one configuration: the descriptor that the caller made for it
   }
-  auto& attributes = static_cast<Descriptor*>(descriptor)->attributes;
-  auto found = attributes.find(name);
-  if (found == attributes.end()) {
-    if (name == kEngineIndex) return give_number(0, requested, given, elements);
-    bool one = name == kConfigEngine || name == kPlanConfig;  // exists, with nothing in it
-    if (given != nullptr) *given = one ? 1 : 0;
+  auto found = descriptor->find(name);
+  if (found == descriptor->end()) {
+    if (name == kEngineIndex) return give(0, sizeof(int64_t));
+    if (name == kConfigEngine || name == kPlanConfig) return give(0, 0);  // exists, with nothing in it
+    if (given != nullptr) *given = 0;
     return kSuccess;
   }
   const Value& value = found->second;
   int64_t count = value.count < requested ? value.count : requested;
   if (given != nullptr) *given = value.count;
   if (elements == nullptr || count <= 0) return kSuccess;
-  if (type == kDescriptor) {
-    void** targets = static_cast<void**>(elements);
-    void* const* sources = reinterpret_cast<void* const*>(value.bytes.data());
-    for (int64_t i = 0; i < count; ++i) fill(targets[i], sources[i]);
-  } else {
+  if (type != kDescriptor) {
     memcpy(elements, value.bytes.data(), count * element_size(type));
+    return kSuccess;
+  }
+  // cuDNN copies the descriptors that it hands out into those that the caller has made.
+  auto* targets = static_cast<Descriptor**>(elements);
+  auto* sources = reinterpret_cast<const Descriptor* const*>(value.bytes.data());
+  for (int64_t i = 0; i < count; ++i) {
+    if (targets[i] != nullptr && sources[i] != nullptr) *targets[i] = *sources[i];
   }
   return kSuccess;
 }

@@ -1,5 +1,5 @@
-// libcuda.so.1: devices, contexts, errors, and how functions are looked up. Modules, kernels, streams and events, as Triton,
-// Inductor and NVRTC users call them, are generated (stubs.py): nothing is loaded and nothing runs.
+// libcuda.so.1: devices, contexts, errors, and how functions are looked up. Modules, kernels, streams and events, as
+// Triton, Inductor and NVRTC users call them, are generated (stubs.py): nothing is loaded and nothing runs.
 #include <cuda.h>
 #include <dlfcn.h>
 
@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "attributes.h"
-#include "errors.h"
 #include "stubs.h"
 
 using namespace vgpu;
@@ -68,19 +67,10 @@ API CUresult cuGetProcAddress(const char* name, void** function, int, cuuint64_t
 
 API CUresult cuInit(unsigned) { return ready(); }
 
-API CUresult cuDriverGetVersion(int* version) {
-  *version = CUDA_VERSION;
-  return CUDA_SUCCESS;
-}
+API CUresult cuDriverGetVersion(int* version) { return tell(version, CUDA_VERSION); }
 
-API CUresult cuGetErrorName(CUresult error, const char** text) {
-  *text = error_text(error).driver_name;
-  return CUDA_SUCCESS;
-}
-API CUresult cuGetErrorString(CUresult error, const char** text) {
-  *text = error_text(error).text;
-  return CUDA_SUCCESS;
-}
+API CUresult cuGetErrorName(CUresult error, const char** text) { return tell(text, error_text(error).driver_name); }
+API CUresult cuGetErrorString(CUresult error, const char** text) { return tell(text, error_text(error).text); }
 
 API CUresult cuDeviceGetCount(int* count) {
   *count = device_count();
@@ -89,8 +79,7 @@ API CUresult cuDeviceGetCount(int* count) {
 
 API CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   if (!valid(ordinal)) return CUDA_ERROR_INVALID_DEVICE;
-  *device = ordinal;
-  return CUDA_SUCCESS;
+  return tell(device, ordinal);
 }
 
 API CUresult cuDeviceGetName(char* text, int capacity, CUdevice device) {
@@ -101,8 +90,7 @@ API CUresult cuDeviceGetName(char* text, int capacity, CUdevice device) {
 
 API CUresult cuDeviceTotalMem(size_t* bytes, CUdevice device) {
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
-  *bytes = device_row(device).total_bytes;
-  return CUDA_SUCCESS;
+  return tell(bytes, device_row(device).total_bytes);
 }
 
 API CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {
@@ -119,8 +107,7 @@ API CUresult cuDeviceGetPCIBusId(char* text, int capacity, CUdevice device) {
 
 API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
-  *value = device_attribute(attribute, device);
-  return CUDA_SUCCESS;
+  return tell(value, device_attribute(attribute, device));
 }
 
 API CUresult cuDeviceComputeCapability(int* major, int* minor, CUdevice device) {
@@ -134,8 +121,7 @@ API CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   if (CUresult error = ready()) return error;
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
   if (!ensure_context(device)) return CUDA_ERROR_OUT_OF_MEMORY;
-  *context = context_of(device);
-  return CUDA_SUCCESS;
+  return tell(context, context_of(device));
 }
 
 API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
@@ -152,16 +138,14 @@ API CUresult cuCtxGetCurrent(CUcontext* context) {
   int device = 0;
   if (depth > 0) device = device_of(stack[depth - 1]);
   else if (cudaGetDevice != nullptr) cudaGetDevice(&device);
-  *context = has_context(device) || depth > 0 ? context_of(device) : nullptr;
-  return CUDA_SUCCESS;
+  return tell(context, has_context(device) || depth > 0 ? context_of(device) : nullptr);
 }
 
 API CUresult cuCtxGetDevice(CUdevice* device) {
   CUcontext context;
   cuCtxGetCurrent(&context);
   if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
-  *device = device_of(context);
-  return CUDA_SUCCESS;
+  return tell(device, device_of(context));
 }
 
 API CUresult cuCtxSetCurrent(CUcontext context) {

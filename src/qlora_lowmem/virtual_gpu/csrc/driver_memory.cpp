@@ -19,23 +19,16 @@ struct Physical {
   CUmemAllocationProp properties;
 };
 
-struct State {
-  std::map<CUmemGenericAllocationHandle, Physical> handles;
-  std::map<CUdeviceptr, CUmemGenericAllocationHandle> mappings;
-  CUmemGenericAllocationHandle next = 1;
-};
-
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-
-State& state() {
-  static State* instance = new State;  // leaked: allocators unmap while the process exits
-  return *instance;
-}
+// Leaked: allocators unmap while the process exits.
+auto& handles = *new std::map<CUmemGenericAllocationHandle, Physical>;
+auto& mappings = *new std::map<CUdeviceptr, CUmemGenericAllocationHandle>;
+CUmemGenericAllocationHandle next_handle = 1;
 
 void drop_reference(std::map<CUmemGenericAllocationHandle, Physical>::iterator it) {
   if (--it->second.references > 0) return;
   give(it->second.device, it->second.bytes);
-  state().handles.erase(it);
+  handles.erase(it);
 }
 
 void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
@@ -53,16 +46,14 @@ int current_device() {
 }  // namespace
 
 API CUresult cuMemGetAllocationGranularity(size_t* bytes, const CUmemAllocationProp*, CUmemAllocationGranularity_flags) {
-  *bytes = kGranularity;
-  return CUDA_SUCCESS;
+  return tell(bytes, kGranularity);
 }
 
 API CUresult cuMemAddressReserve(CUdeviceptr* address, size_t bytes, size_t alignment, CUdeviceptr,
                                  unsigned long long) {
   void* place = reserve_addresses(bytes, alignment);
   if (place == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
-  *address = reinterpret_cast<CUdeviceptr>(place);
-  return CUDA_SUCCESS;
+  return tell(address, reinterpret_cast<CUdeviceptr>(place));
 }
 
 API CUresult cuMemAddressFree(CUdeviceptr address, size_t) {
@@ -80,15 +71,15 @@ API CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, con
   bytes = round_up(bytes, kGranularity);
   if (!take(device, bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
   Guard<mutex> guard;
-  *handle = state().next++;
-  state().handles[*handle] = {bytes, device, 1, *properties};
+  *handle = next_handle++;
+  handles[*handle] = {bytes, device, 1, *properties};
   return CUDA_SUCCESS;
 }
 
 API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
   Guard<mutex> guard;
-  auto it = state().handles.find(handle);
-  if (it == state().handles.end()) return CUDA_ERROR_INVALID_VALUE;
+  auto it = handles.find(handle);
+  if (it == handles.end()) return CUDA_ERROR_INVALID_VALUE;
   drop_reference(it);
   return CUDA_SUCCESS;
 }
@@ -96,21 +87,20 @@ API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
 API CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t, CUmemGenericAllocationHandle handle,
                       unsigned long long) {
   Guard<mutex> guard;
-  auto it = state().handles.find(handle);
-  if (it == state().handles.end() || !is_device_address(pointer(address))) return CUDA_ERROR_INVALID_VALUE;
+  auto it = handles.find(handle);
+  if (it == handles.end() || !is_device_address(pointer(address))) return CUDA_ERROR_INVALID_VALUE;
   ++it->second.references;
-  state().mappings[address] = handle;
+  mappings[address] = handle;
   map_addresses(pointer(address), bytes, it->second.device);
   return CUDA_SUCCESS;
 }
 
 API CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
   Guard<mutex> guard;
-  auto& mappings = state().mappings;
   map_addresses(pointer(address), bytes, -1);
   for (auto it = mappings.lower_bound(address); it != mappings.end() && it->first < address + bytes;) {
-    auto handle = state().handles.find(it->second);
-    if (handle != state().handles.end()) drop_reference(handle);
+    auto handle = handles.find(it->second);
+    if (handle != handles.end()) drop_reference(handle);
     it = mappings.erase(it);
   }
   return CUDA_SUCCESS;
@@ -118,23 +108,20 @@ API CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
 
 API CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* address) {
   Guard<mutex> guard;
-  auto& mappings = state().mappings;
   auto it = mappings.upper_bound(reinterpret_cast<CUdeviceptr>(address));
   if (it == mappings.begin()) return CUDA_ERROR_INVALID_VALUE;
-  auto physical = state().handles.find((--it)->second);
-  if (physical == state().handles.end()) return CUDA_ERROR_INVALID_VALUE;
+  auto physical = handles.find((--it)->second);
+  if (physical == handles.end()) return CUDA_ERROR_INVALID_VALUE;
   ++physical->second.references;
-  *handle = it->second;
-  return CUDA_SUCCESS;
+  return tell(handle, it->second);
 }
 
 API CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* properties,
                                                     CUmemGenericAllocationHandle handle) {
   Guard<mutex> guard;
-  auto it = state().handles.find(handle);
-  if (it == state().handles.end()) return CUDA_ERROR_INVALID_VALUE;
-  *properties = it->second.properties;
-  return CUDA_SUCCESS;
+  auto it = handles.find(handle);
+  if (it == handles.end()) return CUDA_ERROR_INVALID_VALUE;
+  return tell(properties, it->second.properties);
 }
 
 API CUresult cuMemExportToShareableHandle(void*, CUmemGenericAllocationHandle, CUmemAllocationHandleType,

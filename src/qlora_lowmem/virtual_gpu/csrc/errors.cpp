@@ -1,7 +1,7 @@
-#include "errors.h"
-
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+
+#include "stubs.h"
 
 namespace vgpu {
 namespace {

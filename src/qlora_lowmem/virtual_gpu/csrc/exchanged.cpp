@@ -18,33 +18,37 @@ struct Range {
 };
 
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-std::map<uint64_t, Range>* ranges = nullptr;  // leaked on purpose; by start address, not overlapping
+auto& ranges = *new std::map<uint64_t, Range>;  // leaked on purpose; by start address, not overlapping
 uint32_t count = 0;  // read without the lock: launches are frequent, and mostly there is nothing to forget
+
+// Holds the ranges, and counts them at the end.
+class Held {
+ public:
+  ~Held() { __atomic_store_n(&count, static_cast<uint32_t>(ranges.size()), __ATOMIC_RELAXED); }
+
+ private:
+  Guard<mutex> guard_;
+};
 
 uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
 
-void update_count() { __atomic_store_n(&count, static_cast<uint32_t>(ranges->size()), __ATOMIC_RELAXED); }
-
 void erase_overlapping(uint64_t start, uint64_t bytes) {
-  for (auto it = ranges->begin(); it != ranges->end();) {
+  for (auto it = ranges.begin(); it != ranges.end();) {
     bool overlaps = it->first < start + bytes && start < it->first + it->second.bytes.size();
-    it = overlaps ? ranges->erase(it) : std::next(it);
+    it = overlaps ? ranges.erase(it) : std::next(it);
   }
 }
 
 void put(uint64_t start, const char* bytes, uint64_t length, bool exchanged) {
-  if (ranges == nullptr) ranges = new std::map<uint64_t, Range>;
-  std::vector<char> held(bytes, bytes + length);  // `bytes` may lie in a range that is erased
+  std::vector<char> kept(bytes, bytes + length);  // `bytes` may lie in a range that is erased
   erase_overlapping(start, length);
-  if (ranges->size() >= kMostRanges) ranges->clear();
-  (*ranges)[start] = Range{std::move(held), exchanged};
-  update_count();
+  if (ranges.size() >= kMostRanges) ranges.clear();
+  ranges[start] = Range{std::move(kept), exchanged};
 }
 
 const Range* find(uint64_t address, uint64_t bytes, const char** at) {
-  if (ranges == nullptr) return nullptr;
-  auto it = ranges->upper_bound(address);
-  if (it == ranges->begin()) return nullptr;
+  auto it = ranges.upper_bound(address);
+  if (it == ranges.begin()) return nullptr;
   --it;
   uint64_t offset = address - it->first;
   if (offset + bytes > it->second.bytes.size()) return nullptr;
@@ -55,29 +59,25 @@ const Range* find(uint64_t address, uint64_t bytes, const char** at) {
 // Nothing that is longer is kept, but what was known of its place is no longer true.
 bool too_long(uint64_t start, uint64_t bytes) {
   if (bytes <= kMostBytes) return false;
-  if (ranges != nullptr) {
-    erase_overlapping(start, bytes);
-    update_count();
-  }
+  erase_overlapping(start, bytes);
   return true;
 }
 
 void pass_on(const void* target, const void* source, uint64_t bytes, bool by_collective) {
-  Guard<mutex> guard;
+  Held held;
   if (too_long(number(target), bytes)) return;
   const char* at = nullptr;
   if (const Range* range = find(number(source), bytes, &at)) {
     put(number(target), at, bytes, range->exchanged || by_collective);
-  } else if (ranges != nullptr) {
+  } else {
     erase_overlapping(number(target), bytes);
-    update_count();
   }
 }
 
 }  // namespace
 
 void note_written(const void* device_address, const void* source, uint64_t bytes) {
-  Guard<mutex> guard;
+  Held held;
   if (too_long(number(device_address), bytes)) return;
   put(number(device_address), static_cast<const char*>(source), bytes, false);
 }
@@ -88,14 +88,13 @@ void note_exchanged(const void* target, const void* source, uint64_t bytes) { pa
 
 void forget_written() {
   if (__atomic_load_n(&count, __ATOMIC_RELAXED) == 0) return;
-  Guard<mutex> guard;
-  ranges->clear();
-  update_count();
+  Held held;
+  ranges.clear();
 }
 
 bool read_exchanged(void* target, const void* source, uint64_t bytes) {
   if (__atomic_load_n(&count, __ATOMIC_RELAXED) == 0) return false;
-  Guard<mutex> guard;
+  Held held;
   const char* at = nullptr;
   const Range* range = find(number(source), bytes, &at);
   if (range == nullptr || !range->exchanged) return false;

@@ -1,6 +1,5 @@
-// The one kind of mutex here. A child that is forked while another thread holds it finds it free, in a whole state: the
-// thread that forks takes it first, so nobody is in the middle of a change, and the child, where that thread is the only
-// one, makes it anew.
+// The one kind of lock here. A child that is forked while another thread holds it finds it free, and what it guards in
+// order: the thread that forks takes it first, and in the child, where that thread is the only one, makes it anew.
 #pragma once
 
 #include <pthread.h>

@@ -13,6 +13,8 @@
 #include "exchanged.h"
 #include "stubs.h"
 
+using vgpu::tell;
+
 extern "C" int cudaGetDevice(int*) __attribute__((weak));
 extern "C" int cudaMalloc(void**, size_t) __attribute__((weak));
 extern "C" int cudaFree(void*) __attribute__((weak));
@@ -38,8 +40,7 @@ int make(Communicator** communicator, int ranks, int rank) {
   vgpu_notice(vgpu::kNcclBuffers);
   auto* made = static_cast<Communicator*>(malloc(sizeof(Communicator)));
   *made = {ranks, rank, device};
-  *communicator = made;
-  return kSuccess;
+  return tell(communicator, made);
 }
 
 uint64_t element_bytes(int type) {
@@ -85,37 +86,17 @@ API int ncclCommShrink(Communicator* from, int*, int excluded, Communicator** ma
   return make(made, ranks, from->rank < ranks ? from->rank : ranks - 1);
 }
 
-API int ncclCommCount(const Communicator* communicator, int* count) {
-  *count = communicator->ranks;
-  return kSuccess;
-}
-API int ncclCommUserRank(const Communicator* communicator, int* rank) {
-  *rank = communicator->rank;
-  return kSuccess;
-}
-API int ncclCommCuDevice(const Communicator* communicator, int* device) {
-  *device = communicator->device;
-  return kSuccess;
-}
+API int ncclCommCount(const Communicator* communicator, int* count) { return tell(count, communicator->ranks); }
+API int ncclCommUserRank(const Communicator* communicator, int* rank) { return tell(rank, communicator->rank); }
+API int ncclCommCuDevice(const Communicator* communicator, int* device) { return tell(device, communicator->device); }
 
 API int ncclMemAlloc(void** address, size_t bytes) {
   return cudaMalloc != nullptr && cudaMalloc(address, bytes) == 0 ? kSuccess : kCudaError;
 }
-API int ncclMemFree(void* address) {
-  return cudaFree != nullptr && cudaFree(address) == 0 ? kSuccess : kCudaError;
-}
-API int ncclCommRegister(const Communicator*, void* buffer, size_t, void** handle) {
-  *handle = buffer;
-  return kSuccess;
-}
-API int ncclCommWindowRegister(Communicator*, void* buffer, size_t, void** window, int) {
-  *window = buffer;
-  return kSuccess;
-}
-API int ncclWinGetUserPtr(Communicator*, void* window, void** buffer) {
-  *buffer = window;
-  return kSuccess;
-}
+API int ncclMemFree(void* address) { return cudaFree != nullptr && cudaFree(address) == 0 ? kSuccess : kCudaError; }
+API int ncclCommRegister(const Communicator*, void* buffer, size_t, void** handle) { return tell(handle, buffer); }
+API int ncclCommWindowRegister(Communicator*, void* buffer, size_t, void** window, int) { return tell(window, buffer); }
+API int ncclWinGetUserPtr(Communicator*, void* window, void** buffer) { return tell(buffer, window); }
 
 // Every rank is taken to have sent what this one did (exchanged.h).
 API int ncclBroadcast(const void* from, void* to, size_t count, int type, int, Communicator*, void*) {

@@ -101,29 +101,21 @@ API int nvmlSystemGetDriverVersion(char* text, unsigned capacity) {
   return write_text(text, capacity, VGPU_CUDART_VERSION >= 13000 ? "580.00.virtual" : "550.00.virtual");
 }
 SAME(nvmlSystemGetNVMLVersion, nvmlSystemGetDriverVersion)
-API int nvmlSystemGetCudaDriverVersion(int* version) {
-  *version = VGPU_CUDART_VERSION;
-  return kSuccess;
-}
+API int nvmlSystemGetCudaDriverVersion(int* version) { return tell(version, VGPU_CUDART_VERSION); }
 SAME(nvmlSystemGetCudaDriverVersion_v2, nvmlSystemGetCudaDriverVersion)
 
-API int nvmlDeviceGetCount(unsigned* count) {
-  *count = static_cast<unsigned>(machine::device_count());
-  return kSuccess;
-}
+API int nvmlDeviceGetCount(unsigned* count) { return tell(count, machine::device_count()); }
 SAME(nvmlDeviceGetCount_v2, nvmlDeviceGetCount)
 
 API int nvmlDeviceGetHandleByIndex_v2(unsigned index, Handle* handle) {
   if (index >= static_cast<unsigned>(machine::device_count())) return kInvalidArgument;
-  *handle = index + 1;
-  return kSuccess;
+  return tell(handle, index + 1);
 }
 SAME(nvmlDeviceGetHandleByIndex, nvmlDeviceGetHandleByIndex_v2)
 API int nvmlDeviceGetHandleByPciBusId_v2(const char* bus_id, Handle* handle) {
   int device = machine_index_of_pci_bus_id(bus_id);
   if (device < 0) return kNotFound;
-  *handle = static_cast<Handle>(device) + 1;
-  return kSuccess;
+  return tell(handle, device + 1);
 }
 SAME(nvmlDeviceGetHandleByPciBusId, nvmlDeviceGetHandleByPciBusId_v2)
 API int nvmlDeviceGetHandleByUUID(const char* uuid, Handle* handle) {
@@ -139,8 +131,7 @@ API int nvmlDeviceGetHandleByUUID(const char* uuid, Handle* handle) {
 
 API int nvmlDeviceGetIndex(Handle handle, unsigned* index) {
   if (!valid(handle)) return kInvalidArgument;
-  *index = static_cast<unsigned>(device_of(handle));
-  return kSuccess;
+  return tell(index, device_of(handle));
 }
 API int nvmlDeviceGetName(Handle handle, char* text, unsigned capacity) {
   return valid(handle) ? write_text(text, capacity, row(handle).name) : kInvalidArgument;

@@ -1,6 +1,5 @@
 // libcudart: devices, their properties, errors.
 #include "attributes.h"
-#include "errors.h"
 #include "runtime.h"
 
 namespace vgpu {
@@ -79,8 +78,7 @@ API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) 
 
 API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (cudaError_t error = check_device(device)) return error;
-  *value = device_attribute(attribute, device);
-  return cudaSuccess;
+  return tell(value, device_attribute(attribute, device));
 }
 
 API cudaError_t cudaDeviceGetPCIBusId(char* text, int capacity, int device) {
@@ -97,15 +95,7 @@ API cudaError_t cudaDeviceGetByPCIBusId(int* device, const char* text) {
   return fail(cudaErrorInvalidDevice);
 }
 
-API cudaError_t cudaDriverGetVersion(int* version) {
-  *version = CUDART_VERSION;
-  return cudaSuccess;
-}
-
-API cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = CUDART_VERSION;
-  return cudaSuccess;
-}
+API cudaError_t cudaDriverGetVersion(int* version) { return tell(version, CUDART_VERSION); }
 
 API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   if (least != nullptr) *least = 0;

@@ -31,7 +31,7 @@ struct Kernel {
 };
 
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-std::vector<Kernel>* kernels = nullptr;  // leaked on purpose
+auto& kernels = *new std::vector<Kernel>;  // leaked on purpose
 bool sorted = false;
 
 template <typename T>
@@ -60,12 +60,11 @@ int architecture_for(const FatBinaryWrapper* wrapper, int card) {
 
 const FatBinaryWrapper* module_of(const void* host_function) {
   Guard<mutex> guard;
-  if (kernels == nullptr) return nullptr;
   auto before = [](const Kernel& a, const Kernel& b) { return a.host_function < b.host_function; };
-  if (!sorted) std::sort(kernels->begin(), kernels->end(), before);
+  if (!sorted) std::sort(kernels.begin(), kernels.end(), before);
   sorted = true;
-  auto it = std::lower_bound(kernels->begin(), kernels->end(), Kernel{host_function, nullptr}, before);
-  bool found = it != kernels->end() && it->host_function == host_function;
+  auto it = std::lower_bound(kernels.begin(), kernels.end(), Kernel{host_function, nullptr}, before);
+  bool found = it != kernels.end() && it->host_function == host_function;
   return found ? reinterpret_cast<const FatBinaryWrapper*>(it->module) : nullptr;
 }
 
@@ -85,8 +84,7 @@ API char __cudaInitModule(void**) { return 1; }
 API void __cudaRegisterFunction(void** module, const char* host_function, char*, const char*, int, void*, void*, void*,
                                 void*, int*) {
   Guard<mutex> guard;
-  if (kernels == nullptr) kernels = new std::vector<Kernel>();
-  kernels->push_back({host_function, module});
+  kernels.push_back({host_function, module});
   sorted = false;
 }
 
@@ -104,8 +102,7 @@ API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shar
 
 // A kernel's handle is its host function's address, so that attributes find its module.
 API_NAMED(get_kernel(void** kernel, const void* host_function), "__cudaGetKernel") {
-  *kernel = const_cast<void*>(host_function);
-  return cudaSuccess;
+  return tell(kernel, const_cast<void*>(host_function));
 }
 
 API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
@@ -132,8 +129,7 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* bloc
                                                                        unsigned) {
   if (cudaError_t error = enter()) return error;
   int threads = static_cast<int>(device_row(current_device()).threads_per_sm);
-  *blocks = std::max(1, threads / std::max(1, block_size) / 2);
-  return cudaSuccess;
+  return tell(blocks, std::max(1, threads / std::max(1, block_size) / 2));
 }
 API_NAMED(max_active_clusters(int* clusters), "cudaOccupancyMaxActiveClusters") {
   *clusters = 1;

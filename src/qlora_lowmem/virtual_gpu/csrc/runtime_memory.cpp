@@ -63,8 +63,7 @@ API cudaError_t cudaHostUnregister(void* address) {
 API cudaError_t cudaHostGetDevicePointer(void** device_address, void* address, unsigned) {
   Place place = place_of(address);
   if (place.kind == Kind::kUnknown || place.on_device()) return fail(cudaErrorInvalidValue);
-  *device_address = address;
-  return cudaSuccess;
+  return tell(device_address, address);
 }
 
 API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {

@@ -27,16 +27,12 @@ double now_ms() {
 // All that an event is.
 double& recorded_ms(cudaEvent_t event) { return *reinterpret_cast<double*>(event); }
 
-// nullptr for the three streams that have numbers instead of objects: default, legacy, per thread.
-Stream* object_of(cudaStream_t stream) {
-  return reinterpret_cast<uintptr_t>(stream) <= 2 ? nullptr : reinterpret_cast<Stream*>(stream);
-}
+// Three streams are numbers instead of objects: default, legacy, per thread.
+bool is_object(cudaStream_t stream) { return reinterpret_cast<uintptr_t>(stream) > 2; }
 
-template <typename T>
-cudaError_t read(cudaStream_t stream, T Stream::*figure, T without_object, T* value) {
-  Stream* object = object_of(stream);
-  *value = object != nullptr ? object->*figure : without_object;
-  return cudaSuccess;
+Stream describe(cudaStream_t stream) {
+  if (is_object(stream)) return *reinterpret_cast<Stream*>(stream);
+  return {current_device(), 0, 0, reinterpret_cast<uintptr_t>(stream)};
 }
 
 cudaError_t refuse_capture(const char* name) {
@@ -51,8 +47,7 @@ API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flag
   if (cudaError_t error = enter()) return error;
   auto* object = static_cast<Stream*>(malloc(sizeof(Stream)));
   *object = {current_device(), priority, flags, __atomic_add_fetch(&next_stream_id, 1, __ATOMIC_RELAXED)};
-  *stream = reinterpret_cast<cudaStream_t>(object);
-  return cudaSuccess;
+  return tell(stream, reinterpret_cast<cudaStream_t>(object));
 }
 
 API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
@@ -61,21 +56,17 @@ API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) 
 API cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
 API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  free(object_of(stream));
+  if (is_object(stream)) free(stream);
   return cudaSuccess;
 }
 
-API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
-  return read(stream, &Stream::priority, 0, priority);
+API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* out) { return tell(out, describe(stream).priority); }
+API cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* out) { return tell(out, describe(stream).flags); }
+API_NAMED(stream_get_id(cudaStream_t stream, unsigned long long* out), "cudaStreamGetId") {
+  return tell(out, describe(stream).id);
 }
-API cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
-  return read(stream, &Stream::flags, 0u, flags);
-}
-API_NAMED(stream_get_id(cudaStream_t stream, unsigned long long* id), "cudaStreamGetId") {
-  return read(stream, &Stream::id, static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(stream)), id);
-}
-API_NAMED(stream_get_device(cudaStream_t stream, int* device), "cudaStreamGetDevice") {
-  return read(stream, &Stream::device, current_device(), device);
+API_NAMED(stream_get_device(cudaStream_t stream, int* out), "cudaStreamGetDevice") {
+  return tell(out, describe(stream).device);
 }
 
 // What would run on the host once the stream is done runs at once.
@@ -120,6 +111,5 @@ API cudaError_t cudaEventDestroy(cudaEvent_t event) {
 // Host time, which says nothing about a card, but is not zero: tuners divide by it.
 API_NAMED(elapsed_time(float* milliseconds, cudaEvent_t start, cudaEvent_t end), "cudaEventElapsedTime") {
   double elapsed = recorded_ms(end) - recorded_ms(start);
-  *milliseconds = elapsed > 1e-3 ? static_cast<float>(elapsed) : 1e-3f;
-  return cudaSuccess;
+  return tell(milliseconds, elapsed > 1e-3 ? static_cast<float>(elapsed) : 1e-3f);
 }

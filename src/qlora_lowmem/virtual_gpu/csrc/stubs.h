@@ -28,5 +28,31 @@ VGPU_SHARED int vgpu_version_part(int version, int part, int* value, int bad_val
 }  // extern "C"
 
 namespace vgpu {
+
 constexpr size_t kObjectBytes = 512;
+
+// What CUDA's errors are called (errors.cpp). Runtime and driver share their numbers and texts.
+struct ErrorText {
+  int error;
+  const char* runtime_name;
+  const char* driver_name;
+  const char* text;
+};
+VGPU_SHARED const ErrorText& error_text(int error);
+
+// Every library's code for success.
+struct Success {
+  template <typename Status>
+  operator Status() const {
+    return Status{};
+  }
+};
+
+// What a function does that only tells something.
+template <typename T, typename Value>
+Success tell(T* where, Value value) {
+  *where = static_cast<T>(value);
+  return {};
 }
+
+}  // namespace vgpu
