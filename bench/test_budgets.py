@@ -23,7 +23,7 @@ def test_budget(matrix: Matrix, name: str) -> None:
     assert result.failure is None, result.failure
     if not budget["fits"]:
         if result.fits and result.profile is not None and result.profile.total_bytes > SIX_GB:
-            assert result.profile.peak_device_bytes > SIX_GB, "it fits 6 GB now: give it a budget"
+            assert result.profile.peak.device > SIX_GB, "it fits 6 GB now: give it a budget"
         else:
             assert not result.fits, "it fits now: give it a budget"
             assert result.out_of_memory is not None
@@ -31,8 +31,8 @@ def test_budget(matrix: Matrix, name: str) -> None:
     assert result.fits, f"does not fit {result.card}: {result.out_of_memory}"
     assert result.profile is not None
     for what, peak in (
-        ("allocated", result.profile.peak_allocated_bytes),
-        ("device", result.profile.peak_device_bytes),
+        ("allocated", result.profile.peak.allocated),
+        ("device", result.profile.peak.device),
     ):
         limit = parse_bytes(budget[what])
         assert peak <= limit, (

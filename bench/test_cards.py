@@ -42,4 +42,4 @@ def test_optimised_fits(by_card: dict[str, "Future[CaseResult]"], name: str) -> 
     assert result.failure is None, result.failure
     assert result.fits, result.out_of_memory
     assert result.profile is not None
-    assert result.profile.peak_device_bytes <= card.usable_bytes
+    assert result.profile.peak.device <= card.usable_bytes

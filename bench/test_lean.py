@@ -65,7 +65,7 @@ def runs(
         if run.profile is None:
             return
         peaks = run.profile
-        steps.append(Step(idea, peaks.peak_allocated_bytes, peaks.peak_device_bytes, run.floor_bytes))
+        steps.append(Step(idea, peaks.peak.allocated, peaks.peak.device, run.floor_bytes))
     write_waterfall(results_folder / card.name, steps, provenance_record(card.name, "virtual"))
 
 
@@ -73,7 +73,7 @@ def peak(runs: dict[str, "Future[RecipeRun]"], idea: str) -> int:
     run = runs[idea].result()
     assert run.failure is None, run.failure
     assert run.profile is not None
-    return run.profile.peak_allocated_bytes
+    return run.profile.peak.allocated
 
 
 def test_the_ladder_ends_at_the_shipped_recipe() -> None:

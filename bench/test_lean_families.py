@@ -65,7 +65,7 @@ def _peaks(run: "Future[RecipeRun]") -> tuple[int, int]:
     done = run.result()
     assert done.failure is None, done.failure
     assert done.profile is not None
-    return done.profile.peak_allocated_bytes, done.floor_bytes
+    return done.profile.peak.allocated, done.floor_bytes
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)

@@ -116,7 +116,7 @@ def again(planned: Sweep, request: pytest.FixtureRequest, results_folder: Path) 
 def _held(run: RecipeRun, plan: Plan) -> tuple[int, bool]:
     room = room_left(run, virtual_gpu.get_card(plan.card), plan.subject)
     assert run.profile is not None
-    return run.profile.peak_device_bytes, room >= 0
+    return run.profile.peak.device, room >= 0
 
 
 def test_ten_pairs_in_the_time_of_ten_minutes_on_two_cores(planned: Sweep) -> None:

@@ -112,9 +112,9 @@ def _adds(runs: Runs, model: str, name: str) -> Row:
 
 def _total(runs: Runs, model: str, name: str) -> Row:
     profile = runs.profile(model, name)
-    peak, device = profile.peak_allocated_bytes, profile.peak_device_bytes
+    peak, device = profile.peak.allocated, profile.peak.device
     made_of = (
-        f"{gigabytes_text(peak)} allocated, {gigabytes_text(profile.peak_reserved_bytes - peak)} more reserved and "
+        f"{gigabytes_text(peak)} allocated, {gigabytes_text(profile.peak.reserved - peak)} more reserved and "
         f"{gigabytes_text(profile.outside_allocator_bytes)} of CUDA context"
     )
     return judged(

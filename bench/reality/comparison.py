@@ -29,7 +29,7 @@ class Comparison:
         steady = self.plan.phases["steady"]
         if self.row.measures == "allocated":
             return steady.allocated
-        return self.plan.peak_reserved_bytes if self.row.measures == "reserved" else self.plan.peak_device_bytes
+        return self.plan.peak.reserved if self.row.measures == "reserved" else self.plan.peak.device
 
     @property
     def published(self) -> Published:
@@ -88,9 +88,9 @@ class Comparison:
         """Plain data, a column a figure."""
         found = plain_row(self.published) | {
             "measured_provenance": "measured by others: see source",
-            "plan_allocated_bytes": self.plan.peak_allocated_bytes,
-            "plan_reserved_bytes": self.plan.peak_reserved_bytes,
-            "plan_device_bytes": self.plan.peak_device_bytes,
+            "plan_allocated_bytes": self.plan.peak.allocated,
+            "plan_reserved_bytes": self.plan.peak.reserved,
+            "plan_device_bytes": self.plan.peak.device,
             "plan_provenance": "virtual",
             "difference": self.difference,
             "left": self.left,

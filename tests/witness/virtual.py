@@ -29,7 +29,7 @@ def steady_counters(content: dict[str, Any]) -> dict[str, int]:
     return {
         "allocated": statistics["allocated_bytes.all.peak"],
         "requested": statistics["requested_bytes.all.peak"],
-        "peak": outcome.profile.peak_allocated_bytes,
+        "peak": outcome.profile.peak.allocated,
     }
 
 

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{found.recipe.name}", file=sys.stderr)
         print(phase_table(found.profile), file=sys.stderr)
         if found.floor_bytes:
-            print(*floor_lines(found.profile.peak_allocated_bytes, found.floor_bytes), sep="\n", file=sys.stderr)
+            print(*floor_lines(found.profile.peak.allocated, found.floor_bytes), sep="\n", file=sys.stderr)
         for phase, message in found.out_of_memory.items():
             print(f"out of memory in phase {phase!r}: {message}", file=sys.stderr)
         verdict = "every phase fits" if found.fits(card) else "does not fit"

@@ -63,7 +63,7 @@ class VirtualRunner:
             recipe,
             self._card.name,
             "virtual",
-            fits=found is run and profile is not None and profile.peak_device_bytes <= self._card.usable_bytes,
+            fits=found is run and profile is not None and profile.peak.device <= self._card.usable_bytes,
             profile=profile,
             out_of_memory=run.out_of_memory,
             failure=found.failure,

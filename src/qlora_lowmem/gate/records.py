@@ -55,9 +55,9 @@ def record_of(
     """The record of a run."""
     record = Record(
         key=key,
-        allocated=profile.peak_allocated_bytes,
-        reserved=profile.peak_reserved_bytes,
-        device=profile.peak_device_bytes,
+        allocated=profile.peak.allocated,
+        reserved=profile.peak.reserved,
+        device=profile.peak.device,
         phases={name: peak.allocated for name, peak in profile.phases.items()},
         versions=dict(versions or {}),
     )

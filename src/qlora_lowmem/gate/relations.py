@@ -16,7 +16,7 @@ Profile = MemoryProfile | int
 
 def peak(profile: Profile) -> int:
     """The allocated peak in bytes."""
-    return profile if isinstance(profile, int) else profile.peak_allocated_bytes
+    return profile if isinstance(profile, int) else profile.peak.allocated
 
 
 def assert_less(

@@ -70,21 +70,6 @@ class MemoryProfile:
         """The highest of all phases."""
         return Peak.highest(self.phases.values())
 
-    @property
-    def peak_allocated_bytes(self) -> int:
-        """The highest allocated peak of all phases."""
-        return self.peak.allocated
-
-    @property
-    def peak_reserved_bytes(self) -> int:
-        """The highest reserved peak of all phases."""
-        return self.peak.reserved
-
-    @property
-    def peak_device_bytes(self) -> int:
-        """What the card must hold, CUDA context included."""
-        return self.peak.device
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, the three peaks on top."""
         peaks = {f"peak_{figure}_bytes": count for figure, count in asdict(self.peak).items()}

@@ -87,13 +87,13 @@ def knobs_of(
 ) -> tuple[Knob, ...]:
     """What each change saves of the peak of `base`, the most first; those that save nothing are left out."""
     assert base.profile is not None
-    needed = base.profile.peak_device_bytes
+    needed = base.profile.peak.device
     knobs = [
         Knob(
             " ".join(change.flags),
-            run.profile.peak_device_bytes,
-            needed - run.profile.peak_device_bytes,
-            run.profile.peak_device_bytes <= card.usable_bytes,
+            run.profile.peak.device,
+            needed - run.profile.peak.device,
+            run.profile.peak.device <= card.usable_bytes,
             change.move.kind,
             change.move.cost,
             host_bytes=run.pinned_host_bytes,

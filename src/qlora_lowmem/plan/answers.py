@@ -137,9 +137,9 @@ def need_of(run: RecipeRun, *, fits: bool) -> Need:
     """A run's peaks; zeros where it failed."""
     peaks = run.profile
     return Need(
-        peaks.peak_allocated_bytes if peaks else 0,
-        peaks.peak_reserved_bytes if peaks else 0,
-        peaks.peak_device_bytes if peaks else 0,
+        peaks.peak.allocated if peaks else 0,
+        peaks.peak.reserved if peaks else 0,
+        peaks.peak.device if peaks else 0,
         run.floor_bytes,
         run.pinned_host_bytes,
         run.trainable_parameters,

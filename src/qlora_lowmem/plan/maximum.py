@@ -43,7 +43,7 @@ def room_left(run: RecipeRun, card: virtual_gpu.Card, name: str) -> int:
     """
     if run.profile is None:
         raise QloraLowmemError(f"{name} fails on {card.name}: {(run.failure or 'no output').strip().splitlines()[-1]}")
-    return -1 if run.out_of_memory is not None else card.usable_bytes - run.profile.peak_device_bytes
+    return -1 if run.out_of_memory is not None else card.usable_bytes - run.profile.peak.device
 
 
 def reach(

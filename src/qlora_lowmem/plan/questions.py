@@ -60,7 +60,7 @@ class Life:
 
     def fits(self, card: virtual_gpu.Card) -> bool:
         """Whether every phase stays within what a job can count on there."""
-        return not self.out_of_memory and self.profile.peak_device_bytes <= card.usable_bytes
+        return not self.out_of_memory and self.profile.peak.device <= card.usable_bytes
 
     def phases(self, device_budget: int, allocated_budgets: Mapping[str, int] | None = None) -> tuple[PhaseBytes, ...]:
         """Its phases beside their budgets in bytes, as `phase_bytes` says."""

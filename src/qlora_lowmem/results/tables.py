@@ -153,9 +153,7 @@ def floor_lines(allocated_bytes: int, floor_bytes: int) -> tuple[str, str]:
 def phase_table(profile: MemoryProfile) -> str:
     """Peaks by phase, in GiB, as text for a terminal."""
     rows = [[name, gib(peak.allocated), gib(peak.reserved), gib(peak.device)] for name, peak in profile.phases.items()]
-    rows.append(
-        ["peak", gib(profile.peak_allocated_bytes), gib(profile.peak_reserved_bytes), gib(profile.peak_device_bytes)]
-    )
+    rows.append(["peak", gib(profile.peak.allocated), gib(profile.peak.reserved), gib(profile.peak.device)])
     table = tabulate(
         rows,
         headers=[f"{profile.device} ({profile.provenance})", "allocated GiB", "reserved GiB", "with context GiB"],

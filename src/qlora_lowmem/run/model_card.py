@@ -25,8 +25,8 @@ def write_model_card(folder: Path, recipe: Recipe, outcome: Outcome, device: str
     else:
         peaks = outcome.profile
         memory = (
-            f"Peak, {peaks.provenance} on {peaks.device}: {format_bytes(peaks.peak_allocated_bytes)} allocated, "
-            f"{format_bytes(peaks.peak_reserved_bytes)} reserved, {format_bytes(peaks.peak_device_bytes)} on the card "
+            f"Peak, {peaks.provenance} on {peaks.device}: {format_bytes(peaks.peak.allocated)} allocated, "
+            f"{format_bytes(peaks.peak.reserved)} reserved, {format_bytes(peaks.peak.device)} on the card "
             "with the CUDA context."
         )
     source = source_of(recipe)

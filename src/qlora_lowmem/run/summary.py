@@ -45,7 +45,7 @@ def last_lines(outcome: "Outcome", summary: dict[str, Any]) -> Iterator[str]:
 
     if outcome.profile is not None:
         yield phase_table(outcome.profile)
-        yield from floor_lines(outcome.profile.peak_allocated_bytes, outcome.floor.total)
+        yield from floor_lines(outcome.profile.peak.allocated, outcome.floor.total)
     if "final_loss" in summary:
         yield f"loss {' -> '.join(losses_in_words(outcome))} in {outcome.steps} steps"
         if summary["evaluations"]:
