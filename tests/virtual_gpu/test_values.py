@@ -40,6 +40,11 @@ def test_a_program_that_reads_values_is_told_once(answers):
     assert answers.output_tail.count("they are not real (zeros)") == 1
 
 
+def test_all_may_be_asked_by_keyword(job):
+    expression = "bool(torch.all(input=mask))"
+    assert job("evaluate", expressions=[expression]).value == {expression: "False"}
+
+
 def test_every_row_has_its_reason():
     assert all(reason for *_, reason in (*VALUES, *_facts().FACTS))
 

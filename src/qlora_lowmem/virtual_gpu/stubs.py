@@ -321,12 +321,14 @@ def write_version_script(node: str | None, names: Iterable[str]) -> str:
     return f"{node or ''} {{\n  global:\n{exported}  local: *;\n}};\n"
 
 
-_DECLARATION = re.compile(r"^\s*(?:extern\s+)?CUresult\s+CUDAAPI\s+(cu[A-Z]\w+)\s*\(", re.MULTILINE)
-_RENAMING = re.compile(r"^\s*#\s*define\s+(cu[A-Z]\w+)\s+(?:__CUDA_API_PT\w+\()?(cu[A-Z]\w+?)\)?\s*$", re.MULTILINE)
+# As texts: compiling them takes longer than all else that a run with a known build needs of this module.
+_DECLARATION = r"^\s*(?:extern\s+)?CUresult\s+CUDAAPI\s+(cu[A-Z]\w+)\s*\("
+_RENAMING = r"^\s*#\s*define\s+(cu[A-Z]\w+)\s+(?:__CUDA_API_PT\w+\()?(cu[A-Z]\w+?)\)?\s*$"
 
 
 def driver_functions(header: str) -> tuple[list[str], dict[str, str]]:
     """Functions that the text of cuda.h declares, under their binary names, and its renamings."""
-    renamings = {name: symbol for name, symbol in _RENAMING.findall(header) if name != symbol}
-    declared = {renamings.get(name, name) for name in _DECLARATION.findall(header)}
+    found = re.findall(_RENAMING, header, re.MULTILINE)
+    renamings = {name: symbol for name, symbol in found if name != symbol}
+    declared = {renamings.get(name, name) for name in re.findall(_DECLARATION, header, re.MULTILINE)}
     return sorted(declared | set(renamings.values())), renamings
