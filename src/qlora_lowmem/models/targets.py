@@ -17,8 +17,7 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean import LeanOptions, LeanReport, RefusedOptionError
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.checks import allowed, field_specs
-
-PRESETS = ("attention", "attention-qv", "all-linear")
+from qlora_lowmem.recipe.sections import TARGET_PRESETS
 
 # How attention blocks are called in transformers' models; their Linear children are the attention projections.
 _ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
@@ -32,12 +31,10 @@ class Targets:
     Attributes:
         names: the modules' own names or suffixes (`q_proj`), as `peft.LoraConfig.target_modules` takes them.
         modules: full names of every module that gets an adapter.
-        linear_modules: how many Linear modules the model has in all, without the LM head.
     """
 
     names: tuple[str, ...]
     modules: tuple[str, ...]
-    linear_modules: int
 
 
 def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targets:
@@ -68,32 +65,26 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise UsageError(
                 f"lora.target_modules: {name!r} matches no Linear module of this model, and PEFT would ignore it "
-                f"silently.{hint} These match: {_listing(by_leaf)}; or a preset: {', '.join(PRESETS)}"
+                f"silently.{hint} These match: {_listing(by_leaf)}; or a preset: {', '.join(TARGET_PRESETS)}"
             )
     modules = tuple(name for name in linears if _matches(name, wanted))
-    return Targets(
-        names=tuple(sorted(set(wanted))),
-        modules=modules,
-        linear_modules=len(linears),
-    )
+    return Targets(names=tuple(sorted(set(wanted))), modules=modules)
 
 
 def _preset(asked: str, linears: Iterable[str]) -> tuple[str, ...]:
-    if asked not in PRESETS:
+    if asked not in TARGET_PRESETS:
         return (asked,)
-    names = list(linears)
+    paths = [name.rsplit(".", 2) for name in linears]
+    leaves = Counter(path[-1] for path in paths)
     if asked == "all-linear":
-        return tuple(sorted({name.rpartition(".")[2] for name in names}))
-    inside = {
-        name.rpartition(".")[2] for name in names if name.rpartition(".")[0].rpartition(".")[2] in _ATTENTION_BLOCKS
-    }
+        return tuple(sorted(leaves))
+    inside = {path[-1] for path in paths if path[-2:-1] and path[-2] in _ATTENTION_BLOCKS}
     chosen = inside if asked == "attention" else inside & set(_QUERY_AND_VALUE)
     if not chosen:
-        leaves = Counter(name.rpartition(".")[2] for name in names)
+        has = f" (its attention has {', '.join(sorted(inside))})" if inside else ""
         raise UsageError(
-            f"lora.target_modules: the preset {asked!r} finds nothing in this architecture"
-            + (f" (its attention has {', '.join(sorted(inside))})" if inside else "")
-            + f". Name modules instead; these match: {_listing(leaves)}"
+            f"lora.target_modules: the preset {asked!r} finds nothing in this architecture{has}. Name modules instead; "
+            f"these match: {_listing(leaves)}"
         )
     return tuple(sorted(chosen))
 

@@ -16,7 +16,6 @@ import yaml
 
 from qlora_lowmem.recipe.sections import (
     SYNTHETIC,
-    TARGET_PRESETS,
     Base,
     Batch,
     Data,
@@ -35,19 +34,9 @@ from qlora_lowmem.recipe.sections import (
 __all__ = [
     "SECTIONS",
     "SYNTHETIC",
-    "TARGET_PRESETS",
-    "Base",
-    "Batch",
-    "Data",
-    "Dataloader",
-    "Lean",
-    "Lora",
     "Memory",
-    "Optimizer",
-    "Quantization",
     "Recipe",
     "Run",
-    "Schedule",
     "field_values",
     "hashed_fields",
     "recipe_fields",
@@ -59,7 +48,7 @@ __all__ = [
 class Recipe:
     """One training job, complete. `load_recipe` makes a checked one from a file."""
 
-    name: str = knob("", "name in tables; the file's name without .yaml", "none", kind="name")
+    name: str = knob("", "name in tables; the file's name without .yaml", kind="name")
     base: Base = field(default_factory=Base)
     quantization: Quantization = field(default_factory=Quantization)
     lora: Lora = field(default_factory=Lora)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import re
 import types
 import typing
@@ -20,6 +21,12 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _NAME = re.compile(r"(?!\.)[^/\\{}\x00-\x1f]+")
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _BOOLEANS = {"true": True, "false": False}
+_LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "min": ("at least", operator.ge),
+    "max": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
 
 
 class InvalidValueError(ValueError):
@@ -70,7 +77,7 @@ def _spec(section: str, each: "dataclasses.Field[Any]") -> FieldSpec:
         kind=by_annotation if metadata["kind"] == "auto" else metadata["kind"],
         optional=types.NoneType in arguments,
         choices=choices,
-        limits={key: metadata[key] for key in ("min", "max", "above", "below") if key in metadata},
+        limits={key: limit for key, limit in metadata.items() if key in _LIMITS},
         help=metadata["help"],
         memory=metadata["memory"],
         default=each.default,
@@ -108,16 +115,12 @@ def parse_text(spec: FieldSpec, text: str) -> Any:
     if spec.kind == "bool":
         value = _BOOLEANS.get(text.lower(), text)
     elif spec.kind in ("int", "memory") and _INTEGER.fullmatch(text):
-        value = _integer(text)
+        value = int(text[:40])  # beyond any limit already; int() itself refuses thousands of digits
     elif spec.kind in ("int", "float", "memory"):
         value = _number(text)
     elif spec.kind == "modules" and text not in TARGET_PRESETS and _near_preset(text) is None:
         value = [name.strip() for name in text.split(",")]
     return check_value(spec, value)
-
-
-def _integer(text: str) -> int:
-    return int(text[:40])  # 40 digits are beyond any limit already; int() itself refuses thousands
 
 
 def _number(text: str) -> float | str:
@@ -138,8 +141,8 @@ def _advice(spec: FieldSpec) -> str:
 def allowed(spec: FieldSpec) -> str:
     """What the field takes, in words."""
     if spec.kind in ("int", "float"):
-        words = {"min": "at least", "above": "above", "max": "at most", "below": "below"}
-        limits = " and ".join(f"{words[key]} {_plain(spec.limits[key])}" for key in words if key in spec.limits)
+        numbers = {key: f"{limit:{'d' if isinstance(limit, int) else 'g'}}" for key, limit in spec.limits.items()}
+        limits = " and ".join(f"{_LIMITS[key][0]} {number}" for key, number in numbers.items())
         return f"{'an integer' if spec.kind == 'int' else 'a number'} {limits}".strip()
     return {
         "bool": "true or false (without quotes)",
@@ -153,19 +156,9 @@ def allowed(spec: FieldSpec) -> str:
     }[spec.kind]
 
 
-def _plain(number: float) -> str:
-    return f"{number:d}" if isinstance(number, int) else f"{number:g}"
-
-
 def _within(spec: FieldSpec, value: float) -> None:
-    limits = spec.limits
-    if (
-        (isinstance(value, float) and not math.isfinite(value))
-        or ("min" in limits and value < limits["min"])
-        or ("max" in limits and value > limits["max"])
-        or ("above" in limits and value <= limits["above"])
-        or ("below" in limits and value >= limits["below"])
-    ):
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not finite or not all(_LIMITS[key][1](value, limit) for key, limit in spec.limits.items()):
         raise InvalidValueError(f"is out of range; {_advice(spec)}")
 
 
@@ -227,22 +220,19 @@ def _check_modules(spec: FieldSpec, value: Any) -> str | tuple[str, ...]:
             return value
         near = _near_preset(value)
         listed = f"; for modules of that name write a list: [{value}]" if _MODULE.fullmatch(value) else ""
-        raise InvalidValueError(
-            "is not a preset; " + (f"did you mean {near}?" if near else f"write {allowed(spec)}{listed}")
-        )
+        advice = f"did you mean {near}?" if near else f"write {allowed(spec)}{listed}"
+        raise InvalidValueError(f"is not a preset; {advice}")
     if not isinstance(value, list | tuple):
         raise InvalidValueError(f"is not a list of module names; {_advice(spec)}")
     if not value:
         raise InvalidValueError(f"is an empty list, which would train nothing; {_advice(spec)}")
     for name in value:
         if name in TARGET_PRESETS:
-            raise InvalidValueError(
-                f"mixes the preset {name} into a list; write target_modules: {name}, or modules only"
-            )
+            advice = f"write target_modules: {name}, or modules only"
+            raise InvalidValueError(f"mixes the preset {name} into a list; {advice}")
         if not isinstance(name, str) or not _MODULE.fullmatch(name):
-            raise InvalidValueError(
-                f"holds {name!r}, which is not a module name; names look like q_proj or mamba.in_proj"
-            )
+            advice = "names look like q_proj or mamba.in_proj"
+            raise InvalidValueError(f"holds {name!r}, which is not a module name; {advice}")
     twice = sorted({name for name in value if list(value).count(name) > 1})
     if twice:
         raise InvalidValueError(f"names {', '.join(twice)} twice; remove the second")
@@ -275,11 +265,8 @@ def _check_data(spec: FieldSpec, value: Any) -> str:
     if text == SYNTHETIC or text.lower().endswith(DATA_SUFFIXES) or is_hub_data(text):
         return text
     near = closest(text, [SYNTHETIC])
-    raise InvalidValueError(
-        f"is neither JSON Lines nor Parquet; did you mean {near}?"
-        if near
-        else f"is neither JSON Lines nor Parquet; write {allowed(spec)}"
-    )
+    advice = f"did you mean {near}?" if near else f"write {allowed(spec)}"
+    raise InvalidValueError(f"is neither JSON Lines nor Parquet; {advice}")
 
 
 def _check_path(spec: FieldSpec, value: Any) -> str:

@@ -1,7 +1,6 @@
 """Fields that are each allowed but cannot hold together: what an argument with the recipe's author would settle."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from qlora_lowmem.recipe import Recipe
 
@@ -9,16 +8,8 @@ from qlora_lowmem.recipe import Recipe
 Row = tuple[object, tuple[str, ...], str]
 
 
-@dataclass(frozen=True)
-class Contradiction:
-    """The fields that disagree, why, and what to change."""
-
-    leaves: tuple[str, ...]
-    message: str
-
-
-def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
-    """What cannot hold together in `recipe`, whose single values are all allowed.
+def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The fields of `recipe`, whose single values are all allowed, that cannot hold together; why, and what to change.
 
     A combination that only does nothing (pinned memory on a CPU, say) is not one. One that would break a promise is:
     a cap that caps nothing, a warm-up that never ends (where `max_steps` says how long the run is).
@@ -26,7 +17,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     rows = _of_the_optimizer(recipe) + _of_the_schedule(recipe) + _of_the_model(recipe) + _of_lean(recipe)
     for applies, leaves, message in rows + (_of_the_cpu(recipe) if recipe.run.device == "cpu" else []):
         if applies:
-            yield Contradiction(leaves, message)
+            yield leaves, message
 
 
 def warm_up_beyond(warmup: int, steps: int) -> str | None:

@@ -25,36 +25,29 @@ from qlora_lowmem.recipe.yaml_text import Entry, FileFault, parse_recipe_text, r
 
 # The names of the same knobs in TRL, transformers, PEFT and bitsandbytes.
 _OTHER_NAMES = {
-    "model_id": "model",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "attn_implementation": "attention",
-    "bnb_4bit_quant_type": "quant_type",
-    "bnb_4bit_use_double_quant": "double_quant",
-    "bnb_4bit_compute_dtype": "compute_dtype",
-    "bnb_4bit_quant_storage": "quant_storage",
-    "r": "lora_r",
-    "rank": "lora_r",
-    "lora_rank": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "max_length": "max_seq_length",
-    "seq_length": "max_seq_length",
-    "per_device_train_batch_size": "batch_size",
-    "optim": "optimizer",
-    "lr": "learning_rate",
-    "lr_scheduler_type": "lr_scheduler",
-    "num_train_epochs": "num_epochs",
-    "epochs": "num_epochs",
-    "steps": "max_steps",
-    "dataloader_num_workers": "dataloader_workers",
-    "dataloader_pin_memory": "pin_memory",
-    "dataset": "data",
-    "train_file": "data",
-    "output": "output_dir",
-    "test_size": "eval_fraction",
-    "validation_split": "eval_fraction",
+    "model": ("model_id", "model_name", "model_name_or_path"),
+    "attention": ("attn_implementation",),
+    "quant_type": ("bnb_4bit_quant_type",),
+    "double_quant": ("bnb_4bit_use_double_quant",),
+    "compute_dtype": ("bnb_4bit_compute_dtype",),
+    "quant_storage": ("bnb_4bit_quant_storage",),
+    "lora_r": ("r", "rank", "lora_rank"),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "max_seq_length": ("max_length", "seq_length"),
+    "batch_size": ("per_device_train_batch_size",),
+    "optimizer": ("optim",),
+    "learning_rate": ("lr",),
+    "lr_scheduler": ("lr_scheduler_type",),
+    "num_epochs": ("num_train_epochs", "epochs"),
+    "max_steps": ("steps",),
+    "dataloader_workers": ("dataloader_num_workers",),
+    "pin_memory": ("dataloader_pin_memory",),
+    "data": ("dataset", "train_file"),
+    "output_dir": ("output",),
+    "eval_fraction": ("test_size", "validation_split"),
 }
+_OURS = {other: leaf for leaf, others in _OTHER_NAMES.items() for other in others}
 _METAVARS = {"int": "N", "float": "X", "memory": "SIZE", "modules": "NAMES", "data": "FILE", "path": "DIR"}
 
 
@@ -74,8 +67,12 @@ class _Draft:
         try:
             self.values[leaf] = read(spec, value)
         except InvalidValueError as fault:
-            self.faulty.add(leaf)
-            self.faults.append(f"{where}: {spec.path} = {shown or _shown(value)} {fault}")
+            self.refuse(leaf, f"{shown or _shown(value)} {fault}")
+
+    def refuse(self, leaf: str, fault: str) -> None:
+        """The value of a field is not to be taken; `fault` goes on after `section.field = `."""
+        self.faulty.add(leaf)
+        self.faults.append(f"{self.written_at[leaf]}: {field_specs()[leaf].path} = {fault}")
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -168,24 +165,20 @@ def _take_overrides(draft: _Draft, overrides: Mapping[str, Any]) -> None:
 
 
 def _keep_output_inside(draft: _Draft) -> None:
-    where = draft.written_at.get("output_dir")
-    if "output_dir" not in draft.values or where == field_specs()["output_dir"].flag:
-        return
-    given = draft.values["output_dir"]
+    given = draft.values.get("output_dir", "")
     path = Path(os.path.normpath(given))
-    if path.is_absolute() or path.parts[:1] in (("..",), ("~",)):
-        draft.faulty.add("output_dir")
-        draft.faults.append(
-            f"{where}: run.output_dir = {given!r} leads out of the working directory; write a folder below it, or give "
-            "this one on the command line (--output-dir)"
-        )
+    on_command_line = draft.written_at.get("output_dir") == field_specs()["output_dir"].flag
+    if not on_command_line and (path.is_absolute() or path.parts[:1] in (("..",), ("~",))):
+        advice = "write a folder below it, or give this one on the command line (--output-dir)"
+        draft.refuse("output_dir", f"{given!r} leads out of the working directory; {advice}")
 
 
 def _finish(draft: _Draft, source: str) -> Recipe:
     recipe = _build(draft.values)
-    for found in contradictions(recipe):
-        if not draft.faulty.intersection(found.leaves):
-            draft.faults.append(_contradiction(draft, recipe, found.leaves, found.message))
+    for leaves, message in contradictions(recipe):
+        if not draft.faulty.intersection(leaves):
+            values = " and ".join(_with_its_place(draft, recipe, field_specs()[leaf]) for leaf in leaves)
+            draft.faults.append(f"{values} contradict each other: {message}")
     if draft.faults:
         count = "1 problem" if len(draft.faults) == 1 else f"{len(draft.faults)} problems"
         raise UsageError("\n  ".join([f"{source}: {count}", *draft.faults]))
@@ -200,21 +193,16 @@ def _build(values: Mapping[str, Any]) -> Recipe:
     return Recipe(**groups[""], **{section: group(**groups[section]) for section, group in SECTIONS.items()})
 
 
-def _contradiction(draft: _Draft, recipe: Recipe, leaves: tuple[str, ...], message: str) -> str:
-    specs = [field_specs()[leaf] for leaf in leaves]
-    names = " and ".join(
-        f"{spec.path} = {_shown(getattr(getattr(recipe, spec.section), spec.name))}"
-        f" ({draft.written_at.get(spec.name, 'the default')})"
-        for spec in specs
-    )
-    return f"{names} contradict each other: {message}"
+def _with_its_place(draft: _Draft, recipe: Recipe, spec: FieldSpec) -> str:
+    value = _shown(getattr(getattr(recipe, spec.section), spec.name))
+    return f"{spec.path} = {value} ({draft.written_at.get(spec.name, 'the default')})"
 
 
 def _unknown_key(key: str, section: str) -> str:
     """What an unknown key most likely meant: the field in its own section, another library's name, a misspelling."""
     specs = field_specs()
     known = [*specs, *SECTIONS] if not section else list(specs)
-    near = key if key in specs else _OTHER_NAMES.get(key) or closest(key, known)
+    near = key if key in specs else _OURS.get(key) or closest(key, known)
     if near is None:
         choices = [name for name, spec in specs.items() if spec.section == section] or list(specs)
         return f"unknown key; remove it. Known here: {', '.join(choices + ([] if section else list(SECTIONS)))}"
@@ -255,21 +243,13 @@ def overrides_from(namespace: argparse.Namespace) -> dict[str, str]:
 
 
 def _add_flag(group: "argparse._ArgumentGroup", spec: FieldSpec) -> None:
-    text = _help(spec).replace("%", "%%")
     if spec.kind != "bool":
         metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else _METAVARS.get(spec.kind, "TEXT")
-        group.add_argument(spec.flag, dest=spec.name, default=None, metavar=metavar, help=text)
+        limits = f" ({allowed(spec)})" if spec.limits else ""
+        text = f"{spec.help}{limits}. Memory: {spec.memory}."
+        group.add_argument(spec.flag, metavar=metavar, help=text.replace("%", "%%"))
         return
-    group.add_argument(
-        spec.flag, dest=spec.name, default=None, nargs="?", const="true", metavar="true|false", help=text
-    )
     negative = spec.flag.replace("--", "--no-", 1)
-    group.add_argument(
-        negative, dest=spec.name, default=None, action="store_const", const="false", help=argparse.SUPPRESS
-    )
-
-
-def _help(spec: FieldSpec) -> str:
-    limits = f" ({allowed(spec)})" if spec.limits else ""
-    negative = f"; or {spec.flag.replace('--', '--no-', 1)}" if spec.kind == "bool" else ""
-    return f"{spec.help}{limits}{negative}. Memory: {spec.memory}."
+    text = f"{spec.help}; or {negative}. Memory: {spec.memory}."
+    group.add_argument(spec.flag, nargs="?", const="true", metavar="true|false", help=text.replace("%", "%%"))
+    group.add_argument(negative, dest=spec.name, action="store_const", const="false", help=argparse.SUPPRESS)

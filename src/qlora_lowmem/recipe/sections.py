@@ -19,7 +19,7 @@ TARGET_PRESETS = ("attention", "attention-qv", "all-linear")
 Kind = Literal["auto", "name", "modules", "memory", "data", "path"]
 
 
-def knob(default: Any, help: str, memory: str, *, kind: Kind = "auto", **limits: float) -> Any:
+def knob(default: Any, help: str, memory: str = "none", *, kind: Kind = "auto", **limits: float) -> Any:
     """A field of a section, with what it is, what it does to memory, and its limits as metadata.
 
     `kind` says how a value is checked where the annotation alone does not; `min` and `max` are allowed themselves,
@@ -42,7 +42,7 @@ class Base:
         "hub id, local folder, GGUF file or name of a known architecture",
         "its 4-bit weights and its embeddings are the floor of every run",
     )
-    revision: str | None = knob(None, "branch, tag or commit of the model on the hub; null is the newest", "none")
+    revision: str | None = knob(None, "branch, tag or commit of the model on the hub; null is the newest")
     weights: Literal["pretrained", "random"] = knob(
         "pretrained",
         "pretrained weights, or random ones of the same shapes (a memory test needs no download)",
@@ -53,9 +53,7 @@ class Base:
         "implementation of attention",
         "eager stores (batch, heads, seq, seq) scores for backward: quadratic in the sequence; sdpa does not",
     )
-    trust_remote_code: bool = knob(
-        False, "run the model repository's own Python code; only for authors you trust", "none"
-    )
+    trust_remote_code: bool = knob(False, "run the model repository's own Python code; only for authors you trust")
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Lora:
         min=1,
         max=4096,
     )
-    lora_alpha: int = knob(16, "scale of the adapters: alpha / r multiplies their output", "none", min=1, max=1_000_000)
+    lora_alpha: int = knob(16, "scale of the adapters: alpha / r multiplies their output", min=1, max=1_000_000)
     lora_dropout: float = knob(
         0.0,
         "dropout on the adapters' input",
@@ -250,15 +248,15 @@ class Optimizer:
         "gradient_accumulation_steps 1 and max_grad_norm 0",
         "the gradients of all adapters never exist together",
     )
-    learning_rate: float = knob(2e-4, "peak learning rate", "none", above=0, max=1)
-    weight_decay: float = knob(0.0, "decoupled weight decay", "none", min=0, max=1)
+    learning_rate: float = knob(2e-4, "peak learning rate", above=0, max=1)
+    weight_decay: float = knob(0.0, "decoupled weight decay", min=0, max=1)
     max_grad_norm: float = knob(
         1.0, "clip the gradients' norm to this; 0 does not clip", "none to speak of", min=0, max=1e9
     )
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = knob(
-        "linear", "course of the learning rate", "none"
+        "linear", "course of the learning rate"
     )
-    warmup_steps: int = knob(0, "optimizer steps until the peak learning rate", "none", min=0, max=2**31 - 1)
+    warmup_steps: int = knob(0, "optimizer steps until the peak learning rate", min=0, max=2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -272,9 +270,9 @@ class Schedule:
         min=1,
         max=2**31 - 1,
     )
-    num_epochs: float = knob(1.0, "passes over the data, where max_steps is null", "none", above=0, max=1_000_000)
-    seed: int = knob(42, "seed of weights, order and dropout", "none", min=0, max=2**32 - 1)
-    logging_steps: int = knob(1, "optimizer steps between two logged losses", "none", min=1, max=2**31 - 1)
+    num_epochs: float = knob(1.0, "passes over the data, where max_steps is null", above=0, max=1_000_000)
+    seed: int = knob(42, "seed of weights, order and dropout", min=0, max=2**32 - 1)
+    logging_steps: int = knob(1, "optimizer steps between two logged losses", min=1, max=2**31 - 1)
     save_steps: int = knob(
         50, "optimizer steps between two checkpoints", "none on the GPU; disk only", min=1, max=2**31 - 1
     )
@@ -310,9 +308,7 @@ class Data:
         kind="data",
     )
     train_on: Literal["all", "completions"] = knob(
-        "completions",
-        "loss on all tokens, or only on the assistant's and the completions where the format has them",
-        "none",
+        "completions", "loss on all tokens, or only on the assistant's and the completions where the format has them"
     )
     eval_fraction: float = knob(
         0.0,
@@ -340,9 +336,7 @@ class Run:
         "none on the GPU; disk only",
         kind="path",
     )
-    resume: bool = knob(True, "go on from the last checkpoint in output_dir, if there is one", "none")
+    resume: bool = knob(True, "go on from the last checkpoint in output_dir, if there is one")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = knob(
-        "none",
-        "logger that follows the run, beside log.jsonl in output_dir, through transformers' own integration",
-        "none",
+        "none", "logger that follows the run, beside log.jsonl in output_dir, through transformers' own integration"
     )

@@ -127,7 +127,8 @@ def _entries(loader: yaml.SafeLoader, root: yaml.MappingNode) -> list[Entry]:
         elif section in SECTIONS and not _is_field_of_that_name(section, node):
             empty = isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")
             what = "is empty" if empty else f"holds {_shown_node(node)} instead of fields"
-            entries.append(Entry("", section, line, fault=f"the section {section} {what}; {_section_advice(section)}"))
+            advice = f"write its fields indented below it, such as {_fields(section)[0]}, or remove the section"
+            entries.append(Entry("", section, line, fault=f"the section {section} {what}; {advice}"))
         elif isinstance(node, yaml.MappingNode):
             entries.append(Entry(None, section, line))
         else:
@@ -137,13 +138,12 @@ def _entries(loader: yaml.SafeLoader, root: yaml.MappingNode) -> list[Entry]:
 
 def _is_field_of_that_name(section: str, node: yaml.Node) -> bool:
     """`optimizer: sgd` and `data: x.jsonl` above the sections: a field's value where its section is meant."""
-    is_field = section in set(SECTIONS[section].__dataclass_fields__)
+    is_field = section in _fields(section)
     return is_field and isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":null")
 
 
-def _section_advice(section: str) -> str:
-    first = next(iter(SECTIONS[section].__dataclass_fields__))
-    return f"write its fields indented below it, such as {first}, or remove the section"
+def _fields(section: str) -> list[str]:
+    return [name for name, spec in field_specs().items() if spec.section == section]
 
 
 def _items(node: yaml.MappingNode, prefix: str) -> list[tuple[str, int, yaml.Node, str]]:
@@ -175,17 +175,13 @@ def _entry(loader: yaml.SafeLoader, section: str, key: str, line: int, node: yam
     if any(each.tag == _INT_TAG and not _DECIMAL.fullmatch(each.value) for each in scalars):
         return fault("is octal, hexadecimal, binary or base 60 in YAML; write a plain decimal number")
     try:
-        values = [_scalar(loader, each) for each in scalars]
+        values: list[Any] = [loader.construct_object(each, deep=True) for each in scalars]
     except (yaml.YAMLError, ValueError):
         return fault("cannot be read; write a plain value without a tag")
     if not isinstance(node, yaml.ScalarNode):
         return Entry(section, key, line, value=values, shown=shown)
     plain = node.value if node.style is None and isinstance(values[0], str) else None
     return Entry(section, key, line, value=values[0], shown=shown, plain_text=plain)
-
-
-def _scalar(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-    return loader.construct_object(node, deep=True)
 
 
 def _shown_node(node: yaml.Node) -> str:
@@ -211,9 +207,9 @@ def commented_yaml(recipe: Recipe, title: Sequence[str]) -> str:
     plain = recipe.to_dict()
     for section in SECTIONS:
         lines += ["", f"{section}:"]
-        for spec in (spec for spec in field_specs().values() if spec.section == section):
-            setting = f"  {spec.name}: {_one_line(plain[section][spec.name])}"
-            lines.append(f"{setting:<{_COMMENT_AT}} # {_comment(spec.memory)}")
+        for name in _fields(section):
+            setting = f"  {name}: {_one_line(plain[section][name])}"
+            lines.append(f"{setting:<{_COMMENT_AT}} # {_comment(field_specs()[name].memory)}")
     return "\n".join(lines) + "\n"
 
 
