@@ -106,15 +106,6 @@ def _files(paths: Sequence[Path]) -> tuple[list[Path], set[Path]]:
     return files, set(files) - (set(paths) - folders)
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A chart as SVG elements."""
-
-    chart: Chart
-    wide: Markup
-    narrow: Markup
-
-
 def render(title: str, sections: Sequence[Section], note: Callable[[], object]) -> str:
     """The page.
 
@@ -190,11 +181,12 @@ def _unique(name: str, taken: set[str]) -> str:
     return found
 
 
-def _draw(chart: Chart, note: Callable[[], object]) -> _Drawn:
-    widths = {}
+def _draw(chart: Chart, note: Callable[[], object]) -> dict[str, Any]:
+    """A chart with its two drawings, `wide` and `narrow`, as SVG elements."""
+    drawn: dict[str, Any] = {"chart": chart}
     for width, narrow in (("wide", False), ("narrow", True)):
         text = svg_text(chart.draw, Style(TOKENS, narrow))
         # matplotlib escaped every text of it, and it was written anew from what a parser read.
-        widths[width] = Markup(inline(text, f"chart-{chart.name}-{width}", chart.title, f"chart-{chart.name}-summary"))
+        drawn[width] = Markup(inline(text, f"chart-{chart.name}-{width}", chart.title, f"chart-{chart.name}-summary"))
     note()
-    return _Drawn(chart, widths["wide"], widths["narrow"])
+    return drawn

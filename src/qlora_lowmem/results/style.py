@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_lowmem.results.theme import LIGHT, ROLE_OF, Theme
 
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+if TYPE_CHECKING:  # matplotlib is imported when something is drawn; these names are for annotations only
+    from matplotlib.artist import Artist as Artist
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+else:
+    Artist = Axes = Figure = Any
 
 SMALL = 8.5  # points; no text is smaller than that
 _DPI = 150
@@ -49,7 +51,7 @@ class Style:
         """In inches."""
         return 3.7 if self.narrow else 8.6
 
-    def figure(self, height: float) -> "Figure":
+    def figure(self, height: float) -> Figure:
         """An empty figure of that many inches in height."""
         from matplotlib.figure import Figure
 
@@ -60,7 +62,7 @@ class Style:
         """Inches that a row of `name_rows` takes."""
         return 0.4 if self.narrow else 0.34
 
-    def name_rows(self, axes: "Axes", names: Sequence[str]) -> tuple[list[float], float]:
+    def name_rows(self, axes: Axes, names: Sequence[str]) -> tuple[list[float], float]:
         """Name the rows of a horizontal chart, from the top: beside the bars, or above them where that has no room.
 
         Returns:
@@ -77,11 +79,11 @@ class Style:
             self.name_at(axes, name, row - 0.28)
         return [row + 0.14 for row in range(count)], 0.38
 
-    def name_at(self, axes: "Axes", name: str, place: float) -> None:
+    def name_at(self, axes: Axes, name: str, place: float) -> None:
         """A name at the left end of the row at `place`, on the paper's colour."""
         self.words(axes, short(name, 48), 0, place, 1, xycoords=("axes fraction", "data"))
 
-    def words(self, axes: "Axes", words: str, end: float, place: float, away: float = 5, **look: Any) -> None:
+    def words(self, axes: Axes, words: str, end: float, place: float, away: float = 5, **look: Any) -> None:
         """Words behind the end of a bar, on the paper's colour, for a line may cross there."""
         axes.annotate(
             words,
@@ -94,18 +96,18 @@ class Style:
             **look,
         )
 
-    def row_words(self, axes: "Axes", words: str, end: float, place: float, away: float = 5) -> None:
+    def row_words(self, axes: Axes, words: str, end: float, place: float, away: float = 5) -> None:
         """Words behind the end of a named row's bar; beside the name where that has no room."""
         if self.narrow:
             self.words(axes, words, 1, place - 0.42, 0, xycoords=("axes fraction", "data"), ha="right")
         else:
             self.words(axes, words, end, place, away)
 
-    def tick(self, axes: "Axes", value: float, place: float, half: float, role: str, width: float = 2.5) -> None:
+    def tick(self, axes: Axes, value: float, place: float, half: float, role: str, width: float = 2.5) -> None:
         """An upright mark through the bar at `place`, `half` a row to either side."""
         axes.plot([value, value], [place - half, place + half], color=self.theme[role], linewidth=width)
 
-    def plain(self, axes: "Axes", *, keep: Sequence[str] = ("bottom",), grid: Literal["x", "y", ""] = "") -> None:
+    def plain(self, axes: Axes, *, keep: Sequence[str] = ("bottom",), grid: Literal["x", "y", ""] = "") -> None:
         """Only the spines that carry ticks, and a quiet grid along `grid` (`x`, `y` or none)."""
         for side in ("top", "right", "left", "bottom"):
             axes.spines[side].set_visible(side in keep)
@@ -122,24 +124,24 @@ class Style:
         """Settings of a mark, its outline and its inside by role, for a drawing and for its legend."""
         return self.look(marker=marker, markeredgecolor=edge, markerfacecolor=face, markeredgewidth=width)
 
-    def patch(self, label: str, **settings: Any) -> "Artist":
+    def patch(self, label: str, **settings: Any) -> Artist:
         """A legend's handle for an area; colours may be roles."""
         from matplotlib.patches import Patch
 
         return Patch(label=label, **self.look(**settings))
 
-    def stroke(self, label: str, **settings: Any) -> "Artist":
+    def stroke(self, label: str, **settings: Any) -> Artist:
         """A legend's handle for a line or a mark; colours may be roles."""
         from matplotlib.lines import Line2D
 
         return Line2D([], [], label=label, **self.look(**settings))
 
-    def legend(self, figure: "Figure", handles: Sequence["Artist"], columns: int, **settings: Any) -> None:
+    def legend(self, figure: Figure, handles: Sequence[Artist], columns: int, **settings: Any) -> None:
         """A legend below the drawing, without a frame."""
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, **settings)
 
 
-Drawing = Callable[[Style], "Figure"]
+Drawing = Callable[[Style], Figure]
 
 
 @contextmanager
@@ -330,7 +332,7 @@ def legend_label(text: str) -> str:
     return f" {short(text)}" if text.startswith("_") else short(text)
 
 
-def doubling(axes: "Axes", along: Literal["x", "y"], low: int, high: int, every: int = 1) -> None:
+def doubling(axes: Axes, along: Literal["x", "y"], low: int, high: int, every: int = 1) -> None:
     """A logarithmic scale with ticks at powers of two, from 2^low on to 2^high."""
     ticks = [2.0**power for power in range(low, high + 1, every)]
     getattr(axes, f"set_{along}scale")("log", base=2)

@@ -1,17 +1,13 @@
 """A step's memory over its allocations and frees: the drawing, and its figures at a few moments."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_lowmem.memory.attribution import Timeline, chosen_events
-from qlora_lowmem.results.style import CRISP, SMALL, Style
+from qlora_lowmem.results.style import CRISP, SMALL, Axes, Figure, Style
 from qlora_lowmem.results.tables import Cell, Table, gib
 from qlora_lowmem.results.theme import GROUPS, Group
 from qlora_lowmem.units import GIB
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _HATCHED = "slack"  # reserved, and nobody's
 _POINTS = {False: 400, True: 150}  # by narrow: about one to a column of pixels or two
@@ -63,7 +59,7 @@ def summary(line: Timeline) -> str:
     )
 
 
-def timeline(style: Style, line: Timeline) -> "Figure":
+def timeline(style: Style, line: Timeline) -> Figure:
     """Allocated bytes by group over the allocations and frees of the recorded step."""
     figure = style.figure(4.9 if style.narrow else 4.6)
     draw_timeline(figure.subplots(), style, line)
@@ -71,7 +67,7 @@ def timeline(style: Style, line: Timeline) -> "Figure":
     return figure
 
 
-def draw_timeline(axes: "Axes", style: Style, line: Timeline) -> None:
+def draw_timeline(axes: Axes, style: Style, line: Timeline) -> None:
     """Stacked by group, with the peak and the turn from forward to backward marked."""
     sums = [sum(row) for row in line.bytes]
     points = chosen_events(sums, _POINTS[style.narrow])
@@ -97,7 +93,7 @@ def draw_timeline(axes: "Axes", style: Style, line: Timeline) -> None:
 _EVENTS = "allocations and frees of the micro-batch in which the peak comes, in order"
 
 
-def _mark_peak(axes: "Axes", style: Style, line: Timeline, sums: Sequence[int]) -> None:
+def _mark_peak(axes: Axes, style: Style, line: Timeline, sums: Sequence[int]) -> None:
     top = max(range(len(sums)), key=sums.__getitem__)
     event, height = line.events[top], sums[top] / GIB
     late = event - line.events[0] > 0.6 * (line.events[-1] - line.events[0])
@@ -112,7 +108,7 @@ def _mark_peak(axes: "Axes", style: Style, line: Timeline, sums: Sequence[int]) 
     )
 
 
-def _mark_turn(axes: "Axes", style: Style, line: Timeline) -> None:
+def _mark_turn(axes: Axes, style: Style, line: Timeline) -> None:
     """A line where forward turns into backward."""
     after = ("backward", "recompute")
     turn = next((e for e, phase in zip(line.events, line.phases, strict=True) if phase in after), None)
@@ -142,7 +138,7 @@ def group_fill(style: Style, group: Group) -> dict[str, Any]:
     return {"facecolor": style.theme[group.role], "edgecolor": style.theme["edge"], "linewidth": 0.6, "hatch": hatch}
 
 
-def group_legend(figure: "Figure", style: Style, groups: Sequence[Group]) -> None:
+def group_legend(figure: Figure, style: Style, groups: Sequence[Group]) -> None:
     """Below the drawing, a patch a group."""
     handles = [style.patch(group.brief if style.narrow else group.text, **group_fill(style, group)) for group in groups]
     columns, spacing = (2, 1.0) if style.narrow else (4, 2.0)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -11,7 +11,7 @@ from qlora_lowmem.files import as_dataclass
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, provenance_of, together
-from qlora_lowmem.results.style import SMALL, Style, save
+from qlora_lowmem.results.style import SMALL, Axes, Figure, Style, save
 from qlora_lowmem.results.tables import (
     Cell,
     Column,
@@ -34,10 +34,6 @@ from qlora_lowmem.results.timeline import (
     timeline,
 )
 from qlora_lowmem.units import GIB, MIB, format_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _OWNERS = 12  # of a page
 
@@ -248,7 +244,7 @@ def _timeline(name: str, found: Attribution) -> Chart:
     return Chart(f"timeline-{name}", title, summary(line), lambda style: timeline(style, line), (moments(name, line),))
 
 
-def picture(style: Style, attribution: Attribution, title: str) -> "Figure":
+def picture(style: Style, attribution: Attribution, title: str) -> Figure:
     """The peak as one stacked bar above the step over time."""
     figure = style.figure(7.2 if style.narrow else 6.4)
     peak, time = figure.subplots(2, 1, height_ratios=(1, 2.6))
@@ -261,7 +257,7 @@ def picture(style: Style, attribution: Attribution, title: str) -> "Figure":
     return figure
 
 
-def peaks(style: Style, found: Sequence[tuple[str, Attribution]]) -> "Figure":
+def peaks(style: Style, found: Sequence[tuple[str, Attribution]]) -> Figure:
     """One stacked bar a run, on one scale, what the card holds at the end of each."""
     figure = style.figure(style.row_height * 1.3 * len(found) + (2.6 if style.narrow else 1.7))
     axes = figure.subplots()
@@ -278,7 +274,7 @@ def peaks(style: Style, found: Sequence[tuple[str, Attribution]]) -> "Figure":
     return figure
 
 
-def breakdown(style: Style, attribution: Attribution) -> "Figure":
+def breakdown(style: Style, attribution: Attribution) -> Figure:
     """A bar a group, each with its size and its share of what the card holds."""
     rows = group_bytes(attribution.kinds)
     figure = style.figure(style.row_height * len(rows) + 0.6)
@@ -295,7 +291,7 @@ def breakdown(style: Style, attribution: Attribution) -> "Figure":
     return figure
 
 
-def _bar(axes: "Axes", style: Style, attribution: Attribution, place: float, height: float, scale: int) -> float:
+def _bar(axes: Axes, style: Style, attribution: Attribution, place: float, height: float, scale: int) -> float:
     """One bar, stacked by group, sized in its parts where they have room on an axis of `scale` bytes.
 
     Returns:
@@ -312,11 +308,11 @@ def _bar(axes: "Axes", style: Style, attribution: Attribution, place: float, hei
     return left
 
 
-def _part(axes: "Axes", style: Style, group: Group, place: float, left: float, width: float, height: float) -> None:
+def _part(axes: Axes, style: Style, group: Group, place: float, left: float, width: float, height: float) -> None:
     axes.barh(place, width, left=left, height=height, **group_fill(style, group))
 
 
-def _marks(axes: "Axes", style: Style, attribution: Attribution) -> None:
+def _marks(axes: Axes, style: Style, attribution: Attribution) -> None:
     """Where allocated ends and where the card's bytes end, at two heights, for they may be close."""
     marks = ((attribution.allocated_bytes, "allocated", 0.78), (attribution.device_bytes, "on the card", 0.44))
     for count, text, height in marks:

@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import Style
+from qlora_lowmem.results.style import Axes, Figure, Style
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, markdown_of, page_table, write_rows
 from qlora_lowmem.units import GIB
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ KIND = Kind(
 )
 
 
-def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> "Figure":
+def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> Figure:
     """A panel a length, one above the other on one scale; a bar a model.
 
     Args:
@@ -132,7 +128,7 @@ def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> "Figure":
     return figure
 
 
-def _row(axes: "Axes", style: Style, place: float, height: float, pair: Pair) -> None:
+def _row(axes: Axes, style: Style, place: float, height: float, pair: Pair) -> None:
     for size, role in (
         (pair.optimised_allocated_bytes, "saved"),
         (pair.lean_allocated_bytes, "bar"),
@@ -148,7 +144,7 @@ def _end(pair: Pair) -> float:
     return max(pair.optimised_allocated_bytes, pair.lean_allocated_bytes) / GIB
 
 
-def _legend(figure: "Figure", style: Style) -> None:
+def _legend(figure: Figure, style: Style) -> None:
     handles = [
         style.patch("lean", color="bar"),
         style.patch("saved against optimised", color="saved"),

@@ -4,19 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own
-from qlora_lowmem.results.style import Style, doubling, legend_label
+from qlora_lowmem.results.style import Axes, Figure, Style, doubling, legend_label
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_of, page_table, write_rows
 from qlora_lowmem.results.theme import SERIES
 from qlora_lowmem.units import GIB
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))
@@ -119,7 +115,7 @@ def _recognises(content: Mapping[str, Any]) -> bool:
 KIND = Kind("peaks by length (lengths --table)", _recognises, _read, each_its_own(_section))
 
 
-def lengths(style: Style, points: Sequence[Length], usable_bytes: int) -> "Figure":
+def lengths(style: Style, points: Sequence[Length], usable_bytes: int) -> Figure:
     """A line a recipe, a thin one its floor; filled marks fit, hollow do not, a cross is where the need is unknown."""
     figure = style.figure(4.6 if style.narrow else 4.4)
     axes = figure.subplots()
@@ -136,7 +132,7 @@ def lengths(style: Style, points: Sequence[Length], usable_bytes: int) -> "Figur
     return figure
 
 
-def _line(axes: "Axes", style: Style, number: int, found: Sequence[Length], usable_bytes: int) -> None:
+def _line(axes: Axes, style: Style, number: int, found: Sequence[Length], usable_bytes: int) -> None:
     look = style.look(**_look(number))
     colour, marker = look["color"], look.pop("marker")
     known = [point for point in found if point.peak.device]
@@ -149,7 +145,7 @@ def _line(axes: "Axes", style: Style, number: int, found: Sequence[Length], usab
         axes.plot(point.tokens, (point.peak.device or usable_bytes) / GIB, markersize=6, zorder=4, **mark)
 
 
-def _scales(axes: "Axes", style: Style, points: Sequence[Length], usable_bytes: int) -> None:
+def _scales(axes: Axes, style: Style, points: Sequence[Length], usable_bytes: int) -> None:
     tokens = sorted({point.tokens for point in points})
     axes.set_xscale("log", base=2)
     low, high = math.floor(math.log2(tokens[0])), math.ceil(math.log2(tokens[-1]))
@@ -172,9 +168,7 @@ def _tokens(count: int) -> str:
     return f"{count // 1024}k" if count >= 1024 else str(count)
 
 
-def _legend(
-    figure: "Figure", style: Style, recipes: Sequence[str], points: Sequence[Length], usable_bytes: int
-) -> None:
+def _legend(figure: Figure, style: Style, recipes: Sequence[str], points: Sequence[Length], usable_bytes: int) -> None:
     handles = [style.stroke(legend_label(recipe), **_look(number)) for number, recipe in enumerate(recipes)]
     mark = {"linestyle": "none", "markeredgecolor": "ink", "markerfacecolor": "paper"}
     if any(not point.fits and point.peak.device for point in points):

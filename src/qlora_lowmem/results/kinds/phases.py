@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import SMALL, Style, legend_label
+from qlora_lowmem.results.style import SMALL, Axes, Figure, Style, legend_label
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
@@ -20,10 +20,6 @@ from qlora_lowmem.results.tables import (
     write_result,
 )
 from qlora_lowmem.units import GIB
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -47,24 +43,16 @@ class PhaseBytes:
     out_of_memory: str = ""
 
     @property
-    def allocated_over(self) -> bool:
-        """Whether tensors took more than they may."""
-        return self.allocated_budget is not None and self.peak.allocated > self.allocated_budget
-
-    @property
-    def device_over(self) -> bool:
-        """Whether the card held more than it may."""
-        return self.peak.device > self.device_budget
-
-    @property
-    def over(self) -> bool:
-        """Whether either did."""
-        return self.allocated_over or self.device_over
+    def over(self) -> list[str]:
+        """What is over its budget: `allocated`, `on the card`."""
+        allocated = self.allocated_budget is not None and self.peak.allocated > self.allocated_budget
+        figures = {"allocated": allocated, "on the card": self.peak.device > self.device_budget}
+        return [name for name, over in figures.items() if over]
 
     @property
     def fails(self) -> bool:
         """Whether it is over a budget or memory ran out."""
-        return self.over or bool(self.out_of_memory)
+        return bool(self.over or self.out_of_memory)
 
     @property
     def end(self) -> int:
@@ -271,12 +259,10 @@ def _verdict(row: _Row) -> Cell:
     _, each = row
     if each.out_of_memory:
         return Cell("out of memory", tone="bad")
-    readings = (("allocated", each.allocated_over), ("on the card", each.device_over))
-    over = [name for name, found in readings if found]
-    return Cell(f"over: {' and '.join(over)}", tone="bad") if over else Cell("within budget", tone="good")
+    return Cell(f"over: {' and '.join(each.over)}", tone="bad") if each.over else Cell("within budget", tone="good")
 
 
-def phases(style: Style, lives: Lives) -> "Figure":
+def phases(style: Style, lives: Lives) -> Figure:
     """A row a phase: allocated within reserved within what the card holds; what fails is striped.
 
     Args:
@@ -311,7 +297,7 @@ def _scale_end(lives: Lives, style: Style, columns: int) -> float:
     return max(budget * 1.04, largest * room)
 
 
-def _panel(axes: "Axes", style: Style, names: Sequence[str], found: Sequence[PhaseBytes], end: float) -> None:
+def _panel(axes: Axes, style: Style, names: Sequence[str], found: Sequence[PhaseBytes], end: float) -> None:
     places, height = style.name_rows(axes, names)
     by_name = {each.phase: each for each in found}
     _budget_line(axes, style, [by_name[name].device_budget for name in names if name in by_name])
@@ -327,17 +313,17 @@ def _panel(axes: "Axes", style: Style, names: Sequence[str], found: Sequence[Pha
     style.plain(axes, grid="x")
 
 
-def _budget_line(axes: "Axes", style: Style, budgets: Sequence[int]) -> None:
+def _budget_line(axes: Axes, style: Style, budgets: Sequence[int]) -> None:
     for budget in dict.fromkeys(budgets):  # the paper's edge parts it from a bar that it crosses
         axes.axvline(budget / GIB, color=style.theme["paper"], linewidth=3.2, zorder=2.5)
         axes.axvline(budget / GIB, color=style.theme["limit"], linewidth=1.4, linestyle="--", zorder=2.6)
 
 
-def _row(axes: "Axes", style: Style, place: float, height: float, found: PhaseBytes) -> None:
+def _row(axes: Axes, style: Style, place: float, height: float, found: PhaseBytes) -> None:
     layers = (
-        (found.peak.device, "context", found.device_over or bool(found.out_of_memory)),
+        (found.peak.device, "context", "on the card" in found.over or bool(found.out_of_memory)),
         (found.peak.reserved, "slack", False),
-        (found.peak.allocated, "bar", found.allocated_over),
+        (found.peak.allocated, "bar", "allocated" in found.over),
     )
     for count, role, over in layers:  # each covers the one before
         look = {"facecolor": "bad", "edgecolor": "paper", "linewidth": 0, "hatch": "///"}
@@ -351,7 +337,7 @@ def _row(axes: "Axes", style: Style, place: float, height: float, found: PhaseBy
     style.words(axes, f"{found.peak.device / GIB:.3f}{failed}", found.end / GIB, place, zorder=4)
 
 
-def _legend(figure: "Figure", style: Style, lives: Lives) -> None:
+def _legend(figure: Figure, style: Style, lives: Lives) -> None:
     found, edge = [each for _, each in _rows(lives)], {"edgecolor": "edge", "linewidth": 0.6}
     budgets = sorted({each.device_budget for each in found})
     text = f"budget on the card: {', '.join(f'{budget / GIB:.2f}' for budget in budgets)}"

@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own
-from qlora_lowmem.results.style import SMALL, Style, doubling
+from qlora_lowmem.results.style import SMALL, Axes, Style, doubling
+from qlora_lowmem.results.style import Figure as Drawn
 from qlora_lowmem.results.tables import (
     Cell,
     Column,
@@ -21,10 +22,6 @@ from qlora_lowmem.results.tables import (
     write_result,
 )
 from qlora_lowmem.units import GIB
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Drawn
 
 Reading = Literal["allocated", "reserved", "device"]
 READINGS: tuple[Reading, ...] = ("allocated", "reserved", "device")
@@ -60,19 +57,11 @@ class Figure:
         """Whether the error is at most that; in integers, so that the limit itself is within."""
         return abs(self.predicted - self.measured) * 100 <= percent * self.measured
 
-
-@dataclass(frozen=True)
-class Miss:
-    """A prediction outside of its limit, in per cent; renders itself."""
-
-    figure: Figure
-    limit: int
-
     def __str__(self) -> str:
-        f = self.figure
+        limit = "" if self.limit is None else f", and the limit is {self.limit} %"
         return (
-            f"{f.recipe}: {f.reading} over the {f.phase} predicted {f.predicted:,} bytes, measured {f.measured:,}: "
-            f"{f.error:+.2%}, and the limit is {self.limit} %"
+            f"{self.recipe}: {self.reading} over the {self.phase} predicted {self.predicted:,} bytes, "
+            f"measured {self.measured:,}: {self.error:+.2%}{limit}"
         )
 
 
@@ -88,23 +77,16 @@ def compare(recipe: str, predicted: MemoryProfile, measured: MemoryProfile) -> l
     if not common:
         raise ValueError(f"{recipe}: the two profiles have no phase in common")
     pairs = [(phase, predicted.phases[phase], measured.phases[phase]) for phase in common]
-    figures = [
-        Figure(recipe, phase, reading, getattr(one, reading), getattr(other, reading))
-        for phase, one, other in pairs
-        for reading in READINGS
-    ]
-    whole = [
-        Figure(recipe, WHOLE_RUN, reading, getattr(predicted.peak, reading), getattr(measured.peak, reading))
-        for reading in READINGS
-    ]
-    return figures + whole
-
-
-def misses(figures: Iterable[Figure]) -> list[Miss]:
-    """Whole-run readings that are outside of `LIMITS`."""
     return [
-        Miss(figure, figure.limit) for figure in figures if figure.limit is not None and not figure.within(figure.limit)
+        Figure(recipe, phase, reading, getattr(one, reading), getattr(other, reading))
+        for phase, one, other in (*pairs, (WHOLE_RUN, predicted.peak, measured.peak))
+        for reading in READINGS
     ]
+
+
+def misses(figures: Iterable[Figure]) -> list[Figure]:
+    """Whole-run readings that are outside of `LIMITS`."""
+    return [figure for figure in figures if figure.limit is not None and not figure.within(figure.limit)]
 
 
 def write_prediction(
@@ -191,13 +173,12 @@ def _read(content: Fields) -> _File:
     """Its figures, in bytes; those of whole runs are among them."""
     figures = []
     for row in content.objects("figures"):
-        reading = next((reading for reading in READINGS if reading == row["reading"]), None)
-        if reading is None:
+        if row["reading"] not in READINGS:
             raise ValueError(f"figures: {row['reading']!r} is not one of {', '.join(READINGS)}")
         sizes = row.count("predicted_bytes"), row.count("measured_bytes")
         if not all(sizes):
             raise ValueError(f"figures: a peak of {row['recipe']!r} is 0 bytes")
-        figures.append(Figure(row.text("recipe"), row.text("phase"), reading, *sizes))
+        figures.append(Figure(row.text("recipe"), row.text("phase"), row["reading"], *sizes))
     if not any(figure.phase == WHOLE_RUN for figure in figures):
         raise ValueError(f"figures: none of a {WHOLE_RUN}")
     return _File(tuple(figures), content.text("context"), content.object("not_compared").texts())
@@ -250,7 +231,7 @@ KIND = Kind(
 )
 
 
-def prediction(style: Style, figures: Sequence[Figure]) -> "Drawn":
+def prediction(style: Style, figures: Sequence[Figure]) -> Drawn:
     """Two panels, side by side or one above the other.
 
     Args:
@@ -259,37 +240,32 @@ def prediction(style: Style, figures: Sequence[Figure]) -> "Drawn":
     recipes = list(dict.fromkeys(figure.recipe for figure in figures))
     rows = style.row_height * len(recipes)
     figure, scatter, errors = two_panels(style, rows, rows + 5.2 if style.narrow else max(rows + 1.4, 4.0))
-    _scatter(scatter, style, figures)
+    equals(scatter, style, [size / GIB for figure in figures for size in (figure.predicted, figure.measured)])
+    for each in figures:
+        scatter.plot(each.measured / GIB, each.predicted / GIB, markersize=6, **style.mark(*_MARKS[each.reading]))
+    scatter.set_xlabel("measured GiB")
+    scatter.set_ylabel("predicted GiB")
     _errors(errors, style, figures, recipes)
     _legend(figure, style)
     return figure
 
 
-def _scatter(axes: "Axes", style: Style, figures: Sequence[Figure]) -> None:
-    equals(axes, style, [size / GIB for figure in figures for size in (figure.predicted, figure.measured)])
-    for figure in figures:
-        axes.plot(figure.measured / GIB, figure.predicted / GIB, markersize=6, **style.mark(*_MARKS[figure.reading]))
-    axes.set_xlabel("measured GiB")
-    axes.set_ylabel("predicted GiB")
-
-
-def two_panels(style: Style, rows: float, height: float) -> tuple["Drawn", "Axes", "Axes"]:
+def two_panels(style: Style, rows: float, height: float) -> tuple[Drawn, Axes, Axes]:
     """Figures against each other, and beside or below that their errors in rows of that many inches in all."""
     figure = style.figure(height)
-    if style.narrow:
-        scatter, errors = figure.subplots(2, 1, height_ratios=(3.2, rows + 0.9))
-    else:
-        scatter, errors = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    return figure, scatter, errors
+    shape: Any = (
+        {"nrows": 2, "height_ratios": (3.2, rows + 0.9)} if style.narrow else {"ncols": 2, "width_ratios": (1, 1.15)}
+    )
+    return figure, *figure.subplots(**shape)
 
 
-def percent_axis(axes: "Axes") -> None:
+def percent_axis(axes: Axes) -> None:
     """Errors along x, signed."""
     axes.set_xlabel("predicted over measured, %")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
 
 
-def equals(axes: "Axes", style: Style, sizes: Sequence[float]) -> None:
+def equals(axes: Axes, style: Style, sizes: Sequence[float]) -> None:
     """Two logarithmic scales, each with room for all sizes in GiB, and the line on which both are equal."""
     found = [size for size in sizes if size]
     low, high = math.floor(math.log2(min(found))), math.ceil(math.log2(max(found)))
@@ -306,7 +282,7 @@ def equals(axes: "Axes", style: Style, sizes: Sequence[float]) -> None:
     style.plain(axes, keep=("bottom", "left"), grid="y")
 
 
-def _errors(axes: "Axes", style: Style, figures: Sequence[Figure], recipes: Sequence[str]) -> None:
+def _errors(axes: Axes, style: Style, figures: Sequence[Figure], recipes: Sequence[str]) -> None:
     places, _ = style.name_rows(axes, recipes)
     place_of = dict(zip(recipes, places, strict=True))
     for limit in set(LIMITS.values()):
@@ -321,7 +297,7 @@ def _errors(axes: "Axes", style: Style, figures: Sequence[Figure], recipes: Sequ
     style.plain(axes)
 
 
-def _legend(figure: "Drawn", style: Style) -> None:
+def _legend(figure: Drawn, style: Style) -> None:
     names = {"allocated": "allocated", "reserved": "reserved", "device": "on the card"}
     handles = [style.stroke(names[reading], linestyle="none", **style.mark(*_MARKS[reading])) for reading in READINGS]
     limits = ", ".join(f"{names[reading]} {limit} %" for reading, limit in LIMITS.items())

@@ -2,17 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.kinds.prediction import equals, percent_axis, two_panels
-from qlora_lowmem.results.style import Style, short
+from qlora_lowmem.results.style import Axes, Figure, Style, short
 from qlora_lowmem.results.tables import Cell, Column, Table, gib, page_table
 from qlora_lowmem.units import GIB
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Figure -> what people read, its mark, the role of its colour. A limit is the memory on which a length was the longest.
 FIGURES = {
@@ -193,7 +188,7 @@ KIND = Kind(
 )
 
 
-def published(style: Style, points: Sequence[Published]) -> "Figure":
+def published(style: Style, points: Sequence[Published]) -> Figure:
     """Two panels, side by side or one above the other; hollow is the plan, filled the plan with what is explained.
 
     Args:
@@ -219,12 +214,12 @@ def published(style: Style, points: Sequence[Published]) -> "Figure":
     return figure
 
 
-def _mark(axes: "Axes", style: Style, point: Published, x: float, y: float, filled: bool) -> None:
+def _mark(axes: Axes, style: Style, point: Published, x: float, y: float, filled: bool) -> None:
     _, marker, role = FIGURES[point.measures]
     axes.plot(x, y, markersize=4 if filled else 5.5, **style.mark(marker, role, role if filled else "none", 1.2))
 
 
-def _errors(axes: "Axes", style: Style, points: Sequence[Published], sources: Sequence[str]) -> None:
+def _errors(axes: Axes, style: Style, points: Sequence[Published], sources: Sequence[str]) -> None:
     axes.axvline(0, color=style.theme["edge"], linewidth=1, linestyle="--")
     top, middles = 0.0, []
     for source in sources:
@@ -258,7 +253,7 @@ def _tall(points: Sequence[Published], source: str) -> float:
     return max(1.0, sum(point.source == source for point in points) / 8)
 
 
-def _legend(figure: "Figure", style: Style, points: Sequence[Published]) -> None:
+def _legend(figure: Figure, style: Style, points: Sequence[Published]) -> None:
     there = {point.measures for point in points}
     handles = [
         style.stroke(text, linestyle="none", marker=marker, color=role, markerfacecolor="none")

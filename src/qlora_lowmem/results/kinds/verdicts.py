@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import Style
+from qlora_lowmem.results.style import Figure, Style
 from qlora_lowmem.results.tables import Cell, Column, markdown_of, page_table
 from qlora_lowmem.units import MIB, format_bytes, format_signed
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PeakFigure = Literal["allocated", "reserved", "device"]
 FIGURES: tuple[PeakFigure, ...] = get_args(PeakFigure)
@@ -216,7 +213,7 @@ def _section(_provenance: Provenance, rows: tuple[Row, ...]) -> Section:
 KIND = Kind("verdicts (pytest --vram-report)", has_rows("cases", "verdict"), _read, each_its_own(_section))
 
 
-def verdicts(style: Style, rows: Sequence[Row]) -> "Figure":
+def verdicts(style: Style, rows: Sequence[Row]) -> Figure:
     """A bar a case with a mark where its baseline or limit is; what fails is striped and says so.
 
     Args:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import Style, doubling, save
+from qlora_lowmem.results.style import Axes, Figure, Style, doubling, save
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
@@ -21,10 +21,6 @@ from qlora_lowmem.results.tables import (
     write_result,
 )
 from qlora_lowmem.units import GIB
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def _section(provenance: Provenance, steps: tuple[Step, ...]) -> Section:
 KIND = Kind("a waterfall (pytest bench/test_lean.py)", has_rows("cases", "idea"), _read, each_its_own(_section))
 
 
-def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> "Figure":
+def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> Figure:
     """A bar a step on a logarithmic scale.
 
     Args:
@@ -152,7 +148,7 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
     return figure
 
 
-def _row(axes: "Axes", style: Style, place: float, height: float, step: Step, before: int, start: float) -> None:
+def _row(axes: Axes, style: Style, place: float, height: float, step: Step, before: int, start: float) -> None:
     colours, peak = style.theme, step.peak_allocated_bytes / GIB
     previous = before / GIB if before else peak
     low, high = sorted((peak, previous))
@@ -168,7 +164,7 @@ def _row(axes: "Axes", style: Style, place: float, height: float, step: Step, be
     style.row_words(axes, words, max(high, step.peak_device_bytes / GIB), place, 7)
 
 
-def _scale(axes: "Axes", style: Style, steps: Sequence[Step]) -> float:
+def _scale(axes: Axes, style: Style, steps: Sequence[Step]) -> float:
     """Ticks at powers of two, from one that leaves something of the shortest bar. Returns it, in GiB."""
     smallest = min(count for step in steps for count in (step.floor_bytes, step.peak_allocated_bytes))
     largest = max(count for step in steps for count in (step.peak_allocated_bytes, step.peak_device_bytes))
@@ -179,7 +175,7 @@ def _scale(axes: "Axes", style: Style, steps: Sequence[Step]) -> float:
     return float(2.0**low)
 
 
-def _legend(figure: "Figure", style: Style, usable_bytes: int | None) -> None:
+def _legend(figure: Figure, style: Style, usable_bytes: int | None) -> None:
     ring = {"marker": "o", "markerfacecolor": "paper", "markeredgecolor": "ink"}
     handles = [
         style.patch("allocated", color="bar"),
