@@ -7,6 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from qlora_lowmem.gate.records import changes
+from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.results.kinds.verdicts import FIGURES, Budget, Record
 from qlora_lowmem.units import format_bytes, format_signed, parse_bytes
@@ -50,8 +51,7 @@ class OverBudget:
     Attributes:
         case: the test.
         record: what it used.
-        moment: where the step was at the peak; empty if that is not known.
-        largest: the lines that own most: (bytes, kind, module, line).
+        attribution: of its peak, if that is known.
         reference: what it used when it was within its budget, if that is known.
         reference_name: `its baseline` or `it last passed`.
         artefacts: files that the run left: its attribution, its snapshot.
@@ -60,41 +60,31 @@ class OverBudget:
     case: str
     budget: Budget
     record: Record
-    moment: str = ""
-    largest: tuple[tuple[int, str, str, str], ...] = ()
+    attribution: Attribution | None = None
     reference: Record | None = None
     reference_name: str = ""
     artefacts: tuple[str, ...] = ()
 
-    @property
-    def measured(self) -> int:
-        """The figure that the budget is for, in bytes."""
-        return int(getattr(self.record, self.budget.of))
-
-    @property
-    def over(self) -> int:
-        """Bytes above the limit."""
-        return self.measured - self.budget.limit
-
     def render(self) -> str:
         """A short failure: sizes, what grew, the largest owners."""
-        key = self.record.key
+        key, used, limit = self.record.key, self.budget.used(self.record), self.budget.limit
         lines = [
             f"GPU memory over budget: {self.case}",
-            f"  {self.budget.of} {format_bytes(self.measured)}, limit {format_bytes(self.budget.limit)}: "
-            f"{format_bytes(self.over)} over ({self.measured:,} - {self.budget.limit:,} = {self.over:,} bytes)",
-            f"  on {key.device} ({key.provenance})" + (f"; the peak comes in {self.moment}" if self.moment else ""),
+            f"  {self.budget.of} {format_bytes(used)}, limit {format_bytes(limit)}: "
+            f"{format_bytes(used - limit)} over ({used:,} - {limit:,} = {used - limit:,} bytes)",
+            f"  on {key.device} ({key.provenance})",
         ]
+        if self.attribution is not None:
+            lines[-1] += f"; the peak comes in {self.attribution.moment}"
         if self.reference is not None:
             lines += ["", *self._grown(self.reference)]
         elif self.record.modules:
             blocks = sorted(self.record.modules.items(), key=lambda item: (-item[1], item[0]))[:_LARGEST]
             rows = [[format_bytes(count), name or "(outside of the model)"] for name, count in blocks]
             lines += ["", "largest modules:", *_indented(rows, ("", "module"))]
-        if self.largest:
-            rows = [
-                [format_bytes(count), KINDS.get(kind, kind), module, line] for count, kind, module, line in self.largest
-            ]
+        if self.attribution is not None and self.attribution.owners:
+            owners = self.attribution.owners[:_LARGEST]
+            rows = [[format_bytes(each.bytes), KINDS[each.kind], each.module, each.line] for each in owners]
             lines += ["", "largest owners:", *_indented(rows, ("", "kind", "largest for", "line"))]
         if self.artefacts:
             lines += ["", f"kept: {', '.join(self.artefacts)}"]
@@ -108,16 +98,6 @@ class OverBudget:
             for change in changes(reference.modules, self.record.modules)[:_LARGEST]
         ]
         return [head, *_indented(rows, ("", "module", ""))]
-
-
-def over_budget(case: str, budget: Budget, record: Record, attribution: Any, **reference: Any) -> OverBudget | None:
-    """The failure if the record is over the budget, else None. `attribution` may be None."""
-    if getattr(record, budget.of) <= budget.limit:
-        return None
-    if attribution is None:
-        return OverBudget(case, budget, record, **reference)
-    largest = tuple((owner.bytes, owner.kind, owner.module, owner.line) for owner in attribution.owners[:_LARGEST])
-    return OverBudget(case, budget, record, attribution.moment, largest, **reference)
 
 
 def _indented(rows: list[list[str]], headers: tuple[str, ...]) -> list[str]:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from qlora_lowmem.gate import REPORT_ATTRIBUTE
-from qlora_lowmem.gate.budget import OverBudget, over_budget
+from qlora_lowmem.gate.budget import OverBudget
 from qlora_lowmem.gate.records import allocator_of_environment, key_of, record_of
 from qlora_lowmem.gate.verdicts import Gate, Regressed, Verdict, compare
 from qlora_lowmem.memory.attribution import Attribution
@@ -183,9 +183,9 @@ def _judged(item: pytest.Item, case: Case, measurement: Any) -> Row:
     if case.baseline is not None and not case.baseline.key.differences(key):
         reference, name = case.baseline, "its baseline"
     assert case.budget is not None
-    failure = over_budget(
-        case.name, case.budget, record, measurement.attribution, reference=reference, reference_name=name
-    )
+    failure = None
+    if case.budget.used(record) > case.budget.limit:
+        failure = OverBudget(case.name, case.budget, record, measurement.attribution, reference, name)
     verdict = case.verdict(record)
     wrong = failure is not None or (verdict.fails and not case.recording)
     left = case.keep(measurement.attribution, measurement.snapshot) if wrong else ()

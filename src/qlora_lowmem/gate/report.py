@@ -16,6 +16,7 @@ from qlora_lowmem.units import MIB
 
 # What needs nobody's attention.
 QUIET = {"PASS", "WITHIN BUDGET"}
+_CHART = "Allocated peak, and what it is held against"
 
 
 def publish(rows: Sequence[Row], folder: str | None) -> list[str]:
@@ -46,16 +47,16 @@ def write_report(folder: Path, rows: Sequence[Row], record: dict[str, Any]) -> N
         ("summary.md", summary(rows, record)),
     ):
         (folder / name).write_text(text, encoding="utf-8")
-    _write_chart(folder / "chart.svg", rows)
+    shown = [row for row in rows if row.record is not None]
+    save(lambda style: verdicts(style, shown), _CHART, folder / "chart.svg")
 
 
 def trend(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The format `customSmallerIsBetter` of github-action-benchmark, in bytes."""
     found = []
-    for row in rows:
-        for what in ("allocated", "reserved") if row.record is not None else ():
-            extra = f"{row.verdict} on {row.record.key.device} ({row.record.key.provenance})" if row.record else ""
-            value = getattr(row.record, what)
+    for row, record in ((row, row.record) for row in rows if row.record is not None):
+        extra = f"{row.verdict} on {record.key.device} ({record.key.provenance})"
+        for what, value in (("allocated", record.allocated), ("reserved", record.reserved)):
             found.append({"name": f"{row.case}: {what}", "unit": "bytes", "value": value, "extra": extra})
     return found
 
@@ -102,13 +103,5 @@ def _mermaid(rows: Sequence[Row]) -> str:
     bars = ", ".join(f"{row.judged / MIB:.1f}" for row in shown)
     against = [row.held_against for row in shown]
     line = f"\n  line [{', '.join(f'{count / MIB:.1f}' for count in against if count is not None)}]"
-    chart = (
-        '```mermaid\nxychart-beta\n  title "Allocated peak, and what it is held against"\n'
-        f'  x-axis [{names}]\n  y-axis "MiB"\n  bar [{bars}]'
-    )
+    chart = f'```mermaid\nxychart-beta\n  title "{_CHART}"\n  x-axis [{names}]\n  y-axis "MiB"\n  bar [{bars}]'
     return f"{chart}{line if None not in against else ''}\n```"
-
-
-def _write_chart(path: Path, rows: Sequence[Row]) -> None:
-    shown = [row for row in rows if row.record is not None]
-    save(lambda style: verdicts(style, shown), "Allocated peak, and what it is held against", path)

@@ -101,7 +101,6 @@ class Regressed(_Compared):
         return difference(self.baseline, self.measured)
 
     def render(self) -> str:
-        """The sizes, what grew, and what to do."""
         over = getattr(self.measured, self.what) - getattr(self.baseline, self.what)
         lines = [
             f"{self.case}: REGRESSED on {self.measured.key.device} ({self.measured.key.provenance})",
@@ -123,7 +122,6 @@ class Improved(_Compared):
     name = "IMPROVED"
 
     def render(self) -> str:
-        """The saving, and how to keep it."""
         return (
             f"{self.case}: IMPROVED: {self._sizes()}\n"
             f"Keep it: pytest --record={self.case} ... writes the new baseline, and a later return to the old peak is "
@@ -144,7 +142,6 @@ class NotComparable(_Compared):
     keys: Mapping[str, tuple[str, str]]
 
     def render(self) -> str:
-        """Which key differs, by how much the peak does, and what to run."""
         differs = "\n".join(
             f"  {name}: {old or '-'} in the baseline, {new or '-'} now" for name, (old, new) in self.keys.items()
         )
@@ -171,7 +168,6 @@ class New(Verdict):
     measured: Record
 
     def render(self) -> str:
-        """How to make one."""
         return (
             f"{self.case}: NEW: {format_bytes(self.measured.allocated)} allocated, no baseline for it. "
             f"pytest --record={self.case} ... writes one."
@@ -187,7 +183,6 @@ class Missing(Verdict):
     baseline: Record
 
     def render(self) -> str:
-        """What to do about it."""
         return (
             f"{self.case}: MISSING: its baseline has {format_bytes(self.baseline.allocated)}, and no case of that name "
             "ran. Bring it back, or take its baseline out: pytest --record ... with every case."

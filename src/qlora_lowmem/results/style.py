@@ -85,16 +85,8 @@ class Style:
 
     def words(self, axes: Axes, words: str, end: float, place: float, away: float = 5, **look: Any) -> None:
         """Words behind the end of a bar, on the paper's colour, for a line may cross there."""
-        axes.annotate(
-            words,
-            (end, place),
-            xytext=(away, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=SMALL,
-            bbox={"facecolor": self.theme["paper"], "edgecolor": "none", "pad": 0.8},
-            **look,
-        )
+        look |= {"va": "center", "bbox": {"facecolor": self.theme["paper"], "edgecolor": "none", "pad": 0.8}}
+        note(axes, words, (end, place), (away, 0), **look)
 
     def row_words(self, axes: Axes, words: str, end: float, place: float, away: float = 5) -> None:
         """Words behind the end of a named row's bar; beside the name where that has no room."""
@@ -330,6 +322,11 @@ def short(text: str, limit: int = 36) -> str:
 def legend_label(text: str) -> str:
     """A label that matplotlib does not leave out: it skips those that begin with an underscore."""
     return f" {short(text)}" if text.startswith("_") else short(text)
+
+
+def note(axes: Axes, text: str, place: tuple[float, float], away: tuple[float, float], **look: Any) -> None:
+    """Small words, `away` points right of and above their place on the axes."""
+    axes.annotate(text, place, xytext=away, textcoords="offset points", fontsize=SMALL, **look)
 
 
 def doubling(axes: Axes, along: Literal["x", "y"], low: int, high: int, every: int = 1) -> None:

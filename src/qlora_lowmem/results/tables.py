@@ -201,13 +201,13 @@ def write_rows(
     parts: Sequence[str],
     head: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a result whose rows are dataclasses, each a case of the JSON and a line of the CSV.
+    """Write a result whose rows, dataclasses or plain data, are each a case of the JSON and a line of the CSV.
 
     Args:
         parts: paragraphs and tables of the Markdown.
         head: what the JSON has before its cases, beside the provenance.
     """
-    cases = [plain_row(row) for row in rows]
+    cases = [row if isinstance(row, dict) else plain_row(row) for row in rows]
     content = {"environment": record, **(head or {}), "cases": cases}
     write_result(folder, name, content, markdown_page(title, parts, record), cases)
 

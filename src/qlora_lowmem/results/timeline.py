@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_lowmem.memory.attribution import Timeline, chosen_events
-from qlora_lowmem.results.style import CRISP, SMALL, Axes, Figure, Style
+from qlora_lowmem.results.style import CRISP, SMALL, Axes, Figure, Style, note
 from qlora_lowmem.results.tables import Cell, Table, gib
 from qlora_lowmem.results.theme import GROUPS, Group
 from qlora_lowmem.units import GIB
@@ -22,12 +22,8 @@ def group_bytes(kinds: Mapping[str, int]) -> list[tuple[Group, int]]:
 
 def _layers(line: Timeline) -> list[tuple[Group, list[int]]]:
     """Bytes of each group at each point, for the groups whose kinds occur."""
-    layers = []
-    for group in GROUPS:
-        columns = [index for index, kind in enumerate(line.kinds) if kind in group.kinds]
-        if columns:
-            layers.append((group, [sum(row[index] for index in columns) for row in line.bytes]))
-    return layers
+    columns = [(group, [i for i, kind in enumerate(line.kinds) if kind in group.kinds]) for group in GROUPS]
+    return [(group, [sum(row[i] for i in found) for row in line.bytes]) for group, found in columns if found]
 
 
 def moments(name: str, line: Timeline) -> Table:
@@ -98,14 +94,8 @@ def _mark_peak(axes: Axes, style: Style, line: Timeline, sums: Sequence[int]) ->
     event, height = line.events[top], sums[top] / GIB
     late = event - line.events[0] > 0.6 * (line.events[-1] - line.events[0])
     axes.plot(event, height, marker="v", color=style.theme["ink"], markersize=6, clip_on=False)
-    axes.annotate(
-        f"peak {height:.2f} GiB",
-        (event, height),
-        xytext=(-7 if late else 7, 4),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        fontsize=SMALL,
-    )
+    side, away = ("right", -7) if late else ("left", 7)
+    note(axes, f"peak {height:.2f} GiB", (event, height), (away, 4), ha=side)
 
 
 def _mark_turn(axes: Axes, style: Style, line: Timeline) -> None:
@@ -120,16 +110,7 @@ def _mark_turn(axes: Axes, style: Style, line: Timeline) -> None:
     # Where one side has no room for its word, the other side's says enough.
     for text, side, away, room in (("forward", "right", -4, share > 0.2), (behind, "left", 4, share < 0.6)):
         if room:
-            axes.annotate(
-                text,
-                (turn, 0.99),
-                xycoords=("data", "axes fraction"),
-                xytext=(away, 0),
-                textcoords="offset points",
-                ha=side,
-                va="top",
-                fontsize=SMALL,
-            )
+            note(axes, text, (turn, 0.99), (away, 0), xycoords=("data", "axes fraction"), ha=side, va="top")
 
 
 def group_fill(style: Style, group: Group) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from qlora_lowmem.files import as_dataclass
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, provenance_of, together
-from qlora_lowmem.results.style import SMALL, Axes, Figure, Style, save
+from qlora_lowmem.results.style import SMALL, Axes, Figure, Style, note, save
 from qlora_lowmem.results.tables import (
     Cell,
     Column,
@@ -23,7 +23,7 @@ from qlora_lowmem.results.tables import (
     times_floor,
     write_result,
 )
-from qlora_lowmem.results.theme import GROUPS, Group
+from qlora_lowmem.results.theme import GROUPS
 from qlora_lowmem.results.timeline import (
     draw_timeline,
     group_bytes,
@@ -281,7 +281,7 @@ def breakdown(style: Style, attribution: Attribution) -> Figure:
     axes = figure.subplots()
     places, height = style.name_rows(axes, [group.text for group, _ in rows])
     for place, (group, count) in zip(places, rows, strict=True):
-        _part(axes, style, group, place, 0.0, count / GIB, height)
+        axes.barh(place, count / GIB, height=height, **group_fill(style, group))
         share = 100 * count / attribution.device_bytes
         size = f"{count / GIB:.3f}" if count >= GIB // 1000 else "< 0.001"
         style.words(axes, f"{size} ({share:.1f} %)", count / GIB, place)
@@ -300,7 +300,7 @@ def _bar(axes: Axes, style: Style, attribution: Attribution, place: float, heigh
     left = 0.0
     for group, count in group_bytes(attribution.kinds):
         width = count / GIB
-        _part(axes, style, group, place, left, width, height)
+        axes.barh(place, width, left=left, height=height, **group_fill(style, group))
         if count > (0.12 if style.narrow else 0.055) * scale:
             ink = style.theme[f"on-{group.role}"]
             axes.text(left + width / 2, place, f"{width:.2f}", ha="center", va="center", color=ink, fontsize=SMALL)
@@ -308,25 +308,14 @@ def _bar(axes: Axes, style: Style, attribution: Attribution, place: float, heigh
     return left
 
 
-def _part(axes: Axes, style: Style, group: Group, place: float, left: float, width: float, height: float) -> None:
-    axes.barh(place, width, left=left, height=height, **group_fill(style, group))
-
-
 def _marks(axes: Axes, style: Style, attribution: Attribution) -> None:
     """Where allocated ends and where the card's bytes end, at two heights, for they may be close."""
     marks = ((attribution.allocated_bytes, "allocated", 0.78), (attribution.device_bytes, "on the card", 0.44))
     for count, text, height in marks:
         axes.plot([count / GIB] * 2, [-0.35, height + 0.28], color=style.theme["ink"], linewidth=1)
-        axes.annotate(
-            f"{text} {count / GIB:.2f}",
-            (count / GIB, height),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=SMALL,
-            bbox={"facecolor": style.theme["paper"], "edgecolor": "none", "pad": 0.5},
-        )
+        ground = {"facecolor": style.theme["paper"], "edgecolor": "none", "pad": 0.5}
+        words, place = f"{text} {count / GIB:.2f}", (count / GIB, height)
+        note(axes, words, place, (-4, 0), ha="right", va="bottom", bbox=ground)
     axes.set_ylim(-0.4, 1.1)
     axes.set_xlim(0, attribution.device_bytes / GIB * 1.005)
     axes.set_yticks([])

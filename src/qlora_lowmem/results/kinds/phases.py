@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
-from qlora_lowmem.results.style import SMALL, Axes, Figure, Style, legend_label
+from qlora_lowmem.results.style import Axes, Figure, Style, legend_label, note
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
@@ -15,9 +15,8 @@ from qlora_lowmem.results.tables import (
     Table,
     gib,
     markdown_of,
-    markdown_page,
     page_table,
-    write_result,
+    write_rows,
 )
 from qlora_lowmem.units import GIB
 
@@ -142,7 +141,7 @@ def phases_content(lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
 
 def write_phases(folder: Path, lives: Lives, record: dict[str, Any], about: str) -> None:
     """Write `phases` as JSON, Markdown and CSV; `about` says what ran."""
-    rows, content = _rows(lives), phases_content(lives, record)
+    rows = _rows(lives)
     ran_out = "\n".join(
         f"- {recipe}, {each.phase}: {each.out_of_memory}" for recipe, each in rows if each.out_of_memory
     )
@@ -153,8 +152,8 @@ def write_phases(folder: Path, lives: Lives, record: dict[str, Any], about: str)
         markdown_of(_FLOOR_COLUMNS, _highest(lives), text_columns=2),
         *(("Out of memory, with the highest readings until there:", ran_out) if ran_out else ()),
     ]
-    markdown = markdown_page(f"Every phase of a run on {record['device']}, in GiB", parts, record)
-    write_result(folder, "phases", content, markdown, content["cases"])
+    title = f"Every phase of a run on {record['device']}, in GiB"
+    write_rows(folder, "phases", phases_content(lives, record)["cases"], record, title=title, parts=parts)
 
 
 def _read(content: Fields) -> Lives:
@@ -300,23 +299,19 @@ def _scale_end(lives: Lives, style: Style, columns: int) -> float:
 def _panel(axes: Axes, style: Style, names: Sequence[str], found: Sequence[PhaseBytes], end: float) -> None:
     places, height = style.name_rows(axes, names)
     by_name = {each.phase: each for each in found}
-    _budget_line(axes, style, [by_name[name].device_budget for name in names if name in by_name])
+    for budget in dict.fromkeys(by_name[name].device_budget for name in names if name in by_name):
+        # The paper's edge parts it from a bar that it crosses.
+        axes.axvline(budget / GIB, color=style.theme["paper"], linewidth=3.2, zorder=2.5)
+        axes.axvline(budget / GIB, color=style.theme["limit"], linewidth=1.4, linestyle="--", zorder=2.6)
     for name, place in zip(names, places, strict=True):
         if name in by_name:
             _row(axes, style, place, height, by_name[name])
         else:
-            look: Any = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
-            axes.annotate("no figures", (0, place), xytext=(4, 0), color=style.theme["muted"], **look)
+            note(axes, "no figures", (0, place), (4, 0), va="center", color=style.theme["muted"])
     axes.set_xlim(0, end)
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("GiB at the peak of the phase")
     style.plain(axes, grid="x")
-
-
-def _budget_line(axes: Axes, style: Style, budgets: Sequence[int]) -> None:
-    for budget in dict.fromkeys(budgets):  # the paper's edge parts it from a bar that it crosses
-        axes.axvline(budget / GIB, color=style.theme["paper"], linewidth=3.2, zorder=2.5)
-        axes.axvline(budget / GIB, color=style.theme["limit"], linewidth=1.4, linestyle="--", zorder=2.6)
 
 
 def _row(axes: Axes, style: Style, place: float, height: float, found: PhaseBytes) -> None:

@@ -253,10 +253,9 @@ def prediction(style: Style, figures: Sequence[Figure]) -> Drawn:
 def two_panels(style: Style, rows: float, height: float) -> tuple[Drawn, Axes, Axes]:
     """Figures against each other, and beside or below that their errors in rows of that many inches in all."""
     figure = style.figure(height)
-    shape: Any = (
-        {"nrows": 2, "height_ratios": (3.2, rows + 0.9)} if style.narrow else {"ncols": 2, "width_ratios": (1, 1.15)}
-    )
-    return figure, *figure.subplots(**shape)
+    if style.narrow:
+        return figure, *figure.subplots(2, 1, height_ratios=(3.2, rows + 0.9))
+    return figure, *figure.subplots(1, 2, width_ratios=(1, 1.15))
 
 
 def percent_axis(axes: Axes) -> None:

@@ -83,6 +83,10 @@ class Budget:
     of: PeakFigure
     card: str
 
+    def used(self, record: Record) -> int:
+        """The figure that it is for, in bytes."""
+        return int(getattr(record, self.of))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -118,7 +122,9 @@ class Row:
     @property
     def judged(self) -> int:
         """Bytes of the figure that is judged: the budget's, else what is allocated; 0 where it came to nothing."""
-        return int(getattr(self.record, self.budget.of if self.budget else "allocated")) if self.record else 0
+        if self.record is None:
+            return 0
+        return self.budget.used(self.record) if self.budget else self.record.allocated
 
     @property
     def held_against(self) -> int | None:

@@ -15,10 +15,9 @@ from qlora_lowmem.results.tables import (
     Column,
     gib,
     markdown_of,
-    markdown_page,
     page_table,
     usable_bytes,
-    write_result,
+    write_rows,
 )
 from qlora_lowmem.units import GIB
 
@@ -66,7 +65,6 @@ def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any])
         f"{FLOOR_TEXT}"
     )
     title, table = "From the baseline to lean", markdown_of(_COLUMNS, rows)
-    markdown = markdown_page(title, (text, table, "![waterfall](waterfall.svg)"), record)
     cases = [
         {
             "idea": step.idea,
@@ -77,8 +75,11 @@ def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any])
         }
         for step, saved in rows
     ]
-    content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": cases}
-    write_result(folder, "waterfall", content, markdown, cases)
+    parts, head = (
+        (text, table, "![waterfall](waterfall.svg)"),
+        {name: record[name] for name in ("device", "provenance")},
+    )
+    write_rows(folder, "waterfall", cases, record, title=title, parts=parts, head=head)
     usable = usable_bytes(str(record["device"]))
     save(lambda style: waterfall(style, steps, usable), title, folder / "waterfall.svg", folder / "waterfall.png")
 
