@@ -1,7 +1,9 @@
 """What sound data hold: formats, counts, notes."""
 
+import dataclasses
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,7 +73,7 @@ def test_notes(tmp_path: Path) -> None:
     for words in ("1 of 5 samples repeat an earlier one (first line 3, which repeats line 1)", "1 blank lines skipped",
                   "byte order mark", "1 samples hold U+FFFD", "1 samples hold control characters"):  # fmt: skip
         assert words in notes
-    assert json.loads(json.dumps(report.to_dict()))["duplicates"] == {"count": 1, "first": [3, 1]}
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["duplicates"] == {"count": 1, "first": [3, 1]}
 
 
 def test_the_same_sample_in_another_order_of_keys_is_a_duplicate(tmp_path: Path) -> None:
@@ -96,15 +98,16 @@ def test_the_demo_is_not_tested_on_what_it_learns() -> None:
 @pytest.mark.parametrize("pass_samples", [1, 7, 50, 10_000])
 def test_duplicates_are_counted_in_any_number_of_passes(pass_samples: int) -> None:
     values = [number % 37 for number in range(100)] + [200, 201, 202, 200]
-    with DuplicateCounter(pass_samples) as counter:
+    with tempfile.TemporaryFile() as scratch:
+        counter = DuplicateCounter(scratch, pass_samples)
         for number, value in enumerate(values, start=10):
             counter.add(number, str(value).encode())
         assert counter.count() == Duplicates(len(values) - len(set(values)), (47, 10))
 
 
 def test_no_sample_no_duplicate() -> None:
-    with DuplicateCounter() as counter:
-        assert counter.count() == Duplicates(0, None)
+    with tempfile.TemporaryFile() as scratch:
+        assert DuplicateCounter(scratch).count() == Duplicates(0, None)
 
 
 def test_a_parquet_file(tmp_path: Path) -> None:

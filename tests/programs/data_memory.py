@@ -5,6 +5,7 @@ Prints the KiB by which the process's highest resident memory grew, the samples 
 
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 from qlora_lowmem.data import check_data
@@ -19,7 +20,8 @@ def peak() -> int:
 
 
 # What is imported on first use is not the data's memory.
-with DuplicateCounter() as warm:
+with tempfile.TemporaryFile() as scratch:
+    warm = DuplicateCounter(scratch)
     warm.add(1, b"")
     warm.count()
 if sys.argv[1].endswith(".parquet"):

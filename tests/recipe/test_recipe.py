@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from qlora_lowmem.commands.frame import CommandParser
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
-from qlora_lowmem.recipe import SECTIONS, Memory, Recipe, recipe_fields, recipe_hash
+from qlora_lowmem.recipe import SECTIONS, Recipe, recipe_fields, recipe_hash
 from qlora_lowmem.recipe.checks import field_specs
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field
+from qlora_lowmem.recipe.sections import Memory
 from qlora_lowmem.units import GIB
 
 RECIPES = Path(__file__).parents[2] / "bench" / "recipes"

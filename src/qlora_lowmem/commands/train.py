@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def _data_lines(recipe: Recipe, checked: CheckedData, tokens: "TokenReport", not
 
 
 def _data_summary(checked: CheckedData, tokens: "TokenReport") -> dict[str, Any]:
-    return checked.report.to_dict() | {"tokens": tokens.to_dict()}
+    return asdict(checked.report) | {"tokens": asdict(tokens)}
 
 
 def _dry_run(recipe: Recipe, checked: CheckedData | None, options: argparse.Namespace) -> int:

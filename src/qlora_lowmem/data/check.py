@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = Tr
     reader = _open(source)
     per_byte = source.kind == "jsonl"
     with (
-        DuplicateCounter() as duplicates,
+        tempfile.TemporaryFile(prefix="qlora_lowmem-") as scratch,
         tqdm(
             total=reader.total,
             desc=f"checking {source.shown}",
@@ -71,6 +72,7 @@ def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = Tr
         ) as bar,
     ):
         walk = _Walk(source, reader, train_on, advance=bar.update)
+        duplicates = DuplicateCounter(scratch)
         replaced = controls = tools = calls = 0
         for number, sample in walk.samples():
             text = json.dumps(sample, sort_keys=True, ensure_ascii=False)

@@ -4,7 +4,15 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from qlora_lowmem.data.values import FaultySampleError, check_json, check_text, is_nothing, kind_of, parse_json
+from qlora_lowmem.data.values import (
+    FaultySampleError,
+    check_json,
+    check_kind,
+    check_text,
+    is_nothing,
+    kind_of,
+    parse_json,
+)
 
 DataFormat = Literal["messages", "prompt/completion", "text"]
 TrainOn = Literal["all", "completions"]
@@ -127,10 +135,7 @@ def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
     Raises:
         FaultySampleError: one is none.
     """
-    if not isinstance(messages, list):
-        raise FaultySampleError(
-            "messages", f"{name!r} is {kind_of(messages)}, not a list of messages; write {_MESSAGE}"
-        )
+    check_kind("messages", repr(name), messages, list, f"a list of messages; write {_MESSAGE}")
     if not messages:
         raise FaultySampleError("empty", f"{name!r} is an empty list; write at least one message: {_MESSAGE}")
     return [_check_message(f"{name}[{index}]", message) for index, message in enumerate(messages)]
@@ -183,10 +188,7 @@ def _check_keys(place: str, role: str, message: dict[str, Any]) -> None:
 
 def _check_calls(place: str, calls: Any) -> list[dict[str, Any]]:
     name = f"{place}.tool_calls"
-    if not isinstance(calls, list):
-        raise FaultySampleError(
-            "tools", f"{name!r} is {kind_of(calls)}, not a list of calls; write [{_CALL}], or leave it out"
-        )
+    check_kind("tools", repr(name), calls, list, f"a list of calls; write [{_CALL}], or leave it out")
     return [_check_call(f"{name}[{index}]", call) for index, call in enumerate(calls)]
 
 
@@ -194,12 +196,8 @@ def _check_call(name: str, call: Any) -> dict[str, Any]:
     function = _function_of(name, call, _CALL)
     given = function.get("arguments")
     arguments = parse_json(f"{name}.function.arguments", given) if isinstance(given, str) else given
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise FaultySampleError(
-            "tools", f"'{name}.function.arguments' is {kind_of(arguments)}, not an object; write {_CALL}"
-        )
+    arguments = {} if arguments is None else arguments
+    check_kind("tools", f"'{name}.function.arguments'", arguments, dict, f"an object; write {_CALL}")
     check_json(name, call)
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
@@ -211,25 +209,18 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
         FaultySampleError: they are none.
     """
     found = parse_json("tools", tools) if isinstance(tools, str) else tools
-    if not isinstance(found, list):
-        raise FaultySampleError(
-            "tools", f"'tools' is {kind_of(found)}, not a list of tools; write [{_TOOL}], or leave it out"
-        )
+    check_kind("tools", "'tools'", found, list, f"a list of tools; write [{_TOOL}], or leave it out")
     for index, tool in enumerate(found):
-        function = _function_of(f"tools[{index}]", tool, _TOOL)
-        parameters = function.get("parameters")
-        if parameters is not None and not isinstance(parameters, dict):
-            raise FaultySampleError(
-                "tools", f"'tools[{index}].function.parameters' is {kind_of(parameters)}, not a JSON schema"
-            )
-        check_json(f"tools[{index}]", tool)
-    return found
+        name = f"tools[{index}]"
+        parameters = _function_of(name, tool, _TOOL).get("parameters")
+        if parameters is not None:
+            check_kind("tools", f"'{name}.function.parameters'", parameters, dict, "a JSON schema")
+        check_json(name, tool)
+    return list(found)
 
 
 def _function_of(name: str, value: Any, example: str) -> dict[str, Any]:
-    """The function that a tool or a call names."""
-    if not isinstance(value, dict):
-        raise FaultySampleError("tools", f"{name!r} is {kind_of(value)}, not an object; write {example}")
+    check_kind("tools", repr(name), value, dict, f"an object; write {example}")
     if value.get("type", "function") != "function":
         raise FaultySampleError("tools", f"'{name}.type' is {value['type']!r}; only 'function' is known")
     function = value.get("function")

@@ -1,12 +1,10 @@
 """What a source holds, repeats of earlier samples counted in memory that does not grow with their number."""
 
 import hashlib
-import tempfile
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import IO
 
 from qlora_lowmem.data.formats import DataFormat
 
@@ -31,24 +29,16 @@ class Duplicates:
 class DuplicateCounter:
     """Counts repeats over any number of samples.
 
-    Each sample leaves 16 bytes in a temporary file: a 64-bit digest and its number. `count` sorts the digests in as
-    many passes over the file as keep about `PASS_SAMPLES` of them in memory at once. Among n samples, n^2 / 2^65
+    Each sample leaves 16 bytes in `file`, a temporary one: a 64-bit digest and its number. `count` sorts the digests in
+    as many passes over the file as keep about `PASS_SAMPLES` of them in memory at once. Among n samples, n^2 / 2^65
     pairs are expected to share a digest by chance: 10^-5 for twenty million.
     """
 
-    def __init__(self, pass_samples: int = PASS_SAMPLES) -> None:
+    def __init__(self, file: IO[bytes], pass_samples: int = PASS_SAMPLES) -> None:
+        self._file = file
         self._pass_samples = pass_samples
-        self._file = tempfile.TemporaryFile(prefix="qlora_lowmem-")  # noqa: SIM115 - closed by __exit__
         self._buffer = array("Q")
         self._samples = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
     def add(self, number: int, content: bytes) -> None:
         """The sample of line or row `number`, written the same way wherever it occurs."""
@@ -150,7 +140,3 @@ class DataReport:
             yield f"{self.control_characters:,} samples hold control characters; the model would learn them"
         if self.unused_columns:
             yield f"columns that are not read: {', '.join(self.unused_columns)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)

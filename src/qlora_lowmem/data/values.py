@@ -29,6 +29,16 @@ def is_nothing(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "null", "[]"))
 
 
+def check_kind(fault: "FaultKind", place: str, value: Any, kind: type, instead: str) -> None:
+    """`value`, which stands at `place`, is of a kind; `instead` says which, and what to write.
+
+    Raises:
+        FaultySampleError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise FaultySampleError(fault, f"{place} is {kind_of(value)}, not {instead}")
+
+
 def check_text(name: str, value: Any, *, may_be_empty: bool = False) -> None:
     """`value` is a text that says something, whole in UTF-8.
 

@@ -22,7 +22,7 @@ from transformers import (
 from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.files import cache_folder, whole_folder
 from qlora_lowmem.lean import quantise_embeddings
-from qlora_lowmem.models.random_weights import config_from, meta_model, random_model, stand_in_tokenizer
+from qlora_lowmem.models.random_weights import config_from, meta_model, random_model, stand_in_tokenizer, untied_weights
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.models.targets import EMBEDDING_BITS, lean_refusals
 from qlora_lowmem.models.trusted import damaged_file
@@ -89,10 +89,9 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
             made = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits)
         _keep_weights_as_they_are(made)
         return made
-    location = str(_safetensors_of(source.gguf)) if source.gguf else str(source.folder or source.hub_id)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            location,
+            _location(source),
             revision=recipe.base.revision,
             quantization_config=quantization,
             dtype=dtype,
@@ -132,13 +131,11 @@ def weights_folder(recipe: Recipe, source: ModelSource) -> Path:
     Raises:
         UsageError: the hub cannot be reached, or does not know the model.
     """
-    if source.gguf is not None:
-        return _safetensors_of(source.gguf)
-    if source.folder is not None:
-        return source.folder
+    if source.gguf is not None or source.folder is not None:
+        return Path(_location(source))
     try:
         patterns = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(str(source.hub_id), revision=recipe.base.revision, allow_patterns=patterns))
+        return Path(snapshot_download(_location(source), revision=recipe.base.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise _cannot_load(recipe, source, error) from error
 
@@ -175,10 +172,9 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
                 "put tokenizer.json into the model's folder, or set base.weights to 'pretrained'"
             )
         return stand_in_tokenizer()
-    location = _safetensors_of(source.gguf) if source.gguf is not None else source.folder or source.hub_id
     try:
         return AutoTokenizer.from_pretrained(
-            str(location),
+            _location(source),
             revision=recipe.base.revision,
             # Always said: left open, transformers would ask on standard input.
             trust_remote_code=recipe.base.trust_remote_code,
@@ -228,6 +224,11 @@ def _fetched(recipe: Recipe, source: ModelSource) -> Path | None:
         return None
 
 
+def _location(source: ModelSource) -> str:
+    """A folder of safetensors files, or the hub id, as `from_pretrained` takes it."""
+    return str(_safetensors_of(source.gguf) if source.gguf else source.folder or source.hub_id)
+
+
 def _safetensors_of(gguf: Path) -> Path:
     """A GGUF file converted once to a folder of bf16 safetensors, which then loads in 4 bits like any model.
 
@@ -247,8 +248,7 @@ def _safetensors_of(gguf: Path) -> Path:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-        tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+        weights = {name: tensor.contiguous() for name, tensor in untied_weights(model).items()}
         content = model.config.to_dict()
         content.pop("quantization_config", None)
         with whole_folder(folder) as scratch:

@@ -6,7 +6,7 @@ loaded: its safetensors files are read tensor by tensor.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Adapter:
         for name, plain in _PLAIN.items():
             if config.get(name, plain) != plain:
                 raise UsageError(
-                    f"{folder / 'adapter_config.json'}: {name} is {config[name]!r}; only plain LoRA adapters can be "
+                    f"{config_file}: {name} is {config[name]!r}; only plain LoRA adapters can be "
                     "merged here. PEFT's merge_and_unload does the others"
                 )
         halves: dict[str, dict[str, Tensor]] = {}
@@ -129,17 +129,13 @@ def _merged(name: str, source: _Source, adapter: Adapter, dtype: torch.dtype, de
         rows = file.get_slice(name)
         a, b = (half.to(device) for half in adapter.pairs[name])
         result = torch.empty(source.shape, dtype=dtype)
-        for first, last in _tiles(*source.shape):
+        rows_a_tile = max(1, _TILE_BYTES // (4 * source.shape[1]))
+        for first in range(0, source.shape[0], rows_a_tile):
+            last = min(first + rows_a_tile, source.shape[0])
             tile = rows[first:last].to(device).float()
             tile.addmm_(b[first:last], a, alpha=adapter.scale)
             result[first:last] = tile.to(dtype)
     return result
-
-
-def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    height = max(1, _TILE_BYTES // (4 * columns))
-    for first in range(0, rows, height):
-        yield first, min(first + height, rows)
 
 
 def _sources(base: Path) -> dict[str, _Source]:

@@ -6,7 +6,6 @@ reads weights from files, is a header and a hole: no disk, no time, and every by
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +113,12 @@ def stand_in_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
+def untied_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state of a model without what is tied to another part of it, as checkpoints hold it."""
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
 _BF16_BYTES = 2
 
 
@@ -124,14 +129,11 @@ def write_zero_checkpoint(architecture: dict[str, Any], folder: Path) -> None:
     """
     folder.mkdir(parents=True)
     model = meta_model(config_from(architecture), torch.bfloat16, "sdpa")
-    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            size = _BF16_BYTES * math.prod(tensor.shape)
-            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-            end += size
+    for name, tensor in untied_weights(model).items():
+        begin, end = end, end + _BF16_BYTES * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (folder / "model.safetensors").open("wb") as file:

@@ -101,21 +101,9 @@ def _listing(by_leaf: Counter[str]) -> str:
 # Model types whose attention keeps packed samples apart, with sdpa and with eager: transformers builds their masks from
 # the samples' positions. tests/models/test_packing.py runs each of them, packed and one by one.
 KEEPS_APART = (
-    "gemma",
-    "gemma3_text",
-    "granite",
-    "granitemoe",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmo3",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
+    "gemma", "gemma3_text", "granite", "granitemoe", "llama", "mistral", "mixtral", "olmo2",
+    "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
+)  # fmt: skip
 _ATTENTION = ("full_attention", "sliding_attention", "attention")
 
 

@@ -57,10 +57,9 @@ def check_checkpoint(folder: Path) -> None:
     indices = sorted(folder.rglob(_SHARDS_INDEX))
     if not indices and not any(folder.glob("pytorch_model_fsdp*")):
         check_adapter(folder)
-    for file, unsafe in (
-        *((file, _unsafe_state(file)) for file in _state_files(folder)),
-        *((file, _unsafe_index(file)) for file in indices),
-    ):
+    states = [file for pattern in _STATE for file in sorted(folder.glob(pattern)) if file.is_file()]
+    reasons = [(file, _unsafe_state(file)) for file in states] + [(file, _unsafe_index(file)) for file in indices]
+    for file, unsafe in reasons:
         if unsafe is not None:
             raise UsageError(
                 f"run.output_dir: {str(file)!r} is no plain state: {unsafe}. Loading it could run code, so it is not "
@@ -85,11 +84,6 @@ def check_adapter(folder: Path) -> None:
         f"{str(folder)!r} holds no {ADAPTER_WEIGHTS}; give the output folder of a run that has ended, or one of its "
         "checkpoints"
     )
-
-
-def _state_files(folder: Path) -> Iterator[Path]:
-    for pattern in _STATE:
-        yield from (file for file in sorted(folder.glob(pattern)) if file.is_file())
 
 
 def _unsafe_state(file: Path) -> str | None:

@@ -14,34 +14,10 @@ from typing import Any
 
 import yaml
 
-from qlora_lowmem.recipe.sections import (
-    SYNTHETIC,
-    Base,
-    Batch,
-    Data,
-    Dataloader,
-    Lean,
-    Lora,
-    Memory,
-    Optimizer,
-    Quantization,
-    Run,
-    Schedule,
-    is_hub_data,
-    knob,
-)
+from qlora_lowmem.recipe import sections
+from qlora_lowmem.recipe.sections import SYNTHETIC, Run, is_hub_data, knob
 
-__all__ = [
-    "SECTIONS",
-    "SYNTHETIC",
-    "Memory",
-    "Recipe",
-    "Run",
-    "field_values",
-    "hashed_fields",
-    "recipe_fields",
-    "recipe_hash",
-]
+__all__ = ["SECTIONS", "SYNTHETIC", "Recipe", "Run", "field_values", "hashed_fields", "recipe_fields", "recipe_hash"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +25,16 @@ class Recipe:
     """One training job, complete. `load_recipe` makes a checked one from a file."""
 
     name: str = knob("", "name in tables; the file's name without .yaml", kind="name")
-    base: Base = field(default_factory=Base)
-    quantization: Quantization = field(default_factory=Quantization)
-    lora: Lora = field(default_factory=Lora)
-    batch: Batch = field(default_factory=Batch)
-    memory: Memory = field(default_factory=Memory)
-    lean: Lean = field(default_factory=Lean)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule = field(default_factory=Schedule)
-    dataloader: Dataloader = field(default_factory=Dataloader)
-    data: Data = field(default_factory=Data)
+    base: sections.Base = field(default_factory=sections.Base)
+    quantization: sections.Quantization = field(default_factory=sections.Quantization)
+    lora: sections.Lora = field(default_factory=sections.Lora)
+    batch: sections.Batch = field(default_factory=sections.Batch)
+    memory: sections.Memory = field(default_factory=sections.Memory)
+    lean: sections.Lean = field(default_factory=sections.Lean)
+    optimizer: sections.Optimizer = field(default_factory=sections.Optimizer)
+    schedule: sections.Schedule = field(default_factory=sections.Schedule)
+    dataloader: sections.Dataloader = field(default_factory=sections.Dataloader)
+    data: sections.Data = field(default_factory=sections.Data)
     run: Run = field(default_factory=Run)
 
     def to_dict(self) -> dict[str, Any]:

@@ -219,6 +219,5 @@ def _comment(memory: str) -> str:
 
 
 def _one_line(value: object) -> str:
-    """A value on one line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.strip().removesuffix("...").strip()

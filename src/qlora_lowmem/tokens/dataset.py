@@ -27,7 +27,7 @@ from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import writing
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.tokens.encoding import Encoded, Encoder
+from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded, Encoder
 from qlora_lowmem.tokens.store import TokenReport, TokenTally, open_tokens, write_tokens
 from qlora_lowmem.tokens.templates import check_templates, choose_marking, learns_to_stop
 
@@ -138,21 +138,13 @@ def encoded_samples(
 
 def show_sample(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int = 120) -> str:
     """The first sample as the model sees it; tokens with a loss are between `[[` and `]]`."""
-    sample = dataset[0]
-    ids, labels = sample["input_ids"][:limit], sample["labels"][:limit]
-    pieces: list[str] = []
-    run: list[int] = []
-    scored = False
-    for token, label in [*zip(ids, labels, strict=True), (None, None)]:
-        if run and (token is None or (label != -100) != scored):
-            text = str(tokenizer.decode(run))
-            pieces.append(f"[[{text}]]" if scored else text)
-            run = []
-        if token is not None:
-            scored = label != -100
-            run.append(token)
-    more = "" if len(sample["input_ids"]) <= limit else f" ... ({len(sample['input_ids'])} tokens)"
-    return "".join(pieces) + more
+    ids, labels = dataset[0]["input_ids"], dataset[0]["labels"]
+    shown = ""
+    pairs = zip(ids[:limit], labels[:limit], strict=True)
+    for scored, run in itertools.groupby(pairs, lambda pair: pair[1] != NO_LOSS):
+        text = str(tokenizer.decode([token for token, _ in run]))
+        shown += f"[[{text}]]" if scored else text
+    return shown if len(ids) <= limit else f"{shown} ... ({len(ids)} tokens)"
 
 
 def _encoder(

@@ -93,13 +93,7 @@ class Encoder:
         return start, end
 
     def _marked(self, messages: list[dict[str, Any]], tools: Any) -> Encoded:
-        found: Any = self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=self._marking.template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        found = self._template(messages, tools, return_assistant_tokens_mask=True)
         ids, mask = list(found["input_ids"]), found["assistant_masks"]
         if 1 not in mask:
             raise FaultySampleError("chat template", "the model's chat template marks no word of it as the assistant's")
@@ -114,11 +108,10 @@ class Encoder:
 
     def _rendered(self, messages: list[dict[str, Any]], tools: Any, *, answer: bool = False) -> list[int]:
         """The tokens of messages; with `answer`, up to where the assistant's answer begins."""
-        found: Any = self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=self._marking.template,
-            add_generation_prompt=answer,
-            return_dict=True,
+        return list(self._template(messages, tools, add_generation_prompt=answer)["input_ids"])
+
+    def _template(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
+        template = self._marking.template
+        return self._tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, return_dict=True, **options
         )
-        return list(found["input_ids"])

@@ -71,10 +71,6 @@ class TokenReport:
         """Samples tokenised, kept or dropped."""
         return self.samples + self.dropped_samples
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
-
 
 _COUNTED = [each.name for each in fields(TokenReport) if each.name not in ("of_samples", "first_truncated")]
 
@@ -122,7 +118,7 @@ def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], max_seq_l
             with pa.OSFile(str(scratch / TOKENS_FILE), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
                 for batch in _batches(tally.cut(samples)):
                     writer.write_batch(batch)
-            text = json.dumps(tally.report(of_samples).to_dict(), indent=2) + "\n"
+            text = json.dumps(asdict(tally.report(of_samples)), indent=2) + "\n"
             (scratch / REPORT_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         full = error.errno == errno.ENOSPC
