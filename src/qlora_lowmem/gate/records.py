@@ -120,10 +120,8 @@ class Difference:
 
     def render(self, rows: int = _ROWS) -> str:
         """Tables for a terminal."""
-        parts = []
-        for title, changes in (("kind", self.kinds), ("module", self.modules), ("line", self.lines)):
-            if changes:
-                parts.append(_table(title, changes, rows))
+        tables = {"kind": self.kinds, "module": self.modules, "line": self.lines}
+        parts = [_table(title, changes, rows) for title, changes in tables.items() if changes]
         changed = [f"{name} {old} -> {new}" for name, (old, new) in self.versions.items()]
         parts.append("packages: " + (", ".join(changed) if changed else "the same versions"))
         return "\n\n".join(parts)
@@ -170,8 +168,7 @@ def _table(title: str, found: tuple[Change, ...], rows: int) -> str:
     body = [
         [
             KINDS.get(change.name, change.name) if title == "kind" else change.name or "(outside of the model)",
-            _size(change.before),
-            _size(change.after),
+            *("-" if count is None else format_bytes(count) for count in (change.before, change.after)),
             format_signed(change.bytes),
             change.remark,
         ]
@@ -185,7 +182,3 @@ def _table(title: str, found: tuple[Change, ...], rows: int) -> str:
         disable_numparse=True,
         colalign=("left", "right", "right", "right", "left"),
     )
-
-
-def _size(count: int | None) -> str:
-    return "-" if count is None else format_bytes(count)

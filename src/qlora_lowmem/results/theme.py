@@ -22,6 +22,11 @@ class Group:
     kinds: tuple[str, ...]
 
 
+def _of(part: str) -> tuple[str, ...]:
+    """What a part of the layers holds: in the forward, computed again, in the backward."""
+    return f"activations_{part}", f"recomputed_{part}", f"backward_{part}"
+
+
 # Bottom to top. A colour stays apart from its neighbours' in the common kinds of colour blindness and in grey (Paul
 # Tol's "muted" and "bright" schemes, reordered).
 GROUPS: tuple[Group, ...] = (
@@ -34,18 +39,11 @@ GROUPS: tuple[Group, ...] = (
         ("adapters", "gradients", "optimizer", "optimizer_step"),
     ),
     Group("checkpoints", "checkpointed activations", "checkpoints", ("checkpoints",)),
-    Group("mamba", "Mamba scan", "Mamba scan", ("activations_mamba", "recomputed_mamba", "backward_mamba")),
-    Group(
-        "attention", "attention", "attention", ("activations_attention", "recomputed_attention", "backward_attention")
-    ),
-    Group("mlp", "MLP", "MLP", ("activations_mlp", "recomputed_mlp", "backward_mlp")),
-    Group("norm", "norm", "norm", ("activations_norm", "recomputed_norm", "backward_norm")),
-    Group(
-        "activations",
-        "other activations",
-        "other activations",
-        ("activations_other", "recomputed_other", "backward_other", "input"),
-    ),
+    Group("mamba", "Mamba scan", "Mamba scan", _of("mamba")),
+    Group("attention", "attention", "attention", _of("attention")),
+    Group("mlp", "MLP", "MLP", _of("mlp")),
+    Group("norm", "norm", "norm", _of("norm")),
+    Group("activations", "other activations", "other activations", (*_of("other"), "input")),
     Group("dequantised", "dequantised weights", "dequantised", ("dequantised",)),
     Group("loss", "loss and logits", "loss and logits", ("loss",)),
     Group(

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lowmem.units import format_bytes
-from qlora_lowmem.watch.judgement import CARD, Frame, Room, Spill, rooms
+from qlora_lowmem.watch.judgement import CARD, Frame, Room, rooms
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _SPARKS = 60
@@ -70,9 +70,7 @@ def _title(frame: Frame) -> str:
 def _facts(frame: Frame) -> list[tuple[str, str]]:
     reading, job = frame.reading, frame.reading.job
     has_card = job is not None and job.total > 0
-    facts = []
-    if job is not None:
-        facts.append(("job", _progress(frame)))
+    facts = [("job", _progress(frame))] if job is not None else []
     if job is not None and has_card:
         cached = format_bytes(job.reserved - job.allocated)
         held = f"{format_bytes(job.allocated)} allocated, {format_bytes(job.reserved)} reserved ({cached} cached)"
@@ -93,7 +91,14 @@ def _facts(frame: Frame) -> list[tuple[str, str]]:
         most = f"{format_bytes(job.peak_allocated)} allocated, {format_bytes(job.peak_reserved)} reserved"
         facts.append(("" if frame.peak else "peak", most))
     if reading.card is not None:
-        facts.append(("spilling", _spilling(frame.spill)))
+        size = format_bytes(frame.spill.bytes)
+        spilling = {
+            "none": "nothing lies in system memory, as far as it shows",
+            "impossible": "cannot happen: on Linux an allocation beyond the card fails",
+            "unknown": "unknown: only a job of this project tells what it has reserved",
+            "estimate": f"about {size} in system memory",
+        }
+        facts.append(("spilling", spilling[frame.spill.state]))
     return facts
 
 
@@ -104,15 +109,6 @@ def _progress(frame: Frame) -> str:
     if job.phase == "ended":
         return f"{steps}ended: {job.outcome}"
     return steps + (f"{job.phase}, pid {job.pid}" if frame.reading.running else f"gone while {job.phase} (killed?)")
-
-
-def _spilling(spill: Spill) -> str:
-    return {
-        "none": "nothing lies in system memory, as far as it shows",
-        "impossible": "cannot happen: on Linux an allocation beyond the card fails",
-        "unknown": "unknown: only a job of this project tells what it has reserved",
-        "estimate": f"about {format_bytes(spill.bytes)} in system memory",
-    }[spill.state]
 
 
 def _used(room: Room) -> str:

@@ -195,10 +195,8 @@ def provenance_of(content: Fields) -> Provenance:
         ValueError: it is missing or incomplete.
     """
     record = content.object("environment")
-    texts = {
-        field.name: record.text(field.name) for field in dataclasses.fields(Provenance) if field.name != "versions"
-    }
-    return Provenance(**texts, versions=record.object("versions").texts())
+    names = [field.name for field in dataclasses.fields(Provenance) if field.name != "versions"]
+    return Provenance(**{name: record.text(name) for name in names}, versions=record.object("versions").texts())
 
 
 @dataclass(frozen=True)

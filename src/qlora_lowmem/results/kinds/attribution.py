@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,9 @@ def _section(runs: Sequence[_Run]) -> Section:
     """Side by side if there are several, then each."""
     charts = [_compared(runs)] if len(runs) > 1 else []
     for name, found in runs:
-        charts += [_breakdown(name, found), _timeline(name, found)]
+        line, title = found.timeline, f"{name}: a step over time"
+        drawn, table = partial(timeline, line=line), moments(name, line)
+        charts += [_breakdown(name, found), Chart(f"timeline-{name}", title, summary(line), drawn, (table,))]
     return Section(
         name="bytes",
         title="Where the bytes go",
@@ -237,11 +240,6 @@ def _breakdown(name: str, found: Attribution) -> Chart:
         tables.append(page_table(caption, _OWNER_COLUMNS, found.owners[:_OWNERS]))
     title = f"{name}: the peak by kind"
     return Chart(f"breakdown-{name}", title, text, lambda style: breakdown(style, found), tuple(tables))
-
-
-def _timeline(name: str, found: Attribution) -> Chart:
-    line, title = found.timeline, f"{name}: a step over time"
-    return Chart(f"timeline-{name}", title, summary(line), lambda style: timeline(style, line), (moments(name, line),))
 
 
 def picture(style: Style, attribution: Attribution, title: str) -> Figure:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,10 @@ def _read(content: Fields) -> tuple[Pair, ...]:
 
 
 def _section(_provenance: Provenance, pairs: tuple[Pair, ...]) -> Section:
-    lengths = [[pair for pair in pairs if pair.tokens == tokens] for tokens in sorted({pair.tokens for pair in pairs})]
+    in_order = sorted(pairs, key=lambda pair: pair.tokens)
+    lengths = [list(found) for _, found in groupby(in_order, key=lambda pair: pair.tokens)]
     longest = lengths[-1]
     ranges = [f"{_shares(found)} at {found[0].tokens:,} tokens" for found in lengths]
-    in_order = [pair for found in lengths for pair in found]
     chart = Chart(
         "families",
         "Peaks of lean and of the optimised recipe",
@@ -124,15 +125,18 @@ def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> Figure:
     largest = max(_end(pair) for pairs in lengths for pair in pairs)
     panels[-1].set_xlim(0, largest * (1.04 if style.narrow else 1.2))
     panels[-1].set_xlabel("peak allocated, GiB")
-    _legend(figure, style)
+    handles = [
+        style.patch("lean", color="bar"),
+        style.patch("saved against optimised", color="saved"),
+        style.stroke("floor", color="floor", linewidth=2.5),
+    ]
+    style.legend(figure, handles, len(handles), columnspacing=1.0)
     return figure
 
 
 def _row(axes: Axes, style: Style, place: float, height: float, pair: Pair) -> None:
-    for size, role in (
-        (pair.optimised_allocated_bytes, "saved"),
-        (pair.lean_allocated_bytes, "bar"),
-    ):  # the second covers a part of the first
+    # The second covers a part of the first.
+    for size, role in ((pair.optimised_allocated_bytes, "saved"), (pair.lean_allocated_bytes, "bar")):
         axes.barh(place, size / GIB, height=height, color=style.theme[role], linewidth=0)
     style.tick(axes, pair.floor_bytes / GIB, place, height / 2 + 0.04, "floor")
     words = f"{pair.lean_allocated_bytes / GIB:.3f} ({-pair.saves / GIB:+.3f})".replace("-", "−")
@@ -142,12 +146,3 @@ def _row(axes: Axes, style: Style, place: float, height: float, pair: Pair) -> N
 def _end(pair: Pair) -> float:
     """Where its bar ends, in GiB."""
     return max(pair.optimised_allocated_bytes, pair.lean_allocated_bytes) / GIB
-
-
-def _legend(figure: Figure, style: Style) -> None:
-    handles = [
-        style.patch("lean", color="bar"),
-        style.patch("saved against optimised", color="saved"),
-        style.stroke("floor", color="floor", linewidth=2.5),
-    ]
-    style.legend(figure, handles, len(handles), columnspacing=1.0)

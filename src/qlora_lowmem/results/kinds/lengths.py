@@ -43,12 +43,13 @@ _COLUMNS: tuple[Column[Length], ...] = (
     Column("x floor", lambda row: Cell.times_floor(row.peak.allocated, row.floor_bytes)),
     Column("reserved GiB", lambda row: Cell.known_gib(row.peak.reserved), "reserved"),
     Column("on the card GiB", lambda row: Cell.known_gib(row.peak.device), "on the card"),
-    Column("fits", lambda row: Cell("yes" if row.fits else "no"), "verdict", lambda row: _verdict(row)),
+    Column(
+        "fits",
+        lambda row: Cell("yes" if row.fits else "no"),
+        "verdict",
+        lambda row: Cell("fits", tone="good") if row.fits else Cell("does not fit", tone="bad"),
+    ),
 )
-
-
-def _verdict(row: Length) -> Cell:
-    return Cell("fits", tone="good") if row.fits else Cell("does not fit", tone="bad")
 
 
 def lengths_table(rows: Sequence[Length]) -> str:

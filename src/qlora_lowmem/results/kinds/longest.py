@@ -40,12 +40,13 @@ _COLUMNS: tuple[Column[Longest], ...] = (
     Column("floor", lambda row: Cell.known_gib(row.floor_bytes), "floor GiB"),
     Column("x floor", lambda row: Cell.times_floor(row.peak.allocated, row.floor_bytes)),
     Column("on the card", lambda row: Cell.known_gib(row.peak.device), "on the card GiB"),
-    Column("host", lambda row: Cell.gib(row.host_bytes), "pinned host memory", lambda row: _host(row.host_bytes)),
+    Column(
+        "host",
+        lambda row: Cell.gib(row.host_bytes),
+        "pinned host memory",
+        lambda row: Cell(format_bytes(row.host_bytes), row.host_bytes),
+    ),
 )
-
-
-def _host(count: int) -> Cell:
-    return Cell(format_bytes(count), count)
 
 
 def _next(row: Longest, unknown: str = "not looked further") -> Cell:

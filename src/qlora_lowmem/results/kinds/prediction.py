@@ -246,7 +246,11 @@ def prediction(style: Style, figures: Sequence[Figure]) -> Drawn:
     scatter.set_xlabel("measured GiB")
     scatter.set_ylabel("predicted GiB")
     _errors(errors, style, figures, recipes)
-    _legend(figure, style)
+    names = {"allocated": "allocated", "reserved": "reserved", "device": "on the card"}
+    handles = [style.stroke(names[reading], linestyle="none", **style.mark(*_MARKS[reading])) for reading in READINGS]
+    limits = ", ".join(f"{names[reading]} {limit} %" for reading, limit in LIMITS.items())
+    handles.append(style.stroke(f"limits: {limits}", color="limit", linestyle=(0, (4, 3)), linewidth=1))
+    style.legend(figure, handles, 2 if style.narrow else 4)
     return figure
 
 
@@ -294,11 +298,3 @@ def _errors(axes: Axes, style: Style, figures: Sequence[Figure], recipes: Sequen
     axes.set_xlim(-reach, reach)
     percent_axis(axes)
     style.plain(axes)
-
-
-def _legend(figure: Drawn, style: Style) -> None:
-    names = {"allocated": "allocated", "reserved": "reserved", "device": "on the card"}
-    handles = [style.stroke(names[reading], linestyle="none", **style.mark(*_MARKS[reading])) for reading in READINGS]
-    limits = ", ".join(f"{names[reading]} {limit} %" for reading, limit in LIMITS.items())
-    handles.append(style.stroke(f"limits: {limits}", color="limit", linestyle=(0, (4, 3)), linewidth=1))
-    style.legend(figure, handles, 2 if style.narrow else 4)

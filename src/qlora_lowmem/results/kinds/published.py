@@ -159,13 +159,10 @@ _VERSIONS = Column[Published]("versions", lambda row: Cell(row.measured_versions
 def _table(source: str, rows: Sequence[Published]) -> Table:
     """With columns only for what some row has."""
     versions = len({row.measured_versions for row in rows}) > 1
-    columns = [
-        *_COLUMNS,
-        *([_AGREES] if any(row.agrees_with_its_rounding is not None for row in rows) else []),
-        *([_PROGRAM] if any(row.program_bytes is not None for row in rows) else []),
-        _CARD,
-        *([_VERSIONS] if versions else []),
-    ]
+    agrees = any(row.agrees_with_its_rounding is not None for row in rows)
+    program = any(row.program_bytes is not None for row in rows)
+    shown = ((_AGREES, agrees), (_PROGRAM, program), (_CARD, True), (_VERSIONS, versions))
+    columns = [*_COLUMNS, *(column for column, there in shown if there)]
     said = "" if versions else f" Versions: {rows[0].measured_versions or 'not stated'}."
     return page_table(f"{source}, GiB.{said}", columns, rows)
 
@@ -201,9 +198,8 @@ def published(style: Style, points: Sequence[Published]) -> Figure:
     scatter.set_xlabel("measured by others, GiB")
     scatter.set_ylabel("predicted GiB")
     for point in points:
-        x, y, explained = (
-            size / GIB for size in (point.measured_bytes, point.plan_bytes, point.plan_bytes + point.explained_bytes)
-        )
+        x, y = point.measured_bytes / GIB, point.plan_bytes / GIB
+        explained = (point.plan_bytes + point.explained_bytes) / GIB
         colour = style.theme[FIGURES[point.measures][2]]
         scatter.plot([x, x], [y, explained], color=colour, linewidth=1)
         _mark(scatter, style, point, x, y, filled=False)

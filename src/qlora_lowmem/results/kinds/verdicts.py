@@ -156,10 +156,6 @@ def _used(row: Row, figure: PeakFigure) -> Cell:
     return _mib(None if row.record is None else getattr(row.record, figure))
 
 
-def _verdict(row: Row) -> Cell:
-    return Cell(row.verdict, tone="bad" if row.fails else "good")
-
-
 def _difference(row: Row) -> Cell:
     if row.held_against is None or row.record is None:
         return Cell("-")
@@ -168,7 +164,7 @@ def _difference(row: Row) -> Cell:
 
 
 _CASE: Column[Row] = Column("case", lambda row: Cell(row.case))
-_VERDICT: Column[Row] = Column("verdict", _verdict)
+_VERDICT: Column[Row] = Column("verdict", lambda row: Cell(row.verdict, tone="bad" if row.fails else "good"))
 _COLUMNS: tuple[Column[Row], ...] = (
     _CASE,
     _VERDICT,
@@ -229,22 +225,15 @@ def verdicts(style: Style, rows: Sequence[Row]) -> Figure:
     axes = figure.subplots()
     places, height = style.name_rows(axes, [row.name for row in rows])
     for place, row in zip(places, rows, strict=True):
-        axes.barh(
-            place,
-            row.judged / MIB,
-            height=height,
-            facecolor=style.theme["bad" if row.fails else "bar"],
-            edgecolor=style.theme["paper"],
-            linewidth=0,
-            hatch="///" if row.fails else None,
+        look = style.look(
+            facecolor="bad" if row.fails else "bar", edgecolor="paper", hatch="///" if row.fails else None
         )
+        axes.barh(place, row.judged / MIB, height=height, linewidth=0, **look)
         if row.held_against is not None:
             style.tick(axes, row.held_against / MIB, place, height / 2 + 0.08, "floor")
-        end = max(row.judged, row.held_against or 0) / MIB
         words = f"{format_bytes(row.judged)}{', fails' if row.fails else ''}"
-        style.words(axes, words, end, place)
-    ends = (max(row.judged, row.held_against or 0) for row in rows)
-    largest = max(ends, default=MIB) / MIB
+        style.words(axes, words, max(row.judged, row.held_against or 0) / MIB, place)
+    largest = max((max(row.judged, row.held_against or 0) for row in rows), default=MIB) / MIB
     axes.set_xlim(0, largest * (1.5 if style.narrow else 1.2))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=4 if style.narrow else 8)

@@ -141,11 +141,21 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
     for place, step in zip(places, steps, strict=True):
         _row(axes, style, place, height, step, before, start)
         before = step.peak_allocated_bytes
-    if usable_bytes is not None:
-        axes.axvline(usable_bytes / GIB, color=style.theme["limit"], linewidth=1.2, linestyle="--", zorder=0.9)
     axes.set_xlabel("peak, GiB, logarithmic scale")
     style.plain(axes, grid="x")
-    _legend(figure, style, usable_bytes)
+    ring = {"marker": "o", "markerfacecolor": "paper", "markeredgecolor": "ink"}
+    handles = [
+        style.patch("allocated", color="bar"),
+        style.patch("saved by this idea", color="saved"),
+        style.patch("cost of this idea", color="bad"),
+        style.stroke("floor", color="floor", linewidth=2.5),
+        style.stroke("on the card, with context", linestyle="none", **ring),
+    ]
+    if usable_bytes is not None:
+        axes.axvline(usable_bytes / GIB, color=style.theme["limit"], linewidth=1.2, linestyle="--", zorder=0.9)
+        text = f"usable on the card: {usable_bytes / GIB:.2f}"
+        handles.append(style.stroke(text, color="limit", linestyle="--", linewidth=1.2))
+    style.legend(figure, handles, 2 if style.narrow else 3, columnspacing=1.0)
     return figure
 
 
@@ -174,18 +184,3 @@ def _scale(axes: Axes, style: Style, steps: Sequence[Step]) -> float:
     # Room for the figures behind the longest bar: a part of the scale's length.
     axes.set_xlim(2.0**low, 2.0 ** (high + (high - low) * (0.04 if style.narrow else 0.13)))
     return float(2.0**low)
-
-
-def _legend(figure: Figure, style: Style, usable_bytes: int | None) -> None:
-    ring = {"marker": "o", "markerfacecolor": "paper", "markeredgecolor": "ink"}
-    handles = [
-        style.patch("allocated", color="bar"),
-        style.patch("saved by this idea", color="saved"),
-        style.patch("cost of this idea", color="bad"),
-        style.stroke("floor", color="floor", linewidth=2.5),
-        style.stroke("on the card, with context", linestyle="none", **ring),
-    ]
-    if usable_bytes is not None:
-        text = f"usable on the card: {usable_bytes / GIB:.2f}"
-        handles.append(style.stroke(text, color="limit", linestyle="--", linewidth=1.2))
-    style.legend(figure, handles, 2 if style.narrow else 3, columnspacing=1.0)
