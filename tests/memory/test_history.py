@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory.allocator import Allocator
 
-from qlora_lowmem.memory.history import BEFORE, replay
+from qlora_lowmem.memory.history import BEFORE, Block, History, replay
 
 MIB = 2**20
 
@@ -30,6 +30,10 @@ def play(allocator: Allocator, living: list[int], actions: list[Any]) -> list[in
     return seen
 
 
+def alive_after(history: History, event: int) -> list[Block]:
+    return [block for block in history.blocks if block.born <= event < block.died]
+
+
 @settings(deadline=None)
 @given(before=steps, after=steps)
 def test_replay_keeps_the_allocators_books(before: list[Any], after: list[Any]) -> None:
@@ -46,7 +50,7 @@ def test_replay_keeps_the_allocators_books(before: list[Any], after: list[Any]) 
     assert history.totals[0] == at_start
     assert history.totals[-1] == allocator.allocated
     assert history.peak_bytes == max([at_start, *seen])
-    alive = history.alive_after(history.peak_event)
+    alive = alive_after(history, history.peak_event)
     assert sum(block.size for block in alive) == history.peak_bytes
     assert all(block.requested <= block.size for block in alive)
 
@@ -74,7 +78,7 @@ def test_what_was_there_before_comes_from_the_segments() -> None:
 
     assert [(block.born, block.size) for block in history.blocks] == [(BEFORE, 1024), (2, 512)]
     assert history.peak_event == BEFORE
-    assert [block.requested for block in history.alive_after(BEFORE)] == [1000]
+    assert [block.requested for block in alive_after(history, BEFORE)] == [1000]
 
 
 def test_a_free_of_what_was_never_seen_is_a_fault_and_changes_no_sum() -> None:

@@ -79,10 +79,6 @@ class History:
         """Allocated bytes then."""
         return self.totals[self.peak_event - BEFORE]
 
-    def alive_after(self, event: int) -> list[Block]:
-        """Blocks that were in use after that event."""
-        return [block for block in self.blocks if block.born <= event < block.died]
-
 
 def replay(before: Mapping[str, Any], after: Mapping[str, Any], device: int = 0) -> History:
     """The history between two snapshots of torch, its events taken from the second.

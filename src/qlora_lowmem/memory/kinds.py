@@ -55,14 +55,14 @@ _OPTIMIZERS = ("/torch/optim/", "/bitsandbytes/optim/")
 _TRAINERS = ("/accelerate/", "/transformers/trainer", "/trl/trainer/", "/torch/utils/data/")
 _OFFLOADING = "activation_offload"
 _LEAN = "/qlora_lowmem/lean/"
-# Code of libraries that serves others: the line that owns a block is the first one outside of it.
-_SERVANTS = (
+# Code that works for other code: the line that owns a block is the first one outside of it.
+_LIBRARIES = (
     "/torch/",
     "/bitsandbytes/",
     "/accelerate/",
     "/einops/",
     "/transformers/integrations/",
-    "/memory/scopes.py",
+    "/qlora_lowmem/memory/scopes.py",
 )
 
 
@@ -201,7 +201,7 @@ def _goes_back(frames: Sequence[Frame], held: Sequence[str | None]) -> bool:
 def owner_line(frames: Sequence[Frame], scope: "Scope | None") -> str:
     """`file:line function` of the innermost frame that is not a library serving it, or the autograd node that ran."""
     for frame in frames:
-        if not any(part in frame["filename"] for part in _SERVANTS) and frame["filename"].endswith(".py"):
+        if not any(part in frame["filename"] for part in _LIBRARIES) and frame["filename"].endswith(".py"):
             return line_of(frame)
     if scope is not None and scope.node:
         return f"autograd: {scope.node}"
