@@ -96,6 +96,10 @@ def test_the_product_within_a_dequantising_function_is_an_activation(tmp_path: P
 def test_owner_line_is_the_first_outside_of_libraries_that_serve_others() -> None:
     where = frames("torch/nn/functional.py:linear", "bitsandbytes/nn/modules.py:forward", MODEL)
     assert owner_line(where, None) == f"{MODEL.replace(':', ':10 ')}"
+    hooked = frames(
+        "torch/autograd/graph.py:_engine_run_backward", "qlora_lowmem/memory/scopes.py:backward_with_scopes"
+    )
+    assert owner_line([*hooked, *where], None) == owner_line(where, None), "our hooks own nothing of anyone's"
     assert owner_line([], Scope("backward", *MAMBA, "BmmBackward0")) == "autograd: BmmBackward0"
     assert SITE not in line_of(where[0])
 
