@@ -208,9 +208,10 @@ def test_a_killed_job_still_has_its_devices_peak_and_the_next_one_runs(server, l
     assert job("matmul_step", size=64).exit_code == 0
 
 
-def test_a_job_over_its_time_is_killed(server, laptop, job):
+@pytest.mark.parametrize("timeout", [0, 1])
+def test_a_job_over_its_time_is_killed(server, laptop, job, timeout):
     start = time.monotonic()
-    result = server.submit("virtual_gpu.jobs:hold_and_sleep", {"seconds": 60}, laptop, timeout=1).result(60)
+    result = server.submit("virtual_gpu.jobs:hold_and_sleep", {"seconds": 60}, laptop, timeout=timeout).result(60)
     assert result.timed_out
     assert result.exit_code == 137
     assert time.monotonic() - start < 20

@@ -189,7 +189,7 @@ class Server:
                 connection.settimeout(job.timeout)
                 try:
                     status = connection.recv(32)
-                except TimeoutError:
+                except (TimeoutError, BlockingIOError):  # the second, of a limit of 0
                     timed_out = True
                     job.kill()
                     connection.settimeout(None)
