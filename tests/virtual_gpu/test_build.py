@@ -257,10 +257,10 @@ def test_a_damaged_note_of_what_was_found_is_made_again(cache, monkeypatch, text
     monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
     first = build.ensure_built()
     (note,) = (cache / "virtual_gpu").glob("found-*.json")
-    whole = note.read_text()
+    complete = note.read_text()
     note.write_text(text)
     assert build.ensure_built() == first
-    assert note.read_text() == whole
+    assert note.read_text() == complete
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -204,7 +204,7 @@ def _build_once(folder: Path, cuda: CudaInstallation, compiler: tuple[str, ...])
             return made
         shutil.rmtree(folder, ignore_errors=True)
         print("virtual GPU: compiling its libraries (once)", file=sys.stderr)
-        # It appears under its name when it is whole, so that one that was interrupted is never used.
+        # It appears under its name when it is complete, so that one that was interrupted is never used.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".build-") as scratch:
             work = Path(scratch) / "build"
             work.mkdir()

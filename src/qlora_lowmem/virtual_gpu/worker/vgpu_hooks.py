@@ -253,7 +253,7 @@ def _hook_distributed(c10d: ModuleType) -> None:
 
 
 def _hook_masking(masking: ModuleType) -> None:
-    """`fast_all` asks whether a padding mask is whole; on a card it would read zero, and an (S, S) mask be built."""
+    """`fast_all` asks whether a mask has no padding; on a card it would read zero, and an (S, S) mask be built."""
     asked = getattr(masking, "fast_all", None)
     if asked is None:  # transformers before 5.23 asks `Tensor.all`, which has its own hook
         return
