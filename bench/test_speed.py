@@ -13,7 +13,7 @@ import pytest
 
 from matrix_recipes import ORDER
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.memory.device import driver_version
+from qlora_lowmem.memory.device import device_name, driver_version
 from qlora_lowmem.memory.profile import provenance_here
 from qlora_lowmem.recipe import Recipe
 from speed_table import Speed, write_speed
@@ -33,8 +33,6 @@ def speeds(results_folder: Path) -> Iterator[list[Speed]]:
     found: list[Speed] = []
     yield found
     if found:
-        from qlora_lowmem.run.execute import device_name
-
         record = provenance_record(device_name(), "measured", driver_version())
         write_speed(results_folder / device_name(), found, record)
 

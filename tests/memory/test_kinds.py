@@ -11,7 +11,7 @@ from qlora_lowmem import lean
 from qlora_lowmem.lean.families import HOLDS
 from qlora_lowmem.memory.history import BEFORE, Block
 from qlora_lowmem.memory.kinds import KINDS, RecipeNamer, line_of, module_type, owner_line, plain_name
-from qlora_lowmem.memory.scopes import Scope, ScopeWindow
+from qlora_lowmem.memory.scopes import Scope
 
 SITE = "/somewhere/lib/python3.11/site-packages"
 
@@ -25,7 +25,7 @@ def frames(*places: str) -> list[dict[str, Any]]:
 
 
 def kind_of(scope: Scope | None, where: list[dict[str, Any]], before: bool = False) -> str:
-    return RecipeNamer().kind(scope, Block(0, 512, 512, where, "", BEFORE if before else 0, 1))
+    return RecipeNamer().kind(scope, Block(0, 512, 512, where, -1, BEFORE if before else 0, 1))
 
 
 MODEL = "transformers/models/granitemoehybrid/modeling_granitemoehybrid.py:forward"
@@ -102,14 +102,6 @@ def test_owner_line_is_the_first_outside_of_libraries_that_serve_others() -> Non
     assert owner_line([*hooked, *where], None) == owner_line(where, None), "our hooks own nothing of anyone's"
     assert owner_line([], Scope("backward", *MAMBA, "BmmBackward0")) == "autograd: BmmBackward0"
     assert SITE not in line_of(where[0])
-
-
-def test_scopes_of_an_earlier_window_are_not_read() -> None:
-    window = ScopeWindow(10)
-    position = window.append(Scope("optimizer"))
-
-    assert window.scope_of(str(position)) == Scope("optimizer")
-    assert [window.scope_of(note) for note in ("9", "11", "", "a note of somebody else")] == [None] * 4
 
 
 class GraniteMoeHybridMambaLayer(nn.Module):

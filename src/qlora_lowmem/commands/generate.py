@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
     checked = check_data(options.data, recipe.data.train_on, quiet=options.quiet) if options.data else None
     adapter = _adapter_of(folder)
 
+    from qlora_lowmem.memory.device import device_name
     from qlora_lowmem.run.before_after import answer, held_out_loss, load_adapted
-    from qlora_lowmem.run.execute import device_name
     from qlora_lowmem.training.progress import quiet_libraries
 
     quiet_libraries(bars=not options.quiet)

@@ -15,7 +15,7 @@ from qlora_lowmem.memory.profile import MemoryProfile, Provenance
 
 if TYPE_CHECKING:  # these import torch, and tables are made without it
     from qlora_lowmem.memory.owners import Owner
-    from qlora_lowmem.memory.scopes import Scope, ScopeWindow
+    from qlora_lowmem.memory.scopes import Scope
 
 MAX_OWNERS = 40  # lines of code
 MAX_POINTS = 400  # of a timeline: few enough to draw
@@ -130,12 +130,12 @@ class Evidence:
     """What was known of tensors while a history was recorded, by the addresses of their storages.
 
     Attributes:
-        scopes: the log of scopes of that stretch.
+        scopes: of that stretch, by position in their log.
         at_start, at_end: owners of what was alive then.
         seen: tensors met in between: (position in the log, address, owner).
     """
 
-    scopes: "ScopeWindow"
+    scopes: "Mapping[int, Scope]"
     at_start: "Mapping[int, Owner]" = field(default_factory=dict)
     at_end: "Mapping[int, Owner]" = field(default_factory=dict)
     seen: "list[tuple[int, int, Owner]]" = field(default_factory=list)
@@ -217,7 +217,7 @@ def _known(history: History, evidence: Evidence, namer: Namer) -> list[_Known]:
             known = evidence.at_end[block.address]
         elif block.born == BEFORE and block.address in evidence.at_start:
             known = evidence.at_start[block.address]
-        scope = evidence.scopes.scope_of(block.note)
+        scope = evidence.scopes.get(block.position)
         found.append(_Known(block, known, scope, known.kind if known is not None else namer.kind(scope, block)))
     return found
 

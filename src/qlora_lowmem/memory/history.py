@@ -8,7 +8,7 @@ address at which it was placed, so the history is played again on the segments a
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Frame = Mapping[str, Any]  # torch's: filename, line, name
@@ -28,7 +28,8 @@ class Block:
         size: bytes that it takes of its segment: what `memory_allocated` counts.
         requested: bytes that were asked for.
         frames: Python frames of the request, innermost first.
-        note: torch's `user_metadata` of the request; empty for what was there before.
+        position: in a log of scopes, as torch's `user_metadata` of the request names it; -1 where it names none, and
+            for what was there before.
         born: index of the event of its allocation, `BEFORE` for what was there before.
         died: index of the event at which it was freed; the number of events if it was not.
     """
@@ -37,19 +38,9 @@ class Block:
     size: int
     requested: int
     frames: Sequence[Frame]
-    note: str
+    position: int
     born: int
     died: int
-
-    @property
-    def position(self) -> int:
-        """The position in a log of scopes that its note names; -1 where it names none."""
-        return position_of(self.note)
-
-
-def position_of(note: str) -> int:
-    """The position in a log of scopes that an allocation's metadata names; -1 where there is none."""
-    return int(note) if note.isdigit() else -1
 
 
 @dataclass(frozen=True)
@@ -108,7 +99,7 @@ class _Play:
         self._walls: set[int] = set()  # starts of segments: free blocks do not merge across them
         self._ranges_end: set[int] = set()  # ends of expandable segments, which may grow there
         self._expandable = False
-        self._held: dict[int, tuple[int, int, Sequence[Frame], str, int]] = {}  # size, requested, frames, note, born
+        self._held: dict[int, Block] = {}  # by address, what is in use
         self._awaiting: dict[int, int] = {}  # freed by its owner, still in use by another stream: address to size
         self._blocks: list[Block] = []
         self._allocated = 0
@@ -126,7 +117,7 @@ class _Play:
     def _place(self, block: Mapping[str, Any]) -> None:
         address, size = block["address"], block["size"]
         if block["state"] == "active_allocated":
-            self._held[address] = (size, block["requested_size"], block.get("frames", ()), "", BEFORE)
+            self._held[address] = Block(address, size, block["requested_size"], block.get("frames", ()), -1, BEFORE, -1)
             self._allocated += size
         elif block["state"] == "inactive":
             self._add_free(address, size, merge=False)
@@ -171,9 +162,9 @@ class _Play:
                 self._add_free(address + rounded, rest, merge=False)
             else:
                 size = room
-        event = len(self._times)
         note = entry.get("user_metadata", "")
-        self._held[address] = (size, requested, entry.get("frames", ()), note, event)
+        position = int(note) if note.isdigit() else -1
+        self._held[address] = Block(address, size, requested, entry.get("frames", ()), position, len(self._times), -1)
         self._allocated += size
 
     def _free_requested(self, address: int) -> None:
@@ -181,9 +172,9 @@ class _Play:
         if held is None:
             self._faults += 1
             return
-        self._bury(address, held, len(self._times))
-        self._allocated -= held[0]
-        self._awaiting[address] = held[0]
+        self._blocks.append(replace(held, died=len(self._times)))
+        self._allocated -= held.size
+        self._awaiting[address] = held.size
 
     def _free_completed(self, address: int) -> None:
         if address in self._held:  # a history without `free_requested`
@@ -193,10 +184,6 @@ class _Play:
             self._faults += 1
             return
         self._add_free(address, size)
-
-    def _bury(self, address: int, held: tuple[int, int, Sequence[Frame], str, int], event: int) -> None:
-        size, requested, frames, note, born = held
-        self._blocks.append(Block(address, size, requested, frames, note, born, event))
 
     def _map(self, address: int, size: int) -> None:
         self._expandable = True
@@ -252,9 +239,8 @@ class _Play:
         """Check the end against the allocator's own state there."""
         blocks = [b for s in segments for b in s["blocks"] if b["state"] == "active_allocated"]
         there = {block["address"]: block["size"] for block in blocks}
-        here = {address: held[0] for address, held in self._held.items()}
+        here = {address: held.size for address, held in self._held.items()}
         self._faults += sum(there.get(address) != here.get(address) for address in there.keys() | here.keys())
-        for address, held in self._held.items():
-            self._bury(address, held, len(self._times))
+        self._blocks.extend(replace(held, died=len(self._times)) for held in self._held.values())
         self._blocks.sort(key=lambda block: block.born)
         return History(tuple(self._blocks), self._totals, self._times, self._faults)

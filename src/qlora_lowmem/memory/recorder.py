@@ -243,7 +243,7 @@ class ProgramRecorder:
 
     def _note_owners(self) -> None:
         """Weights, gradients and optimizer state as they are now, by address."""
-        position = self._scopes.log.window.end
+        position = self._scopes.log.end
         found = []
         for prefix, root in self._scopes.roots():
             self._names |= {id(parameter): prefix + name for name, parameter in root.named_parameters()}

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.optim import optimizer as optimizers
 
-from qlora_lowmem.memory.history import position_of
 from qlora_lowmem.memory.kinds import ModuleType, module_type, plain_name, type_by_words
 
 Phase = Literal["between", "outside", "forward", "recompute", "backward", "optimizer"]
@@ -59,32 +58,6 @@ BETWEEN = Scope("between")
 OUTSIDE = Scope("outside")
 
 
-class ScopeWindow:
-    """The scopes of a stretch of the log, by the positions that allocations carry."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-        self._scopes: list[Scope] = []
-
-    def append(self, scope: Scope) -> int:
-        """Add a scope and return its position, which only grows from window to window."""
-        self._scopes.append(scope)
-        return self._start + len(self._scopes) - 1
-
-    @property
-    def end(self) -> int:
-        """The next position."""
-        return self._start + len(self._scopes)
-
-    def scope_of(self, note: str) -> Scope | None:
-        """The scope that an allocation's metadata names.
-
-        None for an allocation without, or with a position from before this window: its thread entered no scope since.
-        """
-        position = position_of(note)
-        return self._scopes[position - self._start] if self._start <= position < self.end else None
-
-
 class ScopeLog:
     """Where the job is: a log whose position is written beside every allocation.
 
@@ -95,19 +68,23 @@ class ScopeLog:
     def __init__(self, idle: Scope = BETWEEN) -> None:
         self._idle = idle
         self._marks: list[tuple[int, Scope]] = []  # (autograd's next sequence number, scope from there on)
-        self.window = ScopeWindow(0)
-        self.begin_window()
+        self.end = 0  # the next position, which only grows from window to window
+        self.window = self.begin_window()
 
-    def begin_window(self) -> ScopeWindow:
-        """Forget what was logged until now, unless someone holds its window."""
-        self.window = ScopeWindow(self.window.end)
+    def begin_window(self) -> dict[int, Scope]:
+        """Scopes by position from now on. What was logged until now is forgotten, unless someone holds its window.
+
+        An allocation may name a position from before: its thread entered no scope since.
+        """
+        self.window = {}
         self._marks.clear()
         self.enter(self._idle)
         return self.window
 
     def enter(self, scope: Scope) -> int:
         """From now on, allocations of this thread belong to `scope`. Returns the log's position."""
-        position = self.window.append(scope)
+        position, self.end = self.end, self.end + 1
+        self.window[position] = scope
         _set_metadata(str(position))
         return position
 

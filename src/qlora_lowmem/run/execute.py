@@ -14,13 +14,13 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from qlora_lowmem import virtual_gpu
 from qlora_lowmem.data import CheckedData
 from qlora_lowmem.environment import local_rank, processes
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, foresee_lean
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
+from qlora_lowmem.memory.device import device_name
 from qlora_lowmem.memory.owners import Floor, floor_of
 from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
 from qlora_lowmem.memory.recorder import Recorder
@@ -106,14 +106,6 @@ class OutOfHostMemoryError(DoesNotFitError):
         )
         self.phase = phase
         self.checkpoint = checkpoint
-
-
-def device_name() -> str:
-    """The card's name: of the table for a virtual GPU, else CUDA's own in lower case with dashes."""
-    card = virtual_gpu.current_card()
-    if card is not None:
-        return card.name
-    return torch.cuda.get_device_name(local_rank()).lower().replace(" ", "-")
 
 
 def check_model(recipe: Recipe) -> tuple[int, int]:
@@ -282,7 +274,7 @@ def start_recorder(recipe: Recipe) -> Recorder:
         )
     set_allocator(recipe)
     try:
-        recorder = Recorder(device_name(), provenance_here(), local_rank())
+        recorder = Recorder(device_name(local_rank()), provenance_here(), local_rank())
         torch.cuda.set_device(local_rank())
     except RuntimeError as error:
         if not is_out_of_memory(error):
