@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import mamba2_chunk_scan
 
-from qlora_lowmem.lean.scan import ScanOptions, advance_state, mamba2_scan
+from qlora_lowmem.lean.scan import ScanInputs, ScanOptions, advance_state, mamba2_scan
 
 from .conftest import relative
 
@@ -69,7 +69,7 @@ def with_gradients(function, tensors: list[Tensor], dtype: torch.dtype = torch.f
 def test_equals_the_recurrence(batch: int, seq: int, groups: int, heads: int, dim: int, state: int, chunk: int) -> None:
     tensors = inputs(batch, seq, groups * heads, dim, groups, state)
     truth = with_gradients(recurrence, tensors, torch.float64)
-    found = with_gradients(lambda *t: mamba2_scan(*t, ScanOptions(chunk, LIMITS)), tensors)
+    found = with_gradients(lambda *t: mamba2_scan(ScanInputs(*t), ScanOptions(chunk, LIMITS)), tensors)
     scale = max(t.norm().item() for t in truth[2:])
     for ours, true in zip(found, truth, strict=True):
         # A gradient that almost cancels is compared with the size of its neighbours.
@@ -79,7 +79,7 @@ def test_equals_the_recurrence(batch: int, seq: int, groups: int, heads: int, di
 def test_as_exact_as_the_plain_scan() -> None:
     tensors = inputs(2, 300, 6, 16, 1, 8)
     truth = with_gradients(recurrence, tensors, torch.float64)
-    found = with_gradients(lambda *t: mamba2_scan(*t, ScanOptions(64, LIMITS)), tensors)
+    found = with_gradients(lambda *t: mamba2_scan(ScanInputs(*t), ScanOptions(64, LIMITS)), tensors)
 
     def plain_scan(x, dt, a, b, c, d, bias, state):
         return mamba2_chunk_scan(
@@ -95,13 +95,15 @@ def test_as_exact_as_the_plain_scan() -> None:
 def test_states_carry_across_calls() -> None:
     x, dt, a, b, c, d, bias, state = inputs(2, 50, 4, 8, 2, 8)
     options = ScanOptions(16, LIMITS)
-    y, last = mamba2_scan(x, dt, a, b, c, d, bias, state, options)
+    y, last = mamba2_scan(ScanInputs(x, dt, a, b, c, d, bias, state), options)
     cut = 21
-    first, middle = mamba2_scan(x[:, :cut], dt[:, :cut], a, b[:, :cut], c[:, :cut], d, bias, state, options)
-    second, end = mamba2_scan(x[:, cut:], dt[:, cut:], a, b[:, cut:], c[:, cut:], d, bias, middle, options)
+    early = ScanInputs(x[:, :cut], dt[:, :cut], a, b[:, :cut], c[:, :cut], d, bias, state)
+    first, middle = mamba2_scan(early, options)
+    late = ScanInputs(x[:, cut:], dt[:, cut:], a, b[:, cut:], c[:, cut:], d, bias, middle)
+    second, end = mamba2_scan(late, options)
     assert relative(torch.cat([first, second], 1), y) < 1e-6
     assert relative(end, last) < 1e-6
-    assert torch.equal(advance_state(x[:, :cut], dt[:, :cut], a, b[:, :cut], bias, state, options), middle)
+    assert torch.equal(advance_state(early, options), middle)
 
 
 def test_keeps_only_its_inputs() -> None:
@@ -109,7 +111,7 @@ def test_keeps_only_its_inputs() -> None:
     x = tensors[0].requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        mamba2_scan(*tensors, ScanOptions(64))
+        mamba2_scan(ScanInputs(*tensors), ScanOptions(64))
     inputs_of_ours = {t.data_ptr() for t in tensors}
     assert {t.data_ptr() for t in kept} <= inputs_of_ours
     assert x.data_ptr() in inputs_of_ours
@@ -118,16 +120,16 @@ def test_keeps_only_its_inputs() -> None:
 @pytest.mark.parametrize("frozen", [2, 5, 6])
 def test_frozen_parameters_get_no_gradient(frozen: int) -> None:
     tensors = [t.requires_grad_(i != frozen) for i, t in enumerate(inputs(1, 20, 4, 8, 1, 8))]
-    y, _ = mamba2_scan(*tensors, ScanOptions(8))
+    y, _ = mamba2_scan(ScanInputs(*tensors), ScanOptions(8))
     y.sum().backward()
     assert [t.grad is None for t in tensors] == [i == frozen for i in range(len(tensors))]
 
 
 def test_products_follow_autocast() -> None:
     tensors = [t.requires_grad_() for t in inputs(1, 40, 4, 8, 1, 8)]
-    exact, _ = mamba2_scan(*tensors, ScanOptions(16))
+    exact, _ = mamba2_scan(ScanInputs(*tensors), ScanOptions(16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, _ = mamba2_scan(*tensors, ScanOptions(16))
+        y, _ = mamba2_scan(ScanInputs(*tensors), ScanOptions(16))
     assert y.dtype == torch.float32
     assert 1e-5 < relative(y, exact) < 2e-2
     gradients = torch.autograd.grad(y.sum(), tensors)

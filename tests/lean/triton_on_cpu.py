@@ -16,7 +16,7 @@ from fla.ops.common import chunk_h
 from torch import Tensor
 
 from qlora_lowmem.lean import scan, scan_triton
-from qlora_lowmem.lean.scan import ScanOptions
+from qlora_lowmem.lean.scan import ScanInputs, ScanOptions
 
 LIMITS = (0.01, 2.0)
 NAMES = ("y", "last state", "x", "dt", "B", "C", "first state")
@@ -43,7 +43,7 @@ def inputs(batch: int, seq: int, heads: int, dim: int, groups: int, width: int) 
 def with_gradients(function: Callable[..., Any], tensors: dict[str, Tensor], a: Tensor) -> list[Tensor]:
     leaves = [tensors[name].clone().requires_grad_() for name in ("x", "dt", "b", "c", "state")]
     x, dt, b, c, state = leaves
-    ends = function(x, dt, a, b, c, tensors["d"], tensors["dt_bias"], state, ScanOptions(16, LIMITS))
+    ends = function(ScanInputs(x, dt, a, b, c, tensors["d"], tensors["dt_bias"], state), ScanOptions(16, LIMITS))
     g = torch.Generator().manual_seed(9)
     weights = [torch.randn(t.shape, generator=g) for t in ends]
     return [*ends, *torch.autograd.grad(ends, leaves, weights)]
@@ -64,8 +64,7 @@ def main() -> None:
         plain = with_gradients(scan.mamba2_scan, tensors, a)
         found = with_gradients(scan_triton.mamba2_scan, tensors, a)
         report[name] = errors(found, plain)
-    x, dt, b, bias, state = (tensors[key] for key in ("x", "dt", "b", "dt_bias", "state"))
-    advanced = scan_triton.advance_state(x, dt, a, b, bias, state, ScanOptions(16, LIMITS))
+    advanced = scan_triton.advance_state(ScanInputs(a=a, **tensors), ScanOptions(16, LIMITS))
     report["advanced equals the last state"] = torch.equal(advanced, found[1])
 
     def in_fp16(function: Callable[..., Any]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from qlora_lowmem.lean.convolution import causal_conv_silu, next_tail
 from qlora_lowmem.lean.decoder import AttentionLayer, DecoderLayer, Family, SequenceInputs
 from qlora_lowmem.lean.norms import gated_rms_norm
 from qlora_lowmem.lean.options import LeanOptions
-from qlora_lowmem.lean.scan import ScanOptions
+from qlora_lowmem.lean.scan import ScanInputs, ScanOptions
 from qlora_lowmem.lean.swiglu import swiglu
 from qlora_lowmem.lean.tiles import Carry, TiledLayer
 
@@ -48,9 +48,9 @@ class MambaLayer(DecoderLayer):
         )
         return None, (tail, state)
 
-    def _scan_inputs(self, x: Tensor, start: int, tail: Tensor) -> tuple[Tensor, ...]:
-        """gate, then x, dt, A, B and C of the scan, and the next tail."""
-        mixer = self.layer.mamba
+    def _scan_inputs(self, x: Tensor, start: int, carry: Carry) -> tuple[Tensor, ScanInputs, Tensor]:
+        """gate, the scan's inputs, and the next tail."""
+        mixer, (tail, state) = self.layer.mamba, carry
         valid = self.inputs.valid
         mask = None if valid is None else valid[:, start : start + x.shape[1], None]
         x = self.normed(x)
@@ -61,22 +61,23 @@ class MambaLayer(DecoderLayer):
             convolved = convolved * mask
         width = mixer.n_groups * mixer.ssm_state_size
         xs, b, c = convolved.split([mixer.intermediate_size, width, width], -1)
-        return (
-            gate,
-            xs.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
-            dt,
-            -torch.exp(mixer.A_log.float()),
-            b.unflatten(-1, (mixer.n_groups, -1)),
-            c.unflatten(-1, (mixer.n_groups, -1)),
-            next_tail(mixed, tail),
+        inputs = ScanInputs(
+            x=xs.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
+            dt=dt,
+            a=-torch.exp(mixer.A_log.float()),
+            b=b.unflatten(-1, (mixer.n_groups, -1)),
+            c=c.unflatten(-1, (mixer.n_groups, -1)),
+            d=mixer.D,
+            dt_bias=mixer.dt_bias,
+            state=state,
         )
+        return gate, inputs, next_tail(mixed, tail)
 
     def mix(self, x: Tensor, start: int, shared: Any, carry: Carry) -> tuple[Tensor, Carry]:
         del shared
         mixer = self.layer.mamba
-        tail, state = carry
-        gate, xs, dt, a, b, c, tail = self._scan_inputs(x, start, tail)
-        y, state = self.scan.mamba2_scan(xs, dt, a, b, c, mixer.D, mixer.dt_bias, state, self.scan_options)
+        gate, inputs, tail = self._scan_inputs(x, start, carry)
+        y, state = self.scan.mamba2_scan(inputs, self.scan_options)
         norm = mixer.norm
         # The projection receives what it receives in the plain model: the residual stream's dtype.
         y = gated_rms_norm(y.flatten(2), gate, norm.weight, norm.variance_epsilon, norm.group_size, x.dtype)
@@ -84,8 +85,8 @@ class MambaLayer(DecoderLayer):
 
     def advance(self, x: Tensor, start: int, shared: Any, carry: Carry) -> Carry:
         del shared
-        _, xs, dt, a, b, _, tail = self._scan_inputs(x, start, carry[0])
-        return tail, self.scan.advance_state(xs, dt, a, b, self.layer.mamba.dt_bias, carry[1], self.scan_options)
+        _, inputs, tail = self._scan_inputs(x, start, carry)
+        return tail, self.scan.advance_state(inputs, self.scan_options)
 
 
 def _tiled_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> TiledLayer:

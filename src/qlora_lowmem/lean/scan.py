@@ -24,7 +24,7 @@ of chunks is folded into the batch: (b, m l, ...) becomes (b m, l, ...).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,72 +42,71 @@ class ScanOptions:
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
 
 
-def mamba2_scan(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    options: ScanOptions,
-) -> tuple[Tensor, Tensor]:
+class ScanInputs(NamedTuple):
+    """What a scan reads.
+
+    Attributes:
+        x: (batch, seq, heads, head_dim), may be a view.
+        dt: (batch, seq, heads), before bias and softplus.
+        a: (heads,), negative, fp32.
+        b, c: (batch, seq, groups, state), may be views.
+        d, dt_bias: (heads,).
+        state: (batch, heads, head_dim, state), fp32: the state before the first token.
+    """
+
+    x: Tensor
+    dt: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    dt_bias: Tensor
+    state: Tensor
+
+
+def mamba2_scan(inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:
     """`y_t = C_t h_t + D x_t` with `h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t` and `dt = clamp(softplus(dt + bias))`.
 
     The chunked form of Dao and Gu, "Transformers are SSMs", 2024, section 6 and listing 1. Mirrors `mamba2_chunk_scan`
     of transformers' Granite hybrid. Products run in fp32, under autocast in autocast's dtype, as theirs do; decays and
     states are fp32 always.
 
-    Args:
-        x: (batch, seq, heads, head_dim), may be a view.
-        dt: (batch, seq, heads), before bias and softplus.
-        a: (heads,), negative, fp32.
-        b: (batch, seq, groups, state), may be a view.
-        c: (batch, seq, groups, state), may be a view.
-        d: (heads,).
-        dt_bias: (heads,).
-        state: (batch, heads, head_dim, state), fp32: the state before the first token.
-        options: chunk length and limits.
-
     Returns:
         y (batch, seq, heads, head_dim) in fp32 (what the gated norm after it computes in), and the last state.
     """
-    return _Scan.apply(x, dt, a, b, c, d, dt_bias, state, options)  # type: ignore[no-any-return]
+    return _Scan.apply(*inputs, options)  # type: ignore[no-any-return]
 
 
-def advance_state(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, dt_bias: Tensor, state: Tensor, options: ScanOptions
-) -> Tensor:
-    """The last state alone, without the output: about a third of the scan's work. Shapes as in `mamba2_scan`."""
-    dtype = product_dtype(x)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        for block in blocks(x.shape[1], options.chunk_length):
-            state = chunks_of(dtype, block, x, dt, a, b, b, dt_bias, options).states(state)[1]
+def advance_state(inputs: ScanInputs, options: ScanOptions) -> Tensor:
+    """The last state alone, without the output: about a third of the scan's work. C and D are not read."""
+    dtype, state, inputs = product_dtype(inputs.x), inputs.state, inputs._replace(c=inputs.b)
+    with torch.no_grad(), torch.autocast(inputs.x.device.type, enabled=False):
+        for block in blocks(inputs.x.shape[1], options.chunk_length):
+            state = chunks_of(dtype, block, inputs, options).states(state)[1]
     return state
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, options = arguments
-        x, dt, a, b, c, d, dt_bias, state = tensors
-        ctx.save_for_backward(*tensors)
+        inputs, options = ScanInputs(*arguments[:-1]), arguments[-1]
+        x, state = inputs.x, inputs.state
+        ctx.save_for_backward(*inputs)
         ctx.options = options
         ctx.dtype = product_dtype(x)
         ctx.set_materialize_grads(False)
         y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for block in blocks(x.shape[1], options.chunk_length):
-                chunks = chunks_of(ctx.dtype, block, x, dt, a, b, c, dt_bias, options)
+                chunks = chunks_of(ctx.dtype, block, inputs, options)
                 starts, state = chunks.states(state)
-                y[:, block[0]] = _output(chunks, starts, d).reshape(x.shape[0], -1, *x.shape[2:])
+                y[:, block[0]] = _output(chunks, starts, inputs.d).reshape(x.shape[0], -1, *x.shape[2:])
         return y, state
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, a, b, c, d, dt_bias, state = ctx.saved_tensors
-        options = ctx.options
+        inputs, options = ScanInputs(*ctx.saved_tensors), ctx.options
+        x, dt, a, b, c, d, dt_bias, state = inputs
         wanted = ctx.needs_input_grad
         states = []
         walk = list(blocks(x.shape[1], options.chunk_length))
@@ -115,7 +114,7 @@ class _Scan(torch.autograd.Function):
             for block in walk:
                 states.append(state)
                 if block is not walk[-1]:
-                    state = chunks_of(ctx.dtype, block, x, dt, a, b, b, dt_bias, options).states(state)[1]
+                    state = chunks_of(ctx.dtype, block, inputs._replace(c=b), options).states(state)[1]
             grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, b, c)]
             grad_a, grad_d, grad_bias = (torch.zeros_like(t, dtype=torch.float32) for t in (a, d, dt_bias))
             if grad_state is None:
@@ -123,7 +122,7 @@ class _Scan(torch.autograd.Function):
             if grad_y is None:
                 grad_y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             for block in reversed(walk):
-                chunks = chunks_of(ctx.dtype, block, x, dt, a, b, c, dt_bias, options)
+                chunks = chunks_of(ctx.dtype, block, inputs, options)
                 grad = fold(grad_y, block)
                 if wanted[5]:
                     grad_d += (grad * chunks.x).sum((0, 1, 3))
@@ -338,27 +337,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
-def chunks_of(
-    dtype: torch.dtype,
-    block: tuple[slice, int],
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    dt_bias: Tensor,
-    options: ScanOptions,
-) -> Chunks:
-    raw = fold(dt, block).float() + dt_bias
+def chunks_of(dtype: torch.dtype, block: tuple[slice, int], inputs: ScanInputs, options: ScanOptions) -> Chunks:
+    raw = fold(inputs.dt, block).float() + inputs.dt_bias
     step = F.softplus(raw).clamp_(*options.time_step_limit)
-    exact = (step * a).transpose(1, 2).double().cumsum(-1)  # a few thousand numbers: doubles cost nothing here
+    exact = (step * inputs.a).transpose(1, 2).double().cumsum(-1)  # a few thousand numbers: doubles cost nothing here
     high = exact.float()
     low = exact.sub_(high).float()
     return Chunks(
         block[1],
-        fold(x, block).to(dtype),
-        fold(b, block).transpose(1, 2).to(dtype),
-        fold(c, block).transpose(1, 2).to(dtype),
+        fold(inputs.x, block).to(dtype),
+        fold(inputs.b, block).transpose(1, 2).to(dtype),
+        fold(inputs.c, block).transpose(1, 2).to(dtype),
         raw,
         step,
         (high, low),

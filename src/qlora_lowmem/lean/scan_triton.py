@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from qlora_lowmem.lean import scan
 from qlora_lowmem.lean.options import RefusedOptionError, Scan
-from qlora_lowmem.lean.scan import ScanOptions, product_dtype
+from qlora_lowmem.lean.scan import ScanInputs, ScanOptions, product_dtype
 
 SPAN = 128  # tokens computed together: B and C for 48 heads take 1.5 MiB each, the states in backward 3 MiB
 _CHUNK = 64  # tokens of a chunk of the kernels, which offer powers of two
@@ -80,33 +80,21 @@ def _one_configuration() -> Iterator[None]:
             kernel.configs = configs
 
 
-def mamba2_scan(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    options: ScanOptions,
-) -> tuple[Tensor, Tensor]:
+def mamba2_scan(inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:
     """As `scan.mamba2_scan`, except that the chunk's length is the kernels'."""
-    if _stays_plain(x) or any(t.requires_grad for t in (a, d, dt_bias)):
-        return scan.mamba2_scan(x, dt, a, b, c, d, dt_bias, state, options)
-    return _Scan.apply(x, dt, a, b, c, d, dt_bias, state, options)  # type: ignore[no-any-return]
+    if _stays_plain(inputs.x) or any(t.requires_grad for t in (inputs.a, inputs.d, inputs.dt_bias)):
+        return scan.mamba2_scan(inputs, options)
+    return _Scan.apply(*inputs, options)  # type: ignore[no-any-return]
 
 
-def advance_state(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, dt_bias: Tensor, state: Tensor, options: ScanOptions
-) -> Tensor:
+def advance_state(inputs: ScanInputs, options: ScanOptions) -> Tensor:
     """The last state alone, bit for bit that of `mamba2_scan`: backward starts tiles from it."""
-    if _stays_plain(x):
-        return scan.advance_state(x, dt, a, b, dt_bias, state, options)
-    dtype = product_dtype(x)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _one_configuration():
-        for span in _spans(x.shape[1]):
-            state = _attend(dtype, x[:, span], dt[:, span], a, b[:, span], b[:, span], dt_bias, state, options)[1]
+    if _stays_plain(inputs.x):
+        return scan.advance_state(inputs, options)
+    dtype, state, inputs = product_dtype(inputs.x), inputs.state, inputs._replace(c=inputs.b)
+    with torch.no_grad(), torch.autocast(inputs.x.device.type, enabled=False), _one_configuration():
+        for span in _spans(inputs.x.shape[1]):
+            state = _attend(dtype, _part(inputs, span, state), options)[1]
     return state
 
 
@@ -118,29 +106,25 @@ def _spans(seq: int) -> list[slice]:
     return [slice(start, min(start + SPAN, seq)) for start in range(0, seq, SPAN)]
 
 
-def _attend(
-    dtype: torch.dtype,
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    options: ScanOptions,
-) -> tuple[Tensor, Tensor]:
+def _part(inputs: ScanInputs, span: slice, state: Tensor) -> ScanInputs:
+    """Views of one span's inputs, which `state` is the state before."""
+    x, dt, b, c = (t[:, span] for t in (inputs.x, inputs.dt, inputs.b, inputs.c))
+    return inputs._replace(x=x, dt=dt, b=b, c=c, state=state)
+
+
+def _attend(dtype: torch.dtype, part: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:
     """`C_t h_t` (batch, span, heads, head_dim) in `dtype` and the last state, for one span."""
     from fla.ops.simple_gla import chunk_simple_gla
 
-    step = F.softplus(dt.float() + dt_bias).clamp(*options.time_step_limit)
-    copies = x.shape[2] // b.shape[2]
+    step = F.softplus(part.dt.float() + part.dt_bias).clamp(*options.time_step_limit)
+    copies = part.x.shape[2] // part.b.shape[2]
     found: tuple[Tensor, Tensor] = chunk_simple_gla(
-        q=c.to(dtype).repeat_interleave(copies, 2),
-        k=b.to(dtype).repeat_interleave(copies, 2),
-        v=(x * step[..., None]).to(dtype),
-        g=step * a,
+        q=part.c.to(dtype).repeat_interleave(copies, 2),
+        k=part.b.to(dtype).repeat_interleave(copies, 2),
+        v=(part.x * step[..., None]).to(dtype),
+        g=step * part.a,
         scale=1.0,
-        initial_state=state,
+        initial_state=part.state,
         output_final_state=True,
         state_v_first=True,
         chunk_size=_CHUNK,
@@ -151,39 +135,41 @@ def _attend(
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, options = arguments
-        x, dt, a, b, c, d, dt_bias, state = tensors
-        ctx.save_for_backward(*tensors)
+        inputs, options = ScanInputs(*arguments[:-1]), arguments[-1]
+        x, state = inputs.x, inputs.state
+        ctx.save_for_backward(*inputs)
         ctx.options = options
         ctx.dtype = product_dtype(x)
         y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False), _one_configuration():
             for span in _spans(x.shape[1]):
-                inputs = (x[:, span], dt[:, span], a, b[:, span], c[:, span], dt_bias, state)
-                attended, state = _attend(ctx.dtype, *inputs, options)
+                part = _part(inputs, span, state)
+                attended, state = _attend(ctx.dtype, part, options)
                 y[:, span] = attended
-                y[:, span].addcmul_(x[:, span], d.float()[:, None])
+                y[:, span].addcmul_(x[:, span], inputs.d.float()[:, None])
         return y, state
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, a, b, c, d, dt_bias, state = ctx.saved_tensors
+        inputs = ScanInputs(*ctx.saved_tensors)
+        x, dt, a, b, c, d, dt_bias, state = inputs
         walk = _spans(x.shape[1])
         states = [state]
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, b, c)]
         with torch.autocast(x.device.type, enabled=False), _one_configuration():
             for span in walk[:-1]:
-                inputs = (x[:, span], dt[:, span], a, b[:, span], b[:, span], dt_bias, states[-1])
-                states.append(_attend(ctx.dtype, *inputs, ctx.options)[1])
+                before = _part(inputs._replace(c=b), span, states[-1])
+                states.append(_attend(ctx.dtype, before, ctx.options)[1])
             for span in reversed(walk):
                 grad = grad_y[:, span]
                 parts = (*(t[:, span] for t in (x, dt, b, c)), states.pop())
                 leaves = [t.detach().requires_grad_() for t in parts]
                 with torch.enable_grad():
                     part_x, part_dt, part_b, part_c, start = leaves
-                    ends = _attend(ctx.dtype, part_x, part_dt, a, part_b, part_c, dt_bias, start, ctx.options)
+                    recomputed = ScanInputs(part_x, part_dt, a, part_b, part_c, d, dt_bias, start)
+                    ends = _attend(ctx.dtype, recomputed, ctx.options)
                 *found, grad_state = torch.autograd.grad(ends, leaves, (grad.to(ctx.dtype), grad_state))
-                del ends, parts, leaves, part_x, part_dt, part_b, part_c, start
+                del ends, parts, leaves, recomputed, part_x, part_dt, part_b, part_c, start
                 found[0] = torch.addcmul(found[0], grad, d.float()[:, None])
                 for whole, part in zip(grads, found, strict=True):
                     whole[:, span] = part
@@ -269,7 +255,7 @@ def _difference(mixer: Any, device: torch.device) -> float:
         leaves = [t.clone().requires_grad_() for t in inputs]
         x, dt, b, c, state = leaves
         with torch.enable_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
-            ends = function(x, dt, a, b, c, d, bias, state, ScanOptions())
+            ends = function(ScanInputs(x, dt, a, b, c, d, bias, state), ScanOptions())
         return [*(t.detach() for t in ends), *torch.autograd.grad(ends, leaves, weights)]
 
     pairs = zip(results(mamba2_scan), results(scan.mamba2_scan), strict=True)
