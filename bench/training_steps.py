@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from qlora_lowmem.models.loading import choose_precision, load_tokenizer
-from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
-from qlora_lowmem.run.job import build_job
+from qlora_lowmem.run.job import build_job, device_of
+from qlora_lowmem.run.preflight import inputs_of, preflight
 
 # Synthetic samples never end: the same ones come again.
 _STEPS_OF_DATA = 2
@@ -28,10 +27,8 @@ class TrainingSteps:
         """Load the job; may raise `torch.cuda.OutOfMemoryError`."""
         recipe = replace_field(recipe, "max_steps", _STEPS_OF_DATA)
         self.recipe = recipe
-        source = source_of(recipe)
-        precision = choose_precision(recipe, "cuda", torch.cuda.get_device_capability(0) >= (8, 0))
-        device = torch.device("cuda", 0)
-        job = build_job(recipe, source, precision, None, load_tokenizer(recipe, source), device, [], folder, save=False)
+        checked = preflight(inputs_of(recipe), supports_bf16=device_of(recipe)[1])
+        job = build_job(checked, None, [], folder, save=False)
         self._trainer = job.trainer
         if recipe.memory.gradient_checkpointing:
             self._trainer.model.activation_checkpointing_enable({"use_reentrant": False})

@@ -13,7 +13,7 @@ from helpers import RECIPES
 from qlora_lowmem.commands.train import main
 from qlora_lowmem.errors import EXIT_USAGE
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.run.job import steps_over
+from qlora_lowmem.run.preflight import steps_over
 from tiny_chat import write_tiny_chat
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from chaos.disk import SmallDisk
 from chaos.events import Event
 from chaos.process import Training, logged
-from qlora_lowmem.run_folder.checkpoints import newest_whole, step_of
+from qlora_lowmem.run_folder.checkpoints import newest_complete, step_of
 
 _PATIENCE = 1200.0
 _ROOM_AT_START = 2000  # bytes: for the last words of a process whose standard error is a file under the same limit
@@ -145,7 +145,7 @@ class Chaos:
         return f"{path.name}: a bit of byte {place}"
 
     def _whole(self) -> int:
-        found = newest_whole(self._output_dir).checkpoint
+        found = newest_complete(self._output_dir).checkpoint
         return step_of(found) if found else 0
 
     def _last_logged(self, since: float = 0.0) -> int:

@@ -12,8 +12,7 @@ from typing import Any
 # A module that is not there is left out in silence (multiprocessing/forkserver.py): a test asks for each.
 PRELOADED = [
     *("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"),
-    *(f"qlora_lowmem.{name}" for name in ("commands.train", "run.execute", "run.model_card", "run_folder.resumption")),
-    *(f"qlora_lowmem.training.{name}" for name in ("heartbeat", "interruption", "log_file", "progress")),
+    *(f"qlora_lowmem.{name}" for name in ("commands.train", "run.execute", "run.preflight", "training.progress")),
 ]
 
 

@@ -9,10 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import RECIPES
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.sources import resolve_model, source_of
 from qlora_lowmem.models.targets import KEEPS_APART, why_not_packed
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.run.execute import check_packing
+from qlora_lowmem.run.preflight import inputs_of, preflight
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -80,10 +79,9 @@ def test_a_type_that_was_not_tested_is_refused() -> None:
 
 def test_the_recipe_is_refused_before_anything_loads() -> None:
     recipe = load_recipe(RECIPES / "optimised.yaml", {"packing": True})
-    source = source_of(recipe)
     with pytest.raises(UsageError, match=r"batch\.packing: true, and 'ibm-granite.*36 of its 40 layers are recurrent"):
-        check_packing(recipe, source)
+        preflight(inputs_of(recipe))
     unpacked = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, packing=False))
-    check_packing(unpacked, source)
+    preflight(inputs_of(unpacked))
     llama = load_recipe(RECIPES / "optimised.yaml", {"packing": True, "model": "llama-3.2-3b"})
-    check_packing(llama, resolve_model("llama-3.2-3b", "random"))
+    preflight(inputs_of(llama))

@@ -15,7 +15,7 @@ from qlora_lowmem.commands.train import main
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.models.trusted import check_adapter, check_checkpoint
-from qlora_lowmem.run_folder.manifest import MANIFEST, seal
+from qlora_lowmem.run_folder.checkpoints import MANIFEST, seal
 from tiny_chat import write_tiny_chat
 
 

@@ -13,7 +13,7 @@ from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
-from qlora_lowmem.run.execute import check_model
+from qlora_lowmem.run.preflight import inputs_of, preflight
 
 START = Recipe(name="start")
 
@@ -73,8 +73,8 @@ def test_random_weights_of_a_model_on_the_hub_are_asked_for_by_its_revision(
     assert (source.name, source.hub_id, source.folder) == ("some-model", "someone/some-model", tiny_hybrid)
     assert source.architecture == json.loads((tiny_hybrid / "config.json").read_text())
     assert resolve_model(asked.base.model, "pretrained", "v2").architecture is None
-    modules, parameters = check_model(replace_fields(asked, {"weights": "random"}))
-    assert min(modules, parameters) > 0
+    checked = preflight(inputs_of(replace_fields(asked, {"weights": "random"})))
+    assert min(len(checked.targets.modules), checked.trainable_parameters) > 0
     assert takes_tiles(resolve_model(asked.base.model, "random", "v2").text_config)
     assert fetched == ["v2"] * 3
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
-from qlora_lowmem.training.adamw import AdamW, adamw_of, check_gradient_release
+from qlora_lowmem.run.preflight import check_gradient_release
+from qlora_lowmem.training.adamw import AdamW, adamw_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=3)

@@ -17,9 +17,10 @@ from helpers import RECIPES
 from qlora_lowmem.files import json_line
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.execute import execute
-from qlora_lowmem.run_folder.checkpoints import newest_whole
-from qlora_lowmem.training.divergence import DivergedError, DivergenceCheck
-from qlora_lowmem.training.log_file import LogFile
+from qlora_lowmem.run.preflight import inputs_of
+from qlora_lowmem.run_folder.checkpoints import newest_complete
+from qlora_lowmem.training.ending import DivergedError, DivergenceCheck
+from qlora_lowmem.training.progress import LogFile
 from tiny_chat import write_tiny_chat
 
 Make = Callable[..., Recipe]
@@ -42,7 +43,7 @@ def run(recipe: Recipe, callback: TrainerCallback) -> Path:
     output_dir = Path(recipe.run.output_dir)
     callbacks = [callback, LogFile(output_dir, print)]
     with pytest.raises(DivergedError) as caught:
-        execute(recipe, output_dir=output_dir, callbacks=callbacks)
+        execute(inputs_of(recipe), output_dir=output_dir, callbacks=callbacks)
     assert caught.value.exit_code == 2
     (output_dir / "said").write_text(str(caught.value))
     return output_dir
@@ -62,7 +63,7 @@ def test_the_command_stops_and_keeps_the_last_finite_checkpoint(
     assert "adapter saved" not in done.stderr
     assert not summary.exists()
     assert not (out / "adapter_model.safetensors").exists()
-    kept = newest_whole(out).checkpoint
+    kept = newest_complete(out).checkpoint
     assert kept == out / "checkpoint-1"
     assert all(bool(torch.isfinite(each).all()) for each in load_file(kept / "adapter_model.safetensors").values())
     assert all(math.isfinite(line["loss"]) and line["loss"] > 0 for line in logged(out))
@@ -80,7 +81,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(tiny_recipe: Make) -> N
     """The step's loss and gradients were finite; its update was not."""
     out = run(tiny_recipe("run"), SpoilAt(2, "on_step_end"))
     assert "the adapter's weights are not finite" in (out / "said").read_text()
-    assert newest_whole(out).checkpoint == out / "checkpoint-1"
+    assert newest_complete(out).checkpoint == out / "checkpoint-1"
     assert not (out / "checkpoint-2").exists()
     assert not (out / ".saving").exists()
 
@@ -88,7 +89,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(tiny_recipe: Make) -> N
 def test_on_a_virtual_card_there_are_no_values_to_judge(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_lowmem.training.trainer.virtual_gpu.current_card", lambda: object())
     recipe = tiny_recipe("run", max_steps=2)
-    execute(recipe, output_dir=Path(recipe.run.output_dir), callbacks=[SpoilAt(1, "on_step_begin")])
+    execute(inputs_of(recipe), output_dir=Path(recipe.run.output_dir), callbacks=[SpoilAt(1, "on_step_begin")])
 
 
 def test_overflow_under_fp16_is_no_divergence_until_nothing_is_left_to_scale(tmp_path: Path) -> None:

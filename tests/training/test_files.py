@@ -15,10 +15,11 @@ from qlora_lowmem.data import check_data
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.execute import execute
-from qlora_lowmem.run.model_card import write_model_card
+from qlora_lowmem.run.preflight import inputs_of
+from qlora_lowmem.run.summary import write_model_card
 from qlora_lowmem.run_folder.resumption import checkpoint_to_resume, held_folder
 from qlora_lowmem.tokens import dataset
-from qlora_lowmem.training.log_file import LogFile
+from qlora_lowmem.training.progress import LogFile
 from tiny_chat import tiny_tokenizer
 
 Make = Callable[..., Recipe]
@@ -52,12 +53,12 @@ def test_the_model_card_is_whole_or_as_it_was(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe("run", max_steps=1)
-    outcome = execute(recipe, output_dir=Path(recipe.run.output_dir))
-    write_model_card(tmp_path, recipe, outcome, "cpu")
+    outcome = execute(inputs_of(recipe), output_dir=Path(recipe.run.output_dir))
+    write_model_card(tmp_path, inputs_of(recipe), outcome, "cpu")
     before = (tmp_path / "README.md").read_bytes()
     monkeypatch.setattr(files, "flush", full)
     with refused(tmp_path / "README.md"):
-        write_model_card(tmp_path, tiny_recipe("other", lora_r=4), outcome, "cpu")
+        write_model_card(tmp_path, inputs_of(tiny_recipe("other", lora_r=4)), outcome, "cpu")
     assert (tmp_path / "README.md").read_bytes() == before
 
 

@@ -23,11 +23,11 @@ from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.run.execute import Outcome, execute
 from qlora_lowmem.run.job import Job
-from qlora_lowmem.run_folder.checkpoints import newest_whole
+from qlora_lowmem.run.preflight import inputs_of
+from qlora_lowmem.run_folder.checkpoints import newest_complete
 from qlora_lowmem.training.adamw import AdamW
-from qlora_lowmem.training.divergence import DivergedError
-from qlora_lowmem.training.interruption import Interruption
-from qlora_lowmem.training.log_file import LogFile
+from qlora_lowmem.training.ending import DivergedError, Interruption
+from qlora_lowmem.training.progress import LogFile
 from qlora_lowmem.training.warm_up import WarmUp, optimizer_state_bytes
 
 Make = Callable[..., Recipe]
@@ -59,9 +59,9 @@ def cut() -> None:
 def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), **options: Any) -> Outcome:
     """Train from the newest whole checkpoint, as the command does."""
     output_dir = Path(recipe.run.output_dir)
-    found = newest_whole(output_dir).checkpoint
+    found = newest_complete(output_dir).checkpoint
     callbacks = [*callbacks, LogFile(output_dir, print)]
-    return execute(recipe, output_dir=output_dir, resume_from=found, callbacks=callbacks, **options)
+    return execute(inputs_of(recipe), output_dir=output_dir, resume_from=found, callbacks=callbacks, **options)
 
 
 def adapter(recipe: Recipe) -> bytes:
@@ -171,7 +171,7 @@ def test_nothing_is_rescued_out_of_a_backward_that_had_stepped(tiny_recipe: Make
     assert own.half_stepped
     assert len({float(state["step"]) for state in own.state.values()}) == 2
     assert jobs[0].trainer.rescue() is None
-    assert newest_whole(Path(recipe.run.output_dir)).checkpoint == Path(recipe.run.output_dir) / "checkpoint-2"
+    assert newest_complete(Path(recipe.run.output_dir)).checkpoint == Path(recipe.run.output_dir) / "checkpoint-2"
 
 
 def test_what_fails_before_any_weight_is_stepped_is_rescued(tiny_recipe: Make) -> None:
@@ -197,7 +197,7 @@ def test_no_weight_that_is_not_finite_is_saved(tiny_recipe: Make) -> None:
         run(recipe, [At(2, spoil)], on_ready=lambda job, _: jobs.append(job))
     assert any(not bool(torch.isfinite(p).all()) for p in trained(jobs[0])[1:]), "stepped with NaN"
     out = Path(recipe.run.output_dir)
-    assert newest_whole(out).checkpoint == out / "checkpoint-2"
+    assert newest_complete(out).checkpoint == out / "checkpoint-2"
     assert not (out / "adapter_model.safetensors").exists()
     assert all(
         bool(torch.isfinite(each).all()) for each in load_file(out / "checkpoint-2/adapter_model.safetensors").values()
@@ -218,7 +218,7 @@ def test_no_weight_that_is_not_finite_is_saved(tiny_recipe: Make) -> None:
 
     with pytest.raises(DivergedError, match="the adapter's weights are not finite"):
         run(other, on_ready=ready)
-    assert newest_whole(Path(other.run.output_dir)).checkpoint == Path(other.run.output_dir) / "checkpoint-2"
+    assert newest_complete(Path(other.run.output_dir)).checkpoint == Path(other.run.output_dir) / "checkpoint-2"
 
 
 def _found(done: RecipeRun) -> Attribution:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lowmem.training.log_file import keep_until
+from qlora_lowmem.training.progress import keep_until
 
 
 def lines(*steps: int) -> str:

@@ -12,14 +12,14 @@ from transformers import TrainerCallback
 
 from chaos.process import logged
 from helpers import RECIPES
-from qlora_lowmem.data import check_data
 from qlora_lowmem.errors import StoppedBySignal
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.execute import Outcome, execute
 from qlora_lowmem.run.job import Job
-from qlora_lowmem.run_folder.checkpoints import newest_whole
-from qlora_lowmem.training.interruption import Interruption
-from qlora_lowmem.training.log_file import LogFile
+from qlora_lowmem.run.preflight import inputs_of
+from qlora_lowmem.run_folder.checkpoints import newest_complete
+from qlora_lowmem.training.ending import Interruption
+from qlora_lowmem.training.progress import LogFile
 from qlora_lowmem.training.warm_up import WarmUp, longest_batch, optimizer_state_bytes
 from tiny_chat import write_tiny_chat
 
@@ -50,9 +50,9 @@ def cut() -> None:
 def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), **options: Any) -> Outcome:
     """Train from the newest whole checkpoint, as the command does."""
     output_dir = Path(recipe.run.output_dir)
-    found = newest_whole(output_dir).checkpoint
+    found = newest_complete(output_dir).checkpoint
     callbacks = [*callbacks, LogFile(output_dir, print)]
-    return execute(recipe, output_dir=output_dir, resume_from=found, callbacks=callbacks, **options)
+    return execute(inputs_of(recipe), output_dir=output_dir, resume_from=found, callbacks=callbacks, **options)
 
 
 def history(recipe: Recipe, *keys: str) -> list[tuple[Any, ...]]:
@@ -105,7 +105,7 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(tiny_recipe: Make, nu
         run(recipe, [At(2, lambda: os.kill(os.getpid(), number))], interruption=interruption)
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
-    assert newest_whole(Path(recipe.run.output_dir)).checkpoint == Path(recipe.run.output_dir) / "checkpoint-3"
+    assert newest_complete(Path(recipe.run.output_dir)).checkpoint == Path(recipe.run.output_dir) / "checkpoint-3"
     assert run(recipe).losses == run(tiny_recipe("whole", max_steps=4)).losses
 
 
@@ -114,7 +114,7 @@ def test_a_signal_does_not_wait_for_an_evaluation(tiny_recipe: Make) -> None:
     strike = At(2, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_prediction_step")
     with pytest.raises(StoppedBySignal, match="after step 2 of 4"), Interruption() as interruption:
         run(recipe, [strike], interruption=interruption)
-    assert newest_whole(Path(recipe.run.output_dir)).checkpoint == Path(recipe.run.output_dir) / "checkpoint-2"
+    assert newest_complete(Path(recipe.run.output_dir)).checkpoint == Path(recipe.run.output_dir) / "checkpoint-2"
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,7 @@ def test_how_often_to_save_may_change_between_two_starts(tiny_recipe: Make) -> N
 def test_the_warm_up_leaves_no_trace(tiny_recipe: Make, tmp_path: Path) -> None:
     """Real samples of many lengths, a model in 16 bits so that the optimizer's state is as large as it gets."""
     model = write_tiny_chat(tmp_path / "model")
-    samples = check_data(str(RECIPES / "demo.jsonl"))
-    options = {"model": str(model), "weights": "pretrained", "load_in_4bit": False, "data": samples.source.name}
+    options = {"model": str(model), "weights": "pretrained", "load_in_4bit": False, "data": str(RECIPES / "demo.jsonl")}
     outcomes = []
     for warm in (False, True):
         recipe = tiny_recipe(str(warm), **options, max_seq_length=512, max_steps=3)
@@ -188,7 +187,7 @@ def test_the_warm_up_leaves_no_trace(tiny_recipe: Make, tmp_path: Path) -> None:
             if warm:
                 job.trainer.add_callback(WarmUp(job.trainer, recorder))
 
-        outcomes.append(execute(recipe, samples, output_dir=Path(recipe.run.output_dir), on_ready=ready))
+        outcomes.append(execute(inputs_of(recipe), output_dir=Path(recipe.run.output_dir), on_ready=ready))
     assert outcomes[1].losses == outcomes[0].losses
     assert outcomes[1].tokens == outcomes[0].tokens
     adapters = [tmp_path / name / "adapter_model.safetensors" for name in ("False", "True")]

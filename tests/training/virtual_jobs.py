@@ -6,17 +6,17 @@ from typing import Any
 
 def train(content: dict[str, Any], warm_up: bool = False, resume: bool = False) -> dict[str, Any]:
     """Train with checkpoints; the peaks by phase, and how it ended if memory ran out."""
-    from qlora_lowmem.data import check_data
     from qlora_lowmem.recipe.io import recipe_from_dict
-    from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
-    from qlora_lowmem.run_folder.checkpoints import newest_whole
+    from qlora_lowmem.run.execute import execute
+    from qlora_lowmem.run.out_of_memory import OutOfGpuMemoryError
+    from qlora_lowmem.run.preflight import inputs_of
+    from qlora_lowmem.run_folder.checkpoints import newest_complete
 
     recipe = recipe_from_dict(content)
     output_dir = Path(recipe.run.output_dir)
-    resume_from = newest_whole(output_dir).checkpoint if resume else None
-    samples = None if recipe.data.data == "synthetic" else check_data(recipe.data.data)
+    resume_from = newest_complete(output_dir).checkpoint if resume else None
     try:
-        outcome = execute(recipe, samples, output_dir=output_dir, resume_from=resume_from, warm_up=warm_up)
+        outcome = execute(inputs_of(recipe), output_dir=output_dir, resume_from=resume_from, warm_up=warm_up)
     except OutOfGpuMemoryError as error:
         return {"phase": error.phase, "checkpoint": error.checkpoint and error.checkpoint.name}
     assert outcome.profile is not None

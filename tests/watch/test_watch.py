@@ -296,7 +296,7 @@ def test_an_interrupt_ends_it_with_130(tmp_path: Path) -> None:
 
 
 def test_a_heartbeat_tells_step_and_end(tmp_path: Path) -> None:
-    from qlora_lowmem.training.heartbeat import Heartbeat
+    from qlora_lowmem.training.progress import Heartbeat
 
     recipe = cpu_recipe(tmp_path / "run")
     state = SimpleNamespace(global_step=0, max_steps=3)
@@ -322,7 +322,7 @@ def test_a_heartbeat_tells_step_and_end(tmp_path: Path) -> None:
     ],
 )
 def test_a_heartbeat_tells_what_ended_the_job(tmp_path: Path, error: BaseException, outcome: str) -> None:
-    from qlora_lowmem.training.heartbeat import Heartbeat
+    from qlora_lowmem.training.progress import Heartbeat
 
     recipe = cpu_recipe(tmp_path)
     with pytest.raises(type(error)), Heartbeat(recipe):
@@ -331,7 +331,7 @@ def test_a_heartbeat_tells_what_ended_the_job(tmp_path: Path, error: BaseExcepti
 
 
 def test_a_heartbeat_that_cannot_be_written_stops_no_training(tmp_path: Path) -> None:
-    from qlora_lowmem.training.heartbeat import Heartbeat
+    from qlora_lowmem.training.progress import Heartbeat
 
     (tmp_path / "file").touch()
     recipe = cpu_recipe(tmp_path / "file" / "run")

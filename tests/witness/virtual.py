@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
 from qlora_lowmem.run.execute import execute
+from qlora_lowmem.run.preflight import inputs_of
 from witness.ledger import Account
 from witness.step import MICRO_BATCHES
 
@@ -23,7 +24,7 @@ def steady_counters(content: dict[str, Any]) -> dict[str, int]:
     """
     recipe = replace_field(recipe_from_dict(content), "device", "virtual")
     with tempfile.TemporaryDirectory() as folder:
-        outcome = execute(recipe, output_dir=Path(folder), save=False)
+        outcome = execute(inputs_of(recipe), output_dir=Path(folder), save=False)
     assert outcome.profile is not None
     statistics = torch.cuda.memory_stats()
     return {
@@ -65,7 +66,7 @@ def operators_at_peak(content: dict[str, Any]) -> dict[str, int]:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            execute(recipe, output_dir=Path(folder), save=False, on_ready=begin)
+            execute(inputs_of(recipe), output_dir=Path(folder), save=False, on_ready=begin)
         finally:
             ledger.__exit__(None, None, None)
     return dict(account.peak().by_operator())

@@ -20,9 +20,10 @@ from qlora_lowmem.commands.frame import Command, add_json_argument, check_parent
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.models.sources import source_of
-from qlora_lowmem.plan.recipe_runs import recipe_card, roomy
+from qlora_lowmem.plan.recipe_runs import roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field
+from qlora_lowmem.run.preflight import recipe_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,14 +71,16 @@ def _can_grow(card: virtual_gpu.Card | None) -> bool:
 def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
     from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
     from qlora_lowmem.results.kinds import attribution as report
-    from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
+    from qlora_lowmem.run.execute import execute
+    from qlora_lowmem.run.out_of_memory import OutOfGpuMemoryError
+    from qlora_lowmem.run.preflight import inputs_of
     from qlora_lowmem.training.progress import quiet_libraries
 
     quiet_libraries()
     recorder = AttributionRecorder(uniform=True)  # synthetic samples are all of full length
     with tempfile.TemporaryDirectory() as folder:
         try:
-            outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=recorder)
+            outcome = execute(inputs_of(recipe), output_dir=Path(folder), save=False, attribution=recorder)
         except OutOfGpuMemoryError as error:
             if not _can_grow(virtual_gpu.current_card()):
                 raise

@@ -25,7 +25,7 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.run_folder.marker import RECIPE_FILE, recipe_of_run
+from qlora_lowmem.run_folder.ownership import RECIPE_FILE, recipe_of_run
 
 _NARROWEST = 20
 
@@ -101,9 +101,9 @@ def _recipe_of(options: argparse.Namespace) -> tuple[Recipe, Path]:
 def _adapter_of(folder: Path) -> Path:
     """The folder itself, or the newest complete checkpoint in it while training has not ended."""
     from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter
-    from qlora_lowmem.run_folder.checkpoints import newest_whole
+    from qlora_lowmem.run_folder.checkpoints import newest_complete
 
-    checkpoint = None if (folder / ADAPTER_WEIGHTS).is_file() else newest_whole(folder).checkpoint
+    checkpoint = None if (folder / ADAPTER_WEIGHTS).is_file() else newest_complete(folder).checkpoint
     if checkpoint is not None:
         print(f"training has not ended; the adapter is that of {checkpoint}", file=sys.stderr, flush=True)
     check_adapter(checkpoint or folder)

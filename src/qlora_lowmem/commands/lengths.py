@@ -18,10 +18,11 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.plan.questions import measure_lengths
-from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
+from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
 from qlora_lowmem.results.kinds.lengths import lengths_table, write_lengths
 from qlora_lowmem.results.tables import gib, peak_fields, plain_row
+from qlora_lowmem.run.preflight import recipe_card
 
 # Up to where a model of one billion parameters without lean no longer fits a 6 GB card.
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)

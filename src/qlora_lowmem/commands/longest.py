@@ -15,10 +15,11 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.plan.maximum import longest
-from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
+from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
 from qlora_lowmem.results.kinds.longest import write_longest
 from qlora_lowmem.results.tables import gib, peak_fields, plain_row
+from qlora_lowmem.run.preflight import recipe_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

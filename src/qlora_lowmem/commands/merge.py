@@ -21,7 +21,7 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK
 from qlora_lowmem.recipe import recipe_hash
 from qlora_lowmem.results.tables import phase_table
-from qlora_lowmem.run_folder.marker import recipe_of_run
+from qlora_lowmem.run_folder.ownership import recipe_of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,10 +19,11 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.questions import Life, live
-from qlora_lowmem.plan.recipe_runs import recipe_card, recipe_server
+from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
 from qlora_lowmem.results.kinds.phases import phases_content
 from qlora_lowmem.results.tables import floor_lines, phase_table
+from qlora_lowmem.run.preflight import recipe_card
 from qlora_lowmem.units import format_bytes
 
 

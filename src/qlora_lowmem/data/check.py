@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from qlora_lowmem.data.formats import FORMATS, TrainOn, check_one_format, check_sample, format_of_kind
 from qlora_lowmem.data.report import DataReport, DuplicateCounter
 from qlora_lowmem.data.sources import DataSource, HubTable, JsonLines, ParquetTable, resolve_data
@@ -57,6 +55,8 @@ def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = Tr
     Raises:
         UsageError: it cannot be read or holds no sample; or every fault with its line or row, 20 shown and all counted.
     """
+    from tqdm.auto import tqdm
+
     source = resolve_data(name)
     reader = _open(source)
     per_byte = source.kind == "jsonl"

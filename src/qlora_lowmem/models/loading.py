@@ -51,8 +51,8 @@ def load_config(recipe: Recipe, source: ModelSource) -> Any:
     Raises:
         UsageError: the hub cannot be reached, or transformers does not know the architecture.
     """
-    if source.architecture is None:
-        location = str(source.gguf.parent if source.gguf else source.hub_id)
+    if source.architecture is None or (source.folder is not None and recipe.base.weights == "pretrained"):
+        location = str(source.gguf.parent if source.gguf else source.folder or source.hub_id)
         options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
         try:
             return AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
@@ -64,18 +64,30 @@ def load_config(recipe: Recipe, source: ModelSource) -> Any:
         raise UsageError(f"base.model: transformers does not know this architecture: {error}") from None
 
 
-def skeleton(recipe: Recipe, source: ModelSource) -> PreTrainedModel:
+def skeleton(recipe: Recipe, source: ModelSource, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model on the meta device: what modules there are, before a byte of weights is read.
+
+    Args:
+        dtype: what random weights will be in (default: bf16).
 
     Raises:
         UsageError: as `load_config`.
     """
     base = recipe.base
-    return meta_model(load_config(recipe, source), torch.bfloat16, base.attention, base.trust_remote_code)
+    return meta_model(load_config(recipe, source), dtype or torch.bfloat16, base.attention, base.trust_remote_code)
 
 
-def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_base(
+    recipe: Recipe,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_meta: PreTrainedModel | None = None,
+) -> PreTrainedModel:
     """The base model on `device`, Linear modules in 4 bits, the rest in `dtype`.
+
+    Args:
+        on_meta: its `skeleton` in `dtype`, where there is one already: random weights are put into it.
 
     Raises:
         UsageError: weights that cannot be found; embeddings that cannot be quantised.
@@ -86,7 +98,7 @@ def load_base(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: t
     if recipe.base.weights == "random":
         assert source.architecture is not None  # resolve_model refuses random weights without one
         with lean_refusals(recipe):
-            made = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits)
+            made = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits, on_meta)
         _keep_weights_as_they_are(made)
         return made
     try:

@@ -6,6 +6,8 @@ reads weights from files, is a header and a hole: no disk, no time, and every by
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,20 @@ def config_from(architecture: dict[str, Any]) -> Any:
 def meta_model(config: Any, dtype: torch.dtype, attention: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The modules of a configuration on the meta device: names and shapes, no memory."""
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
-    with torch.device("meta"):
+    with torch.device("meta"), _embeddings_as_they_are():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     return model
+
+
+@contextmanager
+def _embeddings_as_they_are() -> Iterator[None]:
+    """PyTorch draws an embedding's values as it makes one. On the meta device it imports SymPy, and draws none."""
+    draw = torch.nn.Embedding.reset_parameters
+    torch.nn.Embedding.reset_parameters = lambda _: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Embedding.reset_parameters = draw  # type: ignore[method-assign]
 
 
 def random_model(
@@ -37,17 +50,18 @@ def random_model(
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
     embedding_bits: int | None = None,
+    on_meta: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Build `architecture` with random weights on `device`, its Linear modules in 4 bits if `quantization` says so.
 
     The same quantizer object of transformers chooses the modules as in `from_pretrained`, so what is in 4 bits
     here is what is in 4 bits there. With `embedding_bits` (8 or 4), the tied embeddings are quantised before the rest
-    is made.
+    is made. `on_meta` is the architecture's `meta_model`, if it was made before; it becomes the result.
 
     Raises:
         torch.cuda.OutOfMemoryError: the model does not fit `device`.
     """
-    model = meta_model(config_from(architecture), dtype, attention)
+    model = meta_model(config_from(architecture), dtype, attention) if on_meta is None else on_meta
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": device})

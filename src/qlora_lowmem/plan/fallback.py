@@ -4,11 +4,6 @@ What costs no time comes first, what costs most comes last (`recipe/moves.py` st
 trained, as `run_folder/resumption.py` sees it, so the checkpoint of the last good step is not lost.
 """
 
-import os
-import sys
-from collections.abc import Sequence
-from typing import NoReturn
-
 from qlora_lowmem.plan.model import runs_in_tiles
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.moves import Change, changes_of
@@ -21,11 +16,3 @@ def next_fallback(recipe: Recipe) -> Change | None:
     """
     changes = changes_of(recipe, tiles=runs_in_tiles(recipe))
     return next((each for each in changes if each.keeps_training and False not in each.changes.values()), None)
-
-
-def start_again(arguments: Sequence[str], flags: Sequence[str]) -> NoReturn:
-    """Replace this process by the command with more flags: a fresh process has the card's memory to itself."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    command = [sys.executable, "-m", "qlora_lowmem.train", *arguments, *flags]
-    os.execv(sys.executable, command)

@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe import Recipe
@@ -57,18 +56,6 @@ def shortened(recipe: Recipe) -> Recipe:
     """
     micro_batches = min(recipe.batch.gradient_accumulation_steps, 2)
     return replace_field(two_steps(recipe), "gradient_accumulation_steps", micro_batches)
-
-
-def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
-    """The virtual card that `recipe` names.
-
-    Raises:
-        UsageError: no card of the table has that name.
-    """
-    try:
-        return virtual_gpu.get_card(recipe.run.card)
-    except virtual_gpu.UnknownCardError as error:
-        raise UsageError(f"run.card: {error}") from None
 
 
 def roomy(card: virtual_gpu.Card) -> virtual_gpu.Card:

@@ -24,8 +24,10 @@ from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
-from qlora_lowmem.run.execute import OutOfGpuMemoryError, execute
+from qlora_lowmem.run.execute import execute
 from qlora_lowmem.run.merge import merge_run
+from qlora_lowmem.run.out_of_memory import OutOfGpuMemoryError
+from qlora_lowmem.run.preflight import inputs_of
 
 
 def run_here(content: dict[str, Any], attribute: bool = False, snapshot: str | None = None) -> Any:
@@ -43,7 +45,7 @@ def _run(content: dict[str, Any], attribute: bool, snapshot: str | None) -> Reci
     recorder = AttributionRecorder(uniform=True) if attribute else None
     try:
         with tempfile.TemporaryDirectory() as folder:
-            outcome = execute(recipe, output_dir=Path(folder), save=False, attribution=recorder)
+            outcome = execute(inputs_of(recipe), output_dir=Path(folder), save=False, attribution=recorder)
     except OutOfGpuMemoryError as error:
         return RecipeRun(error.profile, out_of_memory=error.torch_message, phase=error.phase)
     except Exception:  # what a person reads is made of this in the parent
@@ -67,7 +69,7 @@ def live_here(content: dict[str, Any], folder: str, part: str) -> Any:
             found = RecipeRun(merge_run(recipe, run, Path(folder) / "merged", "bf16", "cuda"))
         else:
             resume_from = run / "checkpoint-1" if part == "resume" else None
-            outcome = execute(recipe, output_dir=run, resume_from=resume_from, warm_up=part == "train")
+            outcome = execute(inputs_of(recipe), output_dir=run, resume_from=resume_from, warm_up=part == "train")
             found = RecipeRun(outcome.profile, floor_bytes=outcome.floor.total)
     except OutOfGpuMemoryError as error:
         found = RecipeRun(error.profile, out_of_memory=error.torch_message, phase=error.phase)
@@ -126,5 +128,5 @@ def count_here(content: dict[str, Any]) -> int:
         job.trainer.training_step = count
 
     with tempfile.TemporaryDirectory() as folder:
-        execute(recipe, output_dir=Path(folder), save=False, on_ready=watch)
+        execute(inputs_of(recipe), output_dir=Path(folder), save=False, on_ready=watch)
     return counted.total

@@ -20,8 +20,7 @@ from qlora_lowmem.models.loading import assert_on_device, choose_precision, load
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.trusted import check_adapter
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.run.execute import start_recorder
-from qlora_lowmem.run.job import apply_memory_limit
+from qlora_lowmem.run.job import apply_memory_limit, device_of, start_recorder
 from qlora_lowmem.run.out_of_memory import first_words, is_out_of_memory, whose_memory
 from qlora_lowmem.tokens.dataset import encoded_samples
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
@@ -81,10 +80,8 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
     """
     check_adapter(adapter)
     source = source_of(recipe)
-    on_cpu = recipe.run.device == "cpu"
-    recorder = None if on_cpu else start_recorder(recipe)
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)
-    supports_bf16 = on_cpu or torch.cuda.get_device_capability(0) >= (8, 0)
+    recorder = None if recipe.run.device == "cpu" else start_recorder(recipe)
+    device, supports_bf16 = device_of(recipe)
     precision = choose_precision(recipe, device.type, supports_bf16)
     tokenizer = load_tokenizer(recipe, source)
     check_templates(tokenizer, recipe.base.model)

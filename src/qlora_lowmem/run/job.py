@@ -1,7 +1,7 @@
 """A recipe made real: the 4-bit base, its adapters, the data, the optimizer and TRL's trainer, on one device."""
 
-import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,22 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.environment import processes
-from qlora_lowmem.errors import UsageError
+from qlora_lowmem.environment import local_rank, processes
+from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, apply_lean
+from qlora_lowmem.memory.device import device_name
+from qlora_lowmem.memory.profile import provenance_here
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import Precision, assert_on_device, load_base
-from qlora_lowmem.models.sources import ModelSource
-from qlora_lowmem.models.targets import Targets, lean_options, lean_refusals, resolve_targets
+from qlora_lowmem.models.targets import lean_options, lean_refusals
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe.contradictions import warm_up_beyond
+from qlora_lowmem.run.out_of_memory import first_words, is_out_of_memory
+from qlora_lowmem.run.preflight import Preflight
 from qlora_lowmem.tokens.dataset import TrainingData, hold_out, synthetic_data, with_held_out
 from qlora_lowmem.training.adamw import adamw_of
 from qlora_lowmem.training.trainer import LowMemTrainer
@@ -60,18 +62,46 @@ class LastStepLogged(TrainerCallback):
 class Job:
     """Everything that a training run consists of, on its device and ready to train."""
 
-    recipe: Recipe
-    precision: Precision
-    targets: Targets
+    checked: Preflight
     model: PeftModel
     trainer: LowMemTrainer
     lean: LeanReport | None
     data: TrainingData
 
 
-def set_allocator(recipe: Recipe) -> None:
-    """Pin the caching allocator's options, whatever the environment says: reserved peaks depend on them."""
+def start_recorder(recipe: Recipe) -> Recorder:
+    """A recorder on the GPU that torch sees, the allocator set as the recipe says.
+
+    Raises:
+        UsageError: torch sees none.
+        DoesNotFitError: there is no room on the card for this process's CUDA context.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "run.device: 'cuda' needs a GPU, and torch sees none (no NVIDIA driver, no device, or a CPU build of "
+            "torch). Use --device virtual to learn what the job needs, or --device cpu for a small model"
+        )
+    # Whatever the environment says: reserved peaks depend on it.
     torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{recipe.memory.expandable_segments}")
+    try:
+        recorder = Recorder(device_name(local_rank()), provenance_here(), local_rank())
+        torch.cuda.set_device(local_rank())
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(
+            f"out of GPU memory before anything was loaded: the card has no room for a CUDA context "
+            f"({first_words(error)}). Other programs hold it (nvidia-smi lists them): end them, or choose another card "
+            "with CUDA_VISIBLE_DEVICES"
+        ) from error
+    return recorder
+
+
+def device_of(recipe: Recipe) -> tuple[torch.device, bool]:
+    """The device of this process, and whether it computes in bf16 (a GPU from compute capability 8.0 on, Ampere)."""
+    if recipe.run.device == "cpu":
+        return torch.device("cpu"), True
+    return torch.device("cuda", local_rank()), torch.cuda.get_device_capability(local_rank()) >= (8, 0)
 
 
 def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> int:
@@ -90,14 +120,11 @@ def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> int:
 
 
 def build_job(
-    recipe: Recipe,
-    source: ModelSource,
-    precision: Precision,
+    checked: Preflight,
     data: TrainingData | None,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    callbacks: list[TrainerCallback],
+    callbacks: Sequence[TrainerCallback],
     output_dir: Path,
+    *,
     save: bool,
     recorder: Recorder | None = None,
 ) -> Job:
@@ -108,13 +135,14 @@ def build_job(
         recorder: records the phases after loading; None on a CPU.
 
     Raises:
-        UsageError: target modules that the model does not have; weights that cannot be found; an option of the
-            section `lean` that the model cannot take.
+        UsageError: weights that cannot be found; an option of the section `lean` that the model cannot take.
         torch.cuda.OutOfMemoryError: it does not fit.
     """
+    recipe, precision = checked.inputs.recipe, checked.precision
+    assert precision is not None
+    device, _ = device_of(recipe)
     transformers.set_seed(recipe.schedule.seed)
-    model = load_base(recipe, source, precision.compute, device)
-    targets = resolve_targets(model, recipe.lora.target_modules)
+    model = load_base(recipe, checked.inputs.source, precision.compute, device, checked.skeleton)
     if data is None:
         vocabulary = int(model.config.get_text_config().vocab_size)
         data = synthetic_data(recipe, vocabulary, _samples_needed(recipe))
@@ -125,7 +153,7 @@ def build_job(
             r=recipe.lora.lora_r,
             lora_alpha=recipe.lora.lora_alpha,
             lora_dropout=recipe.lora.lora_dropout,
-            target_modules=list(targets.names),
+            target_modules=list(checked.targets.names),
             task_type="CAUSAL_LM",
         ),
     )
@@ -138,7 +166,7 @@ def build_job(
             ),
             train_dataset=trained_on,
             eval_dataset=evaluated_on,
-            processing_class=tokenizer,
+            processing_class=checked.tokenizer,
             callbacks=[*callbacks, LastStepLogged()],
             optimizer_cls_and_kwargs=adamw_of(recipe),
             full_logits=recipe.memory.loss == "full",
@@ -152,36 +180,7 @@ def build_job(
         lean = apply_lean(adapted, lean_options(recipe)) if recipe.lean.lean else None
     trainer.remove_callback(PrinterCallback)
     assert_on_device(adapted, device)
-    return Job(recipe, precision, targets, adapted, trainer, lean, data)
-
-
-def check_warm_up(recipe: Recipe, samples: int) -> None:
-    """Refuse a warm-up that is longer than the run over so many samples or packs: its learning rate is never reached.
-
-    Raises:
-        UsageError: it is.
-    """
-    steps = steps_over(recipe, samples)
-    reason = warm_up_beyond(recipe.optimizer.warmup_steps, steps)
-    if reason is not None:
-        raise UsageError(
-            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps}, and {samples} samples in "
-            f"{recipe.schedule.num_epochs:g} epochs are {steps} optimizer steps: {reason}, or raise schedule.num_epochs"
-        )
-
-
-def steps_over(recipe: Recipe, samples: int) -> int:
-    """Optimizer steps of the run, as transformers' `Trainer.set_initial_training_values` counts them.
-
-    Args:
-        samples: all of them, or packs; those held out are among them.
-    """
-    if recipe.schedule.max_steps is not None:
-        return recipe.schedule.max_steps
-    trained_on = samples - math.ceil(recipe.data.eval_fraction * samples)
-    batches = math.ceil(math.ceil(trained_on / recipe.batch.batch_size) / processes())
-    in_an_epoch = math.ceil(batches / recipe.batch.gradient_accumulation_steps)
-    return math.ceil(recipe.schedule.num_epochs * max(in_an_epoch, 1))
+    return Job(checked, adapted, trainer, lean, data)
 
 
 def _samples_needed(recipe: Recipe) -> int:

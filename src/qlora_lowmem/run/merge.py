@@ -14,9 +14,8 @@ from qlora_lowmem.models.loading import weights_folder
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.trusted import read_json
 from qlora_lowmem.recipe import Recipe, recipe_hash
-from qlora_lowmem.run.execute import OutOfGpuMemoryError, OutOfHostMemoryError, start_recorder
-from qlora_lowmem.run.job import apply_memory_limit
-from qlora_lowmem.run.out_of_memory import first_words, whose_memory
+from qlora_lowmem.run.job import apply_memory_limit, start_recorder
+from qlora_lowmem.run.out_of_memory import told
 from qlora_lowmem.run_folder.checkpoints import why_not_written
 from qlora_lowmem.units import format_bytes
 
@@ -74,12 +73,10 @@ def merge_run(
             to.rmdir()
         scratch.rename(to)
     except (RuntimeError, MemoryError) as error:
-        whose = whose_memory(error)
-        if whose == "host":
-            raise OutOfHostMemoryError(recipe, "merge", first_words(error)) from error
-        if whose is None or recorder is None:
+        memory = told(error, recipe, "merge", recorder)
+        if memory is None:
             raise
-        raise OutOfGpuMemoryError("merge", first_words(error), recorder.profile()) from error
+        raise memory from error
     except (OSError, SafetensorError) as error:
         raise UsageError(f"--to: {str(to)!r} cannot be written ({why_not_written(error) or error})") from None
     finally:

@@ -1,13 +1,39 @@
-"""What a run says of itself: its summary for machines, and its last lines for people."""
+"""What a run says of itself: for machines, for people, and in the README.md beside its adapter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_lowmem.data import CheckedData
 from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.files import replace_text
 from qlora_lowmem.recipe import Recipe, recipe_hash
+from qlora_lowmem.results.tables import floor_lines, phase_table
+from qlora_lowmem.run.preflight import Inputs
+from qlora_lowmem.units import format_bytes
 
 if TYPE_CHECKING:
+    from qlora_lowmem.lean import LeanReport
     from qlora_lowmem.run.execute import Outcome
+    from qlora_lowmem.tokens.store import TokenReport
+
+
+def data_line(samples: CheckedData | None) -> str:
+    """What is trained on, in a few words."""
+    return "synthetic, every sample at full length" if samples is None else samples.report.line
+
+
+def data_lines(recipe: Recipe, samples: CheckedData, tokens: "TokenReport", notes: Sequence[str]) -> Iterator[str]:
+    """What was found in the data, and what is cut of them."""
+    yield from (f"note: {note}" for note in samples.report.notes)
+    yield from tokens.lines(recipe.batch.max_seq_length, samples.report.unit)
+    yield from (f"note: {note}" for note in notes)
+
+
+def data_summary(samples: CheckedData, tokens: "TokenReport") -> dict[str, Any]:
+    """The same for machines."""
+    return asdict(samples.report) | {"tokens": asdict(tokens)}
 
 
 def summary_of(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
@@ -41,8 +67,6 @@ def summary_of(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
 
 def last_lines(outcome: "Outcome", summary: dict[str, Any]) -> Iterator[str]:
     """What a run came to, for people: memory, losses, and where the adapter is."""
-    from qlora_lowmem.results.tables import floor_lines, phase_table
-
     if outcome.profile is not None:
         yield phase_table(outcome.profile)
         yield from floor_lines(outcome.profile.peak.allocated, outcome.floor.total)
@@ -62,3 +86,64 @@ def losses_in_words(outcome: "Outcome") -> list[str]:
         last = outcome.loss_steps[place]
         words.append(f"{outcome.losses[place]:.4f}" + (f" (mean of steps {first} to {last})" if first < last else ""))
     return words
+
+
+def write_model_card(folder: Path, inputs: Inputs, outcome: "Outcome", device: str) -> None:
+    """Write `folder/README.md` in the hub's model card format, whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    record = provenance_record(device, "measured")
+    packages = ", ".join(f"{name} {version}" for name, version in dict(record["versions"]).items())  # type: ignore[call-overload]
+    if outcome.profile is None:
+        memory = "Trained on a CPU: no GPU memory was used."
+    else:
+        peaks = outcome.profile
+        memory = (
+            f"Peak, {peaks.provenance} on {peaks.device}: {format_bytes(peaks.peak.allocated)} allocated, "
+            f"{format_bytes(peaks.peak.reserved)} reserved, {format_bytes(peaks.peak.device)} on the card "
+            "with the CUDA context."
+        )
+    recipe, base = inputs.recipe, inputs.source.hub_id or inputs.source.name
+    loss = " at first, at last ".join(losses_in_words(outcome)) or "not logged"
+    evaluation = f"{outcome.evaluations[-1][1]:.4f}" if outcome.evaluations else "no samples were held out"
+    text = f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, qlora, qlora_lowmem]
+---
+
+# {recipe.name}
+
+A LoRA adapter of `{recipe.base.model}`, made with qlora_lowmem.
+
+- Trained parameters: {outcome.trainable_parameters:,} in {outcome.adapted_modules} modules
+- Steps: {outcome.steps}, tokens: {outcome.tokens:,}
+- Training loss: {loss}
+- Loss on held-out samples: {evaluation}
+- Memory: {memory}
+{_lean_lines(outcome.lean)}- Recipe hash: `{recipe_hash(recipe)}`
+- Made by: `{record["command"]}` at commit `{record["commit"]}` on {record["date"]}, {device}
+- Versions: {packages}
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{folder.name}")
+```
+
+## Recipe
+
+```yaml
+{recipe.to_yaml()}```
+"""
+    replace_text(folder / "README.md", text, "the model card")
+
+
+def _lean_lines(report: "LeanReport | None") -> str:
+    """Which lean implementations the run had, a list item each; nothing where they were not asked for."""
+    if report is None:
+        return ""
+    ideas = (f"  - {idea.name}: {'' if idea.applied else 'left out, '}{idea.detail}\n" for idea in report.ideas)
+    return f"- Lean implementations:\n{''.join(ideas)}"

@@ -1,9 +1,11 @@
-"""Checkpoints that are there whole or not at all, and the newest of them that is still as it was written.
+"""Checkpoints that are there complete or not at all, and the newest of them that is still as it was written.
 
-A checkpoint is written into `.saving` beside its place, flushed to the disk, sealed with a manifest and renamed: a
-process that is killed, a full disk or a power cut leaves the one before it untouched.
+A checkpoint is written into `.saving` beside its place, flushed to the disk, sealed with a manifest (size and SHA-256
+of each file) and renamed: a process that is killed, a full disk or a power cut leaves the one before it untouched. A
+folder that has a manifest was complete; one that differs from it was torn or corrupted after it was written.
 """
 
+import hashlib
 import itertools
 import re
 import shutil
@@ -11,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import flush
-from qlora_lowmem.run_folder.manifest import damage, seal
-from qlora_lowmem.run_folder.marker import RECIPE_FILE
-from qlora_lowmem.run_folder.ownership import is_our_checkpoint
+from qlora_lowmem.files import flush, write_whole
+from qlora_lowmem.run_folder.ownership import MANIFEST, RECIPE_FILE, is_our_checkpoint
 from qlora_lowmem.units import format_bytes
 
 STAGING = ".saving"
@@ -24,16 +26,68 @@ _NAME = re.compile(r"checkpoint-([0-9]+)")
 _PICKLED_ARGUMENTS = "training_args.bin"
 
 
+class _File(msgspec.Struct):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(msgspec.Struct):
+    """Every file of a folder, by its path in it."""
+
+    files: dict[str, _File]
+
+
 class NotSavedError(UsageError):
     """A checkpoint or an adapter could not be written. What was there before it is still there, whole."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint to go on from, or None; and what to tell of newer ones that are damaged."""
+    """The checkpoint to go on from, or None; and what to tell of newer ones that are corrupt."""
 
     checkpoint: Path | None
     notes: tuple[str, ...] = ()
+
+
+def seal(folder: Path) -> None:
+    """Flush every file in `folder` to the disk, then write and flush its manifest.
+
+    Raises:
+        OSError: something cannot be read, written or flushed.
+    """
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        flush(path)
+        files[path.relative_to(folder).as_posix()] = _File(path.stat().st_size, _digest(path))
+    content = msgspec.json.format(msgspec.json.encode(_Manifest(files)), indent=2)
+    write_whole(folder / MANIFEST, content + b"\n", fsync=True)
+
+
+def corruption(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, or None if it is as it was written."""
+    try:
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Manifest)
+        for name, written in manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+            if size != written.bytes:
+                return f"{name} has {size:,} bytes, and {written.bytes:,} were written"
+            if _digest(path) != written.sha256:
+                return f"{name} is not what was written: its SHA-256 differs"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, so it was never finished"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except msgspec.DecodeError:
+        return f"{MANIFEST} cannot be read as one"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -43,11 +97,11 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
-def newest_whole(output_dir: Path) -> Found:
+def newest_complete(output_dir: Path) -> Found:
     """The checkpoint with the most steps in `output_dir` that is as it was written."""
     notes: list[str] = []
     for folder in _newest_first(output_dir):
-        wrong = damage(folder)
+        wrong = corruption(folder)
         if wrong is None:
             return Found(folder, tuple(notes))
         notes.append(f"{folder.name} is damaged ({wrong}), so the one before it is used")
@@ -134,7 +188,7 @@ class CheckpointStore:
             free = f"{format_bytes(shutil.disk_usage(self._output_dir).free)} are free there"
         except OSError:
             free = "the folder is not there any more"
-        whole = newest_whole(self._output_dir).checkpoint
+        whole = newest_complete(self._output_dir).checkpoint
         kept = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
         return (
             f"{what} could not be written to {str(self._output_dir)!r} ({cause}; {free}); {kept}. Make room on that "
@@ -146,7 +200,11 @@ class CheckpointStore:
         """Remove all but the newest whole ones. Any of a later step is damaged, else the run had gone on from it."""
         kept = 0
         for folder in _newest_first(self._output_dir):
-            if step_of(folder) <= step and kept < self._keep and (step_of(folder) == step or damage(folder) is None):
+            if (
+                step_of(folder) <= step
+                and kept < self._keep
+                and (step_of(folder) == step or corruption(folder) is None)
+            ):
                 kept += 1
             elif is_our_checkpoint(folder):
                 shutil.rmtree(folder, ignore_errors=True)

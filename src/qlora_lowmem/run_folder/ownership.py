@@ -1,20 +1,141 @@
-"""What in an output folder is this command's own: nothing else is ever replaced or removed."""
+"""Whose an output folder is: the run that `recipe.json` in it tells of, and what else in it is this command's own.
 
-import json
+Nothing else is ever replaced or removed.
+"""
+
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from qlora_lowmem.data.sources import resolve_data
+from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import replace_text
 from qlora_lowmem.memory.profile import MEMORY_FILE, read_live
-from qlora_lowmem.run_folder.manifest import MANIFEST
-from qlora_lowmem.run_folder.marker import RECIPE_FILE, is_marker
+from qlora_lowmem.recipe import SYNTHETIC, Recipe, hashed_fields, recipe_hash
+from qlora_lowmem.recipe.io import recipe_from_dict
 
-TOTALS = "totals.json"  # of `running_totals.py`
+RECIPE_FILE = "recipe.json"
+MANIFEST = "manifest.json"  # of `checkpoints.py`
+TOTALS = "totals.json"  # of `training/state.py`
 # What a run puts into its folder, by names that other tools use too.
 _WRITTEN = (
     *("checkpoint-*", "README.md", "log.jsonl", ".saving", "adapter_*"),
     *("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 _SHOWN = 4
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a run remembers of itself.
+
+    Attributes:
+        hash: of the recipe, for people.
+        recipe: its plain values.
+        data: what `data_digest` says of the data.
+        processes: how many train together.
+    """
+
+    hash: str
+    recipe: dict[str, Any]
+    data: str
+    processes: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Marker":
+        """That of a run that starts now. Reads all of a data file.
+
+        Raises:
+            UsageError: the data cannot be read.
+        """
+        return cls(recipe_hash(recipe), recipe.to_dict(), data_digest(recipe.data.data), processes())
+
+    @classmethod
+    def read(cls, path: Path) -> "Marker":
+        """The inverse of `write`.
+
+        Raises:
+            UsageError: it is none of this version.
+        """
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=cls)
+            hashed_fields(found.recipe)
+        except _UNREADABLE:
+            raise UsageError(
+                f"run.output_dir: {str(path)!r} cannot be read, so whose checkpoints these are is unknown. Restore the "
+                "file, or give another folder with --output-dir"
+            ) from None
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Into a run's folder, complete or not at all.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        content = msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+        replace_text(folder / RECIPE_FILE, f"{content}\n", "the run's recipe")
+
+
+def is_marker(path: Path) -> bool:
+    """Whether this command wrote it, in whatever version: it holds a recipe and its hash."""
+    try:
+        content = msgspec.json.decode(path.read_bytes())
+        hashed_fields(content["recipe"])
+    except _UNREADABLE:
+        return False
+    return "hash" in content
+
+
+def data_digest(data: str) -> str:
+    """Equal for equal data: a file's SHA-256, a hub data set's fingerprint (which changes with its revision).
+
+    A file is read once more for it, in blocks: seconds for gigabytes, and a small part of what checking its samples
+    takes at each start.
+
+    Raises:
+        UsageError: a file that cannot be read.
+    """
+    if data == SYNTHETIC:
+        return SYNTHETIC
+    source = resolve_data(data)
+    if source.kind == "hub":
+        import datasets
+
+        found: Any = datasets.load_dataset(source.name, split=source.split)
+        return f"fingerprint {found._fingerprint}"
+    try:
+        with Path(source.name).open("rb") as file:
+            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise UsageError(f"data.data: {source.name!r} cannot be read ({error.strerror}); correct it") from None
+
+
+def recipe_of_run(folder: Path) -> Recipe:
+    """The recipe that a run's output folder, or the folder of one of its checkpoints, remembers.
+
+    Raises:
+        UsageError: there is no such folder, or it remembers none that can be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--run: there is no folder {str(folder)!r}; give the output folder of a run")
+    marker = next(
+        (each / RECIPE_FILE for each in (folder, folder.resolve().parent) if (each / RECIPE_FILE).is_file()), None
+    )
+    if marker is None:
+        raise UsageError(
+            f"--run: {str(folder)!r} holds no {RECIPE_FILE}, so its base model is unknown; give a folder that "
+            "qlora_lowmem.train has written"
+        )
+    try:
+        return recipe_from_dict(msgspec.json.decode(marker.read_bytes())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--run: {str(marker)!r} is no recipe of this version ({error}); restore it") from None
 
 
 def refuse_foreign(output_dir: Path) -> None:
@@ -45,9 +166,9 @@ def is_our_checkpoint(folder: Path) -> bool:
     An empty folder has nothing to lose.
     """
     try:
-        if isinstance(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"], dict):
+        if isinstance(msgspec.json.decode((folder / MANIFEST).read_bytes())["files"], dict):
             return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except _UNREADABLE:
         pass
     names = {path.name for path in folder.iterdir()}
     return not names or bool(names & {TOTALS, RECIPE_FILE})

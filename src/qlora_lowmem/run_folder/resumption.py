@@ -12,9 +12,8 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import writing
 from qlora_lowmem.recipe import Recipe, hashed_fields
 from qlora_lowmem.recipe.moves import keeps_training
-from qlora_lowmem.run_folder.checkpoints import Found, discard_unfinished, newest_whole
-from qlora_lowmem.run_folder.marker import RECIPE_FILE, Marker
-from qlora_lowmem.run_folder.ownership import refuse_foreign
+from qlora_lowmem.run_folder.checkpoints import Found, discard_unfinished, newest_complete
+from qlora_lowmem.run_folder.ownership import RECIPE_FILE, Marker, refuse_foreign
 
 _LOCK = ".lock"
 
@@ -74,7 +73,7 @@ def checkpoint_to_resume(recipe: Recipe) -> Found:
     refuse_foreign(output_dir)
     with writing("the run", output_dir):
         discard_unfinished(output_dir)
-    found = newest_whole(output_dir)
+    found = newest_complete(output_dir)
     notes = list(found.notes)
     if found.checkpoint is not None and not recipe.run.resume:
         raise UsageError(

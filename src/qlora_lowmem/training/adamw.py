@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qlora_lowmem.environment import processes
-from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -162,27 +160,3 @@ def adamw_of(recipe: Recipe) -> tuple[type[AdamW], dict[str, Any]] | None:
         return None
     options = {"state_dtype": _DTYPES[wanted.optimizer_state_dtype], "gradient_release": wanted.gradient_release}
     return AdamW, {"lr": wanted.learning_rate, **options}
-
-
-def check_gradient_release(recipe: Recipe, *, loss_scaling: bool) -> None:
-    """Refuse gradient release where something else needs the gradients after backward, before anything is loaded. What
-    the recipe alone tells is a contradiction already.
-
-    Args:
-        loss_scaling: the job computes in fp16 on this card.
-
-    Raises:
-        UsageError: the loss is scaled, or several processes train together.
-    """
-    if not recipe.optimizer.gradient_release:
-        return
-    if loss_scaling:
-        raise UsageError(
-            "optimizer.gradient_release: true, and this card computes in fp16, whose loss scaling looks at all "
-            "gradients before a step. Set optimizer.gradient_release to false, or quantization.compute_dtype to fp32"
-        )
-    if processes() > 1:
-        raise UsageError(
-            f"optimizer.gradient_release: true, and {processes()} processes train together, which average their "
-            "gradients after they are complete. Set optimizer.gradient_release to false, or start one process"
-        )

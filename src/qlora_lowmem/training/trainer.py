@@ -14,13 +14,10 @@ from trl import SFTTrainer
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.run_folder.checkpoints import CheckpointStore, newest_whole, step_of
-from qlora_lowmem.run_folder.running_totals import RunningTotals
+from qlora_lowmem.run_folder.checkpoints import CheckpointStore, newest_complete, step_of
 from qlora_lowmem.training.adamw import AdamW
-from qlora_lowmem.training.divergence import DivergenceCheck
-from qlora_lowmem.training.interruption import StopEvaluation
-from qlora_lowmem.training.random_state import RandomState, undisturbed
-from qlora_lowmem.training.sampler import LISTED_SAMPLES, ComputedOrder
+from qlora_lowmem.training.ending import DivergenceCheck, StopEvaluation
+from qlora_lowmem.training.state import LISTED_SAMPLES, ComputedOrder, RandomState, RunningTotals, undisturbed
 
 
 class OptimizerStep(TrainerCallback):
@@ -218,7 +215,7 @@ class LowMemTrainer(SFTTrainer):
         if self._good is None or half_stepped or not alone:
             return None
         step, random_state, totals = self._good
-        found = newest_whole(self._output_dir).checkpoint
+        found = newest_complete(self._output_dir).checkpoint
         if found is not None and step_of(found) == step:
             return found
         model: Any = self.model

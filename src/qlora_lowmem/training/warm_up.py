@@ -17,8 +17,7 @@ from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.run_folder.running_totals import RunningTotals
-from qlora_lowmem.training.random_state import undisturbed
+from qlora_lowmem.training.state import RunningTotals, undisturbed
 
 # State of a trained parameter: AdamW keeps two values in its dtype, or in the one that the recipe names; in 8 bits two
 # bytes with a scale for each 256, and two fp32 values where the tensor is small (bitsandbytes/optim/optimizer.py).

@@ -8,22 +8,22 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.training import loggers
+from qlora_lowmem.run import preflight
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_what_to_install_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=f"python -m pip install {name}"):
-        loggers.check_logger(name)
-    loggers.check_logger("none")
+        preflight.check_logger(name)
+    preflight.check_logger("none")
 
 
 def test_one_that_is_installed_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda _: object())
-    loggers.check_logger("mlflow")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _: object())
+    preflight.check_logger("mlflow")
 
 
 def test_the_command_ends_before_it_loads(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.run_folder.checkpoints import CheckpointStore, newest_whole
-from qlora_lowmem.run_folder.marker import RECIPE_FILE
-from qlora_lowmem.run_folder.ownership import TOTALS, is_our_checkpoint
+from qlora_lowmem.run_folder.checkpoints import CheckpointStore, newest_complete
+from qlora_lowmem.run_folder.ownership import RECIPE_FILE, TOTALS, is_our_checkpoint
 from qlora_lowmem.run_folder.resumption import checkpoint_to_resume, held_folder
 from qlora_lowmem.tokens.dataset import TOKENS_FOLDER, TrainingData
 from tiny_chat import write_tiny_chat
@@ -92,14 +91,14 @@ def test_old_checkpoints_of_ours_go_and_no_others(tmp_path: Path) -> None:
         store.save(step, ours(step))
     (tmp_path / "checkpoint-2" / "manifest.json").unlink()  # torn
     theirs = put(tmp_path, "checkpoint-3/w.bin", "checkpoint-900/w.bin", "checkpoint-4/w.bin")
-    assert newest_whole(tmp_path).checkpoint is None
+    assert newest_complete(tmp_path).checkpoint is None
     store.save(4, ours(4))
     found = files_in(tmp_path)
     assert not (tmp_path / "checkpoint-2").exists()
     assert found["checkpoint-4.not-ours-1/w.bin"] == theirs["checkpoint-4/w.bin"], "moved, not lost"
     for name in ("checkpoint-3/w.bin", "checkpoint-900/w.bin"):
         assert found[name] == theirs[name]
-    assert newest_whole(tmp_path).checkpoint == tmp_path / "checkpoint-4"
+    assert newest_complete(tmp_path).checkpoint == tmp_path / "checkpoint-4"
 
 
 @pytest.mark.parametrize(

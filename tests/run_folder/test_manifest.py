@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lowmem.run_folder.manifest import MANIFEST, damage, seal
+from qlora_lowmem.run_folder.checkpoints import MANIFEST, corruption, seal
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_sealed_folder_is_whole(folder: Path) -> None:
-    assert damage(folder) is None
+    assert corruption(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_a_sealed_folder_is_whole(folder: Path) -> None:
 )
 def test_what_is_wrong_is_said(folder: Path, harm: Callable[[Path], object], said: str) -> None:
     harm(folder)
-    assert said in str(damage(folder))
+    assert said in str(corruption(folder))

@@ -16,7 +16,14 @@ from qlora_lowmem.errors import DoesNotFitError
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.run import execute as executing
-from qlora_lowmem.run.out_of_memory import first_words, is_out_of_memory, whose_memory
+from qlora_lowmem.run.out_of_memory import (
+    OutOfGpuMemoryError,
+    OutOfHostMemoryError,
+    first_words,
+    is_out_of_memory,
+    whose_memory,
+)
+from qlora_lowmem.run.preflight import inputs_of
 from tiny_chat import write_tiny_chat
 
 CUDA = (
@@ -107,7 +114,8 @@ def failing(error: Exception) -> Callable[..., None]:
 class FakeRecorder:
     """As on a card, without one."""
 
-    running_phase = "steady"
+    def __init__(self, running_phase: str = "steady") -> None:
+        self.running_phase = running_phase
 
     def begin(self, name: str) -> None: ...
     def end(self) -> None: ...
@@ -125,8 +133,8 @@ def test_a_library_that_gets_no_memory_ends_the_run_as_torch_does(
     monkeypatch.setattr(executing, "apply_memory_limit", lambda *_: 0)
     monkeypatch.setattr(executing, "build_job", failing(error))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    with pytest.raises(executing.OutOfGpuMemoryError) as caught:
-        executing.execute(replace_field(recipe, "device", "cuda"), output_dir=tmp_path)
+    with pytest.raises(OutOfGpuMemoryError) as caught:
+        executing.execute(inputs_of(replace_field(recipe, "device", "cuda")), output_dir=tmp_path)
     assert (caught.value.phase, caught.value.profile) == ("steady", "peaks")
     assert caught.value.torch_message == first_words(error)
 
@@ -136,8 +144,8 @@ def test_the_hosts_memory_is_told_apart(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(executing, "build_job", failing(error))
-    with pytest.raises(executing.OutOfHostMemoryError, match="not the card's") as caught:
-        executing.execute(recipe, output_dir=tmp_path)
+    with pytest.raises(OutOfHostMemoryError, match="not the card's") as caught:
+        executing.execute(inputs_of(recipe), output_dir=tmp_path)
     assert caught.value.exit_code == 3
     assert "dataloader.pin_memory (set it to false)" in str(caught.value)
 
@@ -146,7 +154,7 @@ def test_another_failure_stays_what_it_is(recipe: Recipe, tmp_path: Path, monkey
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(executing, "build_job", failing(error))
     with pytest.raises(RuntimeError, match="illegal"):
-        executing.execute(recipe, output_dir=tmp_path)
+        executing.execute(inputs_of(recipe), output_dir=tmp_path)
 
 
 def test_before_and_after() -> None:
@@ -167,11 +175,11 @@ def test_merge(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pretrained = replace_fields(recipe, {"weights": "pretrained", "model": str(write_tiny_chat(tmp_path / "model"))})
     monkeypatch.setattr(merging.Adapter, "read", lambda _: None)
     monkeypatch.setattr(merge, "weights_folder", lambda *_: tmp_path / "model")
-    monkeypatch.setattr(merge, "start_recorder", lambda _: FakeRecorder())
+    monkeypatch.setattr(merge, "start_recorder", lambda _: FakeRecorder("merge"))
     monkeypatch.setattr(merge, "apply_memory_limit", lambda *_: 0)
     for error, kind in (
-        (torch.AcceleratorError(CUDA), executing.OutOfGpuMemoryError),
-        (MemoryError(), executing.OutOfHostMemoryError),
+        (torch.AcceleratorError(CUDA), OutOfGpuMemoryError),
+        (MemoryError(), OutOfHostMemoryError),
     ):
         monkeypatch.setattr(merging, "merge", failing(error))
         with pytest.raises(kind, match="merge"):

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_lowmem.memory.profile import LiveMemory, read_live, write_live
 from qlora_lowmem.recipe import Recipe, Run
-from qlora_lowmem.training.heartbeat import Heartbeat
+from qlora_lowmem.training.progress import Heartbeat
 from qlora_lowmem.virtual_gpu.cards import CARD_VARIABLE
 
 CARD = "rtx-4050-laptop-6gb"

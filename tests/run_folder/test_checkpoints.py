@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from qlora_lowmem.run_folder.checkpoints import CheckpointStore, NotSavedError, newest_whole, step_of
-from qlora_lowmem.run_folder.manifest import damage
+from qlora_lowmem.run_folder.checkpoints import CheckpointStore, NotSavedError, corruption, newest_complete, step_of
 
 
 def write(step: int, content: bytes = b"weights") -> Callable[..., Any]:
@@ -36,7 +35,7 @@ def test_saved_whole_without_pickled_arguments_and_the_newest_kept(tmp_path: Pat
         store.save(step, write(step))
     assert steps(tmp_path) == [2, 10]
     assert sorted(path.name for path in (tmp_path / "checkpoint-10").iterdir()) == ["manifest.json", "weights"]
-    assert newest_whole(tmp_path).checkpoint == tmp_path / "checkpoint-10"
+    assert newest_complete(tmp_path).checkpoint == tmp_path / "checkpoint-10"
     assert not store.staging.exists()
 
 
@@ -45,11 +44,11 @@ def test_a_damaged_one_is_passed_over_aloud_and_does_not_count_as_kept(tmp_path:
     for step in (1, 2, 3):
         store.save(step, write(step))
     (tmp_path / "checkpoint-3" / "weights").write_bytes(b"torn")
-    found = newest_whole(tmp_path)
+    found = newest_complete(tmp_path)
     assert found.checkpoint == tmp_path / "checkpoint-2"
     assert "checkpoint-3 is damaged (weights has 4 bytes, and 7 were written)" in found.notes[0]
     (tmp_path / "checkpoint-2" / "weights").unlink()
-    assert newest_whole(tmp_path).checkpoint is None
+    assert newest_complete(tmp_path).checkpoint is None
     store.save(4, write(4))
     assert steps(tmp_path) == [4]
 
@@ -59,7 +58,7 @@ def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     store.save(1, write(1))
     (tmp_path / "checkpoint-1" / "weights").write_bytes(b"torn")
     store.save(1, write(1, b"again"))
-    assert damage(tmp_path / "checkpoint-1") is None
+    assert corruption(tmp_path / "checkpoint-1") is None
     assert (tmp_path / "checkpoint-1" / "weights").read_bytes() == b"again"
 
 
@@ -103,7 +102,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, write_badly: Callable
     assert cause in str(caught.value)
     assert caught.value.exit_code == 2
     assert steps(tmp_path) == [1]
-    assert damage(tmp_path / "checkpoint-1") is None
+    assert corruption(tmp_path / "checkpoint-1") is None
     assert not store.staging.exists()
     with pytest.raises(NotSavedError, match="the adapter could not be written"):
         store.save_final(write_badly)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lowmem.training.sampler import ComputedOrder
+from qlora_lowmem.training.state import ComputedOrder
 
 
 @given(st.integers(0, 3000), st.integers(0, 2**32 - 1), st.integers(0, 5))

@@ -1,0 +1,236 @@
+"""Preflight: all of a recipe that can be refused before a byte of weights is read, looked at once and in one order.
+
+First what needs no heavy library (`inputs_of`), then what does (`preflight`, `count_tokens_of`): a mistake is told in
+milliseconds where it can be. What was found on the way is kept, and nothing of it is made again.
+"""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.data import CheckedData, check_data
+from qlora_lowmem.environment import processes
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.models.sources import ModelSource, source_of
+from qlora_lowmem.recipe import SYNTHETIC, Recipe
+from qlora_lowmem.recipe.contradictions import warm_up_beyond
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qlora_lowmem.lean import LeanReport
+    from qlora_lowmem.models.loading import Precision
+    from qlora_lowmem.models.targets import Targets
+    from qlora_lowmem.tokens.dataset import TrainingData
+    from qlora_lowmem.tokens.store import TokenReport
+
+# What transformers imports for each logger (transformers/integrations/integration_utils.py).
+_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe, and what it names: found and sound.
+
+    Attributes:
+        source: where its model leads.
+        samples: its data, each sample checked; None for synthetic ones.
+        card: the virtual card that it names; None on another device.
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    samples: CheckedData | None = None
+    card: virtual_gpu.Card | None = None
+
+    @property
+    def device_type(self) -> str:
+        """`cpu`, or `cuda` for a real card and a virtual one."""
+        return "cpu" if self.recipe.run.device == "cpu" else "cuda"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Inputs that go together, as far as can be known without weights.
+
+    Attributes:
+        precision: the formats that the job computes in; None where the card is not known yet.
+        skeleton: the model on the meta device. For random weights it is what they are put into.
+        targets: the modules that get adapters.
+        lean: which ideas of the section `lean` the model will take; None where they are not asked for.
+    """
+
+    inputs: Inputs
+    precision: "Precision | None"
+    skeleton: "PreTrainedModel"
+    targets: "Targets"
+    lean: "LeanReport | None"
+    tokenizer: "PreTrainedTokenizerBase"
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Of all adapters: A is (r, in_features), B is (out_features, r)."""
+        adapted: list[Any] = [self.skeleton.get_submodule(name) for name in self.targets.modules]
+        return sum(self.inputs.recipe.lora.lora_r * (each.in_features + each.out_features) for each in adapted)
+
+
+def inputs_of(recipe: Recipe, *, quiet: bool = True) -> Inputs:
+    """Look up what a recipe names. Reads all of its data; imports nothing heavy, but for data in tables.
+
+    Args:
+        quiet: show no progress bar while the data are checked.
+
+    Raises:
+        UsageError: data with faults, a model, a logger or a virtual card that is not there.
+    """
+    data = recipe.data
+    samples = None if data.data == SYNTHETIC else check_data(data.data, data.train_on, quiet=quiet)
+    source = source_of(recipe)
+    check_logger(recipe.run.report_to)
+    return Inputs(recipe, source, samples, recipe_card(recipe) if recipe.run.device == "virtual" else None)
+
+
+def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from: Path | None = None) -> Preflight:
+    """Look at the model without its weights, at the tokenizer, and at a checkpoint.
+
+    Args:
+        supports_bf16: whether the device computes in bf16; None where that is not known yet.
+        resume_from: a checkpoint that the run will go on from.
+
+    Raises:
+        UsageError: formats that the device or gradient release cannot take, packing that the model's layers cannot,
+            target modules that it does not have, an option of the section `lean` that it cannot take, a checkpoint
+            that could run code, a tokenizer that is not there.
+    """
+    from qlora_lowmem.lean import foresee_lean
+    from qlora_lowmem.models.loading import choose_precision, load_tokenizer, skeleton
+    from qlora_lowmem.models.targets import lean_options, lean_refusals, resolve_targets, why_not_packed
+    from qlora_lowmem.models.trusted import check_checkpoint
+
+    recipe, source = inputs.recipe, inputs.source
+    precision = None
+    if supports_bf16 is not None:
+        precision = choose_precision(recipe, inputs.device_type, supports_bf16)
+        check_gradient_release(recipe, loss_scaling=precision.loss_scaling)
+    model = skeleton(recipe, source, precision.compute if precision else None)
+    reason = why_not_packed(model.config) if recipe.batch.packing else None
+    if reason is not None:
+        raise UsageError(f"batch.packing: true, and {recipe.base.model!r} cannot: {reason}. Set batch.packing to false")
+    targets = resolve_targets(model, recipe.lora.target_modules)
+    with lean_refusals(recipe):
+        lean = foresee_lean(model, lean_options(recipe), inputs.device_type) if recipe.lean.lean else None
+    if resume_from is not None:
+        check_checkpoint(resume_from)
+    return Preflight(inputs, precision, model, targets, lean, load_tokenizer(recipe, source))
+
+
+def count_tokens_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenReport, tuple[str, ...]]":
+    """What tokenising the data will come to, and what a person should know of it; nothing is written.
+
+    Raises:
+        UsageError: data that do not go with the model's chat template, a warm-up that is longer than the run over them.
+    """
+    from qlora_lowmem.tokens.dataset import count_tokens
+
+    recipe = checked.inputs.recipe
+    tokens, notes = count_tokens(recipe, samples, checked.tokenizer)
+    if not recipe.batch.packing:  # how many packs there will be is known once they are made
+        _check_warm_up(recipe, tokens.samples)
+    return tokens, notes
+
+
+def tokenised(checked: Preflight, output_dir: Path | None) -> "TrainingData | None":
+    """The samples as the trainer takes them; None for synthetic ones, which are made of the model's vocabulary.
+
+    Args:
+        output_dir: the run's folder; None for a temporary one.
+
+    Raises:
+        UsageError: as `count_tokens_of`, or they cannot be written.
+    """
+    from qlora_lowmem.tokens.dataset import training_data
+
+    recipe, samples = checked.inputs.recipe, checked.inputs.samples
+    if samples is None:
+        return None
+    data = training_data(recipe, samples, checked.tokenizer, output_dir)
+    _check_warm_up(recipe, len(data.dataset))
+    return data
+
+
+def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
+    """The virtual card that `recipe` names.
+
+    Raises:
+        UsageError: no card of the table has that name.
+    """
+    try:
+        return virtual_gpu.get_card(recipe.run.card)
+    except virtual_gpu.UnknownCardError as error:
+        raise UsageError(f"run.card: {error}") from None
+
+
+def check_logger(report_to: str) -> None:
+    """Refuse a logger whose package is missing.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    package = _LOGGERS.get(report_to)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UsageError(
+            f"run.report_to: {report_to!r} needs the package {package}, which is not installed. Run: python -m pip "
+            f"install {package}; or set run.report_to to none: log.jsonl in the output folder is written in any case"
+        )
+
+
+def check_gradient_release(recipe: Recipe, *, loss_scaling: bool) -> None:
+    """Refuse gradient release where something else needs the gradients after backward. What the recipe alone tells is a
+    contradiction already.
+
+    Args:
+        loss_scaling: the job computes in fp16 on this card.
+
+    Raises:
+        UsageError: the loss is scaled, or several processes train together.
+    """
+    if not recipe.optimizer.gradient_release:
+        return
+    if loss_scaling:
+        raise UsageError(
+            "optimizer.gradient_release: true, and this card computes in fp16, whose loss scaling looks at all "
+            "gradients before a step. Set optimizer.gradient_release to false, or quantization.compute_dtype to fp32"
+        )
+    if processes() > 1:
+        raise UsageError(
+            f"optimizer.gradient_release: true, and {processes()} processes train together, which average their "
+            "gradients after they are complete. Set optimizer.gradient_release to false, or start one process"
+        )
+
+
+def _check_warm_up(recipe: Recipe, samples: int) -> None:
+    """Refuse a warm-up longer than the run over so many samples or packs: its learning rate is never reached."""
+    steps = steps_over(recipe, samples)
+    reason = warm_up_beyond(recipe.optimizer.warmup_steps, steps)
+    if reason is not None:
+        raise UsageError(
+            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps}, and {samples} samples in "
+            f"{recipe.schedule.num_epochs:g} epochs are {steps} optimizer steps: {reason}, or raise schedule.num_epochs"
+        )
+
+
+def steps_over(recipe: Recipe, samples: int) -> int:
+    """Optimizer steps of the run, as transformers' `Trainer.set_initial_training_values` counts them.
+
+    Args:
+        samples: all of them, or packs; those held out are among them.
+    """
+    if recipe.schedule.max_steps is not None:
+        return recipe.schedule.max_steps
+    trained_on = samples - math.ceil(recipe.data.eval_fraction * samples)
+    batches = math.ceil(math.ceil(trained_on / recipe.batch.batch_size) / processes())
+    in_an_epoch = math.ceil(batches / recipe.batch.gradient_accumulation_steps)
+    return math.ceil(recipe.schedule.num_epochs * max(in_an_epoch, 1))

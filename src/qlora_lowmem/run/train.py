@@ -1,0 +1,232 @@
+"""A training as the command `train` runs it: told as it goes, taken up where it was left, here or on a virtual card."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from qlora_lowmem import virtual_gpu
+from qlora_lowmem.environment import command, is_first, words_of
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
+from qlora_lowmem.recipe import Recipe, recipe_hash
+from qlora_lowmem.recipe.moves import Change
+from qlora_lowmem.run.imports import heavy_imports
+from qlora_lowmem.run.preflight import Inputs, count_tokens_of, preflight
+
+# What a run that is out of memory changes, if anything, before it starts again.
+NextChange = Callable[[Recipe], Change | None]
+
+
+def say(text: str) -> None:
+    """Tell the user, once for all processes."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
+    """What would be trained, for machines and as lines of comments. Nothing is.
+
+    Raises:
+        UsageError: as `preflight`.
+    """
+    with heavy_imports():
+        from qlora_lowmem.models.targets import what_is_left_out
+        from qlora_lowmem.run.summary import data_line, data_lines, data_summary
+        from qlora_lowmem.training.progress import quiet_libraries
+
+    quiet_libraries(bars=not quiet)
+    recipe, samples = inputs.recipe, inputs.samples
+    checked = preflight(inputs)
+    modules, parameters = len(checked.targets.modules), checked.trainable_parameters
+    content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "dry_run": True}
+    content |= {"adapted_modules": modules, "trainable_parameters": parameters}
+    lines = [f"would train {parameters:,} parameters in adapters of {modules} modules"]
+    if checked.lean is not None:
+        content["lean"] = checked.lean.to_dict()
+        lines += [f"note: {text}" for text in what_is_left_out(checked.lean)]
+    lines.append(f"data: {data_line(samples)}")
+    if samples is not None:
+        tokens, notes = count_tokens_of(checked, samples)
+        lines += data_lines(recipe, samples, tokens, notes)
+        content["data"] = data_summary(samples, tokens)
+    return content, lines
+
+
+def train_here(
+    inputs: Inputs, words: Sequence[str], *, quiet: bool, next_change: NextChange | None = None
+) -> tuple[int, dict[str, Any] | None]:
+    """Train in this process, on the GPU that CUDA shows (real or virtual) or on the CPU.
+
+    Args:
+        words: the command line, to start again with.
+        quiet: no progress bar and no sample.
+        next_change: where the GPU's memory runs out, this process starts again with the change.
+
+    Returns:
+        The exit code, and what `--json` writes; None in other processes than the first.
+
+    Raises:
+        OutOfGpuMemoryError: in other processes than the first.
+        QloraLowmemError: as `execute`.
+    """
+    recipe, real = inputs.recipe, virtual_gpu.current_card() is None
+    output_dir = Path(recipe.run.output_dir)
+    with _held(recipe) as resume_from:
+        with heavy_imports():
+            from qlora_lowmem.run.execute import execute
+            from qlora_lowmem.run.out_of_memory import OutOfGpuMemoryError
+            from qlora_lowmem.run.summary import data_summary, last_lines, summary_of, write_model_card
+            from qlora_lowmem.training.ending import Interruption
+            from qlora_lowmem.training.progress import Heartbeat, LogFile, ProgressLine, quiet_libraries
+
+        quiet_libraries(bars=not quiet)
+        log, heartbeat = LogFile(output_dir, say), Heartbeat(recipe)
+        line = ProgressLine(real_values=real, quiet=quiet or not is_first())
+
+        def ready(job: Any, recorder: Any) -> None:
+            for each in (line, heartbeat, log):
+                each.watch(job, recorder)
+            _describe(job, inputs, quiet=quiet)
+
+        try:
+            with heartbeat, Interruption() as interruption:
+                outcome = execute(
+                    inputs,
+                    output_dir=output_dir,
+                    resume_from=resume_from,
+                    callbacks=[line, heartbeat, log] if real else [line, heartbeat],  # there are no values to log
+                    on_ready=ready,
+                    save=real,
+                    warm_up=inputs.samples is not None,  # synthetic samples are all as long as the first
+                    interruption=interruption,
+                )
+        except OutOfGpuMemoryError as error:
+            if not is_first():
+                raise
+            checkpoint = str(error.checkpoint) if error.checkpoint else None
+            failure = {"phase": error.phase, "message": error.torch_message, "checkpoint": checkpoint}
+            content = summary_of(recipe, None) | error.profile.to_dict() | {"fits": False, "failure": failure}
+            # On a virtual card, the process that started this one tells it, and changes what is to be changed.
+            change = _change(recipe, failure, next_change) if real else None
+            if change is not None:
+                log.note({"out_of_memory": error.phase, "retreat": change.changes})
+                _start_again(words, change.flags)
+            return EXIT_DOES_NOT_FIT, content
+        if not is_first():
+            return EXIT_OK, None
+        content = summary_of(recipe, outcome)
+        if inputs.samples is not None and outcome.data is not None:
+            content["data"] = data_summary(inputs.samples, outcome.data)
+        if real:
+            write_model_card(output_dir, inputs, outcome, str(content["device"]))
+            content["adapter"] = recipe.run.output_dir
+        for text in last_lines(outcome, content):
+            say(text)
+        return EXIT_OK, content
+
+
+def train_on_virtual_card(
+    inputs: Inputs, words: Sequence[str], *, next_change: NextChange | None = None, stdout: Any = None
+) -> tuple[int, dict[str, Any] | None]:
+    """Run the command again as a process on the virtual card, which is given the inputs as they were found.
+
+    Args:
+        words: the command line.
+        next_change: what to change where the card's memory runs out; then it runs again.
+        stdout: of that process.
+
+    Returns:
+        The exit code, and what `--json` writes; None where that process has told why there is nothing.
+    """
+    assert inputs.card is not None
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            found, result = Path(folder) / "inputs.json", Path(folder) / "summary.json"
+            found.write_bytes(msgspec.json.encode(replace(inputs, card=None), enc_hook=str))
+            started = [*words_of("train"), *words, "--no-advice", "--json", str(result), "--inputs", str(found)]
+            # That values are not real is said by the summary, which has no loss.
+            env = os.environ | {"QLORA_LOWMEM_QUIET": "1"}
+            code = virtual_gpu.run(started, inputs.card, env=env, stdout=stdout).exit_code
+            content = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
+        if content is None:
+            return code, None
+        content["environment"]["command"] = command()
+        change = _change(inputs.recipe, content["failure"], next_change) if code == EXIT_DOES_NOT_FIT else None
+        if change is None:
+            return code, content
+        inputs, words = replace(inputs, recipe=change.recipe), [*words, *change.flags]
+
+
+def handed_inputs(path: str) -> Inputs:
+    """What `train_on_virtual_card` handed to the process that it started."""
+    return msgspec.json.decode(Path(path).read_bytes(), type=Inputs, dec_hook=lambda kind, text: kind(text))
+
+
+@contextmanager
+def _held(recipe: Recipe) -> Iterator[Path | None]:
+    """Hold the output folder; the checkpoint to go on from, if there is one. A virtual card leaves nothing there."""
+    from qlora_lowmem.run_folder.checkpoints import newest_complete
+    from qlora_lowmem.run_folder.resumption import checkpoint_to_resume, held_folder
+
+    output_dir = Path(recipe.run.output_dir)
+    if virtual_gpu.current_card() is not None:
+        yield None
+    elif not is_first():  # the first process holds the folder for all
+        yield newest_complete(output_dir).checkpoint
+    else:
+        with held_folder(output_dir):
+            found = checkpoint_to_resume(recipe)
+            for note in found.notes:
+                say(f"note: {note}")
+            if found.checkpoint is not None:
+                say(f"resuming from {found.checkpoint}")
+            yield found.checkpoint
+
+
+def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
+    """What is about to be trained, and the first sample as the model sees it."""
+    from qlora_lowmem.models.targets import what_is_left_out
+    from qlora_lowmem.run.summary import data_line, data_lines
+    from qlora_lowmem.tokens.dataset import show_sample
+
+    for text in what_is_left_out(job.lean) if job.lean is not None else ():
+        say(f"note: {text}")
+    if quiet:
+        return
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    say(f"training {trained:,} parameters in adapters of {len(job.checked.targets.modules)} modules")
+    if job.lean is not None:
+        say(f"lean: {', '.join(job.lean.applied) or 'nothing'}")
+    if inputs.samples is not None:
+        say(f"data: {data_line(inputs.samples)}")
+        for text in data_lines(inputs.recipe, inputs.samples, job.data.report, job.data.notes):
+            say(text)
+        say("the first sample as the model sees it, the loss on what is between [[ and ]]:")
+        say(show_sample(job.trainer.train_dataset, job.trainer.processing_class))
+
+
+def _change(recipe: Recipe, failure: dict[str, Any], next_change: NextChange | None) -> Change | None:
+    """The knob to start again with, said aloud; None where none is asked for or left."""
+    if next_change is None:
+        return None
+    change = next_change(recipe)
+    if change is None:
+        say("retreat: no knob is left that keeps what is trained")
+        return None
+    say(f"out of memory in phase {failure['phase']!r}: {failure['message']}")
+    say(f"retreat: {' '.join(change.flags)}; starting again from {failure['checkpoint'] or 'the beginning'}")
+    return change
+
+
+def _start_again(words: Sequence[str], flags: Sequence[str]) -> NoReturn:
+    """Replace this process by the command with more flags: a fresh process has the card's memory to itself."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*words_of("train"), *words, *flags])
