@@ -14,10 +14,10 @@ import pytest
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.plan.answers import Plan
+from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.ladder import ladder
 from qlora_lowmem.plan.maximum import room_left
-from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, sweep
 from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, roomy, submit_recipe, two_steps
 from qlora_lowmem.plan.screen import Again, write_plans

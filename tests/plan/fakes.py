@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
-from qlora_lowmem.plan.kept_runs import Tally
+from qlora_lowmem.plan.kept_runs import Question, Tally
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 
@@ -39,10 +39,10 @@ class FakeRuns:
     failure: str | None = None
 
     def submit(
-        self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally, attribute: bool = False
+        self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally, question: Question = "run"
     ) -> "Future[RecipeRun]":
         """The formula's need, or out of memory where the card has less."""
-        del attribute
+        del question
         tally.asked += 1
         self.asked.append(recipe)
         needed = self.need(recipe)

@@ -9,7 +9,7 @@ from helpers import RECIPES
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.plan.advice import candidate_changes, knobs_of
-from qlora_lowmem.plan.model import runs_in_tiles
+from qlora_lowmem.plan.asked import runs_in_tiles
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields

@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from plan.fakes import FakeRuns
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands import plan as command
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE
+from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe.io import load_recipe
 
 ALL = [card.name for card in virtual_gpu.all_cards()]
@@ -139,3 +143,43 @@ def test_what_is_to_be_run_next_is_what_was_planned(
     assert shlex.split(train.removeprefix("Train: ")) == start + ([] if own_data else ["--data", "my.jsonl"])
     planned = ["--device", "virtual", "--weights", "random"] + (["--data", "synthetic"] if own_data else [])
     assert shlex.split(whole) == start + planned
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["a recipe", "a model"])
+@pytest.mark.usefixtures("workers")
+def test_the_first_verdict_is_said_before_any_other_run_is_waited_for(
+    given: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    class Awaited(Future[RecipeRun]):
+        def result(self, timeout: float | None = None) -> RecipeRun:
+            said.append(capsys.readouterr().out)
+            return super().result(timeout)
+
+    class Runs(FakeRuns):
+        def submit(self, *asked: Any, **options: Any) -> "Future[RecipeRun]":
+            awaited = Awaited()
+            awaited.set_result(super().submit(*asked, **options).result())
+            return awaited
+
+    monkeypatch.setattr(command, "Runs", lambda *_: Runs())
+    asked = ["--config", str(RECIPES / "optimised.yaml")] if given else ["--model", "granite-4.0-h-1b"]
+    assert command.main([*asked, "--card", "rtx-3060-laptop-6gb"]) == EXIT_OK
+    first, second, *_ = said
+    assert first == ""
+    if given:
+        assert second.startswith("optimised at 1,024 tokens on rtx-3060-laptop-6gb: fits, with 3.035 GiB of room.")
+        assert len(second.splitlines()) == 2
+    else:
+        verdict = "  too much  fastest: exact; nothing is computed twice"
+        assert second.splitlines()[1:] == [verdict]
+    whole = "".join(said) + capsys.readouterr().out
+    asked_again = FakeRuns()
+    monkeypatch.setattr(command, "Runs", lambda *_: asked_again)
+    command.main([*asked, "--card", "rtx-3060-laptop-6gb"])
+    assert _timeless(whole) == _timeless(capsys.readouterr().out), "nothing is said twice, nothing is left out"
+
+
+def _timeless(text: str) -> str:
+    return re.sub(r"in \d+ s", "", text)

@@ -86,7 +86,7 @@ def test_a_key_knows_the_code_of_every_function_that_a_run_is() -> None:
             return Future()
 
     asked = Runs(Server(), RunCache(None))  # type: ignore[arg-type]
-    asked.submit(RECIPE, CARD, Tally(), attribute=True)
+    asked.submit(RECIPE, CARD, Tally(), "attributed run")
     asked.count_flops(RECIPE, CARD, Tally())
     assert len(functions) == 2
     modules = sorted({function.partition(":")[0] for function in functions} | {"qlora_lowmem.run.execute"})
@@ -119,8 +119,7 @@ def submissions(monkeypatch: pytest.MonkeyPatch, run: RecipeRun) -> list[Recipe]
     """The recipes that come to the server, each answered by `run`."""
     asked: list[Recipe] = []
 
-    def submit(_server: Any, recipe: Recipe, _card: Any, attribute: bool = False) -> "Future[RecipeRun]":
-        del attribute
+    def submit(_server: Any, recipe: Recipe, _card: Any, **_options: Any) -> "Future[RecipeRun]":
         asked.append(recipe)
         future: Future[RecipeRun] = Future()
         future.set_result(run)

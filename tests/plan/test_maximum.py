@@ -25,9 +25,18 @@ def answered(need: int) -> "Future[int]":
     total=st.integers(0, 10**9),
     limit=st.integers(1, 140).map(lambda n: n * STEP),
     start=st.integers(1, 200_000),
+    near=st.none() | st.integers(0, 200_000),
+    known=st.dictionaries(st.integers(0, 200_000), st.integers(-(10**9), 10**10), max_size=4),
 )
 def test_it_finds_the_last_number_that_fits(
-    bytes_a_token: int, jumps: list[int], budget: int, total: int, limit: int, start: int
+    bytes_a_token: int,
+    jumps: list[int],
+    budget: int,
+    total: int,
+    limit: int,
+    start: int,
+    near: int | None,
+    known: dict[int, int],
 ) -> None:
     """Need is a line with jumps in it, as of an allocator that takes whole segments; past the total it is not known."""
     steps = sorted(jumps)
@@ -44,7 +53,7 @@ def test_it_finds_the_last_number_that_fits(
         return -1 if needed > budget + total else budget - needed
 
     good, bad, run = largest_that_fits(
-        probe, room, start=start, limit=limit, step=STEP, note=lambda _length, _fits: None
+        probe, room, start=start, limit=limit, step=STEP, note=lambda _length, _fits: None, known=known, near=near
     )
     lengths = range(STEP, limit + 1, STEP)
     assert good == max((length for length in lengths if need(length) <= budget), default=0)
@@ -71,6 +80,36 @@ def test_a_line_of_segments_takes_few_runs(bytes_a_token: int, start: int, most:
 
     good, bad, _ = largest_that_fits(probe, room, start=start, limit=32_768, step=256, note=lambda _n, _f: None)
     assert bad == (good + 256 if good < 32_768 else 0)
+    assert len(probed) <= most
+
+
+@pytest.mark.parametrize(
+    ("known", "near", "step", "most"),
+    [({}, None, 256, 6), ({0: 1_150_000, 1024: 893_600}, None, 256, 4), ({0: 1_150_000, 1: 893_600}, 5, 1, 3)],
+    ids=["nothing", "a floor", "as many tokens in longer samples"],
+)
+def test_what_is_known_beforehand_saves_runs(known: dict[int, int], near: int | None, step: int, most: int) -> None:
+    """Room is 1,100,000 less 200 a token and, from 1,100 on, 180: a floor says nearly how far that goes."""
+    probed: list[int] = []
+
+    def probe(number: int) -> "Future[int]":
+        probed.append(number)
+        tokens = number if step > 1 else number * 1024
+        return answered(1_100_000 - 180 * tokens - 20 * min(tokens, 1100))
+
+    good, bad, left = largest_that_fits(
+        probe,
+        lambda left: left,
+        start=1024 if step > 1 else 1,
+        limit=32_768,
+        step=step,
+        note=lambda _number, _fits: None,
+        known=known,
+        near=near,
+    )
+    assert (good, bad) == ((5888, 6144) if step > 1 else (5, 6))
+    assert left is not None
+    assert left >= 0
     assert len(probed) <= most
 
 

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean.families import takes_tiles
 from qlora_lowmem.models.sources import resolve_model
-from qlora_lowmem.plan.model import planned_model
+from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
 from qlora_lowmem.run.preflight import inputs_of, preflight

@@ -12,8 +12,8 @@ from plan.fakes import BASE, MIB, FakeRuns, need_of_tokens
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.plan.answers import Plan
+from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.plan.ladder import ladder
-from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, Planner, ranked
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 
 from helpers import RECIPES, ROOT
+from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.maximum import room_left
-from qlora_lowmem.plan.model import planned_model
 from qlora_lowmem.plan.pair import Extent, Pair, Planner
 from qlora_lowmem.plan.recipe_runs import submit_recipe, two_steps
 from qlora_lowmem.recipe.io import load_recipe, replace_fields
@@ -143,3 +144,33 @@ def test_a_sweep_goes_on_where_it_was_interrupted(
     assert [plan["knobs"] for plan in plans] == [[], []], "without --full, a sweep looks for proposals alone"
     for plan in plans:
         assert plan["proposal"]["need"]["device_bytes"] <= get_card(plan["card"]).usable_bytes
+
+
+def test_a_pipe_has_the_first_verdict_while_other_runs_are_made(tiny_hybrid: Path, cached: dict[str, str]) -> None:
+    asked = [
+        "--config",
+        str(RECIPES / "optimised.yaml"),
+        "--model",
+        str(tiny_hybrid),
+        "--card",
+        CARD,
+        "--limit",
+        "2048",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "qlora_lowmem.plan", *asked],
+        cwd=ROOT,
+        env={**os.environ, **cached, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        runs = list(Path(cached["XDG_CACHE_HOME"]).rglob("*.json"))
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    assert re.match(r"optimised, \S+ at 1,024 tokens on rtx-3060-laptop-6gb: fits, with [\d.]+ GiB of room", first)
+    made = re.search(r"(\d+) runs, in", rest)
+    assert made is not None
+    assert len(runs) < int(made[1]) / 2

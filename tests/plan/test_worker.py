@@ -1,9 +1,115 @@
-"""FLOPs by the formulas of PyTorch and ours for a 4-bit product; a checkpoint is run forward twice."""
+"""What a fork of the server does: a brief run's peaks are the whole run's, and FLOPs are counted by formulas."""
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lowmem.plan.worker import FlopCount, product_with_4bit
+from helpers import RECIPES
+from qlora_lowmem.plan import worker
+from qlora_lowmem.plan.recipe_runs import submit_recipe, two_steps
+from qlora_lowmem.plan.worker import Brevity, FlopCount, product_with_4bit
+from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.virtual_gpu import Server, get_card
+
+CARD = get_card("rtx-4050-laptop-6gb")
+
+
+@given(circle=st.integers(1, 4), before=st.integers(0, 5), micro_batches=st.integers(1, 12), forgotten=st.booleans())
+def test_what_is_left_out_is_what_came_before(circle: int, before: int, micro_batches: int, forgotten: bool) -> None:
+    """An allocator of so many states before it goes round in a circle: the same are seen, and the last is the same."""
+    after: dict[int, int] = {n: n + 1 if n + 1 < before + circle else before for n in range(before + circle)}
+
+    def run(brief: bool) -> tuple[list[int], list[int]]:
+        """The states that each of two steps began its micro-batches in, and those of its last ones."""
+        began: list[int] = []
+        state = 0
+
+        def training_step() -> torch.Tensor:
+            nonlocal state
+            began.append(state)
+            state = after[state]
+            return torch.tensor(state)
+
+        trainer: Any = SimpleNamespace(
+            training_step=training_step, args=SimpleNamespace(gradient_accumulation_steps=micro_batches)
+        )
+        last = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker, "_allocator_state", lambda: state)
+            if brief:
+                Brevity(SimpleNamespace(trainer=trainer), None)  # type: ignore[arg-type]
+            for _ in range(2):
+                state = 0 if forgotten else state
+                for _ in range(micro_batches):
+                    assert isinstance(trainer.training_step(), torch.Tensor)
+                last.append(began[-1])
+        return began, last
+
+    whole, last = run(brief=False)
+    seen, last_seen = run(brief=True)
+    assert set(seen) == set(whole)
+    assert last_seen == last
+    assert len(seen) <= min(len(whole), 2 * (before + 2 * circle + 2))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "offloading": {"activation_offloading": True},
+    "growing segments": {"expandable_segments": True},
+    "all kept": {"gradient_checkpointing": False, "loss": "full", "lora_dropout": 0.1},
+    "lean": {"lean": True},
+    "lean, host": {"lean": True, "checkpoints": "host"},
+    "three samples, all linear layers": {"batch_size": 3, "target_modules": "all-linear", "optimizer": "adamw_8bit"},
+}
+
+
+def test_brief_runs_have_the_peaks_of_whole_ones(tiny_hybrid: Path, recipe_runs: Server) -> None:
+    small = {"model": str(tiny_hybrid), "max_seq_length": 512, "gradient_accumulation_steps": 9}
+    recipes = {
+        way: two_steps(load_recipe(RECIPES / "optimised.yaml", small | changes)) for way, changes in WAYS.items()
+    }
+    waiting = {
+        (way, brief): submit_recipe(recipe_runs, recipe, CARD, attribute=way == "plain", brief=brief)
+        for way, recipe in recipes.items()
+        for brief in (False, True)
+    }
+    counted = {way: submit_recipe(recipe_runs, recipe, CARD, brief=True, count=True) for way, recipe in recipes.items()}
+    for way in WAYS:
+        whole, brief = (waiting[way, each].result() for each in (False, True))
+        assert whole.failure is None
+        assert brief.profile == whole.profile, way
+        assert replace(counted[way].result(), flops=0) == replace(brief, attribution=None), "counting changes nothing"
+        assert counted[way].result().flops > 10**6
+        assert (brief.floor_bytes, brief.pinned_host_bytes) == (whole.floor_bytes, whole.pinned_host_bytes)
+        assert (brief.attribution is None) == (whole.attribution is None)
+        if brief.attribution is not None and whole.attribution is not None:
+            assert brief.attribution.kinds == whole.attribution.kinds
+            owners = [
+                [(each.kind, each.line, each.bytes, each.blocks) for each in found.owners]
+                for found in (brief.attribution, whole.attribution)
+            ]
+            assert owners[0] == owners[1]
+
+
+def test_a_run_is_stopped_once_the_card_holds_more_than_it_may(tiny_hybrid: Path, recipe_runs: Server) -> None:
+    recipe = two_steps(load_recipe(RECIPES / "optimised.yaml", {"model": str(tiny_hybrid), "max_seq_length": 512}))
+    run = submit_recipe(recipe_runs, recipe, CARD, brief=True).result()
+    assert run.profile is not None
+    assert not run.stopped
+    need = run.profile.peak.device
+    just, less = (submit_recipe(recipe_runs, recipe, CARD, brief=True, most=most) for most in (need, need - 1))
+    assert just.result() == run
+    assert less.result().stopped
+    profile = less.result().profile
+    assert profile is not None
+    assert profile.peak.device == need
 
 
 def test_forward_and_backward_of_a_product() -> None:

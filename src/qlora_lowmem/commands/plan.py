@@ -25,8 +25,6 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -38,16 +36,13 @@ from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_U
 from qlora_lowmem.files import cache_folder
 from qlora_lowmem.memory.device import card_of_this_machine
 from qlora_lowmem.plan import screen
-from qlora_lowmem.plan.answers import Plan
+from qlora_lowmem.plan.answers import Plan, recipe_file
+from qlora_lowmem.plan.asked import Extent, Pair
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
-from qlora_lowmem.plan.model import PlannedModel, planned_model
-from qlora_lowmem.plan.pair import Extent, Pair, Planner, sweep
+from qlora_lowmem.plan.pair import Planner, pairs_of, sweep
 from qlora_lowmem.plan.recipe_runs import recipe_server
-from qlora_lowmem.plan.screen import plans_table
-from qlora_lowmem.recipe import SYNTHETIC, Recipe, Run
-from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field, replace_fields
-from qlora_lowmem.recipe.sections import is_hub_data
-from qlora_lowmem.recipe.yaml_text import commented_yaml
+from qlora_lowmem.recipe import SYNTHETIC, Recipe
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_fields
 from qlora_lowmem.units import format_bytes
 
 DEFAULT_SEQ = 2048
@@ -102,31 +97,28 @@ def run(options: argparse.Namespace) -> int:
     target = _checked_target(options)
     recipes = _recipes(options)
     cards = _cards(options)
-    asked = _asked(options, recipes, cards)
+    given, fixed = bool(options.config), frozenset(overrides_from(options))
+    several = given and bool(options.models)
+    asked = pairs_of(recipes, cards, given=given, several_models=several, wanted=options.seq, fixed=fixed)
     if target is not None and len(asked) > 1:
         raise UsageError(f"--write: one file holds one recipe, and this asks for {len(asked)} pairs; name one pair")
     plans = _answers(asked, options)
-    if options.json != "-":
-        print("\n".join(_shown(plans, full=options.full)))
     if target is not None and isinstance(asked[0], Pair):
-        _write_recipe(target, asked[0], plans[0])
-    _write_json(options, plans, cards)
+        text = recipe_file(asked[0], plans[0], target)
+        if text is None:
+            print(f"{target} is not written: nothing fits", file=sys.stderr)
+        else:
+            target.write_text(text, encoding="utf-8")
+            _say_what_next(target, asked[0].model.recipe, asked[0].model.asked)
+    device = cards[0].name if len(cards) == 1 else f"{len(cards)} cards"
+    content = {"device": device, "provenance": "virtual", "fits": all(plan.fits for plan in plans)}
+    content["environment"] = provenance_record(device, "virtual")
+    write_json(options.json, content | {"cases": [plan.to_dict() for plan in plans]})
     if any(plan.bad_input for plan in plans):
         return EXIT_USAGE
     if any(plan.failure for plan in plans):
         return EXIT_FAILURE
     return EXIT_OK if all(plan.fits for plan in plans) else EXIT_DOES_NOT_FIT
-
-
-def _shown(plans: Sequence[Plan], *, full: bool) -> Iterator[str]:
-    if len(plans) == 1:
-        yield from screen.lines(plans[0])
-        return
-    yield plans_table(plans)
-    for plan in plans if full else ():
-        if not plan.failure:
-            yield ""
-            yield from screen.lines(plan)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -189,124 +181,62 @@ def _cards(options: argparse.Namespace) -> list[virtual_gpu.Card]:
     return cards
 
 
-def _asked(options: argparse.Namespace, recipes: list[Recipe], cards: list[virtual_gpu.Card]) -> list[Pair | Plan]:
-    """Every combination: a pair to plan or, where its model cannot be planned, the answer that says why.
-
-    Raises:
-        UsageError: no pair can be planned.
-    """
-    fixed = frozenset(overrides_from(options))
-    given = bool(options.config)
-    asked: list[Pair | Plan] = []
-    reasons: list[str] = []
-    for recipe in recipes:
-        subject = recipe.name
-        if options.config and options.models:
-            subject += f", {recipe.base.model}"
-        try:
-            model = _planned(recipe, options)
-        except UsageError as error:
-            reasons.append(str(error))
-            plan = Plan(subject, recipe.base.model, "", 0, given, recipe.batch.max_seq_length)
-            refused = replace(plan, failure=str(error), bad_input=True)
-            asked += [replace(refused, card=card.name, usable_bytes=card.usable_bytes) for card in cards]
-        else:
-            asked += [Pair(model, card, subject, given, fixed) for card in cards]
-    if len(reasons) == len(recipes):
-        raise UsageError("\n".join(dict.fromkeys(reasons)))
-    return asked
-
-
-def _planned(recipe: Recipe, options: argparse.Namespace) -> PlannedModel:
-    model = planned_model(recipe)
-    context = model.context_length
-    if context is None or context >= recipe.batch.max_seq_length:
-        return model
-    if options.seq is not None:
-        raise UsageError(f"--seq: {recipe.base.model} was made for {context} tokens at most, not {options.seq}")
-    return model if options.config else planned_model(replace_field(recipe, "max_seq_length", context))
-
-
 def _answers(asked: list[Pair | Plan], options: argparse.Namespace) -> list[Plan]:
+    """The answers in their order, and shown; the screen of one alone grows as they become known."""
     cache = RunCache(None if options.no_cache else cache_folder() / "plan")
     workers = len(os.sched_getaffinity(0))  # a container's or a scheduler's share, not the machine's
-    alone = len(asked) == 1
-    extent = Extent(options.limit, options.step, alone or options.full)
+    shown = options.json != "-"
     pairs = [each for each in asked if isinstance(each, Pair)]
     with recipe_server(workers) as server:
-        if alone:
-            return [_answer(pairs[0], extent, server, cache)]
+        if len(asked) == 1:
+            return [_answer(pairs[0], Extent(options.limit, options.step, full=True), server, cache, shown=shown)]
+        extent = Extent(options.limit, options.step, options.full)
         planned = iter(_sweep(pairs, extent, server, cache, workers))
-    return [next(planned) if isinstance(each, Pair) else each for each in asked]
+    plans = [next(planned) if isinstance(each, Pair) else each for each in asked]
+    if shown:
+        print("\n".join(screen.sweep_lines(plans, full=options.full)))
+    return plans
 
 
-def _answer(pair: Pair, extent: Extent, server: virtual_gpu.Server, cache: RunCache) -> Plan:
+def _answer(pair: Pair, extent: Extent, server: virtual_gpu.Server, cache: RunCache, *, shown: bool) -> Plan:
+    lines: list[str] = []
+
+    def say(answer: Plan) -> None:
+        new = list(screen.lines(answer))[len(lines) :]
+        for line in new if shown else ():
+            bar.write(line)
+        sys.stdout.flush()
+        lines.extend(new)
+
+    def made() -> None:
+        bar.update(1)
+
     with tqdm(desc="plan", unit="run") as bar:
-
-        def made() -> None:
-            bar.update(1)
-
-        return Planner(pair, extent, Runs(server, cache, made), bar.set_postfix_str).plan()
+        plan = Planner(pair, extent, Runs(server, cache, made), bar.set_postfix_str, say).plan()
+        say(plan)
+    return plan
 
 
 def _sweep(pairs: list[Pair], extent: Extent, server: virtual_gpu.Server, cache: RunCache, workers: int) -> list[Plan]:
     with tqdm(desc="plan", total=len(pairs), unit="pair") as bar:
-        runs = itertools.count(1)
-
-        def made() -> None:
-            bar.set_postfix_str(f"{next(runs)} runs")
-
+        made = itertools.count(1)
+        runs = Runs(server, cache, lambda: bar.set_postfix_str(f"{next(made)} runs"))
         found: dict[int, Plan] = {}
-        for number, plan in sweep(pairs, extent, Runs(server, cache, made), server, workers=workers):
+        for number, plan in sweep(pairs, extent, runs, server, workers=workers):
             found[number] = plan
             bar.update(1)
     return [found[number] for number in range(len(pairs))]
 
 
-def _write_recipe(target: Path, pair: Pair, plan: Plan) -> None:
-    found = plan.proposal
-    if found is not None:
-        recipe, need, why = found.recipe, found.need, f"{found.rung}: {found.words}"
-    elif plan.fits and plan.need is not None:
-        recipe, need, why = pair.model.as_asked(pair.model.recipe, plan.card), plan.need, "as it is"
-    else:
-        print(f"{target} is not written: nothing fits", file=sys.stderr)
-        return
-    record = provenance_record(plan.card, "virtual")
-    length, usable = recipe.batch.max_seq_length, format_bytes(plan.usable_bytes)
-    title = [
-        f"{plan.model} on {plan.card}: {why}.",
-        f"{format_bytes(need.device_bytes)} of {usable} usable at {length:,} tokens, the CUDA context in it (virtual).",
-        f"{record['command']}, {record['date']}, commit {record['commit']}",
-    ]
-    target.write_text(commented_yaml(_moved(recipe, target), title), encoding="utf-8")
-    _say_what_next(target, pair, own_data=recipe.data.data != SYNTHETIC)
-
-
-def _say_what_next(target: Path, pair: Pair, *, own_data: bool) -> None:
+def _say_what_next(target: Path, recipe: Recipe, asked: Recipe) -> None:
+    """What trains the recipe in `target`; `recipe` is as it was planned, `asked` as the person gave it."""
+    own_data = asked.data.data != SYNTHETIC
     train = f"{typed('train')} --config {shlex.quote(str(target))}"
     # As it was planned: with random weights where those will do, and then there is no tokenizer for a person's data.
-    planned = " --weights random" if pair.model.recipe.base.weights == "random" else ""
+    planned = " --weights random" if recipe.base.weights == "random" else ""
     planned += " --data synthetic" if own_data else ""
     print(f"{target} is written. Train: {train}{'' if own_data else ' --data my.jsonl'}", file=sys.stderr)
     print(f"Run it whole on the virtual card: {train} --device virtual{planned}", file=sys.stderr)
-
-
-def _moved(recipe: Recipe, target: Path) -> Recipe:
-    """`recipe` as its file at `target` has to say it: data relative to the file, output under the file's name."""
-    data = recipe.data.data
-    if data != SYNTHETIC and not is_hub_data(data):
-        data = os.path.relpath(data, target.parent)
-    own = recipe.run.output_dir == Run().output_dir.replace("{name}", recipe.name)
-    output_dir = Run().output_dir if own else recipe.run.output_dir
-    return replace(recipe, data=replace(recipe.data, data=data), run=replace(recipe.run, output_dir=output_dir))
-
-
-def _write_json(options: argparse.Namespace, plans: list[Plan], cards: list[virtual_gpu.Card]) -> None:
-    device = cards[0].name if len(cards) == 1 else f"{len(cards)} cards"
-    content = {"device": device, "provenance": "virtual", "fits": all(plan.fits for plan in plans)}
-    content["environment"] = provenance_record(device, "virtual")
-    write_json(options.json, content | {"cases": [plan.to_dict() for plan in plans]})
 
 
 COMMAND = Command("plan", __doc__, add_arguments, run)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.plan.model import runs_in_tiles
+from qlora_lowmem.plan.asked import runs_in_tiles
 from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, roomy, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.moves import Change, CostKind, changes_of

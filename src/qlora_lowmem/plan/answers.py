@@ -1,13 +1,20 @@
 """What a plan says, as plain data. Bytes are integers; `None` and 0 mean that something was not asked for."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.plan.advice import Knob
-from qlora_lowmem.plan.maximum import Reach
+from qlora_lowmem.plan.asked import Pair
+from qlora_lowmem.plan.maximum import Maximum
 from qlora_lowmem.plan.recipe_runs import RecipeRun
-from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe import SYNTHETIC, Recipe, Run
+from qlora_lowmem.recipe.sections import is_hub_data
+from qlora_lowmem.recipe.yaml_text import commented_yaml
+from qlora_lowmem.units import format_bytes
 
 LimitedBy = Literal["memory", "model", "limit"]
 
@@ -147,6 +154,33 @@ def need_of(run: RecipeRun, *, fits: bool) -> Need:
     )
 
 
-def limit_of(found: Reach, step: int, last: LimitedBy) -> Limit:
+def limit_of(found: Maximum, step: int, last: LimitedBy) -> Limit:
     """What a search came to; `last` says what set its limit."""
     return Limit(found.value, found.next_value, step, "memory" if found.next_value else last)
+
+
+def recipe_file(pair: Pair, plan: Plan, target: Path) -> str | None:
+    """The text of the recipe that fits, each knob with what it does, as its file at `target` says it: data relative to
+    the file, output under its name. None where nothing fits.
+    """
+    found = plan.proposal
+    if found is not None:
+        recipe, need, why = found.recipe, found.need, f"{found.rung}: {found.words}"
+    elif plan.fits and plan.need is not None:
+        recipe, need, why = pair.model.as_asked(pair.model.recipe, plan.card), plan.need, "as it is"
+    else:
+        return None
+    record = provenance_record(plan.card, "virtual")
+    length, usable = recipe.batch.max_seq_length, format_bytes(plan.usable_bytes)
+    title = [
+        f"{plan.model} on {plan.card}: {why}.",
+        f"{format_bytes(need.device_bytes)} of {usable} usable at {length:,} tokens, the CUDA context in it (virtual).",
+        f"{record['command']}, {record['date']}, commit {record['commit']}",
+    ]
+    data, output_dir = recipe.data.data, recipe.run.output_dir
+    if data != SYNTHETIC and not is_hub_data(data):
+        data = os.path.relpath(data, target.parent)
+    if output_dir == Run().output_dir.replace("{name}", recipe.name):
+        output_dir = Run().output_dir
+    moved = replace(recipe, data=replace(recipe.data, data=data), run=replace(recipe.run, output_dir=output_dir))
+    return commented_yaml(moved, title)

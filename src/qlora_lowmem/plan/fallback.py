@@ -4,7 +4,7 @@ What costs no time comes first, what costs most comes last (`recipe/moves.py` st
 trained, as `run_folder/resumption.py` sees it, so the checkpoint of the last good step is not lost.
 """
 
-from qlora_lowmem.plan.model import runs_in_tiles
+from qlora_lowmem.plan.asked import runs_in_tiles
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.moves import Change, changes_of
 

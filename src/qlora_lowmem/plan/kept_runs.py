@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -22,7 +22,7 @@ from qlora_lowmem.environment import versions
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.files import write_whole
 from qlora_lowmem.models.sources import source_of
-from qlora_lowmem.plan.recipe_runs import RecipeRun, submit_recipe, two_steps
+from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import replace_fields
 
@@ -33,6 +33,11 @@ _SUFFIXES = {".py", ".cpp", ".h", ".toml", ".json"}
 COUNTED_TOKENS = 1024
 
 Answer = TypeVar("Answer")
+Question = Literal["attributed run", "counted run", "run", "probe"]
+_ANSWERED_BY: dict[str, tuple[Question, ...]] = {
+    "run": ("attributed run", "counted run"),
+    "probe": ("attributed run", "counted run", "run"),
+}
 
 
 class RunCache:
@@ -113,23 +118,39 @@ class Runs:
         self._made: dict[str, Future[Any]] = {}
 
     def submit(
-        self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally, attribute: bool = False
+        self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally, question: Question = "run"
     ) -> "Future[RecipeRun]":
-        """The recipe's steps on the card, as `submit_recipe`."""
+        """The recipe's steps on the card, as `submit_recipe`, briefly. What answers more is not run again.
+
+        Args:
+            question: `run`; `attributed run`, which says by kind what the card held; `counted run`, which spares
+                `count_flops` one; or `probe`, whether it fits, which ends once it is known not to.
+        """
+        count = question == "counted run" and _counted(recipe) == _counted(recipe, as_it_is=True)
+        question = "run" if question == "counted run" and not count else question
+        with self._lock:
+            for fuller in _ANSWERED_BY.get(question, ()):
+                made = self._made.get(run_key(fuller, recipe, card))
+                if made is not None:
+                    return made
 
         def run() -> "Future[RecipeRun]":
-            return submit_recipe(self._server, recipe, card, attribute=attribute)
+            most = card.usable_bytes if question == "probe" else None
+            attribute = question == "attributed run"
+            return submit_recipe(self._server, recipe, card, attribute=attribute, brief=True, most=most, count=count)
 
-        return self._answer("attributed run" if attribute else "run", recipe, card, tally, RecipeRun, run)
+        answer = self._answer(question, recipe, card, tally, RecipeRun, run)
+        if count:
+            key = run_key("flops", _counted(recipe), roomy(card))
+            self._made.setdefault(key, _mapped(answer, lambda run: run.flops))
+        return answer
 
     def count_flops(self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally) -> "Future[int]":
         """FLOPs of one micro-batch of one sample of the recipe, of 1,024 tokens at most, on a card with room for it.
 
         The Mamba-2 scan is counted in plain PyTorch: Triton kernels have no formula.
         """
-        length = min(recipe.batch.max_seq_length, COUNTED_TOKENS)
-        one = {"max_seq_length": length, "batch_size": 1, "gradient_accumulation_steps": 1, "scan": "plain"}
-        short = replace_fields(two_steps(recipe), one | {"max_steps": 1, "warmup_steps": 0})
+        short, card = _counted(recipe), roomy(card)
 
         def run() -> "Future[int]":
             job = self._server.submit("qlora_lowmem.plan.worker:count_here", {"content": short.to_dict()}, card)
@@ -166,6 +187,14 @@ class Runs:
         if done.exception() is None and not getattr(done.result(), "failure", None):
             self._cache.put(key, done.result())
         self._note()
+
+
+def _counted(recipe: Recipe, *, as_it_is: bool = False) -> Recipe:
+    """What is counted of a recipe; `as_it_is`, one step of it as long and as wide as it is."""
+    one: dict[str, Any] = {"gradient_accumulation_steps": 1, "max_steps": 1, "warmup_steps": 0}
+    if not as_it_is:
+        one |= {"batch_size": 1, "scan": "plain", "max_seq_length": min(recipe.batch.max_seq_length, COUNTED_TOKENS)}
+    return replace_fields(two_steps(recipe), one)
 
 
 def _value_of(job: virtual_gpu.JobResult) -> int:

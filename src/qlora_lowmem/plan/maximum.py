@@ -1,8 +1,9 @@
-"""How far a recipe reaches on a card: the largest value of one field (length, batch) at which its steps fit."""
+"""The maximum that fits: the largest value of one field of a recipe (length, batch) at which its steps fit a card."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -10,7 +11,7 @@ from tqdm.auto import tqdm
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.memory.profile import Peak
-from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, submit_recipe, two_steps
+from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field
 from qlora_lowmem.results.kinds.longest import Longest
@@ -21,7 +22,7 @@ Run = TypeVar("Run")
 
 
 @dataclass(frozen=True)
-class Reach:
+class Maximum:
     """What was found.
 
     Attributes:
@@ -36,62 +37,49 @@ class Reach:
 
 
 def room_left(run: RecipeRun, card: virtual_gpu.Card, name: str) -> int:
-    """Bytes that `run` left of what a job can count on; negative if it did not fit.
+    """Bytes that `run` left of what a job can count on; negative if it did not fit, -1 if nobody knows by how much.
 
     Raises:
         QloraLowmemError: the run failed for another reason than memory; `name` says whose it was.
     """
     if run.profile is None:
         raise QloraLowmemError(f"{name} fails on {card.name}: {(run.failure or 'no output').strip().splitlines()[-1]}")
-    return -1 if run.out_of_memory is not None else card.usable_bytes - run.profile.peak.device
+    return -1 if run.out_of_memory or run.stopped else card.usable_bytes - run.profile.peak.device
 
 
-def reach(
-    recipe: Recipe, leaf: str, card: virtual_gpu.Card, submit: Submit, *, limit: int, step: int, note: Note
-) -> Reach:
-    """The largest multiple of `step` up to `limit` of the field `leaf`, each tried with two short optimizer steps.
+def maximum_that_fits(
+    recipe: Recipe,
+    leaf: str,
+    card: virtual_gpu.Card,
+    submit: Submit,
+    *,
+    limit: int,
+    step: int,
+    note: Note,
+    known: Mapping[int, int] = MappingProxyType({}),
+    near: int | None = None,
+) -> Maximum:
+    """The largest multiple of `step` up to `limit` of the field `leaf` at which the recipe's steps fit.
+
+    Args:
+        known, near: as in `largest_that_fits`.
 
     Raises:
         QloraLowmemError: a run fails for another reason than memory.
     """
-    short = shortened(recipe)
-    start = int(getattr(recipe.batch, leaf))
 
     def probe(number: int) -> "Future[RecipeRun]":
-        return submit(replace_field(short, leaf, number), card)
+        return submit(replace_field(recipe, leaf, number), card)
 
     def room(run: RecipeRun) -> int:
         return room_left(run, card, recipe.name)
 
-    found = largest_that_fits(
-        probe,
-        room,
-        start=start,
-        limit=limit,
-        step=step,
-        note=lambda number, fits: note(leaf, number, fits),
-    )
-    return Reach(*found)
+    def tell(number: int, fits: bool) -> None:
+        note(leaf, number, fits)
 
-
-def reach_in_full(
-    recipe: Recipe, leaf: str, card: virtual_gpu.Card, submit: Submit, *, limit: int, step: int, note: Note
-) -> Reach:
-    """The same, held against the recipe's whole optimizer steps: what waits of a step's micro-batches counts too.
-
-    Raises:
-        QloraLowmemError: a run fails for another reason than memory.
-    """
-    found = reach(recipe, leaf, card, submit, limit=limit, step=step, note=note)
-    value, next_value = found.value, found.next_value
-    while value:
-        run = submit(replace_field(two_steps(recipe), leaf, value), card).result()
-        fits = room_left(run, card, recipe.name) >= 0
-        note(leaf, value, fits)
-        if fits:
-            return Reach(value, next_value, run)
-        value, next_value = value - step, value
-    return Reach(0, next_value, None)
+    start = int(getattr(recipe.batch, leaf))
+    found = largest_that_fits(probe, room, start=start, limit=limit, step=step, note=tell, known=known, near=near)
+    return Maximum(*found)
 
 
 def longest(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
@@ -109,7 +97,7 @@ def longest(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, 
             bar.update(1)
             bar.set_postfix_str(f"{length:,} tokens {'fit' if fits else 'do not fit'}")
 
-        found = reach(recipe, "max_seq_length", card, submit, limit=limit, step=step, note=note)
+        found = maximum_that_fits(shortened(recipe), "max_seq_length", card, submit, limit=limit, step=step, note=note)
     run = found.run or RecipeRun(None)
     peak = run.profile.peak if run.profile is not None else Peak()
     return Longest(
@@ -132,71 +120,107 @@ def largest_that_fits(
     limit: int,
     step: int,
     note: Callable[[int, bool], None],
+    known: Mapping[int, int] = MappingProxyType({}),
+    near: int | None = None,
 ) -> tuple[int, int, Run | None]:
     """The largest multiple of `step` up to `limit` at which `probe` leaves room, taking need to grow with the number.
 
     Need is nearly a line, so two numbers whose need is known say where it will run out: the multiple below and the one
     above are run next, side by side. Where a line says nothing new, or the last guess did not halve what is open, the
-    middle is run.
+    middle is run. What is known beforehand only helps to guess: the answer, and that the next does not fit, are runs.
 
     Args:
         room: bytes that a run left; negative if it did not fit, and exactly -1 if nobody knows by how much.
         start: the number to begin with.
         note: told each number that was run, and whether it fits.
+        known: room at numbers, of this step or not, that is known beforehand.
+        near: where to look first, after the start.
 
     Returns:
         (the largest that fits or 0, the smallest seen not to fit or 0, the run at the largest).
     """
-    left: dict[int, int] = {}
+    rooms = dict(known)
+    seen: dict[int, bool] = {}
     good, bad, best = 0, limit // step * step + step, None
-    tries = [min(max(start // step, 1) * step, bad - step)] if bad > step else []
+    tries = _first_tries(rooms, start, bad, step, near) if bad > step else []
     while tries:
         runs = {number: probe(number) for number in tries}
         before = bad - good
         for number in tries:
             run = runs[number].result()
-            left[number] = room(run)
-            note(number, left[number] >= 0)
-            if left[number] < 0:
+            left = room(run)
+            seen[number] = left >= 0
+            note(number, seen[number])
+            if left != -1:
+                rooms[number] = left
+            if not seen[number]:
                 bad = min(bad, number)
             elif good < number < bad:
                 good, best = number, run
-        tries = _next_tries(left, good, bad, step, stalled=2 * (bad - good) > before)
-    return good, bad if bad in left else 0, best
+        tries = _next_tries(rooms, good, bad, step, open_ended=bad not in seen, stalled=2 * (bad - good) > before)
+    return good, bad if bad in seen else 0, best
 
 
-def _next_tries(left: dict[int, int], good: int, bad: int, step: int, *, stalled: bool) -> list[int]:
-    """The multiples strictly between `good` and `bad` to run next, smallest first; none when nothing is open."""
+def _first_tries(rooms: Mapping[int, int], start: int, bad: int, step: int, near: int | None) -> list[int]:
+    """The start, and where to look; the start alone where nobody knows."""
+    begin = min(max(start // step, 1) * step, bad - step)
+    end = near if near is not None else _where_it_runs_out(rooms, bad)
+    if end is None:
+        return [begin]
+    guesses = _around(end, step, 2 * end if near is not None else max(rooms))
+    first = [begin] if begin in rooms or not rooms else []
+    return sorted({min(max(number, step), bad - step) for number in (*first, *guesses)})
+
+
+def _next_tries(
+    rooms: Mapping[int, int], good: int, bad: int, step: int, *, open_ended: bool, stalled: bool
+) -> list[int]:
+    """The multiples strictly between `good` and `bad` to run next, smallest first; none when nothing is open.
+
+    Args:
+        open_ended: `bad` was not run; it is the first beyond the limit.
+    """
     if bad - good <= step:
         return []
-    fitting = sorted(number for number in left if left[number] >= 0 and number <= good)
-    if bad in left and (stalled or not fitting):
+    agreeing = {number: left for number, left in rooms.items() if (number < bad if left >= 0 else number > good)}
+    end = _where_it_runs_out(agreeing, bad)
+    if stalled and not open_ended:
         guesses = [_middle(good, bad, step)]
-    elif len(fitting) == 1 and left.get(bad, -1) == -1:
+    elif end is not None:
+        guesses = _around(end, step, max(agreeing))
+    elif good:
         guesses = [2 * good, 4 * good]
     else:
-        guess = _where_it_runs_out(left, fitting, bad) // step * step
-        guesses = [guess, guess + step]
-    if bad not in left:  # past the limit, the limit itself
+        guesses = [_middle(good, bad, step)]
+    if open_ended:  # past the limit, the limit itself
         guesses = [min(guess, bad - step) for guess in guesses]
     tries = sorted({guess for guess in guesses if good < guess < bad})
     return tries or [_middle(good, bad, step)]
+
+
+def _around(end: int, step: int, furthest: int) -> list[int]:
+    """The multiples on both sides of a line's end; one, where that is far beyond the furthest that is known."""
+    guess = end // step * step
+    return [guess, guess + step] if guess <= 2 * furthest else [guess]
 
 
 def _middle(good: int, bad: int, step: int) -> int:
     return max((good + bad) // 2 // step * step, good + step)
 
 
-def _where_it_runs_out(left: dict[int, int], fitting: list[int], bad: int) -> int:
-    """Where the line through the largest that fits and another number comes to no room.
+def _where_it_runs_out(rooms: Mapping[int, int], bad: int) -> int | None:
+    """Where the line through the largest that fits and another number comes to no room, `bad` at most; None where there
+    is no line.
 
-    The other is the smallest that does not fit, if it is known by how much; else one that fits and is well below, since
-    the allocator takes whole segments and two numbers close to each other say little of the slope.
+    The other is the smallest that does not fit, if there is one; else one that fits and is well below, since the
+    allocator takes whole segments and two numbers close to each other say little of the slope.
     """
+    fitting = sorted(number for number, left in rooms.items() if left >= 0)
+    if not fitting or len(rooms) < 2:
+        return None
     good = fitting[-1]
-    if left.get(bad, -1) != -1:
-        other = bad
-    else:
-        other = max((number for number in fitting[:-1] if 4 * number <= 3 * good), default=fitting[0])
-    slope = (left[other] - left[good]) / (good - other) if other != good else 0.0
-    return good + int(left[good] / slope) if slope > 0 else bad
+    over = [number for number in rooms if number > good]
+    well_below = [number for number in fitting if 4 * number <= 3 * good]
+    other = min(over) if over else max(well_below, default=fitting[0])
+    slope = (rooms[other] - rooms[good]) / (good - other) if other != good else 0.0
+    return int(min(good + rooms[good] / slope, bad)) if slope > 0 else bad

@@ -1,19 +1,19 @@
 """A pair planned: a recipe on a card, or the best recipe for a model on a card; and many pairs side by side."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import get_args
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.errors import QloraLowmemError
+from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.plan.advice import Knob, candidate_changes, knobs_of
 from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Tried, limit_of, need_of
-from qlora_lowmem.plan.kept_runs import Runs, Tally
+from qlora_lowmem.plan.asked import Extent, Pair, PlannedModel, planned_model
+from qlora_lowmem.plan.kept_runs import Question, Runs, Tally
 from qlora_lowmem.plan.ladder import Rung, ladder, rungs
-from qlora_lowmem.plan.maximum import Reach, reach_in_full, room_left
-from qlora_lowmem.plan.model import PlannedModel
+from qlora_lowmem.plan.maximum import Maximum, maximum_that_fits, room_left
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, two_steps
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field, replace_fields
@@ -22,53 +22,34 @@ from qlora_lowmem.recipe.moves import Change, CostKind
 BATCH_LIMIT = 256
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What is asked.
-
-    Attributes:
-        model: the recipe, ready for planning; its `max_seq_length` is the wanted length.
-        subject: how answers name it.
-        recipe_given: whether it is the person's own recipe, or where the ladder starts for a model.
-        fixed: fields set on the command line, which no proposal changes.
-    """
-
-    model: PlannedModel
-    card: virtual_gpu.Card
-    subject: str
-    recipe_given: bool
-    fixed: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much is looked into.
-
-    Attributes:
-        limit: tokens; no longer sequence is tried.
-        step: tokens that lengths are told apart by.
-        full: also the breakdown, the largest batch, single changes, FLOPs.
-    """
-
-    limit: int
-    step: int
-    full: bool
-
-
 class Planner:
-    """Plans one pair. `note` is told, in a few words, what is being looked for."""
+    """Plans one pair.
 
-    def __init__(self, pair: Pair, extent: Extent, runs: Runs, note: Callable[[str], None]) -> None:
+    Args:
+        note: told, in a few words, what is being looked for.
+        say: told the answer as far as it is known, each time that there is more of it.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        extent: Extent,
+        runs: Runs,
+        note: Callable[[str], None] = lambda _what: None,
+        say: Callable[[Plan], None] = lambda _answer: None,
+    ) -> None:
         self._pair = pair
         self._recipe = pair.model.recipe
         self._card = pair.card
         self._roomy = roomy(pair.card)
         self._full = extent.full
+        self._fullest: Question = "attributed run" if extent.full else "run"
         self._step = extent.step
         self._limit, self._last = self._where_to_stop(extent.limit)
         self._runs = runs
         self._tally = Tally()
         self._note = note
+        self._tell = say
 
     def plan(self) -> Plan:
         """The answer.
@@ -95,6 +76,10 @@ class Planner:
             failure=failure,
         )
 
+    def _say(self, answer: Plan) -> Plan:
+        self._tell(answer)
+        return answer
+
     def _where_to_stop(self, limit: int) -> tuple[int, LimitedBy]:
         context = self._pair.model.context_length
         if context is not None and context <= limit:
@@ -105,105 +90,122 @@ class Planner:
         recipe, card = self._recipe, self._card
         self._note("the recipe as it is")
         changes = candidate_changes(shortened(recipe), tiles=self._pair.model.tiles) if self._full else []
-        alone = self._submit(two_steps(recipe), card, attribute=self._full)
-        waiting = [self._submit(each, self._roomy) for each in self._each_changed(changes)]
+        alone = self._submit(two_steps(recipe), card, self._fullest)
+        changed = [
+            self._submit(change.recipe, self._roomy, "counted run" if change.move.recomputes else "run")
+            for change in changes
+        ]
         run = alone.result()
         fits = room_left(run, card, recipe.name) >= 0
+        answer = self._say(replace(self.nothing(), fits=fits, need=need_of(run, fits=True) if fits else None))
         with_room = run if run.out_of_memory is None else self._with_room(two_steps(recipe))
-        answer = replace(
-            self.nothing(),
-            fits=fits,
-            need=need_of(with_room, fits=fits),
-            kinds=with_room.attribution.kinds if with_room.attribution else {},
-            longest=self._longest(recipe)[0],
-        )
+        kinds = with_room.attribution.kinds if with_room.attribution else {}
+        answer = self._say(replace(answer, need=need_of(with_room, fits=fits), kinds=kinds))
+        longest, _ = self._longest(recipe, with_room)
+        answer = self._say(replace(answer, longest=longest))
         if self._full:
-            batch = self._reach(recipe, "batch_size", BATCH_LIMIT, 1)
-            answer = replace(answer, batch=limit_of(batch, 1, "limit"), knobs=self._knobs(changes, waiting))
-        if fits:
-            return answer
-        tried, proposal = self._climb(climbing=True)
-        return replace(answer, tried=tried, proposal=proposal)
+            samples = recipe.batch.batch_size
+            # As many tokens take as much memory, nearly.
+            near = longest.value * samples // recipe.batch.max_seq_length or None
+            known = self._known(with_room, samples)
+            batch = limit_of(self._maximum(recipe, "batch_size", BATCH_LIMIT, 1, known, near), 1, "limit")
+            answer = self._say(replace(answer, batch=batch))
+            # Where the card refused nothing, one with more memory is asked for the same.
+            base_card = card if fits and not run.refused else self._roomy
+            # What was attributed need not be run again to be counted.
+            question: Question = "run" if shortened(recipe) == two_steps(recipe) else "counted run"
+            base = self._submit(shortened(recipe), base_card, question)
+            answer = self._say(replace(answer, knobs=self._knobs(changes, base, changed)))
+        return answer if fits else self._climb(answer, climbing=True)
 
     def _of_the_model(self) -> Plan:
-        tried, proposal = self._climb(climbing=False)
-        fits = proposal is not None and proposal.reaches_wanted
-        return replace(self.nothing(), fits=fits, tried=tried, proposal=proposal)
+        answer = self._climb(self.nothing(), climbing=False)
+        return replace(answer, fits=answer.proposal is not None and answer.proposal.reaches_wanted)
 
-    def _climb(self, *, climbing: bool) -> tuple[tuple[Tried, ...], Proposal | None]:
-        """The rungs up to the first that fits at the wanted length, and what is proposed."""
-        tried: list[Tried] = []
-        leanest: tuple[Rung, Recipe] | None = None
-        model = self._pair.model
-        for rung, recipe in ladder(self._recipe, tiles=model.tiles, fixed=self._pair.fixed, climbing=climbing):
+    def _climb(self, answer: Plan, *, climbing: bool) -> Plan:
+        """The answer with the rungs up to the first that fits at the wanted length, and what is proposed."""
+        rungs = ladder(self._recipe, tiles=self._pair.model.tiles, fixed=self._pair.fixed, climbing=climbing)
+        leanest: tuple[Rung, Recipe, RecipeRun] | None = None
+        for rung, recipe in rungs:
             self._note(f"rung: {rung.name}")
-            leanest = (rung, recipe)
-            run = self._submit(shortened(recipe), self._card).result()
-            if room_left(run, self._card, recipe.name) >= 0:
-                longest, longest_run = self._longest(recipe)
-                # With all of a step's micro-batches waiting on the card, it may be a little too much after all.
-                if longest_run is not None and longest.value >= recipe.batch.max_seq_length:
-                    tried.append(Tried(rung.name, rung.words, fits=True))
-                    return tuple(tried), self._propose(rung, recipe, longest, longest_run)
-            tried.append(Tried(rung.name, rung.words, fits=False))
-        if leanest is None:
-            return (), None
-        longest, longest_run = self._longest(leanest[1])
-        return tuple(tried), self._propose(*leanest, longest, longest_run) if longest_run is not None else None
+            run = self._submit(two_steps(recipe), self._card, "probe").result()
+            fits = room_left(run, self._card, recipe.name) >= 0
+            answer = self._say(replace(answer, tried=(*answer.tried, Tried(rung.name, rung.words, fits))))
+            leanest = rung, recipe, run
+            if fits:
+                break
+        return replace(answer, proposal=self._proposed(*leanest)) if leanest is not None else answer
 
-    def _propose(self, rung: Rung, recipe: Recipe, longest: Limit, run: RecipeRun) -> Proposal:
-        """`recipe` with what it reaches, `run` being the one there.
+    def _proposed(self, rung: Rung, recipe: Recipe, run: RecipeRun) -> Proposal | None:
+        """`recipe` with what it reaches, `run` being the one at the wanted length; None where nothing of it fits.
 
         A person's own recipe keeps its length where that fits. Otherwise the longest is proposed.
         """
+        longest, longest_run = self._longest(recipe, run)
+        if longest_run is None:
+            return None
         reaches = longest.value >= recipe.batch.max_seq_length
-        if self._pair.recipe_given and reaches:
-            run = self._submit(two_steps(recipe), self._card).result()
-        else:
-            recipe = replace_field(recipe, "max_seq_length", longest.value)
+        if not (self._pair.recipe_given and reaches):
+            recipe, run = replace_field(recipe, "max_seq_length", longest.value), longest_run
         proposed = self._pair.model.as_asked(recipe, self._card.name)
         proposal = Proposal(rung.name, rung.words, proposed, need_of(run, fits=True), longest, reaches)
         if not self._full:
             return proposal
         self._note("the breakdown")
-        attributed = self._submit(two_steps(recipe), self._card, attribute=True).result().attribution
+        attributed = self._submit(two_steps(recipe), self._card, "attributed run").result().attribution
         kinds = attributed.kinds if attributed else {}
         return replace(proposal, kinds=kinds, flops_ratio=self._flops_ratio(recipe, self._fastest(recipe)))
 
     def _fastest(self, recipe: Recipe) -> Recipe:
         return replace_fields(recipe, rungs(tiles=self._pair.model.tiles)[0].fields)
 
-    def _longest(self, recipe: Recipe) -> tuple[Limit, RecipeRun | None]:
-        """The longest sequence, its steps run in full; the wanted one where no multiple of the step is as long."""
-        wanted = recipe.batch.max_seq_length
-        found = Reach(0, 0, None)
-        if wanted < self._limit:
-            found = self._reach(recipe, "max_seq_length", self._limit, min(self._step, self._limit))
-        if found.value < wanted and (found.next_value == 0 or wanted < found.next_value):
-            run = self._submit(two_steps(recipe), self._card).result()
-            if room_left(run, self._card, recipe.name) >= 0:
-                found = Reach(wanted, found.next_value, run)
-            elif wanted >= self._limit:
-                found = self._reach(recipe, "max_seq_length", self._limit, min(self._step, self._limit))
+    def _longest(self, recipe: Recipe, run: RecipeRun) -> tuple[Limit, RecipeRun | None]:
+        """The longest sequence; the wanted one where no multiple of the step is as long.
+
+        Args:
+            run: of the recipe at the wanted length; on a card with room for it, if it ran out of memory on this one.
+        """
+        wanted, step = recipe.batch.max_seq_length, min(self._step, self._limit)
+        here = self._submit(two_steps(recipe), self._card, "probe").result()
+        fits = room_left(here, self._card, recipe.name) >= 0
+        found = Maximum(wanted, 0, here)
+        if not fits or wanted < self._limit:
+            found = self._maximum(recipe, "max_seq_length", self._limit, step, self._known(run, wanted))
+        if fits and found.value < wanted and (found.next_value == 0 or wanted < found.next_value):
+            found = replace(found, value=wanted, run=here)
         return limit_of(found, self._step, self._last), found.run
 
-    def _reach(self, recipe: Recipe, leaf: str, limit: int, step: int) -> Reach:
+    def _known(self, run: RecipeRun, number: int) -> dict[int, int]:
+        """The room that a whole run left at a number, and the most that there can be: at none lies the floor."""
+        if run.profile is None or not run.floor_bytes:
+            return {}
+        usable = self._card.usable_bytes
+        floor = run.floor_bytes + run.profile.outside_allocator_bytes
+        return {0: usable - floor, number: usable - run.profile.peak.device}
+
+    def _maximum(
+        self, recipe: Recipe, leaf: str, limit: int, step: int, known: Mapping[int, int], near: int | None = None
+    ) -> Maximum:
         def note(leaf: str, value: int, fits: bool) -> None:
             self._note(f"{leaf} {value:,} {'fits' if fits else 'does not fit'}")
 
-        return reach_in_full(recipe, leaf, self._card, self._submit, limit=limit, step=step, note=note)
+        def submit(recipe: Recipe, card: virtual_gpu.Card) -> "Future[RecipeRun]":
+            return self._submit(recipe, card, "probe")
 
-    def _each_changed(self, changes: Sequence[Change]) -> list[Recipe]:
-        return [shortened(self._recipe), *(change.recipe for change in changes)] if changes else []
+        return maximum_that_fits(
+            two_steps(recipe), leaf, self._card, submit, limit=limit, step=step, note=note, known=known, near=near
+        )
 
-    def _knobs(self, changes: Sequence[Change], waiting: "Sequence[Future[RecipeRun]]") -> tuple[Knob, ...]:
+    def _knobs(
+        self, changes: Sequence[Change], base: "Future[RecipeRun]", changed: "Sequence[Future[RecipeRun]]"
+    ) -> tuple[Knob, ...]:
         self._note("single changes")
-        base, *runs = [future.result() for future in waiting]
-        if base.profile is None:
-            raise QloraLowmemError(f"{self._recipe.name} fails with room for everything too: {base.failure}")
         by_flags = {" ".join(change.flags): change for change in changes}
+        plain = base.result()
+        if plain.profile is None:
+            raise QloraLowmemError(f"{self._recipe.name} fails with room for everything too: {plain.failure}")
         counted = []
-        for knob in knobs_of(base, changes, runs, self._card):
+        for knob in knobs_of(plain, changes, [future.result() for future in changed], self._card):
             change = by_flags[knob.change]
             ratio = self._flops_ratio(change.recipe, self._recipe) if change.move.recomputes else None
             counted.append(replace(knob, flops_ratio=ratio))
@@ -217,17 +219,63 @@ class Planner:
         return changed / plain
 
     def _with_room(self, recipe: Recipe) -> RecipeRun:
-        run = self._submit(recipe, self._roomy, attribute=self._full).result()
+        run = self._submit(recipe, self._roomy, self._fullest).result()
         room_left(run, self._roomy, recipe.name)  # raises if it failed there too
         return run
 
-    def _submit(self, recipe: Recipe, card: virtual_gpu.Card, attribute: bool = False) -> "Future[RecipeRun]":
-        return self._runs.submit(recipe, card, self._tally, attribute)
+    def _submit(self, recipe: Recipe, card: virtual_gpu.Card, question: Question = "run") -> "Future[RecipeRun]":
+        return self._runs.submit(recipe, card, self._tally, question)
 
 
 def ranked(knobs: Collection[Knob]) -> tuple[Knob, ...]:
     """By cost first: what costs nothing, what is exact but slower, what changes training; in each, the most saved."""
     return tuple(sorted(knobs, key=lambda knob: (get_args(CostKind).index(knob.kind), -knob.saves_bytes)))
+
+
+def pairs_of(
+    recipes: Sequence[Recipe],
+    cards: Sequence[virtual_gpu.Card],
+    *,
+    given: bool,
+    several_models: bool,
+    wanted: int | None,
+    fixed: frozenset[str],
+) -> list[Pair | Plan]:
+    """Every combination: a pair to plan or, where its model cannot be planned, the answer that says why.
+
+    Args:
+        given: the recipes are the person's own; a model's alone starts no longer than what the model was made for.
+        several_models: they stand in the recipes, and answers name them too.
+        wanted: the length that was asked for on the command line.
+        fixed: fields set there.
+
+    Raises:
+        UsageError: no pair can be planned.
+    """
+    asked: list[Pair | Plan] = []
+    reasons: list[str] = []
+    for recipe in recipes:
+        subject = f"{recipe.name}, {recipe.base.model}" if several_models else recipe.name
+        length = recipe.batch.max_seq_length
+        try:
+            model = _planned(recipe, given, wanted)
+        except UsageError as error:
+            reasons.append(str(error))
+            refused = Plan(subject, recipe.base.model, "", 0, given, length, failure=str(error), bad_input=True)
+            asked += [replace(refused, card=card.name, usable_bytes=card.usable_bytes) for card in cards]
+        else:
+            asked += [Pair(model, card, subject, given, fixed) for card in cards]
+    if len(reasons) == len(recipes):
+        raise UsageError("\n".join(dict.fromkeys(reasons)))
+    return asked
+
+
+def _planned(recipe: Recipe, given: bool, wanted: int | None) -> PlannedModel:
+    model, length = planned_model(recipe), recipe.batch.max_seq_length
+    context = model.context_length or length
+    if context < length and wanted is not None:
+        raise UsageError(f"--seq: {recipe.base.model} was made for {context} tokens at most, not {wanted}")
+    return planned_model(replace_field(recipe, "max_seq_length", context)) if context < length and not given else model
 
 
 def sweep(
@@ -253,11 +301,8 @@ def sweep(
 
 
 def _plan(pair: Pair, extent: Extent, runs: Runs) -> Plan:
-    planner = Planner(pair, extent, runs, _SILENT)
+    planner = Planner(pair, extent, runs)
     try:
         return planner.plan()
     except QloraLowmemError as error:
         return planner.nothing(failure=str(error))
-
-
-_SILENT: Callable[[str], None] = lambda _what: None  # noqa: E731

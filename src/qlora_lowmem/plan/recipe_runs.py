@@ -12,8 +12,8 @@ from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field, replace_fields
 
-# No recipe of any model here needs as much.
-_ROOM_FOR_EVERYTHING = 1 << 42
+# All the addresses that a device of a virtual GPU has; no recipe of any model here needs as much.
+_ROOM_FOR_EVERYTHING = 1 << 40
 _HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "qlora_lowmem.plan.worker")
 
 
@@ -29,6 +29,10 @@ class RecipeRun:
         trainable_parameters: of the adapters; 0 if it never got so far.
         floor_bytes: what no method of training this recipe avoids; 0 if it never ended a step.
         pinned_host_bytes: the most host memory that was page-locked at once.
+        refused: the card had no more to give at some moment, and the allocator gave back what it kept; with more memory
+            the peaks may be others.
+        stopped: it was ended once the card held more than it may, and `profile` holds the peaks until there.
+        flops: of a micro-batch, if they were asked for; 0 if they were not, or it did not end well.
         attribution: the steady step's peak by kind, if it was asked for and the run ended well.
     """
 
@@ -39,6 +43,9 @@ class RecipeRun:
     trainable_parameters: int = 0
     floor_bytes: int = 0
     pinned_host_bytes: int = 0
+    refused: bool = False
+    stopped: bool = False
+    flops: int = 0
     attribution: Attribution | None = None
 
 
@@ -75,16 +82,23 @@ def submit_recipe(
     timeout: float | None = None,
     attribute: bool = False,
     snapshot: Path | None = None,
+    brief: bool = False,
+    most: int | None = None,
+    count: bool = False,
 ) -> "Future[RecipeRun]":
     """Queue `recipe`'s training steps on `card`; synthetic data, every sample at full length.
 
     Args:
         attribute: say where the bytes of the peak are.
         snapshot: with `attribute`, write the allocator's snapshot there.
+        brief: leave out micro-batches that would do again what an earlier one of their step did: the same peaks.
+        most: bytes that the card may hold; with `brief`, a run that takes more is stopped.
+        count: once training has ended, count the FLOPs of one micro-batch more.
     """
     if recipe.data.data != "synthetic":
         recipe = replace_field(recipe, "data", "synthetic")
     arguments = {"content": recipe.to_dict(), "attribute": attribute, "snapshot": str(snapshot) if snapshot else None}
+    arguments |= {"brief": brief, "most": most, "count": count}
     job = server.submit("qlora_lowmem.plan.worker:run_here", arguments, card, timeout=timeout)
     result: Future[RecipeRun] = Future()
     job.add_done_callback(lambda done: _pass_on(done, result))

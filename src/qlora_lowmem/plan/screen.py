@@ -28,33 +28,56 @@ _LIMITS = {"model": "as long as the model was made for", "limit": "no longer one
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The answer, a line each."""
+    """The answer, a line each, as far as it is known: what becomes known later comes below."""
     yield from _of_the_recipe(plan) if plan.recipe_given else _of_the_model(plan)
-    yield ""
-    yield _effort(plan)
+    if _ended(plan):
+        yield ""
+        yield _effort(plan)
+
+
+def sweep_lines(plans: Sequence[Plan], *, full: bool) -> Iterator[str]:
+    """Many answers, a row each; if `full`, the screen of each below."""
+    yield plans_table(plans)
+    for plan in plans if full else ():
+        if not plan.failure:
+            yield ""
+            yield from lines(plan)
+
+
+def _ended(plan: Plan) -> bool:
+    return plan.seconds > 0
 
 
 def _of_the_recipe(plan: Plan) -> Iterator[str]:
-    assert plan.need is not None
-    room = plan.usable_bytes - plan.need.device_bytes
+    room = plan.usable_bytes - plan.need.device_bytes if plan.need is not None else 0
     verdict = f"fits, with {format_bytes(room)} of room" if plan.fits else "does not fit"
     yield f"{plan.subject} at {plan.wanted_tokens:,} tokens on {plan.card}: {verdict}. (virtual)"
-    yield _needs(plan.need, plan.usable_bytes)
-    yield from _breakdown(plan.kinds, plan.need)
-    yield ""
+    if plan.need is not None:
+        yield _needs(plan.need, plan.usable_bytes)
+        yield from _breakdown(plan.kinds, plan.need)
     if plan.longest is not None:
+        yield ""
         yield f"Longest sequence: {_longest(plan.longest)}"
     if plan.batch is not None:
         further = f"{plan.batch.next_value:,} does not fit" if plan.batch.next_value else "no larger one was tried"
         largest = f"{plan.batch.value:,} samples of {plan.wanted_tokens:,} tokens" if plan.batch.value else "none"
         yield f"Largest batch:    {largest} ({further})"
     yield from _knobs(plan)
-    if not plan.fits:
+    if not plan.fits and (plan.tried or _ended(plan)):
         yield ""
-        yield from _proposal(plan)
+        yield from _tried(plan)
+        if _ended(plan):
+            yield from _proposal(plan)
 
 
 def _of_the_model(plan: Plan) -> Iterator[str]:
+    if plan.tried:
+        yield f"{plan.model} at {plan.wanted_tokens:,} tokens on {plan.card}, from the fastest recipe to the leanest:"
+        yield from _tried(plan)
+    if not _ended(plan):
+        return
+    if plan.tried:
+        yield ""
     found = plan.proposal
     if found is not None and found.reaches_wanted:
         room = plan.usable_bytes - found.need.device_bytes
@@ -67,6 +90,11 @@ def _of_the_model(plan: Plan) -> Iterator[str]:
         yield from _breakdown(found.kinds, found.need)
     yield ""
     yield from _proposal(plan)
+
+
+def _tried(plan: Plan) -> Iterator[str]:
+    for tried in plan.tried:
+        yield f"  {'fits' if tried.fits else 'too much':<9} {tried.rung}: {tried.words}"
 
 
 def _needs(need: Need, usable: int) -> str:
@@ -128,8 +156,6 @@ def cost(knob: Knob, base: Need) -> str:
 
 
 def _proposal(plan: Plan) -> Iterator[str]:
-    for tried in plan.tried:
-        yield f"  {'fits' if tried.fits else 'too much':<9} {tried.rung}: {tried.words}"
     found = plan.proposal
     if found is None:
         yield f"No recipe fits {plan.card}, however short its sequence."

@@ -9,6 +9,7 @@ is not counted. FLOPs are work, not time: no kernel's speed is in them.
 import math
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,61 @@ import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers import TrainerCallback
 
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
+from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.random_weights import write_zero_checkpoint
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
 from qlora_lowmem.run.execute import execute
+from qlora_lowmem.run.job import Job
 from qlora_lowmem.run.merge import merge_run
 from qlora_lowmem.run.out_of_memory import OutOfGpuMemoryError
 from qlora_lowmem.run.preflight import inputs_of
 
 
-def run_here(content: dict[str, Any], attribute: bool = False, snapshot: str | None = None) -> Any:
+def run_here(
+    content: dict[str, Any],
+    attribute: bool = False,
+    snapshot: str | None = None,
+    brief: bool = False,
+    most: int | None = None,
+    count: bool = False,
+) -> Any:
     """Run a recipe for its steps, and return its `RecipeRun` as plain data.
 
     Args:
         content: the recipe as plain data.
-        attribute, snapshot: as in `submit_recipe`.
+        attribute, snapshot, brief, most, count: as in `submit_recipe`.
     """
-    return msgspec.to_builtins(_run(content, attribute, snapshot))
+    flops = FlopCount()
+
+    def ready(job: Job, recorder: Recorder) -> None:
+        if count:
+            job.trainer.add_callback(_CountAtEnd(job.trainer, flops))
+        if brief:
+            Brevity(job, recorder, most)
+
+    run = _run(content, attribute, snapshot, ready)
+    return msgspec.to_builtins(replace(run, flops=flops.total))
 
 
-def _run(content: dict[str, Any], attribute: bool, snapshot: str | None) -> RecipeRun:
+def _run(content: dict[str, Any], attribute: bool, snapshot: str | None, on_ready: Any) -> RecipeRun:
     recipe = replace_field(recipe_from_dict(content), "device", "virtual")
     recorder = AttributionRecorder(uniform=True) if attribute else None
     try:
         with tempfile.TemporaryDirectory() as folder:
-            outcome = execute(inputs_of(recipe), output_dir=Path(folder), save=False, attribution=recorder)
+            outcome = execute(
+                inputs_of(recipe), output_dir=Path(folder), save=False, attribution=recorder, on_ready=on_ready
+            )
     except OutOfGpuMemoryError as error:
         return RecipeRun(error.profile, out_of_memory=error.torch_message, phase=error.phase)
+    except _Over as over:
+        return RecipeRun(over.profile, stopped=True)
     except Exception:  # what a person reads is made of this in the parent
         return RecipeRun(None, failure=traceback.format_exc())
     if recorder is not None and snapshot is not None and outcome.attribution is not None:
@@ -56,8 +81,70 @@ def _run(content: dict[str, Any], attribute: bool, snapshot: str | None) -> Reci
         outcome.profile,
         trainable_parameters=outcome.trainable_parameters,
         floor_bytes=outcome.floor.total,
+        refused=torch.cuda.memory_stats()["num_alloc_retries"] > 0,
         attribution=outcome.attribution,
     )
+
+
+class _Over(Exception):
+    """The card holds more than it may: whatever comes, the run does not fit."""
+
+    def __init__(self, profile: MemoryProfile) -> None:
+        self.profile = profile
+
+
+class Brevity:
+    """Leaves out micro-batches whose memory is known, and ends a run that has taken too much.
+
+    A micro-batch that ends with the allocator as an earlier one of its step left it has come full circle: what follows
+    does again, to the byte, what came since. All of a step's micro-batches have the same shapes. Its last is always
+    run: there gradients are complete and the optimizer steps.
+    """
+
+    def __init__(self, job: Job, recorder: Recorder, most: int | None = None) -> None:
+        self._plain: Any = job.trainer.training_step
+        self._recorder = recorder
+        self._most = most
+        self._micro_batches = int(job.trainer.args.gradient_accumulation_steps)
+        self._seen = 0
+        self._left_out = 0
+        self._states: list[Any] = []
+        self._loss: Any = None
+        job.trainer.training_step = self._training_step  # type: ignore[method-assign]
+
+    def _training_step(self, *arguments: Any, **options: Any) -> Any:
+        place = self._seen % self._micro_batches
+        self._seen += 1
+        if place == 0:
+            self._states.clear()
+        if self._left_out:
+            self._left_out -= 1
+            return self._loss
+        self._loss = self._plain(*arguments, **options)
+        if self._most is not None and self._recorder.live_bytes()[1] > self._most:
+            raise _Over(self._recorder.profile())
+        before_last = self._micro_batches - 2 - place
+        if before_last > 0:
+            state = _allocator_state()
+            self._states.insert(0, state)
+            circle = self._states.index(state, 1) if state in self._states[1:] else before_last + 1
+            self._left_out = before_last // circle * circle
+        return self._loss
+
+
+def _allocator_state() -> Any:
+    """The caching allocator's segments and the blocks in them, by address.
+
+    Of small blocks (1 MiB at most, in segments of their own) only how many bytes there are: scalars trade places.
+    """
+    segments = torch.cuda.memory_snapshot(include_traces=False)
+    large = [
+        (each["address"], each["stream"], *((block["size"], block["state"]) for block in each["blocks"]))
+        for each in segments
+        if each["segment_type"] == "large"
+    ]
+    small = [(each["total_size"], each["allocated_size"]) for each in segments if each["segment_type"] == "small"]
+    return sorted(large), [sum(sizes) for sizes in zip(*small, strict=True)]
 
 
 def live_here(content: dict[str, Any], folder: str, part: str) -> Any:
@@ -105,6 +192,21 @@ class FlopCount(TorchDispatchMode):
         elif operator in flop_registry:
             self.total += int(flop_registry[operator](*args, **kwargs, out_val=out))
         return out
+
+
+class _CountAtEnd(TrainerCallback):
+    """Counts a micro-batch after the last step, when every phase and its peaks have ended."""
+
+    def __init__(self, trainer: Any, flops: FlopCount) -> None:
+        self._trainer = trainer
+        self._step = trainer.training_step
+        self._flops = flops
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Called after the last step."""
+        batch = next(iter(self._trainer.get_train_dataloader()))
+        with self._flops:
+            self._step(self._trainer.model_wrapped, batch)
 
 
 def product_with_4bit(inputs: torch.Tensor, _packed: torch.Tensor, shape: list[int]) -> int:

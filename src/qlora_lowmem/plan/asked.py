@@ -1,7 +1,11 @@
-"""What a recipe's model is, as far as memory depends on it: the shapes, never the values, of its weights."""
+"""What is asked: a recipe, made ready for planning, on a card.
+
+Of its model counts what memory depends on: the shapes, never the values, of its weights.
+"""
 
 from dataclasses import dataclass
 
+from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean.families import takes_tiles
 from qlora_lowmem.models.sources import source_of
@@ -60,3 +64,36 @@ def runs_in_tiles(recipe: Recipe) -> bool:
         return planned_model(recipe).tiles
     except UsageError:
         return False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is asked.
+
+    Attributes:
+        model: the recipe, ready for planning; its `max_seq_length` is the wanted length.
+        subject: how answers name it.
+        recipe_given: whether it is the person's own recipe, or where the ladder starts for a model.
+        fixed: fields set on the command line, which no proposal changes.
+    """
+
+    model: PlannedModel
+    card: virtual_gpu.Card
+    subject: str
+    recipe_given: bool
+    fixed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is looked into.
+
+    Attributes:
+        limit: tokens; no longer sequence is tried.
+        step: tokens that lengths are told apart by.
+        full: also the breakdown, the largest batch, single changes, FLOPs.
+    """
+
+    limit: int
+    step: int
+    full: bool
