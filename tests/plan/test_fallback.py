@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers import RECIPES
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.plan.fallback import next_fallback
+from qlora_lowmem.plan.ladder import next_fallback
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run_folder.resumption import changes_between
 
@@ -68,7 +68,7 @@ def test_starting_again_is_the_same_command_with_the_change(tiny_hybrid: Path) -
     """Its own process becomes the command; a dry run shows with what."""
     flags = ["--config", str(RECIPES / "optimised.yaml"), "--model", str(tiny_hybrid), "--dry-run", "--batch-size", "4"]
     step = ["--batch-size", "2", "--gradient-accumulation-steps", "4"]
-    program = f"from qlora_lowmem.plan.fallback import *; start_again({flags!r}, {step!r})"
+    program = f"from qlora_lowmem.run.train import _start_again; _start_again({flags!r}, {step!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert "batch_size: 2\n" in done.stdout
     assert "gradient_accumulation_steps: 4\n" in done.stdout

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _next_change(recipe: Recipe) -> Any:
-    from qlora_lowmem.plan.fallback import next_fallback
+    from qlora_lowmem.plan.ladder import next_fallback
 
     return next_fallback(recipe)
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.plan.asked import runs_in_tiles
 from qlora_lowmem.recipe import Recipe, field_values
 from qlora_lowmem.recipe.io import replace_fields
-from qlora_lowmem.recipe.moves import moves, one_by_one
+from qlora_lowmem.recipe.moves import Change, changes_of, moves, one_by_one
 
 # What every rung starts from: nothing is computed twice, and what costs nothing is made use of.
 _FASTEST: dict[str, Any] = {
@@ -114,3 +115,14 @@ def ladder(recipe: Recipe, *, tiles: bool, fixed: Collection[str], climbing: boo
             continue
         if changed != recipe or not climbing:
             yield rung, changed
+
+
+def next_fallback(recipe: Recipe) -> Change | None:
+    """The fallback of a run that is out of memory: the next knob that trains the same; None if none is left.
+
+    What costs no time comes first (`recipe/moves.py` states the order). Each change keeps what is trained, as
+    `run_folder/resumption.py` sees it, so the checkpoint of the last good step is not lost. What would switch another
+    of the recipe's knobs off is passed over: that is a choice of the person's own.
+    """
+    changes = changes_of(recipe, tiles=runs_in_tiles(recipe))
+    return next((each for each in changes if each.keeps_training and False not in each.changes.values()), None)

@@ -1,7 +1,7 @@
 """What a knob of a recipe can be changed to so that a step needs less memory: what that costs, and what it keeps.
 
 The one table of it. Plans try every move alone (`plan/advice.py`) and climb rungs that are made of moves
-(`plan/ladder.py`); a run that is out of memory makes the first that keeps what it trains (`plan/fallback.py`); and a
+(`plan/ladder.py`); a run that is out of memory makes the first that keeps what it trains; and a
 run may go on in its folder with those made that do (`run_folder/resumption.py`).
 """
 

@@ -1,1 +1,0 @@
-"""`python -m qlora_lowmem.report.page`."""
