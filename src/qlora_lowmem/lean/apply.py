@@ -13,18 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_lowmem.lean import decoder, granite
-from qlora_lowmem.lean.decoder import Family, patch
+from qlora_lowmem.lean.decoder import head_of, patch, score
 from qlora_lowmem.lean.embeddings import check_quantisable, quantise_embeddings
 from qlora_lowmem.lean.families import TILED_FAMILIES, why_not_tiles
+from qlora_lowmem.lean.layers import GRANITE, LLAMA, Family
 from qlora_lowmem.lean.linear4bit import patch_linear_4bit
-from qlora_lowmem.lean.loss import HeadOptions, head_of, score
+from qlora_lowmem.lean.loss import HeadOptions
 from qlora_lowmem.lean.norms import rms_norms_of
 from qlora_lowmem.lean.options import Idea, LeanOptions, LeanReport, RefusedOptionError
 from qlora_lowmem.lean.scan_triton import choose_scan, refused_triton, why_never_triton
 
 _OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
-_BUILT_LIKE = {"granite": granite.FAMILY, "llama": decoder.LLAMA}
+_BUILT_LIKE = {"granite": GRANITE, "llama": LLAMA}
 _FAMILIES = {each.causal_class: each for each in TILED_FAMILIES.values()}
 
 __all__ = ["apply_lean", "foresee_lean", "quantise_embeddings"]

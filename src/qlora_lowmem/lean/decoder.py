@@ -1,15 +1,14 @@
-"""A causal language model whose decoder layers run in tiles: what the families of models share, and Llama's.
+"""A causal language model whose decoder layers run in tiles, from its inputs to what its forward returns.
 
-This file and `granite.py` are the only ones that know transformers' decoders, and they know them by what the model
-brings: the classes that a model's own `forward` would return are looked up in the module that its
-class comes from. Projections are called as the modules that they are, so that PEFT's LoRA and bitsandbytes' 4-bit
-layers keep their own semantics.
+This file and `layers.py` are the only ones that know transformers' decoders, and they know them by what the model
+brings: the classes that a model's own `forward` would return are looked up in the module that its class comes from.
+What TRL's trainer reads of its fused LM head is made here too.
 """
 
 import functools
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,166 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_recurrent_attention_mask
 
-from qlora_lowmem.lean.attention import KeyValues, rotate
 from qlora_lowmem.lean.checkpointing import run_layers
-from qlora_lowmem.lean.loss import HeadOptions, head_of, score
+from qlora_lowmem.lean.embeddings import QuantisedHead
+from qlora_lowmem.lean.layers import Family, SequenceInputs
+from qlora_lowmem.lean.loss import IGNORE_INDEX, DenseHead, Head, HeadOptions, token_log_probs
 from qlora_lowmem.lean.norms import rms_norm
 from qlora_lowmem.lean.options import LeanOptions
-from qlora_lowmem.lean.swiglu import swiglu_of
-from qlora_lowmem.lean.tiles import Carry, TiledLayer, TilePlan
-
-
-@dataclass(frozen=True)
-class SequenceInputs:
-    """What all layers of one forward see.
-
-    valid is (batch, seq) bool or None without padding; cos and sin are (1 or batch, seq, head_dim) or None.
-    """
-
-    valid: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-
-
-def _no_window(config: Any) -> None:
-    del config
-
-
-@dataclass(frozen=True)
-class Family:
-    """Models whose decoders are built alike.
-
-    Attributes:
-        tiled_layer: a decoder layer of theirs as a `TiledLayer`, for one forward.
-        backbone_output, causal_output: classes in the model's own module that its forwards return.
-        plain_keywords: keywords whose calls take the decoder's own forward.
-        window: tokens that the narrowest of a model's layers sees, by its config; None where all see everything.
-    """
-
-    tiled_layer: Callable[[Any, SequenceInputs, LeanOptions], TiledLayer]
-    backbone_output: str
-    causal_output: str
-    plain_keywords: tuple[str, ...]
-    window: Callable[[Any], int | None] = _no_window
-
-
-def trainable(*modules: nn.Module | None) -> list[Tensor]:
-    """Parameters of the modules that are trained."""
-    return [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
-
-
-class DecoderLayer:
-    """A pre-norm decoder layer: the norms, the residuals and the feed-forward half, which all layers share.
-
-    Args:
-        layer: transformers' own.
-        inputs: of this forward.
-        mixer: the module between the first norm and the first residual.
-        feed_forward: what stands between the second norm and the second residual, of (batch, tile, hidden).
-        feed_forward_modules: those that it calls.
-    """
-
-    def __init__(
-        self,
-        layer: Any,
-        inputs: SequenceInputs,
-        mixer: nn.Module,
-        feed_forward: Callable[[Tensor], Tensor],
-        feed_forward_modules: Sequence[nn.Module | None],
-    ) -> None:
-        self.layer, self.inputs = layer, inputs
-        self._feed_forward = feed_forward
-        self._residual_multiplier = getattr(layer, "residual_multiplier", 1.0)
-        self.mixer_parameters: Sequence[Tensor] = trainable(layer.input_layernorm, mixer)
-        self.feed_forward_parameters: Sequence[Tensor] = trainable(
-            layer.post_attention_layernorm, *feed_forward_modules
-        )
-
-    def residual(self, x: Tensor, update: Tensor) -> Tensor:
-        """x plus the update. One rounding, and no tensor for the product."""
-        return torch.add(x, update.to(x.dtype), alpha=self._residual_multiplier)
-
-    def normed(self, x: Tensor) -> Tensor:
-        """What the mixer receives."""
-        norm = self.layer.input_layernorm
-        return rms_norm(x, norm.weight, norm.variance_epsilon)
-
-    def feed_forward(self, h: Tensor) -> Tensor:
-        """As `TiledLayer` says."""
-        norm = self.layer.post_attention_layernorm
-        return self.residual(h, self._feed_forward(rms_norm(h, norm.weight, norm.variance_epsilon)))
-
-
-class AttentionLayer(DecoderLayer):
-    """Causal attention to everything before. No carry: tiles share the keys and values of the whole sequence."""
-
-    def begin(self, x: Tensor) -> tuple[KeyValues, Carry]:
-        """As `TiledLayer` says."""
-        return KeyValues(x.shape[1], self.layer.self_attn.scaling, self.inputs.valid), ()
-
-    def _heads(self, name: str, normed: Tensor) -> Tensor:
-        """(batch, tile, heads, head_dim) of the projection `name`, normed where the family norms heads (Qwen 3)."""
-        attention = self.layer.self_attn
-        heads: Tensor = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
-        norm = getattr(attention, f"{name}_norm", None)
-        return heads if norm is None else rms_norm(heads, norm.weight, norm.variance_epsilon)
-
-    def _keys_values(self, normed: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        return self._rotated(self._heads("k", normed), start), self._heads("v", normed)
-
-    def _rotated(self, x: Tensor, start: int) -> Tensor:
-        cos, sin = self.inputs.cos, self.inputs.sin
-        # SmolLM 3 rotates in some of its layers only.
-        if cos is None or sin is None or not getattr(self.layer.self_attn, "use_rope", True):
-            return x
-        span = slice(start, start + x.shape[1])
-        return rotate(x, cos[:, span], sin[:, span])
-
-    def mix(self, x: Tensor, start: int, shared: KeyValues, carry: Carry) -> tuple[Tensor, Carry]:
-        """As `TiledLayer` says."""
-        normed = self.normed(x)
-        k, v = self._keys_values(normed, start)
-        q = self._rotated(self._heads("q", normed), start)
-        shared.write(start, k.detach(), v.detach())
-        out = shared.attend(start, q, k, v).flatten(2)
-        return self.residual(x, self.layer.self_attn.o_proj(out)), carry
-
-    def advance(self, x: Tensor, start: int, shared: KeyValues, carry: Carry) -> Carry:
-        """As `TiledLayer` says."""
-        shared.write(start, *self._keys_values(self.normed(x), start))
-        return carry
-
-
-def _swiglu_feed_forward(mlp: Any, x: Tensor) -> Tensor:
-    update: Tensor = mlp.down_proj(swiglu_of(mlp.gate_proj(x), mlp.up_proj(x)))
-    return update
-
-
-def _llama_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> TiledLayer:
-    del options
-    return AttentionLayer(
-        layer, inputs, layer.self_attn, functools.partial(_swiglu_feed_forward, layer.mlp), (layer.mlp,)
-    )
-
-
-def _llama_window(config: Any) -> int | None:
-    # Mistral has one window for all layers where its config names no types; the others list a type a layer.
-    types = getattr(config, "layer_types", None)
-    slides = types is None or "sliding_attention" in types
-    return getattr(config, "sliding_window", None) if slides else None
-
-
-# Llama and the families built as it is: causal attention and a SwiGLU, each after an RMSNorm. Mirrors
-# `LlamaDecoderLayer.forward`, `LlamaModel.forward` and `LlamaForCausalLM.forward`. What its relatives add is read from
-# their modules: biases (Qwen 2), norms of heads (Qwen 3), layers without rotation (SmolLM 3), multipliers (Granite).
-# Packed samples are told apart by their positions, which are given in no other case: the model's own masks keep them.
-LLAMA = Family(
-    _llama_layer,
-    backbone_output="BaseModelOutputWithPast",
-    causal_output="CausalLMOutputWithPast",
-    window=_llama_window,
-    plain_keywords=("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),
-)
+from qlora_lowmem.lean.tiles import TiledLayer, TilePlan
 
 
 def _tiled_layers(
@@ -319,3 +165,65 @@ def patch(causal: Any, family: Family, options: LeanOptions) -> None:
         # The signature stays that of the class: trainers read it to choose the columns that they pass.
         wrapped = functools.wraps(type(module).forward)(forward)
         module.forward = types.MethodType(wrapped, module)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Every label's score, (batch, seq) each, and the loss. `mask` is where there is a label."""
+
+    loss: Tensor
+    log_probs: Tensor
+    entropies: Tensor
+    is_top1: Tensor
+    mask: Tensor
+    columns: slice
+
+    def fused_output(self) -> Any:
+        """The output of TRL's `add_fused_lm_head`, whose labels are one shorter than the sequence unless shifted."""
+        # TRL's own class, from its own module, which is loaded since only it knows the keyword.
+        return sys.modules["trl.trainer.utils"].FusedCausalLMOutput(
+            loss=self.loss,
+            log_probs=self.log_probs[:, self.columns],
+            entropy=self.entropies[:, self.columns],
+            is_top1=self.is_top1[:, self.columns],
+            label_mask=self.mask[:, self.columns],
+        )
+
+
+def head_of(module: Any) -> Head | None:
+    """An LM head as something to multiply by in tiles, or None where it is something else (adapted, biased)."""
+    if isinstance(module, QuantisedHead):
+        return module.table
+    if type(module) is nn.Linear and module.bias is None:
+        return DenseHead(module.weight)
+    return None
+
+
+def score(
+    hidden: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    items: Tensor | int | None,
+    head: Head,
+    norm: Callable[[Tensor], Tensor],
+    options: HeadOptions,
+) -> Scored:
+    """Score labels, (batch, seq) each, of which `shift_labels` are aligned with what predicts them already.
+
+    Args:
+        hidden: (batch, seq, hidden), before `norm`.
+        items: labels of the whole step, by which the loss is divided; None divides by those here.
+        norm: as in `token_log_probs`.
+    """
+    scored = shift_labels
+    if scored is None:
+        assert labels is not None
+        # The last position predicts nothing. The hidden states stay whole: a slice would be a copy.
+        scored = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    weight = head.weight if isinstance(head, DenseHead) and head.weight.requires_grad else None
+    log_probs, entropies, is_top1 = token_log_probs(hidden, scored, head, norm, options, weight)
+    mask = scored != IGNORE_INDEX
+    count = items if items is not None else mask.sum()
+    loss = -log_probs.sum() / (count.to(log_probs.device) if isinstance(count, Tensor) else count)
+    columns = slice(None) if shift_labels is not None else slice(0, -1)
+    return Scored(loss, log_probs, entropies, is_top1, mask, columns)

@@ -70,7 +70,7 @@ HOLDS: Mapping[str, Holding | None] = {
     "decoder.py": None,
     "embeddings.py": None,
     "families.py": None,
-    "granite.py": None,
+    "layers.py": None,
     "linear4bit.py": None,
     "loss.py": "loss",
     "norms.py": "norm",

@@ -1,0 +1,261 @@
+"""Decoder layers of the families that are known, as layers that run in tiles: Llama's with its relatives', Granite's.
+
+Projections are called as the modules that they are, so that PEFT's LoRA and bitsandbytes' 4-bit layers keep their own
+semantics.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lowmem.lean import scan, scan_triton
+from qlora_lowmem.lean.attention import KeyValues, rotate
+from qlora_lowmem.lean.convolution import causal_conv_silu, next_tail
+from qlora_lowmem.lean.norms import gated_rms_norm, rms_norm
+from qlora_lowmem.lean.options import LeanOptions
+from qlora_lowmem.lean.scan import ScanInputs, ScanOptions
+from qlora_lowmem.lean.swiglu import swiglu, swiglu_of
+from qlora_lowmem.lean.tiles import Carry, TiledLayer
+
+
+@dataclass(frozen=True)
+class SequenceInputs:
+    """What all layers of one forward see.
+
+    valid is (batch, seq) bool or None without padding; cos and sin are (1 or batch, seq, head_dim) or None.
+    """
+
+    valid: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+def _no_window(config: Any) -> None:
+    del config
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose decoders are built alike.
+
+    Attributes:
+        tiled_layer: a decoder layer of theirs as a `TiledLayer`, for one forward.
+        backbone_output, causal_output: classes in the model's own module that its forwards return.
+        plain_keywords: keywords whose calls take the decoder's own forward.
+        window: tokens that the narrowest of a model's layers sees, by its config; None where all see everything.
+    """
+
+    tiled_layer: Callable[[Any, SequenceInputs, LeanOptions], TiledLayer]
+    backbone_output: str
+    causal_output: str
+    plain_keywords: tuple[str, ...]
+    window: Callable[[Any], int | None] = _no_window
+
+
+def trainable(*modules: nn.Module | None) -> list[Tensor]:
+    """Parameters of the modules that are trained."""
+    return [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+
+
+class DecoderLayer:
+    """A pre-norm decoder layer: the norms, the residuals and the feed-forward half, which all layers share.
+
+    Args:
+        layer: transformers' own.
+        inputs: of this forward.
+        mixer: the module between the first norm and the first residual.
+        feed_forward: what stands between the second norm and the second residual, of (batch, tile, hidden).
+        feed_forward_modules: those that it calls.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        inputs: SequenceInputs,
+        mixer: nn.Module,
+        feed_forward: Callable[[Tensor], Tensor],
+        feed_forward_modules: Sequence[nn.Module | None],
+    ) -> None:
+        self.layer, self.inputs = layer, inputs
+        self._feed_forward = feed_forward
+        self._residual_multiplier = getattr(layer, "residual_multiplier", 1.0)
+        self.mixer_parameters: Sequence[Tensor] = trainable(layer.input_layernorm, mixer)
+        self.feed_forward_parameters: Sequence[Tensor] = trainable(
+            layer.post_attention_layernorm, *feed_forward_modules
+        )
+
+    def residual(self, x: Tensor, update: Tensor) -> Tensor:
+        """x plus the update. One rounding, and no tensor for the product."""
+        return torch.add(x, update.to(x.dtype), alpha=self._residual_multiplier)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the mixer receives."""
+        norm = self.layer.input_layernorm
+        return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """As `TiledLayer` says."""
+        norm = self.layer.post_attention_layernorm
+        return self.residual(h, self._feed_forward(rms_norm(h, norm.weight, norm.variance_epsilon)))
+
+
+class AttentionLayer(DecoderLayer):
+    """Causal attention to everything before. No carry: tiles share the keys and values of the whole sequence."""
+
+    def begin(self, x: Tensor) -> tuple[KeyValues, Carry]:
+        """As `TiledLayer` says."""
+        return KeyValues(x.shape[1], self.layer.self_attn.scaling, self.inputs.valid), ()
+
+    def _heads(self, name: str, normed: Tensor) -> Tensor:
+        """(batch, tile, heads, head_dim) of the projection `name`, normed where the family norms heads (Qwen 3)."""
+        attention = self.layer.self_attn
+        heads: Tensor = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, f"{name}_norm", None)
+        return heads if norm is None else rms_norm(heads, norm.weight, norm.variance_epsilon)
+
+    def _keys_values(self, normed: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        return self._rotated(self._heads("k", normed), start), self._heads("v", normed)
+
+    def _rotated(self, x: Tensor, start: int) -> Tensor:
+        cos, sin = self.inputs.cos, self.inputs.sin
+        # SmolLM 3 rotates in some of its layers only.
+        if cos is None or sin is None or not getattr(self.layer.self_attn, "use_rope", True):
+            return x
+        span = slice(start, start + x.shape[1])
+        return rotate(x, cos[:, span], sin[:, span])
+
+    def mix(self, x: Tensor, start: int, shared: KeyValues, carry: Carry) -> tuple[Tensor, Carry]:
+        """As `TiledLayer` says."""
+        normed = self.normed(x)
+        k, v = self._keys_values(normed, start)
+        q = self._rotated(self._heads("q", normed), start)
+        shared.write(start, k.detach(), v.detach())
+        out = shared.attend(start, q, k, v).flatten(2)
+        return self.residual(x, self.layer.self_attn.o_proj(out)), carry
+
+    def advance(self, x: Tensor, start: int, shared: KeyValues, carry: Carry) -> Carry:
+        """As `TiledLayer` says."""
+        shared.write(start, *self._keys_values(self.normed(x), start))
+        return carry
+
+
+def _swiglu_feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    update: Tensor = mlp.down_proj(swiglu_of(mlp.gate_proj(x), mlp.up_proj(x)))
+    return update
+
+
+def _llama_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> TiledLayer:
+    del options
+    return AttentionLayer(
+        layer, inputs, layer.self_attn, functools.partial(_swiglu_feed_forward, layer.mlp), (layer.mlp,)
+    )
+
+
+def _llama_window(config: Any) -> int | None:
+    # Mistral has one window for all layers where its config names no types; the others list a type a layer.
+    types = getattr(config, "layer_types", None)
+    slides = types is None or "sliding_attention" in types
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+# Llama and the families built as it is: causal attention and a SwiGLU, each after an RMSNorm. Mirrors
+# `LlamaDecoderLayer.forward`, `LlamaModel.forward` and `LlamaForCausalLM.forward`. What its relatives add is read from
+# their modules: biases (Qwen 2), norms of heads (Qwen 3), layers without rotation (SmolLM 3), multipliers (Granite).
+# Packed samples are told apart by their positions, which are given in no other case: the model's own masks keep them.
+LLAMA = Family(
+    _llama_layer,
+    backbone_output="BaseModelOutputWithPast",
+    causal_output="CausalLMOutputWithPast",
+    window=_llama_window,
+    plain_keywords=("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),
+)
+
+
+def _granite_feed_forward(layer: Any, x: Tensor) -> Tensor:
+    mlp = layer.shared_mlp
+    update: Tensor = mlp.output_linear(swiglu(mlp.input_linear(x)))
+    return layer.block_sparse_moe(x) + update if layer.has_experts else update
+
+
+def _granite_feed_forward_of(layer: Any) -> tuple[Callable[[Tensor], Tensor], tuple[nn.Module | None, ...]]:
+    """What stands between the second norm and the second residual, and the modules that it calls."""
+    return functools.partial(_granite_feed_forward, layer), (layer.shared_mlp, layer.block_sparse_moe)
+
+
+class MambaLayer(DecoderLayer):
+    """Carry: the convolution's last d_conv - 1 inputs (batch, d_conv - 1, conv_dim) and the scan's state (batch, heads,
+    head_dim, d_state)."""
+
+    def __init__(self, layer: Any, inputs: SequenceInputs, options: LeanOptions) -> None:
+        super().__init__(layer, inputs, layer.mamba, *_granite_feed_forward_of(layer))
+        low, high = layer.mamba.time_step_limit
+        self.scan_options = ScanOptions(options.scan_chunk_length, (float(low), float(high)))
+        self.scan: Any = scan_triton if options.scan == "triton" else scan
+
+    def begin(self, x: Tensor) -> tuple[None, Carry]:
+        mixer, batch = self.layer.mamba, x.shape[0]
+        tail = x.new_zeros(batch, mixer.conv_kernel_size - 1, mixer.conv_dim)
+        state = torch.zeros(
+            batch, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size, dtype=torch.float32, device=x.device
+        )
+        return None, (tail, state)
+
+    def _scan_inputs(self, x: Tensor, start: int, carry: Carry) -> tuple[Tensor, ScanInputs, Tensor]:
+        """gate, the scan's inputs, and the next tail."""
+        mixer, (tail, state) = self.layer.mamba, carry
+        valid = self.inputs.valid
+        mask = None if valid is None else valid[:, start : start + x.shape[1], None]
+        x = self.normed(x)
+        projected = mixer.in_proj(x if mask is None else x * mask)
+        gate, mixed, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
+        convolved = causal_conv_silu(mixed, tail, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias)
+        if mask is not None:
+            convolved = convolved * mask
+        width = mixer.n_groups * mixer.ssm_state_size
+        xs, b, c = convolved.split([mixer.intermediate_size, width, width], -1)
+        inputs = ScanInputs(
+            x=xs.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
+            dt=dt,
+            a=-torch.exp(mixer.A_log.float()),
+            b=b.unflatten(-1, (mixer.n_groups, -1)),
+            c=c.unflatten(-1, (mixer.n_groups, -1)),
+            d=mixer.D,
+            dt_bias=mixer.dt_bias,
+            state=state,
+        )
+        return gate, inputs, next_tail(mixed, tail)
+
+    def mix(self, x: Tensor, start: int, shared: Any, carry: Carry) -> tuple[Tensor, Carry]:
+        del shared
+        mixer = self.layer.mamba
+        gate, inputs, tail = self._scan_inputs(x, start, carry)
+        y, state = self.scan.mamba2_scan(inputs, self.scan_options)
+        norm = mixer.norm
+        # The projection receives what it receives in the plain model: the residual stream's dtype.
+        y = gated_rms_norm(y.flatten(2), gate, norm.weight, norm.variance_epsilon, norm.group_size, x.dtype)
+        return self.residual(x, mixer.out_proj(y)), (tail, state)
+
+    def advance(self, x: Tensor, start: int, shared: Any, carry: Carry) -> Carry:
+        del shared
+        _, inputs, tail = self._scan_inputs(x, start, carry)
+        return tail, self.scan.advance_state(inputs, self.scan_options)
+
+
+def _granite_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> TiledLayer:
+    if layer.mamba is not None:
+        return MambaLayer(layer, inputs, options)
+    return AttentionLayer(layer, inputs, layer.self_attn, *_granite_feed_forward_of(layer))
+
+
+# Granite 4.0 hybrids and their dense siblings. Mirrors `GraniteMoeHybridDecoderLayer.forward`,
+# `GraniteMoeHybridModel.forward` and `GraniteMoeHybridForCausalLM.forward`.
+GRANITE = Family(
+    _granite_layer,
+    backbone_output="MoeModelOutputWithPast",
+    causal_output="MoeCausalLMOutputWithPast",
+    plain_keywords=("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),
+)
