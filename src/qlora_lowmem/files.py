@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +26,10 @@ def cache_folder() -> Path:
     return Path(given) if given is not None else platformdirs.user_cache_path("qlora_lowmem", appauthor=False)
 
 
-def write_whole(path: Path, content: str | bytes, *, fsync: bool = False) -> None:
+def write_whole(path: Path, content: str | bytes | Iterable[str], *, fsync: bool = False) -> None:
     """Put `content` in the place of a file, whole or not at all; where `path` is a link, of the file that it names.
+
+    Lines that are made one at a time may fail to be made: then nothing is written.
 
     Args:
         fsync: whether it must survive a power cut from here on.
@@ -38,7 +40,11 @@ def write_whole(path: Path, content: str | bytes, *, fsync: bool = False) -> Non
     target = Path(os.path.realpath(path))
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str | bytes):
+            scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        else:
+            with scratch.open("w", encoding="utf-8") as file:
+                file.writelines(content)
         if fsync:
             flush(scratch)
         os.replace(scratch, target)  # noqa: PTH105 - the step that tests make fail

@@ -20,6 +20,7 @@ COMMANDS = {
     "phases": ("qlora_lowmem.phases", "the peak of every phase of a run's life: loading, saving, merging, too"),
     "generate": ("qlora_lowmem.generate", "what training changed: answers and held-out loss, before and after"),
     "merge": ("qlora_lowmem.merge", "merge a trained adapter into its base model"),
+    "data": ("qlora_lowmem.data", "what a data file holds; files of other kinds written as JSON Lines"),
     "watch": ("qlora_lowmem.watch", "a running job's memory in the terminal"),
     "report": ("qlora_lowmem.report.page", "one HTML page of what the commands wrote"),
     "bisect": ("qlora_lowmem.gate.bisect", "which package made a recipe need more"),

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_lowmem.data.formats import FORMATS, TrainOn, check_one_format, check_sample, format_of_kind
+from qlora_lowmem.data.foreign import as_ours
+from qlora_lowmem.data.formats import FORMATS, REASONING, TrainOn, check_one_format, check_sample, format_of_kind
 from qlora_lowmem.data.report import DataReport, DuplicateCounter
-from qlora_lowmem.data.sources import DataSource, HubTable, JsonLines, ParquetTable, resolve_data
+from qlora_lowmem.data.sources import DataSource, JsonLines, resolve_data
+from qlora_lowmem.data.tables import ParquetTable, open_hub
 from qlora_lowmem.data.values import FaultLog, FaultySampleError, Reader
 from qlora_lowmem.errors import UsageError
 
@@ -74,13 +76,16 @@ def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = Tr
         walk = _Walk(source, reader, train_on, advance=bar.update)
         duplicates = DuplicateCounter(scratch)
         replaced = controls = tools = calls = 0
+        reasoning: set[str] = set()
         for number, sample in walk.samples():
             text = json.dumps(sample, sort_keys=True, ensure_ascii=False)
             duplicates.add(number, text.encode())
             replaced += _REPLACEMENT in text
             controls += _holds_control(text)
             tools += "tools" in sample
-            calls += _calls_a_tool(sample)
+            messages = _messages_of(sample)
+            calls += any("tool_calls" in message for message in messages)
+            reasoning.update(key for message in messages for key in REASONING if key in message)
         walk.faults.refuse_if_any(walk.rows)
         if walk.first is None:
             blank = ", all blank" if walk.rows else ""
@@ -100,7 +105,9 @@ def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = Tr
             control_characters=controls,
             with_tools=tools,
             with_tool_calls=calls,
-            unused_columns=reader.unused_columns,
+            unused_columns=(*reader.unused_columns, *walk.unread),
+            read_as=tuple(walk.said),
+            reasoning_keys=tuple(key for key in REASONING if key in reasoning),
         )
     return CheckedData(source, train_on, report, quiet)
 
@@ -110,7 +117,7 @@ def _open(source: DataSource) -> Reader:
         return JsonLines(source.name)
     if source.kind == "parquet":
         return ParquetTable(source.name)
-    return HubTable(source.name, source.split)
+    return open_hub(source.name, source.split)
 
 
 class _Walk:
@@ -126,6 +133,9 @@ class _Walk:
         self.faults = FaultLog(source.shown, source.unit)
         self.first: tuple[str, int] | None = None  # what the first sample holds, and its line or row
         self.rows = self.blank = self.sound = 0
+        # What was read as ours and what was left unread, in the order in which it was met.
+        self.said: dict[str, None] = {}
+        self.unread: dict[str, None] = {}
 
     def samples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in self._reader.rows():
@@ -146,7 +156,8 @@ class _Walk:
                     yield row.number, sample
 
     def _check(self, number: int, value: dict[str, Any]) -> dict[str, Any]:
-        sample, kind = check_sample(value, self._train_on)
+        ours = as_ours(value, self.said.setdefault, self.unread.setdefault)
+        sample, kind = check_sample(ours, self._train_on)
         self.first = self.first or (kind, number)
         check_one_format(kind, self._source.unit, *self.first)
         return sample
@@ -157,10 +168,6 @@ def _holds_control(text: str) -> bool:
     return any(mark in text for mark in ("\\u00", "\\b", "\\f", "\x7f")) and _CONTROL.search(text) is not None
 
 
-def _calls_a_tool(sample: dict[str, Any]) -> bool:
-    messages = [*sample.get("messages", ()), *_listed(sample.get("prompt")), *_listed(sample.get("completion"))]
-    return any("tool_calls" in message for message in messages)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _messages_of(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    found = (sample.get(key) for key in ("messages", "prompt", "completion"))
+    return [message for each in found if isinstance(each, list) for message in each]

@@ -117,12 +117,15 @@ def _tools_of(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_assistant(messages: list[dict[str, Any]]) -> bool:
-    return any(message["role"] == "assistant" for message in messages)
+    """Whether there is one to learn from."""
+    return any(message["role"] == "assistant" and "weight" not in message for message in messages)
 
 
 ROLES = ("system", "user", "assistant", "tool")
 # Keys beside role and content.
-_MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
+# Under which an assistant's reasoning stands: as most templates read it, and as gpt-oss' does.
+REASONING = ("reasoning_content", "thinking")
+_MORE_KEYS = {"assistant": ("tool_calls", *REASONING, "weight"), "tool": ("name", "tool_call_id")}
 _OPTIONAL = {key for keys in _MORE_KEYS.values() for key in keys}
 _MESSAGE = '[{"role": "user", "content": "..."}]'
 _CALL = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
@@ -141,9 +144,10 @@ def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
     return [_check_message(f"{name}[{index}]", message) for index, message in enumerate(messages)]
 
 
-def _check_message(place: str, message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise FaultySampleError("messages", f"{place} is {kind_of(message)}, not a message; write {_MESSAGE}")
+def _check_message(place: str, given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise FaultySampleError("messages", f"{place} is {kind_of(given)}, not a message; write {_MESSAGE}")
+    message: dict[str, Any] = given
     if "role" not in message:
         raise FaultySampleError("messages", f"{place} has no 'role'; write {_MESSAGE}")
     role = message["role"]
@@ -157,18 +161,18 @@ def _check_message(place: str, message: Any) -> dict[str, Any]:
     content = message.get("content")
     if calls:
         content = "" if content is None else content
-        found = {"role": role, "content": content, "tool_calls": _check_calls(place, message["tool_calls"])}
-    else:
-        found = message
+        message |= {"content": content, "tool_calls": _check_calls(place, message["tool_calls"])}
     check_text(f"{place}.content", content, may_be_empty=calls)
-    for key in ("name", "tool_call_id"):
-        if key in found:
-            check_text(f"{place}.{key}", found[key])
-    return found
+    if message.get("weight", 0) != 0:
+        raise FaultySampleError("messages", f"{place}.weight is {message['weight']!r}; allowed: 0 and 1")
+    for key in ("name", "tool_call_id", *REASONING):
+        if key in message:
+            check_text(f"{place}.{key}", message[key])
+    return message
 
 
 def _is_absent(key: str, value: Any) -> bool:
-    return is_nothing(value) if key == "tool_calls" else value is None
+    return is_nothing(value) if key in ("tool_calls", *REASONING) else value is None
 
 
 def _check_keys(place: str, role: str, message: dict[str, Any]) -> None:

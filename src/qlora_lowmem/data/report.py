@@ -94,7 +94,9 @@ class DataReport:
         control_characters: samples with characters that belong in no text, a NUL for instance.
         with_tools: samples that bring tools.
         with_tool_calls: samples in which the assistant calls one.
-        unused_columns: columns of a table that the format does not have.
+        unused_columns: columns of a table that the format does not have, and keys beside complete samples.
+        read_as: what of other programs' formats was read as ours, a sentence each.
+        reasoning_keys: the keys under which messages bring an assistant's reasoning.
     """
 
     name: str
@@ -110,6 +112,8 @@ class DataReport:
     with_tools: int
     with_tool_calls: int
     unused_columns: tuple[str, ...]
+    read_as: tuple[str, ...] = ()
+    reasoning_keys: tuple[str, ...] = ()
 
     @property
     def line(self) -> str:
@@ -138,5 +142,6 @@ class DataReport:
             )
         if self.control_characters:
             yield f"{self.control_characters:,} samples hold control characters; the model would learn them"
+        yield from self.read_as
         if self.unused_columns:
-            yield f"columns that are not read: {', '.join(self.unused_columns)}"
+            yield f"{'keys' if self.unit == 'line' else 'columns'} that are not read: {', '.join(self.unused_columns)}"

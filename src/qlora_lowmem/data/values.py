@@ -46,7 +46,7 @@ def check_text(name: str, value: Any, *, may_be_empty: bool = False) -> None:
         FaultySampleError: it is not.
     """
     if not isinstance(value, str):
-        raise FaultySampleError("wrong type", f"{name!r} is {kind_of(value)}, not text; put it in quotes")
+        raise FaultySampleError("wrong type", f"{name!r} is {kind_of(value)}, not text; write it as text")
     if not may_be_empty and not value.strip():
         raise FaultySampleError("empty", f"{name!r} is empty; write it or remove the line")
     try:

@@ -49,6 +49,8 @@ class Encoder:
 
     def _pair(self, sample: dict[str, Any]) -> Encoded:
         prompt, completion, tools = sample["prompt"], sample["completion"], sample.get("tools")
+        if isinstance(prompt, str) and self._marking.turns:
+            prompt, completion = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
         if isinstance(prompt, str):
             before, ids = self._ids(prompt), self._ids(prompt + self._ended(completion))
         else:
@@ -59,6 +61,17 @@ class Encoder:
         return Encoded(ids, [NO_LOSS] * start + ids[start:])
 
     def _conversation(self, messages: list[dict[str, Any]], tools: Any) -> Encoded:
+        context = [index for index, message in enumerate(messages) if "weight" in message]
+        messages = [{key: each for key, each in message.items() if key != "weight"} for message in messages]
+        ids, labels = self._scored(messages, tools, context)
+        for index in context:  # marks and `all` know nothing of weights
+            if self._marking.method != "prefixes":
+                start, end = self._turn(messages, index, tools, ids)
+                labels = [*labels[:start], *[NO_LOSS] * (end - start), *labels[end:]]
+        return Encoded(ids, labels)
+
+    def _scored(self, messages: list[dict[str, Any]], tools: Any, context: list[int]) -> Encoded:
+        """The conversation with the loss that the marking says; with `prefixes`, none on the turns in `context`."""
         if self._marking.method == "marks":
             return self._marked(messages, tools)
         ids = self._rendered(messages, tools)
@@ -66,7 +79,7 @@ class Encoder:
             return Encoded(ids, ids)
         labels = [NO_LOSS] * len(ids)
         for index, message in enumerate(messages):
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and index not in context:
                 start, end = self._turn(messages, index, tools, ids)
                 labels[start:end] = ids[start:end]
         return Encoded(ids, labels)

@@ -37,10 +37,12 @@ class Marking:
         method: `all`: every token; `marks`: the template marks the assistant's words; `prefixes`: where the
             conversation up to the assistant's turn ends.
         template: the template that renders; None for the tokenizer's own.
+        turns: a pair of texts is rendered as a user's turn and the assistant's.
     """
 
     method: Literal["all", "marks", "prefixes"]
     template: str | None = None
+    turns: bool = False
 
 
 def check_templates(tokenizer: PreTrainedTokenizerBase, model: str) -> None:

@@ -1,0 +1,3 @@
+from qlora_lowmem.commands import start
+
+start(__name__, "data")

@@ -1,0 +1,131 @@
+"""Files of other kinds and keys, written as JSON Lines that a recipe's `data` reads: `qlora-lowmem data convert`."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_lowmem.data.foreign import as_ours
+from qlora_lowmem.data.formats import check_one_format, check_sample
+from qlora_lowmem.data.sources import JsonLines
+from qlora_lowmem.data.values import FaultLog, FaultySampleError
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import write_whole
+
+CONVERTED_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        samples: how many.
+        read_as: what of other programs' formats was read as ours, a sentence each.
+        unread: keys that were left out.
+    """
+
+    samples: int
+    read_as: tuple[str, ...]
+    unread: tuple[str, ...]
+
+
+def convert(source: Path, target: Path, keys: Mapping[str, str]) -> Converted:
+    """Write the samples of `source` to `target` as JSON Lines, each checked, whole or not at all.
+
+    A JSON file holds an array of samples, or an object with one such array, and is read whole into memory; the others
+    are read a row at a time. The first line of a CSV or TSV file has the names of its columns.
+
+    Args:
+        keys: our key -> the key or column that holds it; empty where the keys are known.
+
+    Raises:
+        UsageError: it cannot be read, holds no sample, or every fault with its row.
+    """
+    if source.suffix.lower() not in CONVERTED_SUFFIXES:
+        raise UsageError(
+            f"{str(source)!r} cannot be converted; allowed: {', '.join(CONVERTED_SUFFIXES)}. Export it as one"
+        )
+    samples = _Samples(source, keys)
+    try:
+        write_whole(target, (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    except OSError as error:
+        raise UsageError(f"{str(target)!r} cannot be written ({error.strerror or error}); give another file") from None
+    return Converted(samples.count, tuple(samples.said), tuple(samples.unread))
+
+
+class _Samples:
+    """The samples of a file in our formats, counted as they are read."""
+
+    def __init__(self, source: Path, keys: Mapping[str, str]) -> None:
+        self._source = source
+        self._keys = keys
+        self.count = 0
+        self.said: dict[str, None] = {}
+        self.unread: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        faults = FaultLog(str(self._source), "row")
+        first: tuple[str, int] | None = None
+        number = 0
+        for number, value in enumerate(_values(self._source), start=1):
+            try:
+                if isinstance(value, FaultySampleError):
+                    raise value
+                taken = _taken(value, self._keys) if self._keys else value
+                ours = as_ours(taken, self.said.setdefault, self.unread.setdefault)
+                sample, kind = check_sample(ours, "all")
+                first = first or (kind, number)
+                check_one_format(kind, "row", *first)
+            except FaultySampleError as fault:
+                faults.add(number, fault)
+            else:
+                self.count += 1
+                yield sample
+        faults.refuse_if_any(number)
+        if not self.count:
+            raise UsageError(f"{str(self._source)!r} holds no samples, so nothing is written")
+
+
+def _taken(value: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    absent = [theirs for theirs in keys.values() if theirs not in value]
+    if absent:
+        raise FaultySampleError("wrong keys", f"has no {absent[0]!r}; it has {', '.join(map(repr, value))}")
+    return {ours: value[theirs] for ours, theirs in keys.items()}
+
+
+def _values(source: Path) -> Iterator[Any]:
+    suffix = source.suffix.lower()
+    try:
+        if suffix == ".json":
+            yield from _array_of(source)
+        elif suffix in (".csv", ".tsv"):
+            with source.open(encoding="utf-8-sig", newline="") as file:
+                yield from csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+        elif suffix == ".jsonl":
+            yield from (row.fault or row.value for row in JsonLines(str(source)).rows() if row.fault or row.value)
+        else:
+            from pyarrow.parquet import ParquetFile
+
+            for batch in ParquetFile(source).iter_batches():
+                yield from batch.to_pylist()
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's are ValueErrors
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UsageError(f"{str(source)!r} cannot be read ({reason}); write it again, as UTF-8") from None
+
+
+def _array_of(source: Path) -> list[Any]:
+    content = json.loads(source.read_text(encoding="utf-8-sig"))
+    arrays = [content] if isinstance(content, list) else []
+    if isinstance(content, dict):
+        arrays = [each for each in content.values() if isinstance(each, list)]
+    if len(arrays) != 1:
+        raise UsageError(
+            f"{str(source)!r} holds {len(arrays)} arrays where one of samples is looked for; write that one alone"
+        )
+    return [
+        each if isinstance(each, dict) else FaultySampleError("not an object", "is no object, so no sample")
+        for each in arrays[0]
+    ]
