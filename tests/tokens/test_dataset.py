@@ -17,7 +17,7 @@ from qlora_lowmem.tokens import dataset as making
 from qlora_lowmem.tokens.dataset import count_tokens, show_sample, training_data
 from qlora_lowmem.tokens.encoding import NO_LOSS
 from qlora_lowmem.tokens.store import TokenReport
-from tiny_chat import tiny_tokenizer
+from tiny_chat import MARKED, PLAIN, tiny_tokenizer
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -46,7 +46,7 @@ def test_what_is_cut_is_counted(write: Write) -> None:
     found = training_data(recipe(max_seq_length=10), write(*texts(4, 9, 12, 30)), tiny_tokenizer(), None)
     assert found.report == TokenReport(
         samples=4, of_samples=4, tokens=5 + 10 + 10 + 10, scored_tokens=35, longest=31,
-        truncated_samples=2, truncated_tokens=3 + 21, first_truncated=3, dropped_samples=0,
+        truncated_samples=2, truncated_tokens=3 + 21, first_truncated=3, dropped_samples=0, ending_samples=2,
     )  # fmt: skip
     assert [len(row["input_ids"]) for row in found.dataset] == [5, 10, 10, 10]
     said = "\n".join(found.report.lines(10, "line"))
@@ -61,13 +61,13 @@ def test_nothing_is_cut_at_the_limit(write: Write) -> None:
 
 def test_a_sample_of_which_nothing_is_left_to_learn_is_left_out_and_told(write: Write) -> None:
     pairs = [{"prompt": "<|im_start|>" * n, "completion": "<|im_end|>"} for n in (4, 12)]
-    found = training_data(recipe(max_seq_length=10), write(*pairs), tiny_tokenizer(), None)
+    found = training_data(recipe(max_seq_length=10, template="none"), write(*pairs), tiny_tokenizer(), None)
     assert len(found.dataset) == 1
     assert found.report is not None
     assert (found.report.samples, found.report.dropped_samples) == (1, 1)
     assert "1 samples are left out" in "\n".join(found.report.lines(10, "line"))
     with pytest.raises(UsageError, match="at 3 tokens nothing is left to learn of 2 samples"):
-        training_data(recipe(max_seq_length=3), write(*pairs), tiny_tokenizer(), None)
+        training_data(recipe(max_seq_length=3, template="none"), write(*pairs), tiny_tokenizer(), None)
 
 
 def test_counting_says_what_tokenising_says(write: Write) -> None:
@@ -167,7 +167,40 @@ def test_packing_joins_whole_samples(write: Write) -> None:
     assert [len(ids) for ids in rows["input_ids"]] == [sum(lengths) for lengths in rows["seq_lengths"]]
 
 
-def test_the_shown_sample_marks_what_is_learned(write: Write) -> None:
-    found = training_data(recipe(), write({"prompt": "a b", "completion": " c"}), tiny_tokenizer(), None)
-    assert show_sample(found.dataset, tiny_tokenizer()) == "a b[[ c<|im_end|>]]"
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        ("none", "a b[[ c<|im_end|>]]"),
+        ("auto", "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n[[ c<|im_end|>\n]]"),
+    ],
+)
+def test_the_shown_sample_marks_what_is_learned(write: Write, template: str, shown: str) -> None:
+    checked = write({"prompt": "a b", "completion": " c"})
+    found = training_data(recipe(template=template), checked, tiny_tokenizer(), None)
+    assert show_sample(found.dataset, tiny_tokenizer()) == shown
     assert NO_LOSS in found.dataset[0]["labels"]
+    assert any("a turn of the user" in note for note in found.notes) == (template == "auto")
+
+
+ENDS_OUTSIDE = MARKED.replace(
+    "+ '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}"
+)
+WITHOUT_END = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, ENDS_OUTSIDE, WITHOUT_END])
+@pytest.mark.parametrize("sample", [{"messages": TURNS}, {"prompt": "a", "completion": "b"}])
+def test_whether_the_model_learns_to_stop_is_asked_of_the_samples(write: Write, template: str, sample: Any) -> None:
+    assert ENDS_OUTSIDE != MARKED
+    report, _ = count_tokens(recipe(), write(sample, sample), tiny_tokenizer(template))
+    # A pair's loss is on all that follows the prompt, whatever a template marks.
+    stops = template != WITHOUT_END and not (template == ENDS_OUTSIDE and "messages" in sample)
+    assert report.ending_samples == (2 if stops else 0)
+    assert any("may not learn to stop" in line for line in report.lines(64, "line")) == (not stops)
+
+
+def test_reasoning_that_the_template_does_not_show_is_told(write: Write) -> None:
+    checked = write({"messages": [TURNS[0], TURNS[1] | {"reasoning_content": "since"}]})
+    _, notes = count_tokens(recipe(), checked, tiny_tokenizer(PLAIN))
+    assert any("'reasoning_content', which the chat template" in note for note in notes)

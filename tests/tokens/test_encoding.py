@@ -21,12 +21,15 @@ PAIRS = [{"prompt": "Two and two", "completion": " is four."}, {"prompt": "Three
 CHAT_PAIRS = [{"prompt": CHAT[:1], "completion": CHAT[1:]}, {"prompt": LONGER[:3], "completion": LONGER[3:]}]
 
 
-def ours(folder: Path, samples: list[Any], template: str, train_on: str = "completions") -> list[tuple[Any, Any]]:
+def ours(
+    folder: Path, samples: list[Any], template: str, train_on: str = "completions", put: str = "none"
+) -> list[tuple[Any, Any]]:
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     checked = check_data(str(path), train_on)  # type: ignore[arg-type]
     tokenizer = tiny_tokenizer(template)
-    encoder = Encoder(tokenizer, choose_marking(tokenizer, checked.report, train_on, "tiny"))  # type: ignore[arg-type]
+    marking = choose_marking(tokenizer, checked.report, train_on, "tiny", put)  # type: ignore[arg-type]
+    encoder = Encoder(tokenizer, marking)
     return [tuple(encoder.encode(sample)) for _, sample in checked.samples()]  # type: ignore[misc]
 
 
@@ -63,6 +66,31 @@ def test_tokens_and_labels_are_trls(
 def test_a_chat_that_ends_with_its_only_answer_is_a_pair(tmp_path: Path) -> None:
     pair = {"prompt": CHAT[:1], "completion": CHAT[1:]}
     assert ours(tmp_path, [{"messages": CHAT}], PLAIN) == trls(tmp_path, [pair], PLAIN, completion_only_loss=True)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, FORGETFUL])
+@pytest.mark.parametrize("train_on", ["completions", "all"])
+def test_pairs_of_texts_are_turns_where_there_is_a_template(tmp_path: Path, template: str, train_on: str) -> None:
+    pairs = [{"prompt": chat[0]["content"], "completion": chat[1]["content"]} for chat in (CHAT, LONGER[2:])]
+    chats = [{"prompt": chat[:1], "completion": chat[1:]} for chat in (CHAT, LONGER[2:])]
+    assert ours(tmp_path, pairs, template, train_on, "auto") == ours(tmp_path, chats, template, train_on)
+    assert ours(tmp_path, pairs, template, train_on, "auto") != ours(tmp_path, pairs, template, train_on, "none")
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_an_answer_of_weight_0_is_context(tmp_path: Path, template: str) -> None:
+    earlier = [LONGER[0], LONGER[1] | {"weight": 0}, *LONGER[2:]]
+    ((ids, labels),) = ours(tmp_path, [{"messages": earlier}], template)
+    assert ids == ours(tmp_path, [{"messages": LONGER}], template)[0][0]
+    assert scored(ids, labels).strip() == "It is small.<|im_end|>"
+
+
+def test_an_answer_of_weight_0_has_no_loss_where_all_else_has(tmp_path: Path) -> None:
+    earlier = [LONGER[0], LONGER[1] | {"weight": 0}, *LONGER[2:]]
+    ((ids, labels),) = ours(tmp_path, [{"messages": earlier}], PLAIN, "all")
+    learned = scored(ids, labels)
+    assert "data type" not in learned
+    assert all(words in learned for words in ("What is NF4?", "Why?", "It is small."))
 
 
 def scored(ids: list[int], labels: list[int]) -> str:

@@ -11,7 +11,7 @@ from helpers import RECIPES
 from qlora_lowmem.commands.train import main
 from qlora_lowmem.data import DataReport, check_data
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.tokens.templates import Marking, check_templates, choose_marking, learns_to_stop
+from qlora_lowmem.tokens.templates import Marking, check_templates, choose_marking, end_tokens
 from tiny_chat import MARKED, PLAIN, WITH_TOOLS, tiny_tokenizer, write_tiny_chat
 
 HOSTILE = [
@@ -90,46 +90,49 @@ CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name"
 
 def test_markings(tmp_path: Path) -> None:
     chats = report_of(tmp_path, {"messages": CHAT})
-    assert choose_marking(tiny_tokenizer(PLAIN), chats, "completions", "m") == Marking("prefixes")
-    assert choose_marking(tiny_tokenizer(MARKED), chats, "completions", "m") == Marking("marks")
-    assert choose_marking(tiny_tokenizer(MARKED), chats, "all", "m") == Marking("all")
+    assert choose_marking(tiny_tokenizer(PLAIN), chats, "completions", "m", "auto") == Marking("prefixes")
+    assert choose_marking(tiny_tokenizer(MARKED), chats, "completions", "m", "auto") == Marking("marks")
+    assert choose_marking(tiny_tokenizer(MARKED), chats, "all", "m", "auto") == Marking("all")
     texts = report_of(tmp_path, {"text": "a"})
-    assert choose_marking(tiny_tokenizer(None), texts, "completions", "m") == Marking("all")
+    assert choose_marking(tiny_tokenizer(None), texts, "completions", "m", "auto") == Marking("all")
     pairs = report_of(tmp_path, {"prompt": "a", "completion": "b"})
-    assert choose_marking(tiny_tokenizer(None), pairs, "completions", "m") == Marking("prefixes")
-    assert choose_marking(tiny_tokenizer(None), pairs, "all", "m") == Marking("all")
+    assert choose_marking(tiny_tokenizer(None), pairs, "completions", "m", "auto") == Marking("prefixes")
+    assert choose_marking(tiny_tokenizer(None), pairs, "all", "m", "auto") == Marking("all")
+    assert choose_marking(tiny_tokenizer(PLAIN), pairs, "completions", "m", "auto") == Marking("prefixes", turns=True)
+    assert choose_marking(tiny_tokenizer(PLAIN), pairs, "completions", "m", "none") == Marking("prefixes")
+    assert choose_marking(tiny_tokenizer(PLAIN), texts, "completions", "m", "auto") == Marking("all")
 
 
 def test_trls_own_version_of_a_known_template_marks(tmp_path: Path) -> None:
     templates = Path(trl.__file__).parent / "chat_templates"
     known = tiny_tokenizer((templates / "qwen3.jinja").read_text(encoding="utf-8"))
-    found = choose_marking(known, report_of(tmp_path, {"messages": CHAT}), "completions", "m")
+    found = choose_marking(known, report_of(tmp_path, {"messages": CHAT}), "completions", "m", "auto")
     assert found == Marking("marks", (templates / "qwen3_training.jinja").read_text(encoding="utf-8"))
 
 
 def test_conversations_need_a_template(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no chat template"):
-        choose_marking(tiny_tokenizer(None), report_of(tmp_path, {"messages": CHAT}), "completions", "m")
+        choose_marking(tiny_tokenizer(None), report_of(tmp_path, {"messages": CHAT}), "completions", "m", "auto")
 
 
 def test_tools_need_a_template_that_shows_them(tmp_path: Path) -> None:
     tools = report_of(tmp_path, {"messages": CHAT, "tools": [TOOL]})
     calls = report_of(tmp_path, {"messages": [CHAT[0], CALLS]})
     for report in (tools, calls):
-        choose_marking(tiny_tokenizer(WITH_TOOLS), report, "completions", "m")
+        choose_marking(tiny_tokenizer(WITH_TOOLS), report, "completions", "m", "auto")
     with pytest.raises(UsageError, match=r"1 samples .* bring tools, and the chat template of 'm' does not show them"):
-        choose_marking(tiny_tokenizer(PLAIN), tools, "completions", "m")
+        choose_marking(tiny_tokenizer(PLAIN), tools, "completions", "m", "auto")
     with pytest.raises(UsageError, match=r"1 samples .* call tools, and the chat template"):
-        choose_marking(tiny_tokenizer(PLAIN), calls, "completions", "m")
+        choose_marking(tiny_tokenizer(PLAIN), calls, "completions", "m", "auto")
 
 
-def test_an_end_of_turn_without_a_loss_is_noticed() -> None:
-    inside, outside = "+ '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}"
-    ends_outside = MARKED.replace(inside, outside)
-    assert ends_outside != MARKED
-    assert learns_to_stop(tiny_tokenizer(MARKED), Marking("marks"))
-    assert not learns_to_stop(tiny_tokenizer(ends_outside), Marking("marks"))
-    assert learns_to_stop(tiny_tokenizer(PLAIN), Marking("prefixes"))
+def test_tokens_at_which_a_model_stops(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(PLAIN)
+    assert end_tokens(tokenizer, None) == end_tokens(tokenizer, tmp_path) == {tokenizer.eos_token_id}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert end_tokens(tokenizer, tmp_path) == {tokenizer.eos_token_id, 3, 4}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert end_tokens(tokenizer, tmp_path) == {tokenizer.eos_token_id, 5}
 
 
 def test_the_tokenizer_comes_back_from_its_folder(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries(bars=not options.quiet)
     adapted = load_adapted(recipe, adapter)
-    answers = answer(adapted, options.prompt, options.max_new_tokens, quiet=options.quiet)
+    answers = answer(adapted, options.prompt, options.max_new_tokens, recipe.data.template, quiet=options.quiet)
     loss = held_out_loss(adapted, recipe, checked, options.samples) if checked is not None else None
     device = "cpu" if recipe.run.device == "cpu" else device_name()
     content: dict[str, Any] = {"model": recipe.base.model, "adapter": str(adapter), "recipe_hash": recipe_hash(recipe)}

@@ -70,6 +70,8 @@ def field_values(recipe: Recipe) -> dict[str, Any]:
 
 
 # What says where and how often, not what is trained or what it needs.
+# Fields that came after figures had been recorded, with what recipes meant before: there they leave the hash as it was.
+_CAME_LATER = {("data", "template"): "auto"}
 _OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
 
 
@@ -82,6 +84,9 @@ def hashed_fields(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
     kept = {section: dict(values) for section, values in plain.items() if section not in ("name", "run")}
     for leaf in _OUTSIDE_THE_HASH:
         kept["schedule"].pop(leaf, None)
+    for (section, leaf), before in _CAME_LATER.items():
+        if kept[section].get(leaf) == before:
+            del kept[section][leaf]
     data = kept["data"]["data"]
     kept["data"]["data"] = data if is_hub_data(data) else PurePath(data).name
     return kept

@@ -310,6 +310,12 @@ class Data:
     train_on: Literal["all", "completions"] = knob(
         "completions", "loss on all tokens, or only on the assistant's and the completions where the format has them"
     )
+    template: Literal["auto", "none"] = knob(
+        "auto",
+        "how a pair of two texts is put: auto makes a turn of the user and one of the assistant of it where the model "
+        "has a chat template; none joins the texts as they are",
+        "none beyond the template's own tokens",
+    )
     eval_fraction: float = knob(
         0.0,
         "share of the samples that is held out of training, chosen by the seed, for the evaluation loss",

@@ -105,8 +105,13 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
     return Adapted(model, tokenizer, device)
 
 
-def answer(adapted: Adapted, prompts: Sequence[str], max_new_tokens: int, *, quiet: bool = True) -> list[Answer]:
+def answer(
+    adapted: Adapted, prompts: Sequence[str], max_new_tokens: int, template: str, *, quiet: bool = True
+) -> list[Answer]:
     """Greedy continuations of each prompt: the same words every time.
+
+    Args:
+        template: of the run's recipe: prompts are put as the samples were.
 
     Raises:
         DoesNotFitError: out of GPU memory.
@@ -114,7 +119,7 @@ def answer(adapted: Adapted, prompts: Sequence[str], max_new_tokens: int, *, qui
     found = []
     with _fits("generating"):
         for prompt in tqdm(prompts, desc="answering", unit="prompt", delay=2, disable=quiet):
-            asked = _asked(adapted, prompt)
+            asked = _asked(adapted, prompt, template)
             with adapted.model.disable_adapter():
                 before = _continuation(adapted, asked, max_new_tokens)
             found.append(Answer(prompt, before, _continuation(adapted, asked, max_new_tokens)))
@@ -161,10 +166,10 @@ def _scored(sample: Encoded) -> list[int]:
     return [place for place, label in enumerate(sample.labels) if place and label != NO_LOSS]
 
 
-def _asked(adapted: Adapted, prompt: str) -> torch.Tensor:
-    """The prompt's tokens, (1, seq), as a user's message where the model has a chat template."""
+def _asked(adapted: Adapted, prompt: str, template: str) -> torch.Tensor:
+    """The prompt's tokens, (1, seq): a user's message where the model has a chat template and the run used it."""
     tokenizer = adapted.tokenizer
-    if not tokenizer.chat_template:
+    if template == "none" or not tokenizer.chat_template:
         ids: Any = tokenizer(text=prompt)["input_ids"]
         return torch.tensor([ids], device=adapted.device)
     try:

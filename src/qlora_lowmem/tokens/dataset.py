@@ -26,10 +26,11 @@ from qlora_lowmem.data import CheckedData, FaultLog, FaultySampleError
 from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import writing
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded, Encoder
 from qlora_lowmem.tokens.store import TokenReport, TokenTally, open_tokens, write_tokens
-from qlora_lowmem.tokens.templates import check_templates, choose_marking, learns_to_stop
+from qlora_lowmem.tokens.templates import check_templates, choose_marking, end_tokens
 
 TOKENS_FOLDER = "tokenised"
 _LOCK = ".lock"
@@ -94,7 +95,7 @@ def training_data(
             if not folder.is_dir():
                 _remove_ours(parent)  # of other data, or half written by a run that was killed
                 samples = _seen_samples(recipe, checked, encoder)
-                write_tokens(folder, samples, recipe.batch.max_seq_length, checked.report.samples)
+                write_tokens(folder, samples, _tally(recipe, tokenizer), checked.report.samples)
     dataset, report = open_tokens(folder)
     _check_not_empty(recipe, report)
     return TrainingData(_packed(recipe, dataset), report, notes, folder, scratch)
@@ -116,7 +117,7 @@ def count_tokens(
         UsageError: as `training_data`.
     """
     encoder, notes = _encoder(recipe, checked, tokenizer)
-    tally = TokenTally(recipe.batch.max_seq_length)
+    tally = _tally(recipe, tokenizer)
     for _ in tally.cut(_seen_samples(recipe, checked, encoder)):
         pass
     report = tally.report(checked.report.samples)
@@ -152,14 +153,22 @@ def _encoder(
 ) -> tuple[Encoder, tuple[str, ...]]:
     model = recipe.base.model
     check_templates(tokenizer, model)
-    marking = choose_marking(tokenizer, checked.report, recipe.data.train_on, model)
-    notes = () if learns_to_stop(tokenizer, marking) else (_NO_STOP,)
-    return Encoder(tokenizer, marking), notes
+    marking = choose_marking(tokenizer, checked.report, recipe.data.train_on, model, recipe.data.template)
+    shown = str(tokenizer.chat_template)
+    notes = [_IN_TURNS] if marking.turns else []
+    notes += [_UNSEEN.format(key=key, model=model) for key in checked.report.reasoning_keys if key not in shown]
+    return Encoder(tokenizer, marking), tuple(notes)
 
 
-_NO_STOP = (
-    "the chat template leaves the token that ends the assistant's turn without a loss; the model may not learn to stop"
+def _tally(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenTally:
+    return TokenTally(recipe.batch.max_seq_length, end_tokens(tokenizer, source_of(recipe).folder))
+
+
+_IN_TURNS = (
+    "each pair is a turn of the user and one of the assistant, as the model's chat template puts them (TRL joins two "
+    "texts as they are: data.template none)"
 )
+_UNSEEN = "messages bring {key!r}, which the chat template of {model!r} does not show, so it is not learned"
 
 
 def _seen_samples(recipe: Recipe, checked: CheckedData, encoder: Encoder) -> Iterator[tuple[int, Encoded]]:
@@ -213,7 +222,7 @@ def _key(recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBas
     facts = {
         "source": [source.name, source.split, *([stat.st_size, stat.st_mtime_ns] if stat else [])],
         "samples": [checked.report.samples, _samples_seen(recipe, checked.report.samples), recipe.schedule.seed],
-        "fields": [checked.train_on, recipe.batch.max_seq_length],
+        "fields": [checked.train_on, recipe.data.template, recipe.batch.max_seq_length],
         "tokenizer": [type(tokenizer).__name__, backend, str(tokenizer.chat_template), str(tokenizer.eos_token)],
         "versions": [importlib.metadata.version(name) for name in ("transformers", "trl", "tokenizers")],
     }

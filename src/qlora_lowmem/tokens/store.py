@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ TOKENS_FILE = "tokens.arrow"
 REPORT_FILE = "report.json"
 # A record batch: 4 MiB of ids and as much of labels. Reading keeps about 2 KiB of memory for each.
 _BATCH_TOKENS = 2**20
+# Templates put a line break or two after the token that ends a turn.
+_TAIL = 4
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 
 
@@ -35,6 +37,7 @@ class TokenReport:
         truncated_samples, truncated_tokens: samples longer than `max_seq_length`, and the tokens cut from their ends.
         first_truncated: line or row of the first of them.
         dropped_samples: samples left out, for all their tokens with a loss were cut.
+        ending_samples: samples whose last tokens with a loss hold one at which the model stops.
     """
 
     samples: int
@@ -46,6 +49,7 @@ class TokenReport:
     truncated_tokens: int
     first_truncated: int | None
     dropped_samples: int
+    ending_samples: int = 0
 
     def lines(self, max_seq_length: int, unit: str) -> Iterator[str]:
         """What a person should know, in sentences."""
@@ -66,6 +70,12 @@ class TokenReport:
                 f"max_seq_length {max_seq_length:,}"
             )
 
+        if self.samples > self.truncated_samples and not self.ending_samples:
+            yield (
+                "note: no sample has a loss on a token at which the model stops, so it may not learn to stop; end the "
+                "answers with the end token, or use a chat template that does"
+            )
+
     @property
     def samples_seen(self) -> int:
         """Samples tokenised, kept or dropped."""
@@ -78,8 +88,9 @@ _COUNTED = [each.name for each in fields(TokenReport) if each.name not in ("of_s
 class TokenTally:
     """Cuts samples to their longest length and counts what that does."""
 
-    def __init__(self, max_seq_length: int) -> None:
+    def __init__(self, max_seq_length: int, ends: Collection[int] = ()) -> None:
         self._limit = max_seq_length
+        self._ends = ends
         self._counts = dict.fromkeys(_COUNTED, 0)
         self._first_truncated: int | None = None
 
@@ -99,6 +110,7 @@ class TokenTally:
             if scored:
                 counts["tokens"] += len(ids)
                 counts["scored_tokens"] += scored
+                counts["ending_samples"] += any(label in self._ends for label in labels[-_TAIL:])
                 yield Encoded(ids, labels)
 
     def report(self, of_samples: int) -> TokenReport:
@@ -106,13 +118,12 @@ class TokenTally:
         return TokenReport(of_samples=of_samples, first_truncated=self._first_truncated, **self._counts)
 
 
-def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], max_seq_length: int, of_samples: int) -> None:
+def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], tally: TokenTally, of_samples: int) -> None:
     """Write samples and their report to `folder`, which appears whole or not at all.
 
     Raises:
         UsageError: the folder cannot be written, or its disk is full.
     """
-    tally = TokenTally(max_seq_length)
     try:
         with whole_folder(folder, fsync=True) as scratch:
             with pa.OSFile(str(scratch / TOKENS_FILE), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:

@@ -6,6 +6,7 @@ there, so that a template which asks for them may print nothing instead of faili
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import nodes
@@ -15,12 +16,12 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from trl.chat_template_utils import (
     get_training_chat_template,
     has_generation_markers,
-    is_chat_template_stop_token_trained,
     supports_tool_calling,
 )
 
 from qlora_lowmem.data import DataReport
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.models.trusted import read_json
 
 # What rendering a template on unexpected messages raises: jinja2's own, and Python's inside an expression.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
@@ -66,18 +67,26 @@ def check_templates(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
 
 
 def choose_marking(
-    tokenizer: PreTrainedTokenizerBase, report: DataReport, train_on: Literal["all", "completions"], model: str
+    tokenizer: PreTrainedTokenizerBase,
+    report: DataReport,
+    train_on: Literal["all", "completions"],
+    model: str,
+    template: Literal["auto", "none"],
 ) -> Marking:
     """How a data set's tokens are marked, checked against the chat template before any weights load.
 
     The loss on the assistant's words needs a template that marks them (`{% generation %}`): the model's own, or the one
     that TRL has for it. Without one, an assistant's turn is what follows the conversation before it.
 
+    Args:
+        template: of the recipe: whether pairs of texts become turns where there is a chat template.
+
     Raises:
         UsageError: conversations without a chat template, tools that it does not show.
     """
     if not report.conversational:
-        return Marking("prefixes" if train_on == "completions" and report.format != "text" else "all")
+        turns = template == "auto" and report.format == "prompt/completion" and bool(tokenizer.chat_template)
+        return Marking("prefixes" if train_on == "completions" and report.format != "text" else "all", turns=turns)
     if not tokenizer.chat_template:
         raise UsageError(
             f"data.data: {report.name} holds conversations, and the tokenizer of {model!r} has no chat template. Use "
@@ -96,11 +105,15 @@ def choose_marking(
         return Marking("prefixes")
 
 
-def learns_to_stop(tokenizer: PreTrainedTokenizerBase, marking: Marking) -> bool:
-    """Whether the token that ends the assistant's turn is among those with a loss."""
-    if marking.method != "marks":
-        return True
-    return bool(is_chat_template_stop_token_trained(tokenizer, chat_template=marking.template))
+def end_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> frozenset[int]:
+    """Tokens at which the model stops: the tokenizer's own, and those of the `generation_config.json` in its folder."""
+    found: list[Any] = [tokenizer.eos_token_id]
+    file = folder / "generation_config.json" if folder is not None else None
+    if file is not None and file.is_file():
+        content = read_json(file, "Repair it, or remove it")
+        stated = content.get("eos_token_id")
+        found += stated if isinstance(stated, list) else [stated]
+    return frozenset(token for token in found if isinstance(token, int))
 
 
 def _check_tools(tokenizer: PreTrainedTokenizerBase, report: DataReport, model: str) -> None:
