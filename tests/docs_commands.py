@@ -42,6 +42,10 @@ NOT_RUN = {
         "python -m qlora_lowmem.virtual_gpu --card rtx-4050-laptop-6gb --count 2 -- torchrun --nproc-per-node 2 "
         "-m qlora_lowmem.train --config bench/recipes/optimised.yaml"
     ): "two processes at full size; bench/test_ranks.py runs it",
+    "qlora-lowmem data convert answers.csv my.jsonl --prompt question --completion answer": (
+        "needs a person's file; tests/data/test_foreign.py runs it"
+    ),
+    "qlora-lowmem data check my.jsonl": "needs what that wrote; tests/data/test_foreign.py runs it",
     "python -m pip install tox": INSTALLS,
     "pip install tox": INSTALLS,
     "tox run -e tests": ENVIRONMENT,
