@@ -59,7 +59,7 @@ def _from_sharegpt(value: dict[str, Any], say: Say) -> dict[str, Any]:
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             messages.append(turn)
             continue
-        if turn["from"] not in _SHAREGPT_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT_ROLES:
             raise FaultySampleError(
                 "messages",
                 f"conversations[{index}] is from {turn['from']!r}; known are {', '.join(_SHAREGPT_ROLES)}. Calls of "
@@ -83,7 +83,10 @@ def _from_alpaca(value: dict[str, Any], say: Say) -> dict[str, Any]:
         return beside | {"prompt": prompt, "completion": value["output"]}
     say("'instruction', 'input' and 'output' (Alpaca) are read as messages, 'system' and 'history' before them")
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": value["output"]}]
-    for asked, answer in reversed(value.get("history") or []):
+    history = value.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(each, list) and len(each) == 2 for each in history):
+        raise FaultySampleError("messages", "'history' is no list of pairs; write [[question, answer], ...]")
+    for asked, answer in reversed(history):
         # An earlier answer is context here, as it is where this form comes from.
         messages[:0] = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer, "weight": 0}]
     if isinstance(value.get("system"), str) and value["system"].strip():
