@@ -129,6 +129,7 @@ def test_chosen_answers_of_preferences(tmp_path: Path) -> None:
         (["convert", "a.csv", "b.jsonl", "--prompt", "q"], "name the keys of one"),
         (["convert", "two.json", "b.jsonl"], "holds 2 arrays"),
         (["convert", "empty.json", "b.jsonl"], "holds no samples"),
+        (["convert", "object.jsonl", "b.jsonl"], "row 2: is an empty object"),
         (["convert", "latin.csv", "b.jsonl", "--text", "t"], "write it again, as UTF-8"),
         (["check", "a.csv"], "qlora-lowmem data convert a.csv a.jsonl"),
     ],
@@ -141,6 +142,7 @@ def test_refused(
     Path("a.xlsx").write_bytes(b"PK")
     Path("two.json").write_text('{"a": [], "b": []}')
     Path("empty.json").write_text("[]")
+    Path("object.jsonl").write_text('{"text": "a"}\n{}\n')
     Path("latin.csv").write_bytes("t\nh\u00e9\n".encode("latin-1"))
     assert main(words) == EXIT_USAGE
     assert says in capsys.readouterr().err

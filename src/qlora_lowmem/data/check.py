@@ -3,16 +3,16 @@
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_lowmem.data.foreign import as_ours
-from qlora_lowmem.data.formats import FORMATS, REASONING, TrainOn, check_one_format, check_sample, format_of_kind
+from qlora_lowmem.data.formats import FORMATS, REASONING, TrainOn, check_sample, format_of_kind
 from qlora_lowmem.data.report import DataReport, DuplicateCounter
 from qlora_lowmem.data.sources import DataSource, JsonLines, resolve_data
 from qlora_lowmem.data.tables import ParquetTable, open_hub
-from qlora_lowmem.data.values import FaultLog, FaultySampleError, Reader
+from qlora_lowmem.data.values import FaultLog, FaultySampleError, Reader, Row
 from qlora_lowmem.errors import UsageError
 
 # A control character as json.dumps escapes it, after an even number of backslashes: all but tab and line breaks.
@@ -39,9 +39,7 @@ class CheckedData:
         Raises:
             UsageError: it has, and holds faults now.
         """
-        walk = _Walk(self.source, _open(self.source), self.train_on)
-        yield from walk.samples()
-        walk.faults.refuse_if_any(walk.rows)
+        yield from Walk(self.source.shown, self.source.unit, self.train_on).samples(_open(self.source).rows())
 
 
 def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = True) -> CheckedData:
@@ -73,20 +71,20 @@ def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = Tr
             disable=quiet,
         ) as bar,
     ):
-        walk = _Walk(source, reader, train_on, advance=bar.update)
+        walk = Walk(source.shown, source.unit, train_on, advance=bar.update)
         duplicates = DuplicateCounter(scratch)
         replaced = controls = tools = calls = 0
         reasoning: set[str] = set()
-        for number, sample in walk.samples():
+        for number, sample in walk.samples(reader.rows()):
             text = json.dumps(sample, sort_keys=True, ensure_ascii=False)
             duplicates.add(number, text.encode())
             replaced += _REPLACEMENT in text
             controls += _holds_control(text)
             tools += "tools" in sample
-            messages = _messages_of(sample)
+            lists = (sample.get(key) for key in ("messages", "prompt", "completion"))
+            messages = [message for each in lists if isinstance(each, list) for message in each]
             calls += any("tool_calls" in message for message in messages)
             reasoning.update(key for message in messages for key in REASONING if key in message)
-        walk.faults.refuse_if_any(walk.rows)
         if walk.first is None:
             blank = ", all blank" if walk.rows else ""
             write = f"; write one JSON object a line: {FORMATS}" if per_byte else ""
@@ -120,54 +118,62 @@ def _open(source: DataSource) -> Reader:
     return open_hub(source.name, source.split)
 
 
-class _Walk:
-    """One pass over a source: yields what is sound, keeps count of the rest."""
+class Walk:
+    """One pass over a source's rows.
+
+    Args:
+        name, unit: as for `FaultLog`.
+        train_on: what the loss will be on.
+        advance: told the size of each row.
+
+    Attributes:
+        rows, blank, sound: how many were seen, had nothing on them, held a sample.
+        first: what the first sample holds, as `check_sample` names it, and its line or row.
+        said, unread: what was read as ours and what was left unread, in the order in which it was met.
+    """
 
     def __init__(
-        self, source: DataSource, reader: Reader, train_on: TrainOn, advance: Callable[[int], object] | None = None
+        self, name: str, unit: str, train_on: TrainOn, advance: Callable[[int], object] = lambda _size: None
     ) -> None:
-        self._source = source
-        self._reader = reader
-        self._train_on = train_on
-        self._advance = advance
-        self.faults = FaultLog(source.shown, source.unit)
-        self.first: tuple[str, int] | None = None  # what the first sample holds, and its line or row
+        self._name, self._unit, self._train_on, self._advance = name, unit, train_on, advance
         self.rows = self.blank = self.sound = 0
-        # What was read as ours and what was left unread, in the order in which it was met.
+        self.first: tuple[str, int] | None = None
         self.said: dict[str, None] = {}
         self.unread: dict[str, None] = {}
 
-    def samples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for row in self._reader.rows():
-            self.rows = row.number
-            if self._advance is not None:
-                self._advance(row.size)
-            if row.fault is not None:
-                self.faults.add(row.number, row.fault)
-            elif row.value is None:
-                self.blank += 1
-            else:
-                try:
-                    sample = self._check(row.number, row.value)
-                except FaultySampleError as fault:
-                    self.faults.add(row.number, fault)
-                else:
-                    self.sound += 1
-                    yield row.number, sample
+    def samples(self, rows: Iterable[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each sound sample with its line or row.
 
-    def _check(self, number: int, value: dict[str, Any]) -> dict[str, Any]:
-        ours = as_ours(value, self.said.setdefault, self.unread.setdefault)
-        sample, kind = check_sample(ours, self._train_on)
+        Raises:
+            UsageError: after the last, if there were faults.
+        """
+        faults = FaultLog(self._name, self._unit)
+        for row in rows:
+            self.rows = row.number
+            self._advance(row.size)
+            if row.value is None:
+                self.blank += 1
+                continue
+            try:
+                sample = self._check(row.number, row.value)
+            except FaultySampleError as fault:
+                faults.add(row.number, fault)
+            else:
+                self.sound += 1
+                yield row.number, sample
+        faults.refuse_if_any(self.rows)
+
+    def _check(self, number: int, value: dict[str, Any] | FaultySampleError) -> dict[str, Any]:
+        if isinstance(value, FaultySampleError):
+            raise value
+        sample, kind = check_sample(as_ours(value, self.said.setdefault, self.unread.setdefault), self._train_on)
         self.first = self.first or (kind, number)
-        check_one_format(kind, self._source.unit, *self.first)
+        if kind != self.first[0]:
+            before = f"{self._unit} {self.first[1]} holds {self.first[0]}"
+            raise FaultySampleError("mixed formats", f"holds {kind}, but {before}; use one format a file")
         return sample
 
 
 def _holds_control(text: str) -> bool:
     # Where none of these stands, which is nearly everywhere, the expression need not run.
     return any(mark in text for mark in ("\\u00", "\\b", "\\f", "\x7f")) and _CONTROL.search(text) is not None
-
-
-def _messages_of(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    found = (sample.get(key) for key in ("messages", "prompt", "completion"))
-    return [message for each in found if isinstance(each, list) for message in each]

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.data.foreign import as_ours
-from qlora_lowmem.data.formats import check_one_format, check_sample
+from qlora_lowmem.data.check import Walk
 from qlora_lowmem.data.sources import JsonLines
-from qlora_lowmem.data.values import FaultLog, FaultySampleError
+from qlora_lowmem.data.values import FaultySampleError, Row
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import write_whole
 
 CONVERTED_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".parquet")
+
+Value = dict[str, Any] | FaultySampleError
 
 
 @dataclass(frozen=True)
@@ -48,55 +49,32 @@ def convert(source: Path, target: Path, keys: Mapping[str, str]) -> Converted:
         raise UsageError(
             f"{str(source)!r} cannot be converted; allowed: {', '.join(CONVERTED_SUFFIXES)}. Export it as one"
         )
-    samples = _Samples(source, keys)
+    walk = Walk(str(source), "row", "all")
     try:
-        write_whole(target, (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        write_whole(target, _lines(source, keys, walk))
     except OSError as error:
         raise UsageError(f"{str(target)!r} cannot be written ({error.strerror or error}); give another file") from None
-    return Converted(samples.count, tuple(samples.said), tuple(samples.unread))
+    return Converted(walk.sound, tuple(walk.said), tuple(walk.unread))
 
 
-class _Samples:
-    """The samples of a file in our formats, counted as they are read."""
-
-    def __init__(self, source: Path, keys: Mapping[str, str]) -> None:
-        self._source = source
-        self._keys = keys
-        self.count = 0
-        self.said: dict[str, None] = {}
-        self.unread: dict[str, None] = {}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        faults = FaultLog(str(self._source), "row")
-        first: tuple[str, int] | None = None
-        number = 0
-        for number, value in enumerate(_values(self._source), start=1):
-            try:
-                if isinstance(value, FaultySampleError):
-                    raise value
-                taken = _taken(value, self._keys) if self._keys else value
-                ours = as_ours(taken, self.said.setdefault, self.unread.setdefault)
-                sample, kind = check_sample(ours, "all")
-                first = first or (kind, number)
-                check_one_format(kind, "row", *first)
-            except FaultySampleError as fault:
-                faults.add(number, fault)
-            else:
-                self.count += 1
-                yield sample
-        faults.refuse_if_any(number)
-        if not self.count:
-            raise UsageError(f"{str(self._source)!r} holds no samples, so nothing is written")
+def _lines(source: Path, keys: Mapping[str, str], walk: Walk) -> Iterator[str]:
+    values = (_taken(value, keys) if keys else value for value in _values(source))
+    for _, sample in walk.samples(Row(number, 1, value) for number, value in enumerate(values, start=1)):
+        yield json.dumps(sample, ensure_ascii=False) + "\n"
+    if not walk.sound:
+        raise UsageError(f"{str(source)!r} holds no samples, so nothing is written")
 
 
-def _taken(value: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+def _taken(value: Value, keys: Mapping[str, str]) -> Value:
+    if isinstance(value, FaultySampleError):
+        return value
     absent = [theirs for theirs in keys.values() if theirs not in value]
     if absent:
-        raise FaultySampleError("wrong keys", f"has no {absent[0]!r}; it has {', '.join(map(repr, value))}")
+        return FaultySampleError("wrong keys", f"has no {absent[0]!r}; it has {', '.join(map(repr, value))}")
     return {ours: value[theirs] for ours, theirs in keys.items()}
 
 
-def _values(source: Path) -> Iterator[Any]:
+def _values(source: Path) -> Iterator[Value]:
     suffix = source.suffix.lower()
     try:
         if suffix == ".json":
@@ -105,7 +83,7 @@ def _values(source: Path) -> Iterator[Any]:
             with source.open(encoding="utf-8-sig", newline="") as file:
                 yield from csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
         elif suffix == ".jsonl":
-            yield from (row.fault or row.value for row in JsonLines(str(source)).rows() if row.fault or row.value)
+            yield from (row.value for row in JsonLines(str(source)).rows() if row.value is not None)
         else:
             from pyarrow.parquet import ParquetFile
 
@@ -116,7 +94,7 @@ def _values(source: Path) -> Iterator[Any]:
         raise UsageError(f"{str(source)!r} cannot be read ({reason}); write it again, as UTF-8") from None
 
 
-def _array_of(source: Path) -> list[Any]:
+def _array_of(source: Path) -> list[Value]:
     content = json.loads(source.read_text(encoding="utf-8-sig"))
     arrays = [content] if isinstance(content, list) else []
     if isinstance(content, dict):

@@ -61,38 +61,26 @@ def _format_of(value: dict[str, Any]) -> DataFormat:
     for form, (required, optional) in COLUMNS.items():
         if set(required) <= set(value) <= {*required, *optional}:
             return form
+    raise FaultySampleError("wrong keys", _what_is_wrong(value))
+
+
+def _what_is_wrong(value: dict[str, Any]) -> str:
     known = [key for required, _ in COLUMNS.values() for key in required]
-    present = [key for key in known if key in value]
     unknown = [key for key in value if key not in {*known, TOOLS}]
     if unknown:
         near = difflib.get_close_matches(unknown[0], [*known, TOOLS], n=1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
-        names = ", ".join(repr(key) for key in unknown[:5])
-        raise FaultySampleError(
-            "wrong keys", f"has the unknown key {names}{meant}; remove or rename it: a sample is {FORMATS}"
-        )
+        names = ", ".join(map(repr, unknown[:5]))
+        return f"has the unknown key {names}{meant}; remove or rename it: a sample is {FORMATS}"
+    present = [key for key in known if key in value]
     if present in (["prompt"], ["completion"]):
         missing = "completion" if present == ["prompt"] else "prompt"
-        raise FaultySampleError("wrong keys", f"has {present[0]!r} but no {missing!r}; add it")
+        return f"has {present[0]!r} but no {missing!r}; add it"
     if present == ["text"]:
-        raise FaultySampleError("wrong keys", "has 'tools' beside 'text'; tools belong to messages, so remove them")
-    if not present and TOOLS in value:
-        raise FaultySampleError("wrong keys", "has 'tools' but no 'messages'; add them")
-    if not present:
-        raise FaultySampleError("wrong keys", f"is an empty object; a sample is {FORMATS}")
-    raise FaultySampleError("wrong keys", f"mixes {' and '.join(map(repr, present))}; a sample is {FORMATS}")
-
-
-def check_one_format(kind: str, unit: str, first_kind: str, first_number: int) -> None:
-    """All samples of a file hold the same.
-
-    Raises:
-        FaultySampleError: this one does not.
-    """
-    if kind != first_kind:
-        raise FaultySampleError(
-            "mixed formats", f"holds {kind}, but {unit} {first_number} holds {first_kind}; use one format a file"
-        )
+        return "has 'tools' beside 'text'; tools belong to messages, so remove them"
+    if present:
+        return f"mixes {' and '.join(map(repr, present))}; a sample is {FORMATS}"
+    return "has 'tools' but no 'messages'; add them" if value else f"is an empty object; a sample is {FORMATS}"
 
 
 def _check_pair(value: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -122,9 +110,9 @@ def _has_assistant(messages: list[dict[str, Any]]) -> bool:
 
 
 ROLES = ("system", "user", "assistant", "tool")
-# Keys beside role and content.
-# Under which an assistant's reasoning stands: as most templates read it, and as gpt-oss' does.
+# The keys of an assistant's reasoning: as most templates read it, and as gpt-oss' does.
 REASONING = ("reasoning_content", "thinking")
+# Keys beside role and content.
 _MORE_KEYS = {"assistant": ("tool_calls", *REASONING, "weight"), "tool": ("name", "tool_call_id")}
 _OPTIONAL = {key for keys in _MORE_KEYS.values() for key in keys}
 _MESSAGE = '[{"role": "user", "content": "..."}]'
@@ -145,15 +133,13 @@ def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
 
 
 def _check_message(place: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise FaultySampleError("messages", f"{place} is {kind_of(given)}, not a message; write {_MESSAGE}")
-    message: dict[str, Any] = given
-    if "role" not in message:
+    check_kind("messages", place, given, dict, f"a message; write {_MESSAGE}")
+    if "role" not in given:
         raise FaultySampleError("messages", f"{place} has no 'role'; write {_MESSAGE}")
-    role = message["role"]
+    role = given["role"]
     if role not in ROLES:
         raise FaultySampleError("messages", f"{place} has the role {role!r}; allowed: {', '.join(ROLES)}")
-    message = {key: value for key, value in message.items() if not (key in _OPTIONAL and _is_absent(key, value))}
+    message = {key: value for key, value in given.items() if not (key in _OPTIONAL and _is_absent(key, value))}
     calls = role == "assistant" and "tool_calls" in message
     if "content" not in message and not calls:
         raise FaultySampleError("messages", f"{place} has no 'content'; write {_MESSAGE}")
@@ -161,7 +147,7 @@ def _check_message(place: str, given: Any) -> dict[str, Any]:
     content = message.get("content")
     if calls:
         content = "" if content is None else content
-        message |= {"content": content, "tool_calls": _check_calls(place, message["tool_calls"])}
+        message |= {"content": content, "tool_calls": _check_calls(f"{place}.tool_calls", message["tool_calls"])}
     check_text(f"{place}.content", content, may_be_empty=calls)
     if message.get("weight", 0) != 0:
         raise FaultySampleError("messages", f"{place}.weight is {message['weight']!r}; allowed: 0 and 1")
@@ -190,8 +176,7 @@ def _check_keys(place: str, role: str, message: dict[str, Any]) -> None:
     )
 
 
-def _check_calls(place: str, calls: Any) -> list[dict[str, Any]]:
-    name = f"{place}.tool_calls"
+def _check_calls(name: str, calls: Any) -> list[dict[str, Any]]:
     check_kind("tools", repr(name), calls, list, f"a list of calls; write [{_CALL}], or leave it out")
     return [_check_call(f"{name}[{index}]", call) for index, call in enumerate(calls)]
 

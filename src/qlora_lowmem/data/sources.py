@@ -116,7 +116,7 @@ class JsonLines:
     def _row(self, number: int, size: int, raw: bytes | None) -> Row:
         if raw is None:
             limit = f"is longer than {LINE_LIMIT // MIB} MiB; write one sample a line"
-            return Row(number, size, None, FaultySampleError("too long", limit))
+            return Row(number, size, FaultySampleError("too long", limit))
         if number == 1 and raw.startswith(codecs.BOM_UTF8):
             self.byte_order_mark, raw = True, raw.removeprefix(codecs.BOM_UTF8)
         if not raw.strip():
@@ -124,7 +124,7 @@ class JsonLines:
         try:
             return Row(number, size, parse_line(raw, first=number == 1))
         except FaultySampleError as fault:
-            return Row(number, size, None, fault)
+            return Row(number, size, fault)
 
 
 def _cannot_read(path: Path, fault: Exception) -> UsageError:

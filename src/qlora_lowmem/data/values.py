@@ -45,8 +45,7 @@ def check_text(name: str, value: Any, *, may_be_empty: bool = False) -> None:
     Raises:
         FaultySampleError: it is not.
     """
-    if not isinstance(value, str):
-        raise FaultySampleError("wrong type", f"{name!r} is {kind_of(value)}, not text; write it as text")
+    check_kind("wrong type", repr(name), value, str, "text; write it as text")
     if not may_be_empty and not value.strip():
         raise FaultySampleError("empty", f"{name!r} is empty; write it or remove the line")
     try:
@@ -159,14 +158,12 @@ class Row(NamedTuple):
     Attributes:
         number: its line or row.
         size: what it advances a progress bar: bytes of a line, 1 for a row.
-        value: the object on it; None for a blank line or a fault.
-        fault: why there is no object.
+        value: the object on it, or why there is none; None for a blank line.
     """
 
     number: int
     size: int
-    value: dict[str, Any] | None
-    fault: FaultySampleError | None = None
+    value: dict[str, Any] | FaultySampleError | None
 
 
 class Reader(Protocol):
