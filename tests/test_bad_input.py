@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.commands.train import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import EXIT_USAGE
+
+main = partial(run_command, "train")
 
 OPTIMISED = str(RECIPES / "optimised.yaml")
 GOOD_LINE = json.dumps({"text": "hello"}) + "\n"

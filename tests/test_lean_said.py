@@ -1,6 +1,7 @@
 """What of `lean` a model takes, and what it refuses: said by the run, by --dry-run, in --json and in the model card."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers import RECIPES, TINY_HYBRID
-from qlora_lowmem.commands.train import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import EXIT_USAGE
 from qlora_lowmem.models.sources import architecture
 from tiny_chat import write_tiny_chat
+
+main = partial(run_command, "train")
 
 LEFT_OUT = "lean leaves out tiles, scan, attention, swiglu: attention_dropout=0.1"
 

@@ -4,17 +4,20 @@ import json
 import math
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.commands.train import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import EXIT_USAGE
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.run.preflight import steps_over
 from tiny_chat import write_tiny_chat
+
+main = partial(run_command, "train")
 
 
 @pytest.fixture(scope="module")

@@ -60,9 +60,9 @@ def _main(arguments: list[str], log: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 2)
     os.dup2(handle, 1)
-    from qlora_lowmem.commands.train import main
+    from qlora_lowmem.commands.frame import run_command
 
-    sys.exit(main(arguments))
+    sys.exit(run_command("train", arguments))
 
 
 def logged(output_dir: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qlora_lowmem.commands import bisect as command
-from qlora_lowmem.commands.bisect import Found, bisect, main, overlaid, read_constraints
+from qlora_lowmem.commands.bisect import Found, bisect, overlaid, read_constraints
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import UsageError
 
 GOOD = dict.fromkeys("abcdefgh", "1") | {"same": "1"}
@@ -111,7 +112,7 @@ def test_the_command_says_what_it_found(
     monkeypatch.setattr(command, "measure_recipe", lambda versions, **_: measure(versions))
     measure = Measure(b=50)
     flags = ["--good", str(tmp_path / "good.txt"), "--bad", str(tmp_path / "bad.txt"), "--config", "recipe.yaml"]
-    assert main([*flags, "--json", str(tmp_path / "found.json")]) == 0
+    assert run_command("bisect", [*flags, "--json", str(tmp_path / "found.json")]) == 0
     assert "b 1 -> 2: +50 B" in capsys.readouterr().out
     assert '"jump": 50' in (tmp_path / "found.json").read_text()
 

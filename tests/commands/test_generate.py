@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import RECIPES
-from qlora_lowmem.commands.generate import main
-from qlora_lowmem.commands.train import main as train
+from qlora_lowmem.commands.frame import run_command
 from tiny_chat import write_tiny_chat
+
+main = partial(run_command, "generate")
+train = partial(run_command, "train")
 
 HELD_OUT = str(RECIPES / "demo-held-out.jsonl")
 

@@ -164,7 +164,8 @@ def test_what_happens_while_a_command_is_imported_is_told(
 INTERRUPTED = """
 import os, signal
 os.kill(os.getpid(), signal.SIGINT)
-def main(): print("it runs")
+def add_arguments(parser): pass
+def run(options): return print("it runs") or 0
 """
 
 
@@ -195,7 +196,7 @@ def test_the_exit_code_is_told_whatever_ran_before(tmp_path: Path) -> None:
         "from qlora_lowmem.commands import frame, start\n"
         "def main():\n"
         "    exec('raise KeyboardInterrupt')\n"
-        "frame.main_of = lambda _: lambda: frame.guarded(main)\n"
+        "frame.run_command = lambda _: frame.guarded(main)\n"
         "start(name='train')\n"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}

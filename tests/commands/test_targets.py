@@ -2,28 +2,26 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.commands import bisect, explain, generate, lengths, longest, merge, phases, plan, train
 from qlora_lowmem.commands import frame as command
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
 
 DEMO = ["--config", str(RECIPES / "demo.yaml")]
 # A recipe is read after the target was tried, and this one is not there.
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
-    "train": (train.main, [*DEMO, "--data", "nowhere.jsonl"]),
-    "generate": (generate.main, ["--run", "nowhere", "--prompt", "x"]),
-    "merge": (merge.main, ["--run", "nowhere", "--to", "merged"]),
-    "explain": (explain.main, ["--config", "nowhere.yaml"]),
-    "lengths": (lengths.main, ["--config", "nowhere.yaml"]),
-    "longest": (longest.main, ["--config", "nowhere.yaml"]),
-    "phases": (phases.main, ["--config", "nowhere.yaml"]),
-    "plan": (plan.main, ["--config", "nowhere.yaml"]),
-    "bisect": (bisect.main, ["--good", "nowhere.txt", "--bad", "nowhere.txt", "--config", "nowhere.yaml"]),
+COMMANDS: dict[str, list[str]] = {
+    "train": [*DEMO, "--data", "nowhere.jsonl"],
+    "generate": ["--run", "nowhere", "--prompt", "x"],
+    "merge": ["--run", "nowhere", "--to", "merged"],
+    "explain": ["--config", "nowhere.yaml"],
+    "lengths": ["--config", "nowhere.yaml"],
+    "longest": ["--config", "nowhere.yaml"],
+    "phases": ["--config", "nowhere.yaml"],
+    "plan": ["--config", "nowhere.yaml"],
+    "bisect": ["--good", "nowhere.txt", "--bad", "nowhere.txt", "--config", "nowhere.yaml"],
 }
 
 
@@ -33,8 +31,7 @@ def test_json_targets(
     name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main, flags = COMMANDS[name]
-    assert main([*flags, "--json", target]) == EXIT_USAGE
+    assert command.run_command(name, [*COMMANDS[name], "--json", target]) == EXIT_USAGE
     printed = capsys.readouterr().err
     assert "--json: " in printed
     assert "cannot be written" in printed
@@ -50,7 +47,7 @@ def test_folders_to_be_made(
     (here / "full" / "of").mkdir(parents=True)
     (here / "file").touch()
     monkeypatch.chdir(here)
-    assert merge.main(["--run", "nowhere", "--to", to]) == EXIT_USAGE
+    assert command.run_command("merge", ["--run", "nowhere", "--to", to]) == EXIT_USAGE
     assert capsys.readouterr().err.startswith("error: --to: ")
 
 

@@ -1,6 +1,7 @@
 """`train` on each kind of data: what it tells of them, what of that is in `--json`, and what is trained."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.commands.train import main
+from qlora_lowmem.commands.frame import run_command
 from tiny_chat import write_tiny_chat
+
+main = partial(run_command, "train")
 
 CHATS = [
     [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"It is {n}. " * (1 + n % 3)}]

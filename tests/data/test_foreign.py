@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_lowmem.commands.data import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.data import CheckedData, check_data
 from qlora_lowmem.errors import EXIT_OK, EXIT_USAGE, UsageError
+
+main = partial(run_command, "data")
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SYSTEM = {"role": "system", "content": "s"}

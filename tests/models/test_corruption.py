@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.commands import merge, train
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import EXIT_USAGE
 from tiny_chat import write_tiny_chat
 
@@ -22,7 +22,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     write_tiny_chat(folder / "model")
     (folder / "data.jsonl").write_text(json.dumps(CHAT) + "\n")
-    assert train.main(flags(folder)) == 0
+    assert run_command("train", flags(folder)) == 0
     return folder
 
 
@@ -55,7 +55,9 @@ def flags(folder: Path, output: str = "out") -> list[str]:
 
 
 def merged(folder: Path) -> int:
-    return merge.main(["--run", str(folder / "out"), "--to", str(folder / "merged"), "--device", "cpu", "--quiet"])
+    return run_command(
+        "merge", ["--run", str(folder / "out"), "--to", str(folder / "merged"), "--device", "cpu", "--quiet"]
+    )
 
 
 def cut(path: Path) -> Path:
@@ -67,7 +69,7 @@ def cut(path: Path) -> Path:
 
 def test_base_weights_to_train(copy: Path, refused: Check) -> None:
     path = cut(copy / "model" / "model.safetensors")
-    refused(train.main(flags(copy, "new")), f"damaged file: '{path}'", "copy it again")
+    refused(run_command("train", flags(copy, "new")), f"damaged file: '{path}'", "copy it again")
 
 
 def test_base_weights_to_merge(copy: Path, refused: Check) -> None:
@@ -107,10 +109,14 @@ def test_no_adapter_configuration(copy: Path, refused: Check) -> None:
 @pytest.mark.parametrize("dry", [True, False])
 def test_tokenizer(copy: Path, refused: Check, dry: bool) -> None:
     path = cut(copy / "model" / "tokenizer.json")
-    refused(train.main([*flags(copy, "new"), *(["--dry-run"] if dry else [])]), f"damaged file: '{path}'", "copy it")
+    refused(
+        run_command("train", [*flags(copy, "new"), *(["--dry-run"] if dry else [])]),
+        f"damaged file: '{path}'",
+        "copy it",
+    )
 
 
 def test_a_tokenizer_that_is_json_and_none(copy: Path, refused: Check) -> None:
     """The package tokenizers raises a bare Exception here."""
     (copy / "model" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    refused(train.main(flags(copy, "new")), f"from '{copy / 'model'}'", "copy the folder again")
+    refused(run_command("train", flags(copy, "new")), f"from '{copy / 'model'}'", "copy the folder again")

@@ -1,6 +1,7 @@
 """A merged model is the base plus scale * B A, and says what the base with its adapter says."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import RECIPES
-from qlora_lowmem.commands.merge import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.models import merging
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
 from tiny_chat import write_tiny_chat
+
+main = partial(run_command, "merge")
 
 
 @pytest.fixture(scope="module")

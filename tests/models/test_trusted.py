@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from helpers import RECIPES
-from qlora_lowmem.commands.train import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.models.trusted import check_adapter, check_checkpoint
 from qlora_lowmem.run_folder.checkpoints import MANIFEST, seal
 from tiny_chat import write_tiny_chat
+
+main = partial(run_command, "train")
 
 
 class Hostile:

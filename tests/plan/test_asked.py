@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from helpers import RECIPES
 from plan.fakes import FakeRuns
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands import plan as command
+from qlora_lowmem.commands.frame import parser_of, run_command
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_USAGE
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe.io import load_recipe
 
+main = partial(run_command, "plan")
 ALL = [card.name for card in virtual_gpu.all_cards()]
 TWO = ["--card", "t4-16gb", "rtx-3050-6gb"]
 
@@ -42,7 +45,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def cards(monkeypatch: pytest.MonkeyPatch, *asked: str) -> list[str]:
     own = dataclasses.replace(virtual_gpu.get_card("t4-16gb"), name="own", title="A GPU")
     monkeypatch.setattr(command, "card_of_this_machine", lambda: own)
-    return [card.name for card in command._cards(command.parser().parse_args(list(asked)))]
+    return [card.name for card in command._cards(parser_of("plan", "plan").parse_args(list(asked)))]
 
 
 def test_all_cards_are_every_one_once_beside_what_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +59,7 @@ def test_all_cards_are_every_one_once_beside_what_else_is_asked(monkeypatch: pyt
 @pytest.mark.usefixtures("workers")
 @pytest.mark.parametrize("flag", ["--seq", "--max-seq-length"])
 def test_the_length_is_asked_as_here_or_as_in_the_other_commands(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--config", str(RECIPES / "optimised.yaml"), "--card", "t4-16gb", flag, "512"]) == EXIT_OK
+    assert main(["--config", str(RECIPES / "optimised.yaml"), "--card", "t4-16gb", flag, "512"]) == EXIT_OK
     assert "optimised at 512 tokens on t4-16gb: fits" in capsys.readouterr().out
 
 
@@ -70,7 +73,7 @@ def test_the_length_is_asked_as_here_or_as_in_the_other_commands(flag: str, caps
 )
 def test_the_limit_follows_what_is_wanted(limit: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--model", "llama-3.2-3b", "--card", "rtx-3060-laptop-6gb", "--seq", "40000", *limit]
-    assert command.main(asked) == EXIT_OK
+    assert main(asked) == EXIT_OK
     assert f"Proposed: {said}" in capsys.readouterr().out
 
 
@@ -80,7 +83,7 @@ def test_one_bad_model_of_a_sweep_is_a_row_and_the_others_are_planned(
 ) -> None:
     summary = tmp_path / "summary.json"
     asked = ["--model", "granite-4.0-350m", "nosuch", *TWO, "--json", str(summary)]
-    assert command.main(asked) == EXIT_USAGE
+    assert main(asked) == EXIT_USAGE
     printed = capsys.readouterr()
     assert "error" not in printed.err
     *table, reason = printed.out.splitlines()
@@ -99,7 +102,7 @@ def test_one_bad_model_of_a_sweep_is_a_row_and_the_others_are_planned(
 @pytest.mark.usefixtures("workers")
 def test_a_model_that_is_too_short_for_the_wanted_length_is_a_row_too(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--model", "smollm2-135m-instruct", "granite-4.0-h-350m", "--card", "t4-16gb", "--seq", "16384"]
-    assert command.main(asked) == EXIT_USAGE
+    assert main(asked) == EXIT_USAGE
     table = capsys.readouterr().out
     assert "smollm2-135m-instruct on t4-16gb failed: --seq: smollm2-135m-instruct was made for 8192 tokens" in table
     assert "| granite-4.0-h-350m" in table
@@ -109,22 +112,22 @@ def test_a_model_that_is_too_short_for_the_wanted_length_is_a_row_too(capsys: py
 def test_a_full_sweep_shows_each_pairs_screen_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(RECIPES / "baseline.yaml")
     asked = ["--config", recipe, "--model", "granite-4.0-h-1b", "nosuch", *TWO]
-    assert command.main(asked) == EXIT_USAGE
+    assert main(asked) == EXIT_USAGE
     table = capsys.readouterr().out
     assert "Largest batch" not in table
-    assert command.main([*asked, "--full"]) == EXIT_USAGE
+    assert main([*asked, "--full"]) == EXIT_USAGE
     printed = capsys.readouterr().out
     assert printed.startswith(table.rstrip("\n").splitlines()[0])
     for card in ("t4-16gb", "rtx-3050-6gb"):
         assert f"\nbaseline, granite-4.0-h-1b at 2,048 tokens on {card}: " in printed
     assert printed.count("Largest batch:") == 2
     assert printed.count("one change, each one run") == 2
-    assert command.main(["--config", recipe, *TWO]) == EXIT_DOES_NOT_FIT
+    assert main(["--config", recipe, *TWO]) == EXIT_DOES_NOT_FIT
 
 
 def test_as_many_workers_as_cores_may_be_used(workers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _process: {2, 5, 7})
-    assert command.main(["--model", "granite-4.0-350m", "--card", "t4-16gb"]) == EXIT_OK
+    assert main(["--model", "granite-4.0-350m", "--card", "t4-16gb"]) == EXIT_OK
     assert workers == [3]
 
 
@@ -137,7 +140,7 @@ def test_what_is_to_be_run_next_is_what_was_planned(
     asked, target = tmp_path / "asked.yaml", tmp_path / "the best.yaml"
     fields = {"model": "granite-4.0-h-1b"} | ({"data": str(conversations)} if own_data else {})
     asked.write_text(load_recipe(RECIPES / "optimised.yaml", fields).to_yaml())
-    assert command.main(["--config", str(asked), "--card", "t4-16gb", "--write", str(target)]) == EXIT_OK
+    assert main(["--config", str(asked), "--card", "t4-16gb", "--write", str(target)]) == EXIT_OK
     train, whole = (line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines()[-2:])
     start = ["python", "-m", "qlora_lowmem.train", "--config", str(target)]
     assert shlex.split(train.removeprefix("Train: ")) == start + ([] if own_data else ["--data", "my.jsonl"])
@@ -165,7 +168,7 @@ def test_the_first_verdict_is_said_before_any_other_run_is_waited_for(
 
     monkeypatch.setattr(command, "Runs", lambda *_: Runs())
     asked = ["--config", str(RECIPES / "optimised.yaml")] if given else ["--model", "granite-4.0-h-1b"]
-    assert command.main([*asked, "--card", "rtx-3060-laptop-6gb"]) == EXIT_OK
+    assert main([*asked, "--card", "rtx-3060-laptop-6gb"]) == EXIT_OK
     first, second, *_ = said
     assert first == ""
     if given:
@@ -177,7 +180,7 @@ def test_the_first_verdict_is_said_before_any_other_run_is_waited_for(
     whole = "".join(said) + capsys.readouterr().out
     asked_again = FakeRuns()
     monkeypatch.setattr(command, "Runs", lambda *_: asked_again)
-    command.main([*asked, "--card", "rtx-3060-laptop-6gb"])
+    main([*asked, "--card", "rtx-3060-laptop-6gb"])
     assert _timeless(whole) == _timeless(capsys.readouterr().out), "nothing is said twice, nothing is left out"
 
 

@@ -3,13 +3,16 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from helpers import RECIPES
-from qlora_lowmem.commands.plan import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import EXIT_USAGE
+
+main = partial(run_command, "plan")
 
 OPTIMISED = ["--config", str(RECIPES / "optimised.yaml")]
 CARD = ["--card", "rtx-4050-laptop-6gb"]
@@ -82,8 +85,8 @@ def test_a_file_is_not_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("arguments", [[*OPTIMISED, "--card", "none"], ["--help"]])
 def test_it_is_refused_before_anything_heavy_is_imported(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom qlora_lowmem.commands.plan import main\n"
-        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom qlora_lowmem.commands.frame import run_command\n"
+        f"try:\n    run_command('plan', {arguments!r})\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem.commands import lengths
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds.lengths import Length
 from qlora_lowmem.results.tables import gib
@@ -67,5 +68,5 @@ def test_the_exit_code_says_whether_it_fits(
         return [Length("r", count, count <= longest, Peak(1, 2, 3), 4) for count in tokens]
 
     monkeypatch.setattr(lengths, "measure_lengths", measure)
-    assert lengths.main([*CONFIG, *asked]) == code
+    assert run_command("lengths", [*CONFIG, *asked]) == code
     assert seen == ([8192] if asked else [512, 1024, 2048, 4096, 8192])

@@ -1,14 +1,17 @@
 """One page for all tests that read one: the committed attributions, and a small file of every other kind."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
 
 from helpers import ROOT
-from qlora_lowmem.commands.report import main
+from qlora_lowmem.commands.frame import run_command
 from results.examples import CARD, write_all
+
+main = partial(run_command, "report")
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,14 @@ import itertools
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 from bs4 import BeautifulSoup, Tag
 
-from qlora_lowmem.commands.report import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.results.kinds.attribution import write_attribution
@@ -18,6 +19,8 @@ from qlora_lowmem.results.page import KINDS as KINDS_OF_FILE
 from qlora_lowmem.results.page import named, sections_of
 from results.examples import ENVIRONMENT, attribution, write_all
 from results.pages import SECTIONS, parsed, table, values
+
+main = partial(run_command, "report")
 
 
 def test_every_kind_of_file_has_its_section(soup: BeautifulSoup) -> None:

@@ -2,18 +2,21 @@
 
 import json
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
 
 from helpers import ROOT
-from qlora_lowmem.commands.report import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.results import style, theme
 from qlora_lowmem.results.kinds import Section, published
 from qlora_lowmem.results.page import sections_of
 from qlora_lowmem.results.tables import Cell
 from results.pages import parsed, table
+
+main = partial(run_command, "report")
 
 REALITY = ROOT / "results" / "reality.json"
 

@@ -1,12 +1,15 @@
 """What a page cannot be made of is refused, by its file and the place in it."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_lowmem.commands.report import main
+from qlora_lowmem.commands.frame import run_command
+
+main = partial(run_command, "report")
 
 
 def damaged(folder: Path, name: str, change: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands import phases
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.plan.questions import Life
 from qlora_lowmem.recipe.io import load_recipe
@@ -79,7 +80,7 @@ def test_the_command_writes_what_the_page_reads(
     path = tmp_path / "mine.json"
     config = str(RECIPES / "lean.yaml")
     arguments = ["--config", config, config, "--card", CARD, "--json", str(path)]
-    assert phases.main(arguments) == (3 if fails else 0)
+    assert run_command("phases", arguments) == (3 if fails else 0)
     assert capsys.readouterr().err.count("allocated is 2.00 times the floor\n") == (1 if fails else 2)
     cases = json.loads(path.read_text())["cases"]
     assert [case["recipe"] for case in cases] == ["lean (1)"] * 2 + ["lean (2)"] * 2

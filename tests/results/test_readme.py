@@ -3,7 +3,7 @@
 import json
 
 from helpers import ROOT
-from qlora_lowmem.commands.report import CARD
+from qlora_lowmem.commands.readme import CARD
 from qlora_lowmem.results.kinds import Fields
 from qlora_lowmem.results.kinds.matrix import KIND, readme_table
 

@@ -1,6 +1,7 @@
 """Chat templates: hostile ones are refused, and what they show and mark is known before anything loads."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ import trl
 from transformers import AutoTokenizer
 
 from helpers import RECIPES
-from qlora_lowmem.commands.train import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.data import DataReport, check_data
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.tokens.templates import Marking, check_templates, choose_marking, end_tokens
 from tiny_chat import MARKED, PLAIN, WITH_TOOLS, tiny_tokenizer, write_tiny_chat
+
+main = partial(run_command, "train")
 
 HOSTILE = [
     "{{ messages.__class__ }}",

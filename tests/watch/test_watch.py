@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ import pynvml
 import pytest
 from rich.console import Console
 
-from qlora_lowmem.commands.watch import main
+from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import DoesNotFitError
 from qlora_lowmem.memory.profile import MEMORY_FILE, LiveMemory, read_live, write_live
 from qlora_lowmem.recipe import Recipe, Run
@@ -37,6 +38,8 @@ from qlora_lowmem.watch.judgement import (
 )
 from qlora_lowmem.watch.readings import CardReading, Reading, System, is_running
 from qlora_lowmem.watch.view import line, render, sparkline
+
+main = partial(run_command, "watch")
 
 TOTAL = 6 * GIB
 NOW = 1_800_000_000.0

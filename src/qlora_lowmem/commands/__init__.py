@@ -38,7 +38,7 @@ def start(module: str = "__main__", name: str | None = None) -> None:
     if module == "__main__":
         with importing():
             from qlora_lowmem.commands import frame
-        code = frame.guarded(lambda: frame.main() if name is None else frame.main_of(name)())
+        code = frame.main() if name is None else frame.run_command(name)
         # An interrupt inside of an `exec` of a string, as dataclasses do, makes `python -m` die of SIGINT whatever code
         # it is given, handled or not (CPython's run_eval_code_obj sets a flag), until the next such `exec` begins.
         exec("")

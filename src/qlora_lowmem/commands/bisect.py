@@ -21,7 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import words_of
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import cache_folder, whole_folder
@@ -239,7 +239,6 @@ def _meets(version: str | None, requirement: Requirement) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
     parser.add_argument("--good", metavar="FILE", type=Path, required=True, help="constraints before (pip freeze)")
     parser.add_argument("--bad", metavar="FILE", type=Path, required=True, help="constraints after")
     parser.add_argument("--config", metavar="RECIPE", type=Path, required=True, help="what is measured")
@@ -249,7 +248,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Bisect and say what was found."""
     folder = options.overlays or cache_folder() / "overlays"
     good, bad = read_constraints(options.good), read_constraints(options.bad)
     found = bisect(good, bad, partial(measure_recipe, config=options.config, card=options.card, folder=folder))
@@ -257,7 +255,3 @@ def run(options: argparse.Namespace) -> int:
     if options.json != "-":
         print(found.render())
     return EXIT_OK
-
-
-COMMAND = Command("bisect", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import msgspec
 
-from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, check_parent, write_json
 from qlora_lowmem.errors import EXIT_OK, UsageError
 
 _KEYS = ("messages", "prompt", "completion", "text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
     parser.add_argument("action", choices=("check", "convert"), help="what to do")
     parser.add_argument("source", metavar="FILE", help="the data: a file, for check a data set of the hub too")
     parser.add_argument("target", metavar="OUT.jsonl", nargs="?", help="of convert: the file that is written")
@@ -33,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, or convert."""
     if options.action == "check":
         from qlora_lowmem.data import check_data
 
@@ -65,12 +63,7 @@ def _target_of(options: argparse.Namespace) -> Path:
     target = Path(options.target)
     if target.suffix.lower() != ".jsonl":
         raise UsageError(f"data convert: {options.target!r} is no .jsonl file; name one")
-    if not target.resolve().parent.is_dir():
-        raise UsageError(f"data convert: the folder of {options.target!r} does not exist; make it")
+    check_parent("data convert", options.target)
     if target.exists() and not options.force:
         raise UsageError(f"data convert: {options.target!r} exists already; give another file, or --force")
     return target
-
-
-COMMAND = Command("data", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

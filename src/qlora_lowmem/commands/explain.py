@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import Command, add_json_argument, check_parent, write_json
+from qlora_lowmem.commands.frame import add_json_argument, check_parent, write_json
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.models.sources import source_of
@@ -27,7 +27,6 @@ from qlora_lowmem.run.preflight import recipe_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags, then one for each field of the recipe."""
     parser.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file (bench/recipes/)")
     add_json_argument(parser)
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as a Markdown page")
@@ -42,8 +41,7 @@ def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.config, {"device": "virtual"} | overrides_from(options))
     if recipe.run.device == "cpu":
         raise UsageError("run.device: 'cpu' has no GPU memory to explain; use --device virtual or --device cuda")
-    if recipe.data.data != SYNTHETIC:
-        recipe = replace_field(recipe, "data", SYNTHETIC)
+    recipe = replace_field(recipe, "data", SYNTHETIC)
     source_of(recipe)
     for flag in ("markdown", "svg", "png", "snapshot"):
         check_parent(f"--{flag}", getattr(options, flag))
@@ -102,7 +100,3 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
     if options.snapshot:
         recorder.save_snapshot(Path(options.snapshot))
     return EXIT_OK
-
-
-COMMAND = Command("explain", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

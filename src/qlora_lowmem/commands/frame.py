@@ -1,14 +1,12 @@
 """What every command shares: the parser, errors as one message with an exit code, JSON to a file or standard output.
 
-A command is a module of this folder and a line of `commands.COMMANDS`. The module's docstring is what `--help` prints,
-with examples that begin with `qlora-lowmem NAME`, and at its end stands
+A command is a line of `commands.COMMANDS` and a module of this folder. It imports heavy libraries once it has checked
+what it was given. Of the module, `run_command` takes
 
-    COMMAND = Command("explain", __doc__, add_arguments, run)
-    main, parser = COMMAND.main, COMMAND.parser
-
-where `add_arguments(parser)` adds its flags (`add_json_argument` is `--json`) and `run(options)` does what is asked and
-returns the exit code: `options` are the parsed flags, `options.words` the command line as it was given. What `run`
-raises becomes a message and an exit code here. It imports heavy libraries once it has checked what it was given.
+    __doc__                 what `--help` prints, its examples as `qlora-lowmem NAME ...`
+    add_arguments(parser)   adds its flags; `--json` by `add_json_argument`
+    run(options)            does it, with the parsed flags and, as `options.words`, the command line as it was given;
+                            returns the exit code: 0 done, 2 usage, 3 does not fit. What it raises has its own
 
 `python -m qlora_lowmem.explain` is a file of two lines, `commands.start(__name__, "explain")`. What runs a command in a
 new process takes its first words from `environment.words_of("explain")`, so that it is recorded as it was typed.
@@ -26,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +39,7 @@ from qlora_lowmem.errors import (
     StoppedBySignal,
     UsageError,
 )
-from qlora_lowmem.files import write_whole
+from qlora_lowmem.files import json_values, write_whole
 
 TRACEBACK_VARIABLE = "QLORA_LOWMEM_TRACEBACK"
 
@@ -60,35 +57,6 @@ class CommandParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1, cutoff=0.6)
             message += f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"{self.prog}: {message} ({self.prog} --help lists every flag)")
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command, declared.
-
-    Attributes:
-        name: in `COMMANDS`.
-        description: for `--help`; `qlora-lowmem NAME` in it is shown as the command was called.
-        add_arguments: adds its flags to a parser.
-        run: does it. Returns the exit code: 0 done, 2 usage, 3 does not fit; what it raises has its own.
-    """
-
-    name: str
-    description: str | None
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-    def parser(self, prog: str | None = None) -> argparse.ArgumentParser:
-        """The command line. `prog` is how it was called (default: with `python -m`)."""
-        prog = prog or f"python -m {COMMANDS[self.name][0]}"
-        parser = CommandParser(prog, (self.description or "").replace(f"{SCRIPT} {self.name}", prog))
-        self.add_arguments(parser)
-        return parser
-
-    def main(self, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-        """Run it on the words of a command line (default: the process's). Returns the exit code; raises no error."""
-        words = list(sys.argv[1:] if arguments is None else arguments)
-        return guarded(lambda: self.run(self.parser(prog).parse_args(words, argparse.Namespace(words=words))))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,16 +78,39 @@ def _script(words: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"{typed()}: no command {name!r}{hint} ({typed()} --help lists every command)")
-    return main_of(name)(rest, f"{typed()} {name}")
+    return run_command(name, rest, f"{typed()} {name}")
 
 
-def main_of(name: str) -> Callable[..., int]:
-    """The function that runs a command: `main(arguments, prog)`, both optional."""
-    elsewhere = {"virtual-gpu": ("virtual_gpu.__main__", "main"), "readme": ("commands.report", "readme")}
-    module, function = elsewhere.get(name, (f"commands.{name}", "main"))
+def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a command on the words of a command line (default: the process's). Returns the exit code; raises no error.
+
+    Args:
+        prog: how it was called (default: with `python -m`).
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    prog = prog or f"python -m {COMMANDS[name][0]}"
+
+    def run() -> int:
+        module = _module(name)
+        if name == "virtual-gpu":  # which stands alone, with a parser of its own
+            return int(module.main(words, prog))
+        return int(module.run(parser_of(name, prog).parse_args(words, argparse.Namespace(words=words))))
+
+    return guarded(run)
+
+
+def parser_of(name: str, prog: str) -> argparse.ArgumentParser:
+    """The command line of a command that is called as `prog`."""
+    module = _module(name)
+    parser = CommandParser(prog, (module.__doc__ or "").replace(f"{SCRIPT} {name}", prog))
+    module.add_arguments(parser)
+    return parser
+
+
+def _module(name: str) -> Any:
+    place = "virtual_gpu.__main__" if name == "virtual-gpu" else f"commands.{name}"
     with importing():
-        found: Callable[..., int] = getattr(importlib.import_module(f"qlora_lowmem.{module}"), function)
-    return found
+        return importlib.import_module(f"qlora_lowmem.{place}")
 
 
 def guarded(body: Callable[[], int]) -> int:
@@ -164,16 +155,11 @@ def add_json_argument(parser: argparse.ArgumentParser, *, checked: bool = True) 
         checked: False for a command that makes a folder which FILE may be in: it calls `check_json_target` itself.
     """
     about = "write a summary for machines; - is standard output"
-    parser.add_argument("--json", metavar="FILE", type=_json_target if checked else str, help=about)
+    parser.add_argument("--json", metavar="FILE", type=check_json_target if checked else str, help=about)
 
 
-def _json_target(target: str) -> str:
-    check_json_target(target)
-    return target
-
-
-def check_json_target(target: str | None, *, coming: Path | None = None) -> None:
-    """Refuse a `--json FILE` that cannot be written, before hours of work for it.
+def check_json_target(target: str | None, *, coming: Path | None = None) -> str | None:
+    """`target`, if a `--json FILE` can be written there; else it is refused before hours of work for it.
 
     Args:
         coming: a folder that the command will make; what is to be in it can be told only then.
@@ -182,11 +168,11 @@ def check_json_target(target: str | None, *, coming: Path | None = None) -> None
         UsageError: nothing can be written there.
     """
     if target is None or target == "-":
-        return
+        return target
     path = Path(os.path.realpath(target))
     if target and coming is not None and not path.parent.exists() and path.parent == Path(os.path.realpath(coming)):
-        return
-    with _writing("--json", target, "file"):
+        return target
+    with _writing("--json", target):
         if not target.strip():
             raise FileNotFoundError(errno.ENOENT, "it is empty")
         if Path(target).is_dir():
@@ -194,9 +180,10 @@ def check_json_target(target: str | None, *, coming: Path | None = None) -> None
         if not _is_special(Path(target)):
             with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
                 pass
+    return target
 
 
-def write_json(target: str | None, content: dict[str, Any]) -> None:
+def write_json(target: str | None, content: Any) -> None:
     """Write `content` to the file `target`, whole or not at all; `-` is standard output, None is nowhere.
 
     Raises:
@@ -204,11 +191,11 @@ def write_json(target: str | None, content: dict[str, Any]) -> None:
     """
     if target is None:
         return
-    text = json.dumps(content, indent=2) + "\n"
+    text = json.dumps(json_values(content), indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
-    with _writing("--json", target, "file"):
+    with _writing("--json", target):
         if _is_special(Path(target)):
             Path(target).write_text(text, encoding="utf-8")
         else:
@@ -248,7 +235,7 @@ def check_parent(flag: str, target: str | None) -> None:
 
 
 @contextmanager
-def _writing(flag: str, target: str, kind: str) -> Iterator[None]:
+def _writing(flag: str, target: str, kind: str = "file") -> Iterator[None]:
     try:
         yield
     except OSError as error:

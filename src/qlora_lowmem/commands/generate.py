@@ -19,7 +19,7 @@ from typing import Any
 from tabulate import tabulate
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.data import check_data
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK, UsageError
@@ -31,7 +31,6 @@ _NARROWEST = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
     add = parser.add_argument
     add("--run", metavar="DIR", help="output folder of a run, or one of its checkpoints")
     config = f"the run's recipe (default: DIR's {RECIPE_FILE}); without --run, the adapter is in its output_dir"
@@ -49,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer, score, and show both beside each other."""
     if not options.prompt and not options.data:
         raise UsageError("nothing to show: give --prompt TEXT, --data FILE or both")
     for flag, value in (("--samples", options.samples), ("--max-new-tokens", options.max_new_tokens)):
@@ -121,7 +119,3 @@ def _print(content: dict[str, Any]) -> None:
         rows = [[name, f"{mean:.4f}", f"{perplexity:.2f}"] for name, mean, perplexity in means]
         print(tabulate(rows, headers=["", "loss", "perplexity"], tablefmt="simple", disable_numparse=True))
         print(f"mean over {loss['scored_tokens']:,} scored tokens of {loss['samples']} samples of {loss['data']}")
-
-
-COMMAND = Command("generate", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

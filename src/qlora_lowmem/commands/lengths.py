@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.memory.profile import Peak
@@ -29,7 +29,6 @@ DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
     parser.add_argument(
         "--lengths",
@@ -67,7 +66,3 @@ def run(options: argparse.Namespace) -> int:
     fitting = [row for row in rows if row.fits]
     fits = len(fitting) == len(rows) if options.lengths else {row.recipe for row in fitting} == {r.recipe for r in rows}
     return EXIT_OK if fits else EXIT_DOES_NOT_FIT
-
-
-COMMAND = Command("lengths", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.memory.profile import Peak
@@ -23,7 +23,6 @@ from qlora_lowmem.run.preflight import recipe_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
     parser.add_argument("--limit", type=int, default=131072, metavar="N", help="look no further (default: 131072)")
     parser.add_argument("--step", type=int, default=1024, metavar="N", help="precision in tokens (default: 1024)")
@@ -56,7 +55,3 @@ def run(options: argparse.Namespace) -> int:
     cases = [plain_row(row) for row in rows]
     write_json(options.json, highest | {"device": card.name, "provenance": "virtual", "cases": cases})
     return EXIT_OK if all(row.tokens for row in rows) else EXIT_DOES_NOT_FIT
-
-
-COMMAND = Command("longest", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

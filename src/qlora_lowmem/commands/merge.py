@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qlora_lowmem.commands.frame import Command, add_json_argument, check_json_target, check_new_folder, write_json
+from qlora_lowmem.commands.frame import add_json_argument, check_json_target, check_new_folder, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_OK
 from qlora_lowmem.recipe import recipe_hash
@@ -25,7 +25,6 @@ from qlora_lowmem.run_folder.ownership import recipe_of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
     parser.add_argument(
         "--run", required=True, metavar="FOLDER", help="a run's output folder, or one of its checkpoints"
     )
@@ -39,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Merge, and tell the peak of it."""
     folder, to = Path(options.run), check_new_folder("--to", options.to)
     check_json_target(options.json, coming=to)
     recipe = recipe_of_run(folder)
@@ -55,7 +53,3 @@ def run(options: argparse.Namespace) -> int:
     content = {"merged": str(to), "dtype": options.dtype, "recipe_hash": recipe_hash(recipe)} | peaks
     write_json(options.json, content | {"environment": provenance_record(peaks["device"], peaks["provenance"])})
     return EXIT_OK
-
-
-COMMAND = Command("merge", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

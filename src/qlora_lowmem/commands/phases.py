@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
-from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.models.sources import source_of
@@ -28,14 +28,12 @@ from qlora_lowmem.units import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags, then one for each field of the recipe."""
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="recipes, YAML files")
     add_json_argument(parser)
     add_override_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command. Returns the exit code, as `qlora_lowmem.train` does."""
     recipes = [load_recipe(path, {"device": "virtual"} | overrides_from(options)) for path in options.config]
     cards = [recipe_card(recipe) for recipe in recipes]
     for recipe in recipes:
@@ -63,7 +61,3 @@ def _names(lives: Sequence[Life]) -> list[str]:
     """The recipes' names; those that are there several times with their place in the command."""
     names = [life.recipe.name for life in lives]
     return [f"{name} ({place})" if names.count(name) > 1 else name for place, name in enumerate(names, start=1)]
-
-
-COMMAND = Command("phases", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import Command, add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, check_parent, write_json
 from qlora_lowmem.environment import provenance_record, typed
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
 from qlora_lowmem.files import cache_folder
@@ -53,7 +53,6 @@ _OWN = ("name", "model", "weights", "max_seq_length", "data", "train_on", "devic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags, then one for each field of the recipe that it does not ask itself."""
     what = parser.add_argument_group("what to plan")
     what.add_argument("--config", nargs="+", metavar="RECIPE", help="one recipe or more (bench/recipes/)")
     what.add_argument(
@@ -92,7 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command."""
     _check_numbers(options)
     target = _checked_target(options)
     recipes = _recipes(options)
@@ -140,8 +138,7 @@ def _checked_target(options: argparse.Namespace) -> Path | None:
         raise UsageError(f"--write: {options.write!r} is no recipe's name; end it in .yaml")
     if target.exists() and not options.force:
         raise UsageError(f"--write: {options.write!r} exists; --force replaces it, or give another name")
-    if not target.resolve().parent.is_dir():
-        raise UsageError(f"--write: the folder of {options.write!r} does not exist; make it, or give another name")
+    check_parent("--write", options.write)
     return target
 
 
@@ -237,7 +234,3 @@ def _say_what_next(target: Path, recipe: Recipe, asked: Recipe) -> None:
     planned += " --data synthetic" if own_data else ""
     print(f"{target} is written. Train: {train}{'' if own_data else ' --data my.jsonl'}", file=sys.stderr)
     print(f"Run it whole on the virtual card: {train} --device virtual{planned}", file=sys.stderr)
-
-
-COMMAND = Command("plan", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

@@ -10,24 +10,17 @@ needs no network and no JavaScript; two attributions are shown side by side.
 """
 
 import argparse
-import json
-import re
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_lowmem.commands.frame import Command, check_parent
+from qlora_lowmem.commands.frame import check_parent
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import write_whole
-from qlora_lowmem.results.kinds.matrix import readme_block
 from qlora_lowmem.results.page import render, save_charts, sections_of, title_of
-
-CARD = "rtx-4050-laptop-6gb"
-_BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
     parser.add_argument("results", nargs="+", metavar="PATH", type=Path, help="a folder of results, or JSON files")
     parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
     parser.add_argument("--title", metavar="TEXT", help="its title (default: names the cards)")
@@ -35,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page. Exit code 2 if a file is missing or not what it should be."""
     output = Path(options.output)
     check_parent("--output", options.output)
     if options.charts and Path(options.charts).exists() and not Path(options.charts).is_dir():
@@ -55,32 +47,3 @@ def run(options: argparse.Namespace) -> int:
     for path in made.left_out:
         print(f"not shown, for no section shows its kind: {path}")
     return EXIT_OK
-
-
-def add_readme_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `readme`."""
-    parser.add_argument("--results", default="results", metavar="DIR", help="where the tables are (default: results)")
-    parser.add_argument("--readme", default="README.md", metavar="FILE", help="the file to write into")
-
-
-def write_readme(options: argparse.Namespace) -> int:
-    """Write the README's figures between its markers. Exit code 2 if the README or the results are not there."""
-    source, readme = Path(options.results) / CARD / "matrix.json", Path(options.readme)
-    try:
-        content, text = json.loads(source.read_text(encoding="utf-8")), readme.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename}: {error.strerror}; run pytest bench/ first, in the project's root"
-        ) from None
-    if not _BLOCK.search(text):
-        raise UsageError(f"{readme} has no <!-- matrix --> ... <!-- /matrix -->; put the markers where the table goes")
-    block = readme_block(content)
-    readme.write_text(_BLOCK.sub(lambda found: found[1] + block + found[2], text), encoding="utf-8")
-    return EXIT_OK
-
-
-COMMAND = Command("report", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser
-
-ABOUT_README = "The README's figures, from `results/`: `qlora-lowmem readme` writes them between the markers."
-readme = Command("readme", ABOUT_README, add_readme_arguments, write_readme).main

@@ -10,23 +10,20 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import Command, add_json_argument, check_json_target, write_json
+from qlora_lowmem.commands.frame import add_json_argument, check_json_target, write_json
 from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
-from qlora_lowmem.files import json_values
-from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, recipe_from_dict
 from qlora_lowmem.run.preflight import inputs_of
-from qlora_lowmem.run.train import dry_run, handed_inputs, say, train_here, train_on_virtual_card
+from qlora_lowmem.run.train import NextChange, dry_run, handed_inputs, say, train_here, train_on_virtual_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags, then one for each field of the recipe."""
     parser.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file (bench/recipes/)")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and what would be trained; train nothing"
@@ -48,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command. Returns the exit code: 0 done, 1 a failure of ours, 2 usage, 3 does not fit, 130 interrupted."""
     if options.inputs is not None:
         code, content = train_here(handed_inputs(options.inputs), options.words, quiet=options.quiet)
-        write_json(options.json, json_values(content))
-        _leave(code)
+        write_json(options.json, content)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # on a virtual card; Python's own cleaning up of a million objects would be for nothing
     recipe = load_recipe(options.config, overrides_from(options))
     makes_folder = recipe.run.device != "virtual" and not options.dry_run
     check_json_target(options.json, coming=Path(recipe.run.output_dir) if makes_folder else None)
@@ -63,7 +61,9 @@ def run(options: argparse.Namespace) -> int:
             print(recipe.to_yaml(), *lines, sep="\n# ")
         write_json(options.json, content)
         return EXIT_OK
-    next_change = _next_change if options.retreat and processes() == 1 else None
+    next_change: NextChange | None = None
+    if options.retreat and processes() == 1:
+        from qlora_lowmem.plan.ladder import next_fallback as next_change
     if inputs.card is not None and virtual_gpu.current_card() is None:
         stdout = sys.stderr if options.json == "-" else None
         code, content = train_on_virtual_card(inputs, options.words, next_change=next_change, stdout=stdout)
@@ -76,14 +76,8 @@ def run(options: argparse.Namespace) -> int:
             _say_failure(content)
         if not options.no_advice and processes() == 1:  # advice is for one card
             _advise(content)
-    write_json(options.json, json_values(content))
+    write_json(options.json, content)
     return code
-
-
-def _next_change(recipe: Recipe) -> Any:
-    from qlora_lowmem.plan.ladder import next_fallback
-
-    return next_fallback(recipe)
 
 
 def _say_failure(content: dict[str, Any]) -> None:
@@ -111,14 +105,3 @@ def _advise(content: dict[str, Any]) -> None:
     content["advice"] = msgspec.to_builtins(advice)
     for text in advice.lines():
         say(text)
-
-
-def _leave(code: int) -> NoReturn:
-    """End a process on a virtual card; Python's own cleaning up of a million objects would be for nothing."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-COMMAND = Command("train", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser

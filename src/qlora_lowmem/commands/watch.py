@@ -17,7 +17,6 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.live import Live
 
-from qlora_lowmem.commands.frame import Command
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.memory.profile import MEMORY_FILE
 from qlora_lowmem.units import GIB, parse_memory_limit
@@ -27,7 +26,6 @@ from qlora_lowmem.watch.view import line, render
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--output-dir", metavar="DIR", help=f"the output folder of a run: its {MEMORY_FILE} is read")
     what.add_argument("--pid", type=int, metavar="PID", help="a process: its part of the card, and it ends with it")
@@ -46,8 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Look again and again until the job ends."""
-    _check(options)
+    if not (math.isfinite(options.interval) and options.interval >= 0.1):
+        raise UsageError(f"--interval: {options.interval} is not a number of seconds from 0.1 on")
+    try:
+        parse_memory_limit(options.warn, GIB)
+    except ValueError as fault:
+        raise UsageError(f'--warn: {fault}; write "95%" or a size such as 5.5GiB') from None
+    if options.pid is not None and not (options.pid > 0 and is_running(options.pid)):
+        raise UsageError(f"--pid: no process {options.pid} runs here; it has ended, or runs in another container")
     watch = Watch(options.output_dir, options.pid, options.gpu, options.warn)
     console = Console()
     if options.json:
@@ -60,17 +64,6 @@ def run(options: argparse.Namespace) -> int:
         return _follow(watch, options, lambda frame: live.update(render(frame), refresh=True))
 
 
-def _check(options: argparse.Namespace) -> None:
-    if not (math.isfinite(options.interval) and options.interval >= 0.1):
-        raise UsageError(f"--interval: {options.interval} is not a number of seconds from 0.1 on")
-    try:
-        parse_memory_limit(options.warn, GIB)
-    except ValueError as fault:
-        raise UsageError(f'--warn: {fault}; write "95%" or a size such as 5.5GiB') from None
-    if options.pid is not None and not (options.pid > 0 and is_running(options.pid)):
-        raise UsageError(f"--pid: no process {options.pid} runs here; it has ended, or runs in another container")
-
-
 def _follow(watch: Watch, options: argparse.Namespace, show: Callable[[Frame], None]) -> int:
     while True:
         frame = watch.look()
@@ -78,7 +71,3 @@ def _follow(watch: Watch, options: argparse.Namespace, show: Callable[[Frame], N
         if options.once or not frame.reading.running:
             return EXIT_OK
         time.sleep(options.interval)
-
-
-COMMAND = Command("watch", __doc__, add_arguments, run)
-main, parser = COMMAND.main, COMMAND.parser
