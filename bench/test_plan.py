@@ -18,7 +18,7 @@ from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.ladder import ladder
 from qlora_lowmem.plan.maximum import room_left
-from qlora_lowmem.plan.pair import Extent, Pair, sweep
+from qlora_lowmem.plan.pair import Pair, sweep
 from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, roomy, submit_recipe, two_steps
 from qlora_lowmem.plan.screen import Again, write_plans
 from qlora_lowmem.recipe import Recipe, field_values
@@ -60,7 +60,7 @@ def asked_pairs() -> list[Pair]:
     for model, card, wanted in ASKED:
         start = {"name": model, "model": model, "target_modules": "all-linear", "max_seq_length": wanted}
         planned = planned_model(replace_fields(Recipe(), start))
-        pairs.append(Pair(planned, virtual_gpu.get_card(card), model, recipe_given=False))
+        pairs.append(Pair(planned, virtual_gpu.get_card(card), model, False, LIMIT, STEP, full=False))
     return pairs
 
 
@@ -73,10 +73,10 @@ def planned(on_gpu: bool, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_LOWMEM_CACHE", str(empty))
         load, before, started = os.getloadavg()[0], _cpu_seconds(), time.perf_counter()
-        pairs, extent = asked_pairs(), Extent(LIMIT, STEP, full=False)
+        pairs = asked_pairs()
         with recipe_server(CORES) as server:
             runs = Runs(server, RunCache(empty / "plan"))
-            found = dict(sweep(pairs, extent, runs, server, workers=CORES))
+            found = dict(sweep(pairs, runs, server, workers=CORES))
         wall = time.perf_counter() - started
     plans = tuple(found[number] for number in range(len(pairs)))
     return Sweep(plans, wall, _cpu_seconds() - before, load)

@@ -14,7 +14,7 @@ from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.plan.answers import Plan
 from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.plan.ladder import ladder
-from qlora_lowmem.plan.pair import Extent, Pair, Planner, ranked
+from qlora_lowmem.plan.pair import Pair, Planner, ranked
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field, replace_fields
 
@@ -32,8 +32,8 @@ def plan(
     step: int = 256,
     full: bool = True,
 ) -> Plan:
-    pair = Pair(planned_model(recipe), card, recipe.name, given)
-    return Planner(pair, Extent(limit, step, full), runs or FakeRuns(), lambda _what: None).plan()  # type: ignore[arg-type]
+    pair = Pair(planned_model(recipe), card, recipe.name, given, limit, step, full)
+    return Planner(pair, runs or FakeRuns()).plan()  # type: ignore[arg-type]
 
 
 def test_a_recipe_that_fits() -> None:

@@ -17,7 +17,7 @@ from helpers import RECIPES, ROOT
 from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.maximum import room_left
-from qlora_lowmem.plan.pair import Extent, Pair, Planner
+from qlora_lowmem.plan.pair import Pair, Planner
 from qlora_lowmem.plan.recipe_runs import submit_recipe, two_steps
 from qlora_lowmem.recipe.io import load_recipe, replace_fields
 from qlora_lowmem.virtual_gpu import Server, get_card
@@ -93,8 +93,8 @@ def test_a_recipe_that_does_not_fit_gets_one_that_does(tiny_hybrid: Path, recipe
     card = get_card(CARD)
     card = card.with_memory(card.total_bytes - card.usable_bytes + card.context_bytes + 200 * 2**20)
     runs = Runs(recipe_runs, RunCache(None))
-    pair = Pair(planned_model(recipe), card, recipe.name, recipe_given=True)
-    plan = Planner(pair, Extent(8192, 512, full=False), runs, lambda _what: None).plan()
+    pair = Pair(planned_model(recipe), card, recipe.name, recipe_given=True, limit=8192, step=512, full=False)
+    plan = Planner(pair, runs).plan()
     assert not plan.fits
     assert plan.need is not None
     assert plan.need.device_bytes > card.usable_bytes, "what it would need, from a card with room for it"

@@ -37,7 +37,7 @@ from qlora_lowmem.files import cache_folder
 from qlora_lowmem.memory.device import card_of_this_machine
 from qlora_lowmem.plan import screen
 from qlora_lowmem.plan.answers import Plan, recipe_file
-from qlora_lowmem.plan.asked import Extent, Pair
+from qlora_lowmem.plan.asked import Pair
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.pair import Planner, pairs_of, sweep
 from qlora_lowmem.plan.recipe_runs import recipe_server
@@ -97,7 +97,17 @@ def run(options: argparse.Namespace) -> int:
     cards = _cards(options)
     given, fixed = bool(options.config), frozenset(overrides_from(options))
     several = given and bool(options.models)
-    asked = pairs_of(recipes, cards, given=given, several_models=several, wanted=options.seq, fixed=fixed)
+    asked = pairs_of(
+        recipes,
+        cards,
+        given=given,
+        several_models=several,
+        wanted=options.seq,
+        limit=options.limit,
+        step=options.step,
+        full=options.full or len(recipes) * len(cards) == 1,
+        fixed=fixed,
+    )
     if target is not None and len(asked) > 1:
         raise UsageError(f"--write: one file holds one recipe, and this asks for {len(asked)} pairs; name one pair")
     plans = _answers(asked, options)
@@ -186,16 +196,15 @@ def _answers(asked: list[Pair | Plan], options: argparse.Namespace) -> list[Plan
     pairs = [each for each in asked if isinstance(each, Pair)]
     with recipe_server(workers) as server:
         if len(asked) == 1:
-            return [_answer(pairs[0], Extent(options.limit, options.step, full=True), server, cache, shown=shown)]
-        extent = Extent(options.limit, options.step, options.full)
-        planned = iter(_sweep(pairs, extent, server, cache, workers))
+            return [_answer(pairs[0], server, cache, shown=shown)]
+        planned = iter(_sweep(pairs, server, cache, workers))
     plans = [next(planned) if isinstance(each, Pair) else each for each in asked]
     if shown:
         print("\n".join(screen.sweep_lines(plans, full=options.full)))
     return plans
 
 
-def _answer(pair: Pair, extent: Extent, server: virtual_gpu.Server, cache: RunCache, *, shown: bool) -> Plan:
+def _answer(pair: Pair, server: virtual_gpu.Server, cache: RunCache, *, shown: bool) -> Plan:
     lines: list[str] = []
 
     def say(answer: Plan) -> None:
@@ -209,17 +218,17 @@ def _answer(pair: Pair, extent: Extent, server: virtual_gpu.Server, cache: RunCa
         bar.update(1)
 
     with tqdm(desc="plan", unit="run") as bar:
-        plan = Planner(pair, extent, Runs(server, cache, made), bar.set_postfix_str, say).plan()
+        plan = Planner(pair, Runs(server, cache, made), bar.set_postfix_str, say).plan()
         say(plan)
     return plan
 
 
-def _sweep(pairs: list[Pair], extent: Extent, server: virtual_gpu.Server, cache: RunCache, workers: int) -> list[Plan]:
+def _sweep(pairs: list[Pair], server: virtual_gpu.Server, cache: RunCache, workers: int) -> list[Plan]:
     with tqdm(desc="plan", total=len(pairs), unit="pair") as bar:
         made = itertools.count(1)
         runs = Runs(server, cache, lambda: bar.set_postfix_str(f"{next(made)} runs"))
         found: dict[int, Plan] = {}
-        for number, plan in sweep(pairs, extent, runs, server, workers=workers):
+        for number, plan in sweep(pairs, runs, server, workers=workers):
             found[number] = plan
             bar.update(1)
     return [found[number] for number in range(len(pairs))]

@@ -132,26 +132,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the proposed recipe as its file would hold it."""
-        plain = asdict(replace(self, kinds={}, proposal=None)) | {"kinds": dict(self.kinds)}
-        found = self.proposal
-        if found is not None:
-            shell = {**vars(found), "recipe": found.recipe.to_dict(), "kinds": dict(found.kinds)}
-            plain["proposal"] = shell | {"need": asdict(found.need), "longest": asdict(found.longest)}
-        return plain
+        return asdict(self)
 
 
 def need_of(run: RecipeRun, *, fits: bool) -> Need:
     """A run's peaks; zeros where it failed."""
-    peaks = run.profile
-    return Need(
-        peaks.peak.allocated if peaks else 0,
-        peaks.peak.reserved if peaks else 0,
-        peaks.peak.device if peaks else 0,
-        run.floor_bytes,
-        run.pinned_host_bytes,
-        run.trainable_parameters,
-        fits,
-    )
+    host, learn = run.pinned_host_bytes, run.trainable_parameters
+    return Need(run.peak.allocated, run.peak.reserved, run.peak.device, run.floor_bytes, host, learn, fits)
 
 
 def limit_of(found: Maximum, step: int, last: LimitedBy) -> Limit:

@@ -74,6 +74,9 @@ class Pair:
         model: the recipe, ready for planning; its `max_seq_length` is the wanted length.
         subject: how answers name it.
         recipe_given: whether it is the person's own recipe, or where the ladder starts for a model.
+        limit: tokens; no longer sequence is tried.
+        step: tokens that lengths are told apart by.
+        full: whether the breakdown, the largest batch, single changes and FLOPs are looked into too.
         fixed: fields set on the command line, which no proposal changes.
     """
 
@@ -81,19 +84,7 @@ class Pair:
     card: virtual_gpu.Card
     subject: str
     recipe_given: bool
-    fixed: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much is looked into.
-
-    Attributes:
-        limit: tokens; no longer sequence is tried.
-        step: tokens that lengths are told apart by.
-        full: also the breakdown, the largest batch, single changes, FLOPs.
-    """
-
     limit: int
     step: int
     full: bool
+    fixed: frozenset[str] = frozenset()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,7 +22,7 @@ from qlora_lowmem.environment import versions
 from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.files import write_whole
 from qlora_lowmem.models.sources import source_of
-from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe, two_steps
+from qlora_lowmem.plan.recipe_runs import Answer, RecipeRun, mapped, roomy, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import replace_fields
 
@@ -32,7 +32,6 @@ _SUFFIXES = {".py", ".cpp", ".h", ".toml", ".json"}
 # FLOPs grow with the sequence in each recipe alike; a short one says how they compare.
 COUNTED_TOKENS = 1024
 
-Answer = TypeVar("Answer")
 Question = Literal["attributed run", "counted run", "run", "probe"]
 _ANSWERED_BY: dict[str, tuple[Question, ...]] = {
     "run": ("attributed run", "counted run"),
@@ -142,7 +141,7 @@ class Runs:
         answer = self._answer(question, recipe, card, tally, RecipeRun, run)
         if count:
             key = run_key("flops", _counted(recipe), roomy(card))
-            self._made.setdefault(key, _mapped(answer, lambda run: run.flops))
+            self._made.setdefault(key, mapped(answer, lambda run: run.flops))
         return answer
 
     def count_flops(self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally) -> "Future[int]":
@@ -154,7 +153,7 @@ class Runs:
 
         def run() -> "Future[int]":
             job = self._server.submit("qlora_lowmem.plan.worker:count_here", {"content": short.to_dict()}, card)
-            return _mapped(job, _value_of)
+            return mapped(job, _value_of)
 
         return self._answer("flops", short, card, tally, int, run)
 
@@ -201,17 +200,3 @@ def _value_of(job: virtual_gpu.JobResult) -> int:
     if job.value is None:
         raise QloraLowmemError(f"counting FLOPs failed: {job.error or job.output_tail[-500:]}")
     return int(job.value)
-
-
-def _mapped(future: "Future[Any]", change: Callable[[Any], Any]) -> "Future[Any]":
-    """A future of `change` of the other's result."""
-    result: Future[Any] = Future()
-
-    def done(first: "Future[Any]") -> None:
-        try:
-            result.set_result(change(first.result()))
-        except BaseException as error:  # handed to whoever waits
-            result.set_exception(error)
-
-    future.add_done_callback(done)
-    return result

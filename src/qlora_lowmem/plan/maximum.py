@@ -1,5 +1,6 @@
 """The maximum that fits: the largest value of one field of a recipe (length, batch) at which its steps fit a card."""
 
+import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -10,14 +11,13 @@ from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field
 from qlora_lowmem.results.kinds.longest import Longest
 
 Submit = Callable[[Recipe, virtual_gpu.Card], "Future[RecipeRun]"]
-Note = Callable[[str, int, bool], None]
+Note = Callable[[int, bool], None]
 Run = TypeVar("Run")
 
 
@@ -67,18 +67,16 @@ def maximum_that_fits(
     Raises:
         QloraLowmemError: a run fails for another reason than memory.
     """
-
-    def probe(number: int) -> "Future[RecipeRun]":
-        return submit(replace_field(recipe, leaf, number), card)
-
-    def room(run: RecipeRun) -> int:
-        return room_left(run, card, recipe.name)
-
-    def tell(number: int, fits: bool) -> None:
-        note(leaf, number, fits)
-
-    start = int(getattr(recipe.batch, leaf))
-    found = largest_that_fits(probe, room, start=start, limit=limit, step=step, note=tell, known=known, near=near)
+    found = largest_that_fits(
+        lambda number: submit(replace_field(recipe, leaf, number), card),
+        lambda run: room_left(run, card, recipe.name),
+        start=int(getattr(recipe.batch, leaf)),
+        limit=limit,
+        step=step,
+        note=note,
+        known=known,
+        near=near,
+    )
     return Maximum(*found)
 
 
@@ -90,26 +88,15 @@ def longest(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, 
     """
     with tqdm(desc=recipe.name, unit="run") as bar:
 
-        def submit(changed: Recipe, card: virtual_gpu.Card) -> "Future[RecipeRun]":
-            return submit_recipe(server, changed, card)
-
-        def note(_leaf: str, length: int, fits: bool) -> None:
+        def note(length: int, fits: bool) -> None:
             bar.update(1)
             bar.set_postfix_str(f"{length:,} tokens {'fit' if fits else 'do not fit'}")
 
+        submit = functools.partial(submit_recipe, server)
         found = maximum_that_fits(shortened(recipe), "max_seq_length", card, submit, limit=limit, step=step, note=note)
-    run = found.run or RecipeRun(None)
-    peak = run.profile.peak if run.profile is not None else Peak()
-    return Longest(
-        recipe.name,
-        card.name,
-        found.value,
-        found.next_value,
-        "memory" if found.next_value else "limit",
-        peak,
-        run.floor_bytes,
-        run.pinned_host_bytes,
-    )
+    run, end = found.run or RecipeRun(None), found.next_value
+    held = (run.peak, run.floor_bytes, run.pinned_host_bytes)
+    return Longest(recipe.name, card.name, found.value, end, "memory" if end else "limit", *held)
 
 
 def largest_that_fits(
@@ -119,7 +106,7 @@ def largest_that_fits(
     start: int,
     limit: int,
     step: int,
-    note: Callable[[int, bool], None],
+    note: Note,
     known: Mapping[int, int] = MappingProxyType({}),
     near: int | None = None,
 ) -> tuple[int, int, Run | None]:

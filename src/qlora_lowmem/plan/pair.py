@@ -1,5 +1,6 @@
 """A pair planned: a recipe on a card, or the best recipe for a model on a card; and many pairs side by side."""
 
+import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -10,7 +11,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.plan.advice import Knob, candidate_changes, knobs_of
 from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Tried, limit_of, need_of
-from qlora_lowmem.plan.asked import Extent, Pair, PlannedModel, planned_model
+from qlora_lowmem.plan.asked import Pair, PlannedModel, planned_model
 from qlora_lowmem.plan.kept_runs import Question, Runs, Tally
 from qlora_lowmem.plan.ladder import Rung, ladder, rungs
 from qlora_lowmem.plan.maximum import Maximum, maximum_that_fits, room_left
@@ -33,7 +34,6 @@ class Planner:
     def __init__(
         self,
         pair: Pair,
-        extent: Extent,
         runs: Runs,
         note: Callable[[str], None] = lambda _what: None,
         say: Callable[[Plan], None] = lambda _answer: None,
@@ -42,10 +42,10 @@ class Planner:
         self._recipe = pair.model.recipe
         self._card = pair.card
         self._roomy = roomy(pair.card)
-        self._full = extent.full
-        self._fullest: Question = "attributed run" if extent.full else "run"
-        self._step = extent.step
-        self._limit, self._last = self._where_to_stop(extent.limit)
+        self._fullest: Question = "attributed run" if pair.full else "run"
+        context = pair.model.context_length
+        self._last: LimitedBy = "model" if context is not None and context <= pair.limit else "limit"
+        self._limit = max(min(context or pair.limit, pair.limit), self._recipe.batch.max_seq_length)
         self._runs = runs
         self._tally = Tally()
         self._note = note
@@ -80,16 +80,10 @@ class Planner:
         self._tell(answer)
         return answer
 
-    def _where_to_stop(self, limit: int) -> tuple[int, LimitedBy]:
-        context = self._pair.model.context_length
-        if context is not None and context <= limit:
-            return max(context, self._recipe.batch.max_seq_length), "model"
-        return max(limit, self._recipe.batch.max_seq_length), "limit"
-
     def _of_the_recipe(self) -> Plan:
         recipe, card = self._recipe, self._card
         self._note("the recipe as it is")
-        changes = candidate_changes(shortened(recipe), tiles=self._pair.model.tiles) if self._full else []
+        changes = candidate_changes(shortened(recipe), tiles=self._pair.model.tiles) if self._pair.full else []
         alone = self._submit(two_steps(recipe), card, self._fullest)
         changed = [
             self._submit(change.recipe, self._roomy, "counted run" if change.move.recomputes else "run")
@@ -103,7 +97,7 @@ class Planner:
         answer = self._say(replace(answer, need=need_of(with_room, fits=fits), kinds=kinds))
         longest, _ = self._longest(recipe, with_room)
         answer = self._say(replace(answer, longest=longest))
-        if self._full:
+        if self._pair.full:
             samples = recipe.batch.batch_size
             # As many tokens take as much memory, nearly.
             near = longest.value * samples // recipe.batch.max_seq_length or None
@@ -149,15 +143,13 @@ class Planner:
             recipe, run = replace_field(recipe, "max_seq_length", longest.value), longest_run
         proposed = self._pair.model.as_asked(recipe, self._card.name)
         proposal = Proposal(rung.name, rung.words, proposed, need_of(run, fits=True), longest, reaches)
-        if not self._full:
+        if not self._pair.full:
             return proposal
         self._note("the breakdown")
         attributed = self._submit(two_steps(recipe), self._card, "attributed run").result().attribution
         kinds = attributed.kinds if attributed else {}
-        return replace(proposal, kinds=kinds, flops_ratio=self._flops_ratio(recipe, self._fastest(recipe)))
-
-    def _fastest(self, recipe: Recipe) -> Recipe:
-        return replace_fields(recipe, rungs(tiles=self._pair.model.tiles)[0].fields)
+        fastest = replace_fields(recipe, rungs(tiles=self._pair.model.tiles)[0].fields)
+        return replace(proposal, kinds=kinds, flops_ratio=self._flops_ratio(recipe, fastest))
 
     def _longest(self, recipe: Recipe, run: RecipeRun) -> tuple[Limit, RecipeRun | None]:
         """The longest sequence; the wanted one where no multiple of the step is as long.
@@ -165,7 +157,7 @@ class Planner:
         Args:
             run: of the recipe at the wanted length; on a card with room for it, if it ran out of memory on this one.
         """
-        wanted, step = recipe.batch.max_seq_length, min(self._step, self._limit)
+        wanted, step = recipe.batch.max_seq_length, min(self._pair.step, self._limit)
         here = self._submit(two_steps(recipe), self._card, "probe").result()
         fits = room_left(here, self._card, recipe.name) >= 0
         found = Maximum(wanted, 0, here)
@@ -173,7 +165,7 @@ class Planner:
             found = self._maximum(recipe, "max_seq_length", self._limit, step, self._known(run, wanted))
         if fits and found.value < wanted and (found.next_value == 0 or wanted < found.next_value):
             found = replace(found, value=wanted, run=here)
-        return limit_of(found, self._step, self._last), found.run
+        return limit_of(found, self._pair.step, self._last), found.run
 
     def _known(self, run: RecipeRun, number: int) -> dict[int, int]:
         """The room that a whole run left at a number, and the most that there can be: at none lies the floor."""
@@ -186,12 +178,10 @@ class Planner:
     def _maximum(
         self, recipe: Recipe, leaf: str, limit: int, step: int, known: Mapping[int, int], near: int | None = None
     ) -> Maximum:
-        def note(leaf: str, value: int, fits: bool) -> None:
+        def note(value: int, fits: bool) -> None:
             self._note(f"{leaf} {value:,} {'fits' if fits else 'does not fit'}")
 
-        def submit(recipe: Recipe, card: virtual_gpu.Card) -> "Future[RecipeRun]":
-            return self._submit(recipe, card, "probe")
-
+        submit = functools.partial(self._submit, question="probe")
         return maximum_that_fits(
             two_steps(recipe), leaf, self._card, submit, limit=limit, step=step, note=note, known=known, near=near
         )
@@ -215,8 +205,7 @@ class Planner:
         """FLOPs of a step of `recipe` over those of `base`."""
         self._note("counting FLOPs")
         both = [self._runs.count_flops(each, self._roomy, self._tally) for each in (recipe, base)]
-        changed, plain = (future.result() for future in both)
-        return changed / plain
+        return both[0].result() / both[1].result()
 
     def _with_room(self, recipe: Recipe) -> RecipeRun:
         run = self._submit(recipe, self._roomy, self._fullest).result()
@@ -239,6 +228,9 @@ def pairs_of(
     given: bool,
     several_models: bool,
     wanted: int | None,
+    limit: int,
+    step: int,
+    full: bool,
     fixed: frozenset[str],
 ) -> list[Pair | Plan]:
     """Every combination: a pair to plan or, where its model cannot be planned, the answer that says why.
@@ -247,7 +239,7 @@ def pairs_of(
         given: the recipes are the person's own; a model's alone starts no longer than what the model was made for.
         several_models: they stand in the recipes, and answers name them too.
         wanted: the length that was asked for on the command line.
-        fixed: fields set there.
+        limit, step, full, fixed: as in `Pair`.
 
     Raises:
         UsageError: no pair can be planned.
@@ -264,7 +256,7 @@ def pairs_of(
             refused = Plan(subject, recipe.base.model, "", 0, given, length, failure=str(error), bad_input=True)
             asked += [replace(refused, card=card.name, usable_bytes=card.usable_bytes) for card in cards]
         else:
-            asked += [Pair(model, card, subject, given, fixed) for card in cards]
+            asked += [Pair(model, card, subject, given, limit, step, full, fixed) for card in cards]
     if len(reasons) == len(recipes):
         raise UsageError("\n".join(dict.fromkeys(reasons)))
     return asked
@@ -278,9 +270,7 @@ def _planned(recipe: Recipe, given: bool, wanted: int | None) -> PlannedModel:
     return planned_model(replace_field(recipe, "max_seq_length", context)) if context < length and not given else model
 
 
-def sweep(
-    pairs: Sequence[Pair], extent: Extent, runs: Runs, server: virtual_gpu.Server, *, workers: int
-) -> Iterator[tuple[int, Plan]]:
+def sweep(pairs: Sequence[Pair], runs: Runs, server: virtual_gpu.Server, *, workers: int) -> Iterator[tuple[int, Plan]]:
     """Each pair's number and answer as it is ready. A pair that fails says why, and the others go on.
 
     Ended early, it closes the server, so that nothing is waited for; the cache has what was made until then.
@@ -290,7 +280,7 @@ def sweep(
     """
     pool = ThreadPoolExecutor(workers)
     try:
-        planned = {pool.submit(_plan, pair, extent, runs): number for number, pair in enumerate(pairs)}
+        planned = {pool.submit(_plan, pair, runs): number for number, pair in enumerate(pairs)}
         for done in as_completed(planned):
             yield planned[done], done.result()
     except BaseException:
@@ -300,8 +290,8 @@ def sweep(
         pool.shutdown(cancel_futures=True)
 
 
-def _plan(pair: Pair, extent: Extent, runs: Runs) -> Plan:
-    planner = Planner(pair, extent, runs)
+def _plan(pair: Pair, runs: Runs) -> Plan:
+    planner = Planner(pair, runs)
     try:
         return planner.plan()
     except QloraLowmemError as error:

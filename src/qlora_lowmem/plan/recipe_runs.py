@@ -1,16 +1,20 @@
 """Recipes run on virtual cards, many in one go: heavy imports are made once, then every run is a fork of its own."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.memory.profile import MemoryProfile
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field, replace_fields
+
+Answer = TypeVar("Answer")
 
 # All the addresses that a device of a virtual GPU has; no recipe of any model here needs as much.
 _ROOM_FOR_EVERYTHING = 1 << 40
@@ -47,6 +51,11 @@ class RecipeRun:
     stopped: bool = False
     flops: int = 0
     attribution: Attribution | None = None
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all phases; zeros where it failed."""
+        return self.profile.peak if self.profile is not None else Peak()
 
 
 def two_steps(recipe: Recipe) -> Recipe:
@@ -99,21 +108,24 @@ def submit_recipe(
         recipe = replace_field(recipe, "data", "synthetic")
     arguments = {"content": recipe.to_dict(), "attribute": attribute, "snapshot": str(snapshot) if snapshot else None}
     arguments |= {"brief": brief, "most": most, "count": count}
-    job = server.submit("qlora_lowmem.plan.worker:run_here", arguments, card, timeout=timeout)
-    result: Future[RecipeRun] = Future()
-    job.add_done_callback(lambda done: _pass_on(done, result))
+    return mapped(server.submit("qlora_lowmem.plan.worker:run_here", arguments, card, timeout=timeout), _run_of)
+
+
+def mapped(future: "Future[Any]", change: Callable[[Any], Answer]) -> "Future[Answer]":
+    """A future of `change` of the other's result; whatever ended the one ends the other."""
+    result: Future[Answer] = Future()
+
+    def done(first: "Future[Any]") -> None:
+        try:
+            result.set_result(change(first.result()))
+        except BaseException as error:  # handed to whoever waits
+            result.set_exception(error)
+
+    future.add_done_callback(done)
     return result
 
 
-def _pass_on(done: "Future[virtual_gpu.JobResult]", result: "Future[RecipeRun]") -> None:
-    try:
-        job = done.result()
-    except BaseException as error:  # whatever ended the job ends the run
-        result.set_exception(error)
-        return
+def _run_of(job: virtual_gpu.JobResult) -> RecipeRun:
     if job.value is None:
-        reason = f"the run ended with exit code {job.exit_code}: {job.output_tail[-2000:]}"
-        result.set_result(RecipeRun(profile=None, failure=reason))
-        return
-    run = msgspec.convert(job.value, RecipeRun)
-    result.set_result(replace(run, pinned_host_bytes=job.report.peak_pinned_host_bytes))
+        return RecipeRun(None, failure=f"the run ended with exit code {job.exit_code}: {job.output_tail[-2000:]}")
+    return replace(msgspec.convert(job.value, RecipeRun), pinned_host_bytes=job.report.peak_pinned_host_bytes)
