@@ -21,7 +21,7 @@ from qlora_lowmem.recipe.checks import (
 )
 from qlora_lowmem.recipe.contradictions import contradictions
 from qlora_lowmem.recipe.sections import SYNTHETIC, is_hub_data
-from qlora_lowmem.recipe.yaml_text import Entry, FileFault, parse_recipe_text, read_recipe_text
+from qlora_lowmem.recipe.yaml_text import Entry, read_recipe
 
 # The names of the same knobs in TRL, transformers, PEFT and bitsandbytes.
 _OTHER_NAMES = {
@@ -89,11 +89,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     """
     path = Path(path)
     draft = _Draft()
-    try:
-        entries = parse_recipe_text(read_recipe_text(path))
-    except FileFault as fault:
-        raise UsageError(f"{path}{fault}") from None
-    _take_entries(draft, entries)
+    _take_entries(draft, read_recipe(path))
     data = draft.values.get("data", SYNTHETIC)
     if data != SYNTHETIC and not is_hub_data(data):
         draft.values["data"] = os.path.normpath(path.parent / Path(data).expanduser())
@@ -140,16 +136,14 @@ def replace_fields(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 def _take_entries(draft: _Draft, entries: list[Entry]) -> None:
     specs = field_specs()
     for entry in entries:
+        where, key, section = f"line {entry.line}", entry.key, entry.section
         if entry.fault:
-            draft.faults.append(f"{entry.where}: {entry.fault}")
-        elif entry.section is None:
-            draft.faults.append(f"{entry.where}: {entry.key}: {_unknown_key(entry.key, '')}")
-        elif entry.key in specs and specs[entry.key].section == entry.section:
-            value = entry.value_for(specs[entry.key].kind)
-            draft.take(entry.key, entry.where, check_value, value, entry.shown)
+            draft.faults.append(f"{where}: {entry.fault}")
+        elif key in specs and specs[key].section == section:
+            draft.take(key, where, check_value, entry.value, entry.shown)
         else:
-            name = f"{entry.section}.{entry.key}" if entry.section else entry.key
-            draft.faults.append(f"{entry.where}: {name}: {_unknown_key(entry.key, entry.section)}")
+            name = f"{section}.{key}" if section else key
+            draft.faults.append(f"{where}: {name}: {_unknown_key(key, section or '')}")
 
 
 def _take_overrides(draft: _Draft, overrides: Mapping[str, Any]) -> None:

@@ -3,13 +3,14 @@ strictly), and written as a person would write it, each knob with what it does t
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import SECTIONS, Recipe
 from qlora_lowmem.recipe.checks import field_specs
 
@@ -17,10 +18,6 @@ _FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
 _INT_TAG = "tag:yaml.org,2002:int"
 _COMMENT_AT = 41
-
-
-class FileFault(Exception):
-    """A file that is no recipe at all; the message goes on after the file's path."""
 
 
 @dataclass(frozen=True)
@@ -35,40 +32,55 @@ class Entry:
     line: int
     value: Any = None
     shown: str = ""
-    plain_text: str | None = None
     fault: str = ""
 
-    @property
-    def where(self) -> str:
-        """The place as messages name it."""
-        return f"line {self.line}"
 
-    def value_for(self, kind: str) -> Any:
-        """The value; a plain `2e-4`, which YAML 1.1 reads as text for want of a dot, is a number for a float field."""
-        if kind == "float" and self.plain_text is not None and _FLOAT.fullmatch(self.plain_text):
-            return float(self.plain_text)
-        return self.value
-
-
-def read_recipe_text(path: Path) -> str:
-    """The file's text.
+def read_recipe(path: Path) -> list[Entry]:
+    """The entries of a recipe file in their order, faults among them.
 
     Raises:
-        FileFault: missing (near recipes are named), a folder, not readable, or not UTF-8.
+        UsageError: missing (near recipes are named), a folder, not readable or not UTF-8; a YAML syntax error (with its
+            line), an empty file, or something else than a mapping.
     """
+    text = _text_of(path)
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+    except yaml.reader.ReaderError as fault:  # a character that YAML does not allow
+        line, reason = text[: fault.position].count("\n") + 1, str(fault).splitlines()[0]
+        raise UsageError(f"{path}, line {line}: not valid YAML: {reason}; remove the character") from None
+    except yaml.MarkedYAMLError as fault:
+        mark = fault.problem_mark or fault.context_mark
+        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        tabs = " (indent with spaces, not tabs)" if "'\\t'" in str(fault.problem) else ""
+        reason = f"{fault.problem or fault.context}{tabs}"
+        raise UsageError(f"{place}: not valid YAML: {reason}; correct that line") from None
+    except (yaml.YAMLError, RecursionError) as fault:
+        raise UsageError(f"{path}: not valid YAML: {str(fault).splitlines()[0]}") from None
+    if root is None or (isinstance(root, yaml.ScalarNode) and root.value == ""):
+        example = "base:\n    model: granite-4.0-h-1b"
+        raise UsageError(f"{path} is empty; write at least one section, such as\n  {example}")
+    if not isinstance(root, yaml.MappingNode):
+        kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+        example = "lora:\n    lora_r: 8"
+        raise UsageError(f"{path} holds {kind}; a recipe is sections of `key: value`, such as\n  {example}")
+    return list(_entries(loader, root))
+
+
+def _text_of(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise FileFault(f": no such recipe. {_recipes_near(path)}") from None
+        raise UsageError(f"{path}: no such recipe. {_recipes_near(path)}") from None
     except IsADirectoryError:
-        raise FileFault(f" is a folder, not a recipe. {_recipes_near(path / '*.yaml')}") from None
+        raise UsageError(f"{path} is a folder, not a recipe. {_recipes_near(path / '*.yaml')}") from None
     except (OSError, ValueError) as fault:
-        raise FileFault(f" cannot be read: {fault}") from None
+        raise UsageError(f"{path} cannot be read: {fault}") from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
-        line = raw[: fault.start].count(b"\n") + 1
-        raise FileFault(f", line {line}: byte {raw[fault.start]:#04x} is not UTF-8; save the file as UTF-8") from None
+        place = f"{path}, line {raw[: fault.start].count(10) + 1}"
+        raise UsageError(f"{place}: byte {raw[fault.start]:#04x} is not UTF-8; save the file as UTF-8") from None
 
 
 def _recipes_near(path: Path) -> str:
@@ -81,59 +93,22 @@ def _recipes_near(path: Path) -> str:
     return f"Recipes near: {', '.join(found[:12])}" if found else f"There is no .yaml file in {path.parent} either"
 
 
-def parse_recipe_text(text: str) -> list[Entry]:
-    """The entries of a recipe file in their order, faults among them.
-
-    Raises:
-        FileFault: a YAML syntax error (with its line), an empty file, or something else than a mapping.
-    """
-    loader = _loader(text)
-    try:
-        root = loader.get_single_node()
-    except yaml.MarkedYAMLError as fault:
-        mark = fault.problem_mark or fault.context_mark
-        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        tabs = " (indent with spaces, not tabs)" if "'\\t'" in str(fault.problem) else ""
-        raise FileFault(f"{line}: not valid YAML: {fault.problem or fault.context}{tabs}; correct that line") from None
-    except (yaml.YAMLError, RecursionError) as fault:
-        raise FileFault(f": not valid YAML: {str(fault).splitlines()[0]}") from None
-    if root is None or (isinstance(root, yaml.ScalarNode) and root.value == ""):
-        raise FileFault(" is empty; write at least one section, such as\n  base:\n    model: granite-4.0-h-1b")
-    if not isinstance(root, yaml.MappingNode):
-        kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
-        raise FileFault(f" holds {kind}; a recipe is sections of `key: value`, such as\n  lora:\n    lora_r: 8")
-    return _entries(loader, root)
-
-
-def _loader(text: str) -> yaml.SafeLoader:
-    try:
-        return yaml.SafeLoader(text)
-    except yaml.YAMLError as fault:  # a character that YAML does not allow
-        line = text[: getattr(fault, "position", 0)].count("\n") + 1
-        raise FileFault(f", line {line}: not valid YAML: {str(fault).splitlines()[0]}; remove the character") from None
-
-
-def _entries(loader: yaml.SafeLoader, root: yaml.MappingNode) -> list[Entry]:
-    entries: list[Entry] = []
+def _entries(loader: yaml.SafeLoader, root: yaml.MappingNode) -> Iterator[Entry]:
     for section, line, node, fault in _items(root, ""):
         if fault:
-            entries.append(Entry("", section, line, fault=fault))
+            yield Entry("", section, line, fault=fault)
         elif section in SECTIONS and isinstance(node, yaml.MappingNode):
             for key, key_line, value, key_fault in _items(node, f"{section}."):
-                if key_fault:
-                    entries.append(Entry(section, key, key_line, fault=key_fault))
-                else:
-                    entries.append(_entry(loader, section, key, key_line, value))
+                yield _entry(loader, section, key, key_line, value, key_fault)
         elif section in SECTIONS and not _is_field_of_that_name(section, node):
             empty = isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")
             what = "is empty" if empty else f"holds {_shown_node(node)} instead of fields"
             advice = f"write its fields indented below it, such as {_fields(section)[0]}, or remove the section"
-            entries.append(Entry("", section, line, fault=f"the section {section} {what}; {advice}"))
+            yield Entry("", section, line, fault=f"the section {section} {what}; {advice}")
         elif isinstance(node, yaml.MappingNode):
-            entries.append(Entry(None, section, line))
+            yield Entry(None, section, line)
         else:
-            entries.append(_entry(loader, "", section, line, node))
-    return entries
+            yield _entry(loader, "", section, line, node)
 
 
 def _is_field_of_that_name(section: str, node: yaml.Node) -> bool:
@@ -146,10 +121,9 @@ def _fields(section: str) -> list[str]:
     return [name for name, spec in field_specs().items() if spec.section == section]
 
 
-def _items(node: yaml.MappingNode, prefix: str) -> list[tuple[str, int, yaml.Node, str]]:
+def _items(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int, yaml.Node, str]]:
     """(key, line, value node, fault) of a mapping; a key written twice is a fault at its second place."""
     first_line: dict[str, int] = {}
-    items = []
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else _shown_node(key_node)
@@ -159,29 +133,37 @@ def _items(node: yaml.MappingNode, prefix: str) -> list[tuple[str, int, yaml.Nod
         elif key in first_line:
             fault = f"{prefix}{key} is written twice (first on line {first_line[key]}); remove one of the two"
         first_line.setdefault(key, line)
-        items.append((key, line, value_node, fault))
-    return items
+        yield key, line, value_node, fault
 
 
-def _entry(loader: yaml.SafeLoader, section: str, key: str, line: int, node: yaml.Node) -> Entry:
-    def fault(message: str) -> Entry:
-        name = f"{section}.{key}" if section else key
-        return Entry(section, key, line, fault=f"{name} = {shown} {message}")
-
+def _entry(loader: yaml.SafeLoader, section: str, key: str, line: int, node: yaml.Node, fault: str = "") -> Entry:
     shown = _shown_node(node)
+    try:
+        return Entry(section, key, line, _value_of(loader, key, node), shown, fault)
+    except ValueError as wrong:
+        return Entry(section, key, line, fault=fault or f"{section}.{key} = {shown} {wrong}".removeprefix("."))
+
+
+def _value_of(loader: yaml.SafeLoader, key: str, node: yaml.Node) -> Any:
+    """The value of a field; a plain `2e-4`, which YAML 1.1 reads as text for want of a dot, is a number for a float.
+
+    Raises:
+        ValueError: it is no plain value.
+    """
     scalars = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if not all(isinstance(each, yaml.ScalarNode) for each in scalars):
-        return fault(f"is not a single value; write `{key}: value`")
+        raise ValueError(f"is not a single value; write `{key}: value`")
     if any(each.tag == _INT_TAG and not _DECIMAL.fullmatch(each.value) for each in scalars):
-        return fault("is octal, hexadecimal, binary or base 60 in YAML; write a plain decimal number")
+        raise ValueError("is octal, hexadecimal, binary or base 60 in YAML; write a plain decimal number")
     try:
         values: list[Any] = [loader.construct_object(each, deep=True) for each in scalars]
     except (yaml.YAMLError, ValueError):
-        return fault("cannot be read; write a plain value without a tag")
+        raise ValueError("cannot be read; write a plain value without a tag") from None
     if not isinstance(node, yaml.ScalarNode):
-        return Entry(section, key, line, value=values, shown=shown)
-    plain = node.value if node.style is None and isinstance(values[0], str) else None
-    return Entry(section, key, line, value=values[0], shown=shown, plain_text=plain)
+        return values
+    spec = field_specs().get(key)
+    as_float = spec is not None and spec.kind == "float" and node.style is None and _FLOAT.fullmatch(node.value)
+    return float(node.value) if as_float else values[0]
 
 
 def _shown_node(node: yaml.Node) -> str:
