@@ -110,12 +110,14 @@ def _materialise(
             marked._is_hf_initialized = True
         else:
             if id(parameter) not in made:
-                empty = torch.empty_like(parameter, device=device)
+                empty = torch.empty(
+                    parameter.shape, dtype=parameter.dtype, device=device
+                )  # like a meta one needs SymPy
                 made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
     for name, buffer in list(module._buffers.items()):
         if buffer is not None and buffer.is_meta:
-            module._buffers[name] = torch.empty_like(buffer, device=device)
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def stand_in_tokenizer() -> PreTrainedTokenizerBase:

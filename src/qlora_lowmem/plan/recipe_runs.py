@@ -18,7 +18,6 @@ Answer = TypeVar("Answer")
 
 # All the addresses that a device of a virtual GPU has; no recipe of any model here needs as much.
 _ROOM_FOR_EVERYTHING = 1 << 40
-_HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "qlora_lowmem.plan.worker")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def roomy(card: virtual_gpu.Card) -> virtual_gpu.Card:
 
 def recipe_server(max_workers: int = 2) -> virtual_gpu.Server:
     """A server of virtual runs with everything imported that a recipe needs."""
-    return virtual_gpu.Server(preload=_HEAVY, max_workers=max_workers)
+    return virtual_gpu.Server(preload=["qlora_lowmem.plan.preload"], max_workers=max_workers)
 
 
 def submit_recipe(

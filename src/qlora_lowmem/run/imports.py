@@ -32,7 +32,7 @@ def heavy_imports() -> Iterator[None]:
         gc.disable()
         undone.callback(gc.enable)
         undone.callback(gc.freeze)
-        if virtual_gpu.current_card() is not None and processes() == 1 and "torch" not in sys.modules:
+        if virtual_gpu.current_card() is not None and processes() == 1 and "transformers" not in sys.modules:
             _leave_out_what_no_trial_needs(undone)
         yield
 
