@@ -131,10 +131,10 @@ def matrix(
     on_gpu: bool,
     vram_gate: GateSession,  # noqa: ARG001 - makes its tests the gate's, which refuses reruns of them
 ) -> Iterator[Matrix]:
-    """All results; the tables are written at the end, whatever the verdicts."""
-    matrix = Matrix(runner, recipes)
+    """The results, all started at once; the tables are written at the end, whatever the verdicts."""
+    matrix = {recipe.name: runner.submit(recipe) for recipe in recipes}
     yield matrix
-    results = matrix.results()
+    results = [each.result() for each in matrix.values()]
     device = results[0].card
     driver = driver_version() if on_gpu else None
     write_matrix(results_folder / device, results, provenance_record(device, results[0].provenance, driver))
@@ -145,7 +145,7 @@ def profile_of(matrix: Matrix, on_gpu: bool) -> Callable[[str], MemoryProfile]:
     """The peaks of a recipe; skips where a GPU is too small for it, and so cannot say what it would need."""
 
     def get(name: str) -> MemoryProfile:
-        result = matrix[name]
+        result = matrix[name].result()
         assert result.failure is None, result.failure
         if on_gpu and result.profile is None:
             pytest.skip(f"{name} does not fit this GPU, which cannot say what it would need")

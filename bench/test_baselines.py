@@ -20,9 +20,9 @@ def test_baseline(
     name: str,
 ) -> None:
     profile_of(name)
-    result = matrix[name]
+    result = matrix[name].result()
     vram_gate.check(request.node, name, recipe_record(result), lambda snapshot: runner.attribute(result, snapshot))
 
 
 def test_no_baseline_without_its_recipe(matrix: Matrix, vram_gate: GateSession, request: pytest.FixtureRequest) -> None:
-    vram_gate.check_complete(request.node, matrix[ORDER[0]].card, ORDER)
+    vram_gate.check_complete(request.node, matrix[ORDER[0]].result().card, ORDER)

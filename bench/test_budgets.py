@@ -19,7 +19,7 @@ def test_every_recipe_has_a_budget() -> None:
 
 @pytest.mark.parametrize("name", ORDER)
 def test_budget(matrix: Matrix, name: str) -> None:
-    result, budget = matrix[name], BUDGETS[name]
+    result, budget = matrix[name].result(), BUDGETS[name]
     assert result.failure is None, result.failure
     if not budget["fits"]:
         if result.fits and result.profile is not None and result.profile.total_bytes > SIX_GB:

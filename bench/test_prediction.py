@@ -27,7 +27,7 @@ def pairs(
     request: pytest.FixtureRequest, matrix: Matrix, recipes: list[Recipe], results_folder: Path
 ) -> Iterator[dict[str, tuple[CaseResult, CaseResult]]]:
     """(predicted, measured) of every recipe; the table is written at the end, whatever the errors."""
-    measured = {each.name: matrix[each.name] for each in recipes}
+    measured = {each.name: matrix[each.name].result() for each in recipes}
     contexts = [each.profile.outside_allocator_bytes for each in measured.values() if each.profile is not None]
     assert contexts, "no recipe has a measured peak"
     properties = properties_of_this_machine()

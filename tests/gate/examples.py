@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from qlora_lowmem.gate.records import difference
+from qlora_lowmem.memory.kinds import OUTSIDE_ALLOCATED
 from qlora_lowmem.results.kinds.verdicts import Key, Record
 
 KEY = Key(
@@ -33,3 +35,8 @@ def record(allocated: int = 1000, key: Key = KEY, **change: Any) -> Record:
         versions={"python": "3.11.7", "transformers": key.transformers},
     )
     return dataclasses.replace(plain, **change)
+
+
+def grown(before: Record, after: Record) -> dict[str, int]:
+    """How much the kinds of the allocated peak changed, most first; negative for less."""
+    return {c.name: c.bytes for c in difference(before, after).kinds if c.name not in OUTSIDE_ALLOCATED}

@@ -10,7 +10,7 @@ import yaml
 
 from gate.examples import KEY, record
 from helpers import ROOT
-from qlora_lowmem.gate.budget import OverBudget
+from qlora_lowmem.gate.budget import over_budget
 from qlora_lowmem.gate.report import annotations, summary, trend, write_report
 from qlora_lowmem.results.kinds.verdicts import Budget, Row
 
@@ -68,7 +68,7 @@ def test_report_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_budget_without_attribution_still_says_the_sizes() -> None:
     bare = dataclasses.replace(record(7), kinds={}, modules={}, lines={})
-    text = OverBudget("t.py::c", Budget(4, "allocated", KEY.device), bare).render()
+    text = over_budget("t.py::c", Budget(4, "allocated", KEY.device), bare).render()
     assert "allocated 7 B, limit 4 B: 3 B over (7 - 4 = 3 bytes)" in text
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from gate.examples import grown
 from gate.seeds import HARMLESS, MODEL, REGRESSIONS
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.gate.cases import recipe_record
-from qlora_lowmem.gate.verdicts import EXACT, Pass, Regressed, compare
+from qlora_lowmem.gate.records import attributed
+from qlora_lowmem.gate.verdicts import EXACT, compare
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
@@ -44,7 +46,8 @@ class Runs:
         run = msgspec.convert(job.value, RecipeRun)
         assert run.failure is None, run.failure
         result = CaseResult(self._recipes[base], CARD.name, "virtual", fits=True, profile=run.profile)
-        return recipe_record(result, run.attribution)
+        assert run.attribution is not None
+        return attributed(recipe_record(result), run.attribution)
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +83,21 @@ def test_there_are_enough() -> None:
 @pytest.mark.parametrize("seed", REGRESSIONS)
 def test_regression_is_caught_and_attributed(runs: Runs, seed: str) -> None:
     change = REGRESSIONS[seed]
-    verdict = compare(seed, runs.record(change.base, ""), runs.record(change.base, seed), EXACT)
-    assert isinstance(verdict, Regressed), verdict.render()
-    grown = verdict.difference.grown()
-    assert grown[0] in change.kinds, verdict.render()
-    assert verdict.bytes == sum(c.bytes for c in verdict.difference.kinds if c.name not in ("slack", "outside")), (
-        "the kinds' growth is the peak's"
-    )
+    baseline, measured = runs.record(change.base, ""), runs.record(change.base, seed)
+    verdict = compare(seed, baseline, measured, EXACT)
+    assert verdict.name == "REGRESSED", verdict.render()
+    kinds = grown(baseline, measured)
+    assert next(iter(kinds)) in change.kinds, verdict.render()
+    assert measured.allocated - baseline.allocated == sum(kinds.values()), "the kinds' growth is the peak's"
 
 
 @pytest.mark.parametrize("seed", HARMLESS)
 def test_harmless_change_costs_nothing(runs: Runs, seed: str) -> None:
-    verdict = compare(seed, runs.record("checkpointed", ""), runs.record("checkpointed", seed), EXACT)
-    assert isinstance(verdict, Pass), verdict.render()
-    assert verdict.bytes == 0
-    assert verdict.measured.reserved == verdict.baseline.reserved
+    baseline, measured = runs.record("checkpointed", ""), runs.record("checkpointed", seed)
+    verdict = compare(seed, baseline, measured, EXACT)
+    assert verdict.name == "PASS", verdict.render()
+    assert measured.allocated == baseline.allocated
+    assert measured.reserved == baseline.reserved
 
 
 @pytest.mark.parametrize("package", ["accelerate", "triton", "python", "qlora_lowmem"])
@@ -102,9 +105,7 @@ def test_version_without_effect(runs: Runs, package: str) -> None:
     """Versions outside of the key may change; the gate then still compares to the byte."""
     baseline = runs.record("checkpointed", "")
     changed = dataclasses.replace(baseline, versions={**baseline.versions, package: "999"})
-    verdict = compare(package, baseline, changed, EXACT)
-    assert isinstance(verdict, Pass)
-    assert verdict.bytes == 0
+    assert compare(package, baseline, changed, EXACT).name == "PASS"
 
 
 def test_the_snapshot_of_a_job_is_the_same_whatever_ran_before(runs: Runs, tmp_path: Path) -> None:

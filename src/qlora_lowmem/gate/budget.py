@@ -1,12 +1,12 @@
 """A budget on a test's GPU memory, and what is said when it is exceeded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate
 
 from qlora_lowmem.gate.records import changes
+from qlora_lowmem.gate.verdicts import Verdict
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.results.kinds.verdicts import FIGURES, Budget, Record
@@ -44,63 +44,50 @@ def budget_of(
     return Budget(parse_bytes(limit), of, virtual_gpu.get_card(options.get("card", default_card)).name)
 
 
-@dataclass(frozen=True)
-class OverBudget:
-    """A test that used more than its budget.
+def over_budget(
+    case: str,
+    budget: Budget,
+    record: Record,
+    attribution: Attribution | None = None,
+    reference: Record | None = None,
+    reference_name: str = "",
+) -> Verdict:
+    """The verdict on a test that used more than its budget: sizes, what grew, the largest owners.
 
-    Attributes:
-        case: the test.
+    Args:
         record: what it used.
         attribution: of its peak, if that is known.
         reference: what it used when it was within its budget, if that is known.
         reference_name: `its baseline` or `it last passed`.
-        artefacts: files that the run left: its attribution, its snapshot.
     """
-
-    case: str
-    budget: Budget
-    record: Record
-    attribution: Attribution | None = None
-    reference: Record | None = None
-    reference_name: str = ""
-    artefacts: tuple[str, ...] = ()
-
-    def render(self) -> str:
-        """A short failure: sizes, what grew, the largest owners."""
-        key, used, limit = self.record.key, self.budget.used(self.record), self.budget.limit
-        lines = [
-            f"GPU memory over budget: {self.case}",
-            f"  {self.budget.of} {format_bytes(used)}, limit {format_bytes(limit)}: "
-            f"{format_bytes(used - limit)} over ({used:,} - {limit:,} = {used - limit:,} bytes)",
-            f"  on {key.device} ({key.provenance})",
-        ]
-        if self.attribution is not None:
-            lines[-1] += f"; the peak comes in {self.attribution.moment}"
-        if self.reference is not None:
-            lines += ["", *self._grown(self.reference)]
-        elif self.record.modules:
-            blocks = sorted(self.record.modules.items(), key=lambda item: (-item[1], item[0]))[:_LARGEST]
-            rows = [[format_bytes(count), name or "(outside of the model)"] for name, count in blocks]
-            lines += ["", "largest modules:", *_indented(rows, ("", "module"))]
-        if self.attribution is not None and self.attribution.owners:
-            owners = self.attribution.owners[:_LARGEST]
-            rows = [[format_bytes(each.bytes), KINDS[each.kind], each.module, each.line] for each in owners]
-            lines += ["", "largest owners:", *_indented(rows, ("", "kind", "largest for", "line"))]
-        if self.artefacts:
-            lines += ["", f"kept: {', '.join(self.artefacts)}"]
-        return "\n".join(lines)
-
-    def _grown(self, reference: Record) -> list[str]:
-        total = format_signed(self.record.allocated - reference.allocated)
-        head = f"{total} since {self.reference_name} ({format_bytes(reference.allocated)} allocated):"
+    key, used, limit = record.key, budget.used(record), budget.limit
+    where = f"; the peak comes in {attribution.moment}" if attribution is not None else ""
+    parts = [
+        f"GPU memory over budget: {case}\n"
+        f"  {budget.of} {format_bytes(used)}, limit {format_bytes(limit)}: "
+        f"{format_bytes(used - limit)} over ({used:,} - {limit:,} = {used - limit:,} bytes)\n"
+        f"  on {key.device} ({key.provenance}){where}"
+    ]
+    if reference is not None:
+        total = format_signed(record.allocated - reference.allocated)
+        head = f"{total} since {reference_name} ({format_bytes(reference.allocated)} allocated):"
         rows = [
             [format_signed(change.bytes), change.name or "(outside of the model)", change.remark]
-            for change in changes(reference.modules, self.record.modules)[:_LARGEST]
+            for change in changes(reference.modules, record.modules)[:_LARGEST]
         ]
-        return [head, *_indented(rows, ("", "module", ""))]
+        parts.append(_table(head, rows, "", "module", ""))
+    elif record.modules:
+        blocks = sorted(record.modules.items(), key=lambda item: (-item[1], item[0]))[:_LARGEST]
+        rows = [[format_bytes(count), name or "(outside of the model)"] for name, count in blocks]
+        parts.append(_table("largest modules:", rows, "", "module"))
+    if attribution is not None and attribution.owners:
+        owners = attribution.owners[:_LARGEST]
+        rows = [[format_bytes(each.bytes), KINDS[each.kind], each.module, each.line] for each in owners]
+        parts.append(_table("largest owners:", rows, "", "kind", "largest for", "line"))
+    return Verdict("OVER BUDGET", "\n\n".join(parts), kept="kept")
 
 
-def _indented(rows: list[list[str]], headers: tuple[str, ...]) -> list[str]:
+def _table(title: str, rows: list[list[str]], *headers: str) -> str:
     align = ("right", *["left"] * (len(headers) - 1))
     text = tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True, colalign=align)
-    return [f"  {line}".rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join([title, *(f"  {line}".rstrip() for line in text.splitlines() if line.strip())])

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +21,13 @@ from qlora_lowmem.results.kinds.matrix import CaseResult
 from qlora_lowmem.results.kinds.verdicts import Record
 
 
-def recipe_record(result: CaseResult, attribution: Attribution | None = None) -> Record:
-    """The record of a run that has a profile.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if result.profile is None:
-        raise ValueError(f"{result.recipe.name} has no peaks to record: {result.failure or result.out_of_memory}")
+def recipe_record(result: CaseResult) -> Record:
+    """The record of a run that has a profile."""
+    assert result.profile is not None
     found = versions()
-    allocator = f"expandable_segments:{result.recipe.memory.expandable_segments}"  # as `job.set_allocator` pins it
-    key = key_of(result.card, result.provenance, allocator, result.recipe_hash, found)
-    return record_of(key, result.profile, attribution, found)
+    allocator = f"expandable_segments:{result.recipe.memory.expandable_segments}"  # as `job.start_recorder` pins it
+    key = key_of(result.card, result.provenance, allocator, found, result.recipe_hash)
+    return record_of(key, result.profile, versions=found)
 
 
 class VirtualRunner:
@@ -122,19 +117,4 @@ class GpuRunner:
 
 
 Runner = VirtualRunner | GpuRunner
-
-
-class Matrix:
-    """The results of a set of recipes on one device. All are started at once; each is waited for when asked."""
-
-    def __init__(self, runner: Runner, recipes: Sequence[Recipe]) -> None:
-        self.recipes = tuple(recipes)
-        self._futures = {recipe.name: runner.submit(recipe) for recipe in recipes}
-
-    def __getitem__(self, name: str) -> CaseResult:
-        """The result of the recipe `name`, waiting until it is there."""
-        return self._futures[name].result()
-
-    def results(self) -> list[CaseResult]:
-        """Every result, in the order of the recipes."""
-        return [self[recipe.name] for recipe in self.recipes]
+Matrix = Mapping[str, "Future[CaseResult]"]  # results by recipe

@@ -3,19 +3,23 @@
 import json
 import re
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
+from qlora_lowmem.environment import versions
 from qlora_lowmem.gate import REPORT_ATTRIBUTE
-from qlora_lowmem.gate.budget import OverBudget
+from qlora_lowmem.gate.budget import over_budget
 from qlora_lowmem.gate.records import allocator_of_environment, key_of, record_of
-from qlora_lowmem.gate.verdicts import Gate, Regressed, Verdict, compare
+from qlora_lowmem.gate.verdicts import Gate, Verdict, compare
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.results.kinds.verdicts import Budget, Record, Row
+
+if TYPE_CHECKING:
+    from qlora_lowmem.memory.recorder import Measurement, ProgramRecorder
 
 _ROW: pytest.StashKey[Row] = pytest.StashKey()
 
@@ -50,7 +54,9 @@ class Case:
         return Path(self.artefacts) / f"snapshot-{self._file_name}.pickle"
 
     def verdict(self, record: Record) -> Verdict:
-        """The record held against the baseline."""
+        """The record held against the baseline; a budgeted test may have none."""
+        if self.budget is not None and self.baseline is None:
+            return Verdict("WITHIN BUDGET")
         return compare(self.name, self.baseline, record, self.gate, across_versions=self.across_versions)
 
     def keep(self, attribution: Attribution | None, snapshot: dict[str, Any] | None = None) -> tuple[str, ...]:
@@ -70,30 +76,14 @@ class Case:
             kept.append(str(self.snapshot_path))
         return tuple(kept)
 
-    def row(
-        self,
-        item: pytest.Item,
-        record: Record,
-        verdict: Verdict,
-        left: tuple[str, ...],
-        failure: OverBudget | None = None,
-    ) -> Row:
-        """What came of it in the test `item`.
+    def row(self, item: pytest.Item, record: Record, verdict: Verdict, left: tuple[str, ...]) -> Row:
+        """What came of it in the test `item`; `left` are files that a failing run left.
 
-        Args:
-            left: files that a failing run left.
-            failure: it is over its budget, whatever its baseline says.
+        A budget holds whatever is recorded or only reported.
         """
-        row = Row(self.name, item.location[0], verdict.name, record, self.baseline, self.budget, artefacts=left)
-        if failure is not None:
-            message = replace(failure, artefacts=left).render()
-            return replace(row, verdict="OVER BUDGET", fails=True, message=message)
-        if self.budget is not None and self.baseline is None:
-            return replace(row, verdict="WITHIN BUDGET")
-        if isinstance(verdict, Regressed):
-            verdict = replace(verdict, artefacts=left)
-        fails = verdict.fails and not self.recording and not self.report_only
-        return replace(row, fails=fails, message="" if verdict.name == "PASS" else verdict.render())
+        fails = verdict.name == "OVER BUDGET" or (verdict.fails and not self.recording and not self.report_only)
+        file, message = item.location[0], verdict.render(left)
+        return Row(self.name, file, verdict.name, record, self.baseline, self.budget, fails, message, left)
 
     @property
     def _file_name(self) -> str:
@@ -117,7 +107,7 @@ class Meter:
 
     def __init__(self, case_of: Callable[[pytest.Item], Case | None]) -> None:
         self._case_of = case_of
-        self._recorder: Any = None
+        self._recorder: ProgramRecorder | None = None
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -138,10 +128,9 @@ class Meter:
         try:
             result = yield
         except BaseException as error:
-            self._explain_out_of_memory(item, error)
+            _explain_out_of_memory(item, error, self._stop().attribution)
             raise
-        measurement, self._recorder = self._recorder.stop(), None
-        settle(item, _judged(item, case, measurement))
+        settle(item, _judged(item, case, self._stop()))
         return result
 
     @pytest.hookimpl(wrapper=True)
@@ -149,8 +138,7 @@ class Meter:
         """Nothing goes on being recorded after a test that did not reach its body."""
         del item
         if self._recorder is not None:
-            self._recorder.stop()
-            self._recorder = None
+            self._stop()
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -164,29 +152,33 @@ class Meter:
             setattr(report, REPORT_ATTRIBUTE, msgspec.to_builtins(row))
         return report
 
-    def _explain_out_of_memory(self, item: pytest.Item, error: BaseException) -> None:
-        """What the card held when it ran out, beside the test's own error."""
-        measurement, self._recorder = self._recorder.stop(), None
-        import torch
-
-        found = measurement.attribution
-        if isinstance(error, torch.OutOfMemoryError) and found is not None:
-            from qlora_lowmem.results.kinds.attribution import headline, owners_table
-
-            item.add_report_section("call", "gpu memory", f"{headline(found)}\n\n{owners_table(found, limit=5)}")
+    def _stop(self) -> "Measurement":
+        assert self._recorder is not None
+        recorder, self._recorder = self._recorder, None
+        return recorder.stop()
 
 
-def _judged(item: pytest.Item, case: Case, measurement: Any) -> Row:
-    key = key_of(measurement.profile.device, measurement.profile.provenance, allocator_of_environment())
-    record = record_of(key, measurement.profile, measurement.attribution)
-    reference, name = case.last_pass, "it last passed"
-    if case.baseline is not None and not case.baseline.key.differences(key):
-        reference, name = case.baseline, "its baseline"
+def _explain_out_of_memory(item: pytest.Item, error: BaseException, found: Attribution | None) -> None:
+    """What the card held when it ran out, beside the test's own error."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError) and found is not None:
+        from qlora_lowmem.results.kinds.attribution import headline, owners_table
+
+        item.add_report_section("call", "gpu memory", f"{headline(found)}\n\n{owners_table(found, limit=5)}")
+
+
+def _judged(item: pytest.Item, case: Case, measurement: "Measurement") -> Row:
     assert case.budget is not None
-    failure = None
+    profile, attribution = measurement.profile, measurement.attribution
+    key = key_of(profile.device, profile.provenance, allocator_of_environment(), versions())
+    record = record_of(key, profile, attribution)
     if case.budget.used(record) > case.budget.limit:
-        failure = OverBudget(case.name, case.budget, record, measurement.attribution, reference, name)
-    verdict = case.verdict(record)
-    wrong = failure is not None or (verdict.fails and not case.recording)
-    left = case.keep(measurement.attribution, measurement.snapshot) if wrong else ()
-    return case.row(item, record, verdict, left, failure)
+        reference, name = case.last_pass, "it last passed"
+        if case.baseline is not None and not case.baseline.key.differences(key):
+            reference, name = case.baseline, "its baseline"
+        verdict = over_budget(case.name, case.budget, record, attribution, reference, name)
+    else:
+        verdict = case.verdict(record)
+    wrong = verdict.name == "OVER BUDGET" or (verdict.fails and not case.recording)
+    return case.row(item, record, verdict, case.keep(attribution, measurement.snapshot) if wrong else ())

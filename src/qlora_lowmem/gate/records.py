@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
-from qlora_lowmem.environment import versions
 from qlora_lowmem.memory.attribution import Attribution
-from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
+from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.results.kinds.verdicts import Key, Record
 from qlora_lowmem.units import format_bytes, format_signed
@@ -27,19 +26,16 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ROWS = 6
 
 
-def key_of(
-    device: str, provenance: str, allocator: str, recipe: str = "", found: Mapping[str, str] | None = None
-) -> Key:
-    """The key of a run in this environment. Imports no torch.
+def key_of(device: str, provenance: str, allocator: str, versions: Mapping[str, str], recipe: str = "") -> Key:
+    """The key of a run.
 
     Args:
         allocator: options of the caching allocator.
+        versions: as `environment.versions` gives them.
         recipe: the recipe's hash, empty for a test.
-        found: versions; None for those that are installed here.
     """
-    present = versions() if found is None else found
-    build = re.search(r"\+cu(\d+)(\d)$", present["torch"])
-    packages = {name: present[name] for name in VERSION_FIELDS if name != "cuda"}
+    build = re.search(r"\+cu(\d+)(\d)$", versions["torch"])
+    packages = {name: versions[name] for name in VERSION_FIELDS if name != "cuda"}
     cuda = f"{build[1]}.{build[2]}" if build else "none"
     return Key(device, provenance, cuda=cuda, allocator=allocator, recipe=recipe, **packages)
 
@@ -109,35 +105,23 @@ class Difference:
     lines: tuple[Change, ...]
     versions: Mapping[str, tuple[str, str]]
 
-    @property
-    def explained(self) -> bool:
-        """Whether both sides were attributed."""
-        return bool(self.kinds or self.modules or self.lines)
-
-    def grown(self) -> tuple[str, ...]:
-        """The kinds of the allocated peak that grew, most first."""
-        return tuple(c.name for c in self.kinds if c.bytes > 0 and c.name not in OUTSIDE_ALLOCATED)
-
-    def render(self, rows: int = _ROWS) -> str:
+    def render(self) -> str:
         """Tables for a terminal."""
         tables = {"kind": self.kinds, "module": self.modules, "line": self.lines}
-        parts = [_table(title, changes, rows) for title, changes in tables.items() if changes]
+        parts = [_table(title, changes) for title, changes in tables.items() if changes]
         changed = [f"{name} {old} -> {new}" for name, (old, new) in self.versions.items()]
-        parts.append("packages: " + (", ".join(changed) if changed else "the same versions"))
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, f"packages: {', '.join(changed) or 'the same versions'}"])
 
 
 def difference(before: Record, after: Record) -> Difference:
     """From the baseline `before` to the run `after`. Without attribution on both sides only versions are compared."""
-    both = bool(before.kinds) and bool(after.kinds)
     everything = sorted(before.versions.keys() | after.versions.keys())
     pairs = {name: tuple(side.versions.get(name, "not recorded") for side in (before, after)) for name in everything}
-    return Difference(
-        kinds=changes(before.kinds, after.kinds) if both else (),
-        modules=changes(before.modules, after.modules) if both else (),
-        lines=_line_changes(before.lines, after.lines) if both else (),
-        versions={name: (old, new) for name, (old, new) in pairs.items() if old != new},
-    )
+    versions = {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+    if not before.kinds or not after.kinds:
+        return Difference((), (), (), versions)
+    lines = _line_changes(before.lines, after.lines)
+    return Difference(changes(before.kinds, after.kinds), changes(before.modules, after.modules), lines, versions)
 
 
 def changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Change, ...]:
@@ -162,9 +146,9 @@ def _unnumbered(lines: Mapping[str, int]) -> Mapping[str, int]:
     return sums
 
 
-def _table(title: str, found: tuple[Change, ...], rows: int) -> str:
+def _table(title: str, found: tuple[Change, ...]) -> str:
     """The largest in size, whatever their sign, in the order of `found`."""
-    largest = sorted(found, key=lambda change: -abs(change.bytes))[:rows]
+    largest = sorted(found, key=lambda change: -abs(change.bytes))[:_ROWS]
     body = [
         [
             KINDS.get(change.name, change.name) if title == "kind" else change.name or "(outside of the model)",
@@ -175,10 +159,5 @@ def _table(title: str, found: tuple[Change, ...], rows: int) -> str:
         for change in found
         if change in largest
     ]
-    return tabulate(
-        body,
-        headers=[title, "baseline", "now", "difference", ""],
-        tablefmt="simple",
-        disable_numparse=True,
-        colalign=("left", "right", "right", "right", "left"),
-    )
+    headers, align = [title, "baseline", "now", "difference", ""], ("left", "right", "right", "right", "left")
+    return tabulate(body, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align)

@@ -9,13 +9,12 @@ from typing import Any
 import msgspec
 
 from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.gate.verdicts import QUIET
 from qlora_lowmem.results.kinds.verdicts import Row, verdicts, verdicts_table
 from qlora_lowmem.results.style import save
 from qlora_lowmem.results.tables import provenance_lines
 from qlora_lowmem.units import MIB
 
-# What needs nobody's attention.
-QUIET = {"PASS", "WITHIN BUDGET"}
 _CHART = "Allocated peak, and what it is held against"
 
 

@@ -14,8 +14,8 @@ from qlora_lowmem.gate.baselines import BaselineError, baseline_path, read_basel
 from qlora_lowmem.gate.budget import budget_of
 from qlora_lowmem.gate.meter import Case, Meter, settle
 from qlora_lowmem.gate.records import attributed
-from qlora_lowmem.gate.report import QUIET, publish
-from qlora_lowmem.gate.verdicts import EXACT, MEASURED, Gate, Missing, Tolerance, Verdict
+from qlora_lowmem.gate.report import publish
+from qlora_lowmem.gate.verdicts import EXACT, MEASURED, QUIET, Gate, Tolerance, Verdict, missing
 from qlora_lowmem.gate.worker import WORKER_MODULES, failed_report, run_on_virtual_card
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.device import device_name
@@ -135,9 +135,8 @@ class GateSession:
         fails = not self._option("report_only") and "" not in self._names
         for name, baseline in sorted(self._baselines(device).items()):
             if name not in cases and "::" not in name:
-                verdict = Missing(name, baseline)
-                message = verdict.render()
-                settle(item, Row(name, item.location[0], verdict.name, None, baseline, fails=fails, message=message))
+                message = missing(name, baseline).render()
+                settle(item, Row(name, item.location[0], "MISSING", None, baseline, fails=fails, message=message))
 
     def take(self, content: Mapping[str, Any]) -> None:
         """Keep the row, as plain data, of a case that was judged here or in another process."""

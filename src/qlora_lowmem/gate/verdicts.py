@@ -1,14 +1,16 @@
-"""A run held against its baseline. A verdict is data; it renders itself at the end."""
+"""A run held against its baseline."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from qlora_lowmem.gate.records import VERSION_FIELDS, Difference, difference
+from qlora_lowmem.gate.records import VERSION_FIELDS, difference
 from qlora_lowmem.results.kinds.verdicts import Record
 from qlora_lowmem.units import MIB, format_bytes, format_signed
 
-Name = Literal["PASS", "REGRESSED", "IMPROVED", "NOT COMPARABLE", "NEW", "MISSING"]
+Name = Literal["PASS", "REGRESSED", "IMPROVED", "NOT COMPARABLE", "NEW", "MISSING", "WITHIN BUDGET", "OVER BUDGET"]
+FAILING = frozenset(("REGRESSED", "NOT COMPARABLE", "MISSING", "OVER BUDGET"))
+QUIET = frozenset(("PASS", "WITHIN BUDGET"))  # what needs nobody's attention
 
 
 @dataclass(frozen=True)
@@ -43,150 +45,28 @@ MEASURED = Gate(Tolerance(2 * MIB, 0.005), RESERVED)  # library workspaces chose
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of one case."""
-
-    name: ClassVar[Name]
-    fails: ClassVar[bool] = False
-    case: str
-
-    def render(self) -> str:
-        """For a terminal: one line, or more where something is to be done."""
-        return f"{self.case}: {self.name}"
-
-
-@dataclass(frozen=True)
-class _Compared(Verdict):
-    baseline: Record
-    measured: Record
-
-    @property
-    def bytes(self) -> int:
-        """Allocated bytes more than the baseline's, negative for less."""
-        return self.measured.allocated - self.baseline.allocated
-
-    def _sizes(self) -> str:
-        return (
-            f"allocated {format_bytes(self.measured.allocated)} ({self.measured.allocated:,} bytes), "
-            f"baseline {format_bytes(self.baseline.allocated)}, "
-            f"difference {format_signed(self.bytes)} ({self.bytes:+,} bytes)"
-        )
-
-
-@dataclass(frozen=True)
-class Pass(_Compared):
-    """Within tolerance of the baseline."""
-
-    name = "PASS"
-
-
-@dataclass(frozen=True)
-class Regressed(_Compared):
-    """More than the baseline and its tolerance.
+    """What the gate says of one case.
 
     Attributes:
-        what: the figure that is over: `allocated` or `reserved`.
-        allowed: its tolerance in bytes.
-        artefacts: files that the failing run left: its attribution, its snapshot.
+        found: what was found, in words for a terminal; empty for what is quiet.
+        kept: introduces the files that a failing run left, where they are to be told.
+        advice: what to do.
     """
 
-    name = "REGRESSED"
-    fails = True
-    what: str
-    allowed: int
-    artefacts: tuple[str, ...] = ()
+    name: Name
+    found: str = ""
+    kept: str = ""
+    advice: str = ""
 
     @property
-    def difference(self) -> Difference:
-        """Where the bytes came from."""
-        return difference(self.baseline, self.measured)
+    def fails(self) -> bool:
+        """Whether the case fails for it."""
+        return self.name in FAILING
 
-    def render(self) -> str:
-        over = getattr(self.measured, self.what) - getattr(self.baseline, self.what)
-        lines = [
-            f"{self.case}: REGRESSED on {self.measured.key.device} ({self.measured.key.provenance})",
-            self._sizes(),
-        ]
-        if self.what != "allocated":
-            lines.append(f"{self.what} grew by {format_bytes(over)}; allowed are {format_bytes(self.allowed)}")
-        lines += ["", self.difference.render()]
-        if self.artefacts:
-            lines += ["", f"kept of this run: {', '.join(self.artefacts)}"]
-        lines += ["", f"If it is meant: pytest --record={self.case} ... writes the new baseline."]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Improved(_Compared):
-    """Less than the baseline, by more than the tolerance."""
-
-    name = "IMPROVED"
-
-    def render(self) -> str:
-        return (
-            f"{self.case}: IMPROVED: {self._sizes()}\n"
-            f"Keep it: pytest --record={self.case} ... writes the new baseline, and a later return to the old peak is "
-            "then a regression."
-        )
-
-
-@dataclass(frozen=True)
-class NotComparable(_Compared):
-    """The baseline was recorded under something else.
-
-    Attributes:
-        keys: what differs: name to (baseline, now).
-    """
-
-    name = "NOT COMPARABLE"
-    fails = True
-    keys: Mapping[str, tuple[str, str]]
-
-    def render(self) -> str:
-        differs = "\n".join(
-            f"  {name}: {old or '-'} in the baseline, {new or '-'} now" for name, (old, new) in self.keys.items()
-        )
-        lines = [f"{self.case}: NOT COMPARABLE with its baseline", differs, f"all the same: {self._sizes()}"]
-        found = difference(self.baseline, self.measured)
-        if found.explained and self.bytes:
-            lines += ["", found.render()]
-        if set(self.keys) <= set(VERSION_FIELDS):
-            lines += [
-                "",
-                "Install the baseline's versions to gate; or --across-versions to hold these against it all the same;",
-                "or record them: pytest --record ... Which package did it: python -m qlora_lowmem.gate.bisect --help",
-            ]
-        else:
-            lines += ["", f"Record it as it is now: pytest --record={self.case} ..."]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class New(Verdict):
-    """There is no baseline for it."""
-
-    name = "NEW"
-    measured: Record
-
-    def render(self) -> str:
-        return (
-            f"{self.case}: NEW: {format_bytes(self.measured.allocated)} allocated, no baseline for it. "
-            f"pytest --record={self.case} ... writes one."
-        )
-
-
-@dataclass(frozen=True)
-class Missing(Verdict):
-    """There is a baseline, and no such case any more."""
-
-    name = "MISSING"
-    fails = True
-    baseline: Record
-
-    def render(self) -> str:
-        return (
-            f"{self.case}: MISSING: its baseline has {format_bytes(self.baseline.allocated)}, and no case of that name "
-            "ran. Bring it back, or take its baseline out: pytest --record ... with every case."
-        )
+    def render(self, artefacts: Sequence[str] = ()) -> str:
+        """All of it, with the files that a failing run left."""
+        files = f"{self.kept}: {', '.join(artefacts)}" if self.kept and artefacts else ""
+        return "\n\n".join(part for part in (self.found, files, self.advice) if part)
 
 
 def compare(
@@ -197,18 +77,61 @@ def compare(
     Args:
         across_versions: hold it against a baseline of other package versions all the same.
     """
+    record_it = f"pytest --record={case} ... writes"
     if baseline is None:
-        return New(case, measured)
+        size = format_bytes(measured.allocated)
+        return Verdict("NEW", f"{case}: NEW: {size} allocated, no baseline for it. {record_it} one.")
     keys = baseline.key.differences(measured.key)
     if across_versions:
         keys = {name: pair for name, pair in keys.items() if name not in VERSION_FIELDS}
-    if keys:
-        return NotComparable(case, baseline, measured, keys)
     grown = measured.allocated - baseline.allocated
-    allowed = gate.allocated.bytes(baseline.allocated)
-    if grown > allowed:
-        return Regressed(case, baseline, measured, "allocated", allowed)
-    allowed_reserved = gate.reserved.bytes(baseline.reserved)
-    if measured.reserved - baseline.reserved > allowed_reserved:
-        return Regressed(case, baseline, measured, "reserved", allowed_reserved)
-    return Improved(case, baseline, measured) if -grown > allowed else Pass(case, baseline, measured)
+    sizes = (
+        f"allocated {format_bytes(measured.allocated)} ({measured.allocated:,} bytes), "
+        f"baseline {format_bytes(baseline.allocated)}, difference {format_signed(grown)} ({grown:+,} bytes)"
+    )
+    if keys:
+        return _not_comparable(case, baseline, measured, keys, sizes)
+    for figure, tolerance in (("allocated", gate.allocated), ("reserved", gate.reserved)):
+        before, now = getattr(baseline, figure), getattr(measured, figure)
+        allowed = tolerance.bytes(before)
+        if now - before > allowed:
+            found = f"{case}: REGRESSED on {measured.key.device} ({measured.key.provenance})\n{sizes}"
+            if figure != "allocated":
+                found += f"\n{figure} grew by {format_bytes(now - before)}; allowed are {format_bytes(allowed)}"
+            found += f"\n\n{difference(baseline, measured).render()}"
+            return Verdict("REGRESSED", found, "kept of this run", f"If it is meant: {record_it} the new baseline.")
+    if -grown <= gate.allocated.bytes(baseline.allocated):
+        return Verdict("PASS")
+    return Verdict(
+        "IMPROVED",
+        f"{case}: IMPROVED: {sizes}\n"
+        f"Keep it: {record_it} the new baseline, and a later return to the old peak is then a regression.",
+    )
+
+
+def _not_comparable(
+    case: str, baseline: Record, measured: Record, keys: dict[str, tuple[str, str]], sizes: str
+) -> Verdict:
+    differs = "\n".join(
+        f"  {name}: {old or '-'} in the baseline, {new or '-'} now" for name, (old, new) in keys.items()
+    )
+    found = f"{case}: NOT COMPARABLE with its baseline\n{differs}\nall the same: {sizes}"
+    changed = difference(baseline, measured)
+    if changed.kinds and measured.allocated != baseline.allocated:
+        found += f"\n\n{changed.render()}"
+    advice = (
+        "Install the baseline's versions to gate; or --across-versions to hold these against it all the same;\n"
+        "or record them: pytest --record ... Which package did it: python -m qlora_lowmem.gate.bisect --help"
+    )
+    if not set(keys) <= set(VERSION_FIELDS):
+        advice = f"Record it as it is now: pytest --record={case} ..."
+    return Verdict("NOT COMPARABLE", found, advice=advice)
+
+
+def missing(case: str, baseline: Record) -> Verdict:
+    """There is a baseline, and no such case any more."""
+    return Verdict(
+        "MISSING",
+        f"{case}: MISSING: its baseline has {format_bytes(baseline.allocated)}, and no case of that name "
+        "ran. Bring it back, or take its baseline out: pytest --record ... with every case.",
+    )
