@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
 from qlora_lowmem.data.formats import FORMATS
-from qlora_lowmem.data.values import FaultySampleError, Row, kind_of
+from qlora_lowmem.data.values import FaultySampleError, Reader, Row, kind_of
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe.sections import DATA_SUFFIXES, is_hub_data
 from qlora_lowmem.units import MIB
@@ -87,25 +87,18 @@ LINE_LIMIT = 64 * MIB
 _BUFFER = MIB
 
 
-class JsonLines:
+class JsonLines(Reader):
     """A `.jsonl` file, read line by line."""
-
-    unused_columns: tuple[str, ...] = ()
 
     def __init__(self, name: str) -> None:
         self._path = Path(name)
-        self.byte_order_mark = False
         try:
             self.total = self._path.stat().st_size
         except OSError as fault:
             raise _cannot_read(self._path, fault) from None
 
     def rows(self) -> Iterator[Row]:
-        """Every line.
-
-        Raises:
-            UsageError: the file cannot be read.
-        """
+        """Every line."""
         try:
             with self._path.open("rb", buffering=_BUFFER) as file:
                 for number, (size, raw) in enumerate(_lines(file), start=1):

@@ -19,10 +19,8 @@ from qlora_lowmem.units import MIB
 BATCH_ROWS = 256
 
 
-class ParquetTable:
+class ParquetTable(Reader):
     """A `.parquet` file, read in batches of rows."""
-
-    byte_order_mark = False
 
     def __init__(self, name: str) -> None:
         from pyarrow import ArrowException
@@ -40,11 +38,7 @@ class ParquetTable:
         self._used, self.unused_columns = _columns_of(name, columns)
 
     def rows(self) -> Iterator[Row]:
-        """Every row.
-
-        Raises:
-            UsageError: the file is damaged.
-        """
+        """Every row."""
         number = 0
         try:
             for batch in self._file.iter_batches(batch_size=BATCH_ROWS, columns=self._used):
@@ -88,13 +82,10 @@ def open_hub(name: str, split: str) -> Reader:
         ) from None
 
 
-class _HubLines:
+class _HubLines(Reader):
     """A split, or slices of one (`train[:10%]`), whose files are JSON Lines; rows are numbered over all of them, blank
     lines left out.
     """
-
-    byte_order_mark = False
-    unused_columns: tuple[str, ...] = ()
 
     def __init__(self, paths: Sequence[str], split: str) -> None:
         import datasets
@@ -110,20 +101,14 @@ class _HubLines:
             yield from (row for row in JsonLines(path).rows() if row.value is not None)
 
     def rows(self) -> Iterator[Row]:
-        """Every row.
-
-        Raises:
-            UsageError: a file cannot be read.
-        """
+        """Every row."""
         for index, row in enumerate(self._lines()):
             if any(start <= index < end for start, end in self._parts):
                 yield Row(index + 1, 1, row.value)
 
 
-class _HubTable:
+class _HubTable(Reader):
     """A split that is memory-mapped from the cache of `datasets`."""
-
-    byte_order_mark = False
 
     def __init__(self, shown: str, found: Any) -> None:
         used, self.unused_columns = _columns_of(shown, found.column_names)

@@ -1,9 +1,10 @@
 """What a reader yields, the texts and JSON values in it, and what is wrong with them, with place and reason."""
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from qlora_lowmem.errors import UsageError
 
@@ -166,7 +167,7 @@ class Row(NamedTuple):
     value: dict[str, Any] | FaultySampleError | None
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """A source, opened.
 
     Attributes:
@@ -176,9 +177,13 @@ class Reader(Protocol):
     """
 
     total: int
-    byte_order_mark: bool
-    unused_columns: tuple[str, ...]
+    byte_order_mark = False
+    unused_columns: tuple[str, ...] = ()
 
+    @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """Every row in order. Memory does not grow with their number."""
-        ...
+        """Every row in order. Memory does not grow with their number.
+
+        Raises:
+            UsageError: the source cannot be read, or is damaged.
+        """

@@ -120,7 +120,7 @@ def _breakdown(kinds: Mapping[str, int], need: Need) -> Iterator[str]:
     if need.floor_bytes:
         rows.append(["(the floor: weights, adapters, two residual tensors)", gib(need.floor_bytes)])
     yield ""
-    yield from _table(rows, ["at the peak", "GiB"], left=1)
+    yield from _table(rows, ["at the peak", "GiB"])
 
 
 def _longest(limit: Limit) -> str:
@@ -134,13 +134,10 @@ def _knobs(plan: Plan) -> Iterator[str]:
     assert plan.need is not None
     rows = []
     for knob in plan.knobs:
-        fits = "" if plan.fits else ("yes" if knob.fits else "no")
-        rows.append([knob.change, gib(knob.saves_bytes), gib(knob.peak_device_bytes), fits, cost(knob, plan.need)])
-    headers = ["one change, each one run", "saves", "needs", "" if plan.fits else "fits", "cost"]
-    if plan.fits:
-        rows, headers = [[*row[:3], row[4]] for row in rows], [*headers[:3], headers[4]]
+        fits = [] if plan.fits else ["yes" if knob.fits else "no"]
+        rows.append([knob.change, gib(knob.saves_bytes), gib(knob.peak_device_bytes), *fits, cost(knob, plan.need)])
     yield ""
-    yield from _table(rows, headers, left=1)
+    yield from _table(rows, ["one change, each one run", "saves", "needs", *([] if plan.fits else ["fits"]), "cost"])
 
 
 def cost(knob: Knob, base: Need) -> str:
@@ -172,24 +169,20 @@ def _proposal(plan: Plan) -> Iterator[str]:
 
 def _settings(found: Proposal) -> str:
     """What the proposed recipe sets of what rungs differ in."""
-    recipe = found.recipe
-    names = [
-        f"{recipe.lora.target_modules} targets" if isinstance(recipe.lora.target_modules, str) else "its targets",
-        f"r {recipe.lora.lora_r}",
-        f"{recipe.batch.batch_size} x {recipe.batch.gradient_accumulation_steps} samples a step",
-        recipe.optimizer.optimizer,
-    ]
-    if recipe.lean.lean:
-        names += [f"lean, checkpoints {recipe.lean.checkpoints}"]
-    elif recipe.memory.gradient_checkpointing:
-        names += ["gradient checkpointing"]
-    if recipe.lean.quantised_embeddings != "none":
-        names += [f"embeddings in {recipe.lean.quantised_embeddings}"]
-    if recipe.memory.activation_offloading:
-        names += ["activation offloading"]
-    if recipe.memory.expandable_segments:
-        names += ["expandable segments"]
-    return ", ".join(names)
+    lora, batch, memory, lean = found.recipe.lora, found.recipe.batch, found.recipe.memory, found.recipe.lean
+    targets = lora.target_modules
+    said = {
+        f"{targets} targets" if isinstance(targets, str) else "its targets": True,
+        f"r {lora.lora_r}": True,
+        f"{batch.batch_size} x {batch.gradient_accumulation_steps} samples a step": True,
+        found.recipe.optimizer.optimizer: True,
+        f"lean, checkpoints {lean.checkpoints}": lean.lean,
+        "gradient checkpointing": memory.gradient_checkpointing and not lean.lean,
+        f"embeddings in {lean.quantised_embeddings}": lean.quantised_embeddings != "none",
+        "activation offloading": memory.activation_offloading,
+        "expandable segments": memory.expandable_segments,
+    }
+    return ", ".join(text for text, is_so in said.items() if is_so)
 
 
 def _effort(plan: Plan) -> str:
@@ -201,47 +194,33 @@ def _effort(plan: Plan) -> str:
     return f"{plan.runs} runs{cached}, in {plan.seconds:.0f} s.{note}"
 
 
-def _table(rows: list[list[str]], headers: list[str], left: int) -> Iterator[str]:
-    align = ["left" if index < left or headers[index] == "cost" else "right" for index in range(len(headers))]
+def _table(rows: list[list[str]], headers: list[str]) -> Iterator[str]:
+    align = ["left" if header in (headers[0], "cost") else "right" for header in headers]
     yield from tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True, colalign=align).splitlines()
 
 
-_HEADERS = (
-    "recipe or model",
-    "card",
-    "wanted",
-    "fits",
-    "proposed",
-    "needs GiB",
-    "usable GiB",
-    "allocated GiB",
-    "floor GiB",
-    "x floor",
-    "longest",
-    "next",
-)
 _ENDS = {"model": "(model's end)", "limit": "(--limit)"}
 
 
-def cells(plan: Plan) -> list[str]:
-    """A row for people."""
+def cells(plan: Plan) -> dict[str, str]:
+    """A row for people: each cell by its column's heading."""
     found, need, longest = plan.proposal, plan.need, plan.longest
     if found is not None:
         need, longest = found.need, found.longest
-    return [
-        plan.subject,
-        plan.card,
-        f"{plan.wanted_tokens:,}",
-        "failed" if plan.failure else ("yes" if plan.fits else "no"),
-        found.rung if found is not None else ("as it is" if plan.fits else "nothing"),
-        gib(need.device_bytes) if need is not None else "",
-        gib(plan.usable_bytes),
-        known_gib(need.allocated_bytes) if need is not None else "",
-        known_gib(need.floor_bytes) if need is not None else "",
-        times_floor(need.allocated_bytes, need.floor_bytes) if need is not None else "",
-        f"{longest.value:,}" if longest is not None else "",
-        _next(longest),
-    ]
+    return {
+        "recipe or model": plan.subject,
+        "card": plan.card,
+        "wanted": f"{plan.wanted_tokens:,}",
+        "fits": "failed" if plan.failure else ("yes" if plan.fits else "no"),
+        "proposed": found.rung if found is not None else ("as it is" if plan.fits else "nothing"),
+        "needs GiB": gib(need.device_bytes) if need is not None else "",
+        "usable GiB": gib(plan.usable_bytes),
+        "allocated GiB": known_gib(need.allocated_bytes) if need is not None else "",
+        "floor GiB": known_gib(need.floor_bytes) if need is not None else "",
+        "x floor": times_floor(need.allocated_bytes, need.floor_bytes) if need is not None else "",
+        "longest": f"{longest.value:,}" if longest is not None else "",
+        "next": _next(longest),
+    }
 
 
 def _next(longest: Limit | None) -> str:
@@ -252,18 +231,16 @@ def _next(longest: Limit | None) -> str:
 
 def plans_table(plans: Sequence[Plan]) -> str:
     """The answers as a Markdown table, with the reasons of those that failed below."""
-    table = markdown_table(_HEADERS, [cells(plan) for plan in plans], text_columns=2)
-    return "\n".join([table, *_failures(plans)])
-
-
-def _failures(plans: Sequence[Plan]) -> Iterator[str]:
-    """A reason that is the same on many cards is said once."""
     cards: dict[tuple[str, str], list[str]] = {}
     for plan in plans:
-        if plan.failure:
+        if plan.failure:  # a reason that is the same on many cards is said once
             cards.setdefault((plan.subject, plan.failure), []).append(plan.card)
-    for (subject, failure), names in cards.items():
-        yield f"{subject} on {', '.join(names)} failed: {failure}"
+    failures = [f"{subject} on {', '.join(on)} failed: {failure}" for (subject, failure), on in cards.items()]
+    return "\n".join([_markdown([cells(plan) for plan in plans]), *failures])
+
+
+def _markdown(rows: Sequence[dict[str, str]]) -> str:
+    return markdown_table(tuple(rows[0]), [list(row.values()) for row in rows], text_columns=2)
 
 
 def row(plan: Plan) -> dict[str, Any]:
@@ -307,17 +284,20 @@ class Again:
 
 def write_plans(folder: Path, plans: Sequence[Plan], again: Sequence[Again], text: str, record: dict[str, Any]) -> None:
     """Write `plan` as JSON (the source), Markdown and CSV; `text` is the paragraph under its title."""
+    pairs = list(zip(plans, again, strict=True))
     shown = [
-        [*cells(plan), _checked(run.device_bytes, run.fits), _checked(run.next_device_bytes, run.next_fits)]
-        for plan, run in zip(plans, again, strict=True)
+        cells(plan)
+        | {
+            "run again": _checked(run.device_bytes, run.fits),
+            "next run": _checked(run.next_device_bytes, run.next_fits),
+        }
+        for plan, run in pairs
     ]
-    table = markdown_table((*_HEADERS, "run again", "next run"), shown, text_columns=2)
-    markdown = f"# What fits, and how far it reaches\n\n{text} {FLOOR_TEXT}\n\n{table}\n\n{provenance_lines(record)}\n"
+    title, below = "# What fits, and how far it reaches", provenance_lines(record)
+    markdown = f"{title}\n\n{text} {FLOOR_TEXT}\n\n{_markdown(shown)}\n\n{below}\n"
     content = {"environment": record, "device": record["device"], "provenance": "virtual"}
-    content["cases"] = [plan.to_dict() | {"again": asdict(run)} for plan, run in zip(plans, again, strict=True)]
-    rows = [
-        row(plan) | {f"again_{k}": v for k, v in asdict(run).items()} for plan, run in zip(plans, again, strict=True)
-    ]
+    content["cases"] = [plan.to_dict() | {"again": asdict(run)} for plan, run in pairs]
+    rows = [row(plan) | {f"again_{name}": value for name, value in asdict(run).items()} for plan, run in pairs]
     write_result(folder, "plan", content, markdown, rows)
 
 
