@@ -125,8 +125,9 @@ class Runs:
             question: `run`; `attributed run`, which says by kind what the card held; `counted run`, which spares
                 `count_flops` one; or `probe`, whether it fits, which ends once it is known not to.
         """
-        count = question == "counted run" and _counted(recipe) == _counted(recipe, as_it_is=True)
-        question = "run" if question == "counted run" and not count else question
+        if question == "counted run" and _counted(recipe) != _counted(recipe, as_it_is=True):
+            question = "run"
+        count = question == "counted run"
         with self._lock:
             for fuller in _ANSWERED_BY.get(question, ()):
                 made = self._made.get(run_key(fuller, recipe, card))

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError, UsageError
@@ -39,17 +39,20 @@ class Planner:
         say: Callable[[Plan], None] = lambda _answer: None,
     ) -> None:
         self._pair = pair
-        self._recipe = pair.model.recipe
-        self._card = pair.card
-        self._roomy = roomy(pair.card)
+        self._recipe = recipe = pair.model.recipe
+        self._card = card = pair.card
+        self._roomy = roomy(card)
         self._fullest: Question = "attributed run" if pair.full else "run"
-        context = pair.model.context_length
+        wanted, context = recipe.batch.max_seq_length, pair.model.context_length
         self._last: LimitedBy = "model" if context is not None and context <= pair.limit else "limit"
-        self._limit = max(min(context or pair.limit, pair.limit), self._recipe.batch.max_seq_length)
+        self._limit = max(min(context or pair.limit, pair.limit), wanted)
         self._runs = runs
         self._tally = Tally()
         self._note = note
         self._tell = say
+        name = pair.model.asked.base.model
+        self.nothing = Plan(pair.subject, name, card.name, card.usable_bytes, pair.recipe_given, wanted)
+        self._answer = self.nothing
 
     def plan(self) -> Plan:
         """The answer.
@@ -59,31 +62,24 @@ class Planner:
             virtual_gpu.VirtualGPUError: this machine cannot run one.
         """
         started = time.perf_counter()
-        answer = self._of_the_recipe() if self._pair.recipe_given else self._of_the_model()
+        if self._pair.recipe_given:
+            self._of_the_recipe()
+        if not self._answer.fits:
+            self._climb()
+        found, fits = self._answer.proposal, self._answer.fits
+        if not self._pair.recipe_given:
+            fits = found is not None and found.reaches_wanted
         seconds = time.perf_counter() - started
-        return replace(answer, runs=self._tally.asked, cached=self._tally.cached, seconds=seconds)
+        return replace(self._answer, fits=fits, runs=self._tally.asked, cached=self._tally.cached, seconds=seconds)
 
-    def nothing(self, failure: str | None = None) -> Plan:
-        """The pair without an answer yet, or with the reason why there is none."""
-        recipe = self._recipe
-        return Plan(
-            self._pair.subject,
-            self._pair.model.asked.base.model,
-            self._card.name,
-            self._card.usable_bytes,
-            self._pair.recipe_given,
-            recipe.batch.max_seq_length,
-            failure=failure,
-        )
+    def _say(self, **known: Any) -> None:
+        self._answer = replace(self._answer, **known)
+        self._tell(self._answer)
 
-    def _say(self, answer: Plan) -> Plan:
-        self._tell(answer)
-        return answer
-
-    def _of_the_recipe(self) -> Plan:
-        recipe, card = self._recipe, self._card
+    def _of_the_recipe(self) -> None:
+        recipe, card, full = self._recipe, self._card, self._pair.full
         self._note("the recipe as it is")
-        changes = candidate_changes(shortened(recipe), tiles=self._pair.model.tiles) if self._pair.full else []
+        changes = candidate_changes(shortened(recipe), tiles=self._pair.model.tiles) if full else []
         alone = self._submit(two_steps(recipe), card, self._fullest)
         changed = [
             self._submit(change.recipe, self._roomy, "counted run" if change.move.recomputes else "run")
@@ -91,44 +87,41 @@ class Planner:
         ]
         run = alone.result()
         fits = room_left(run, card, recipe.name) >= 0
-        answer = self._say(replace(self.nothing(), fits=fits, need=need_of(run, fits=True) if fits else None))
+        self._say(fits=fits, need=need_of(run, fits=True) if fits else None)
         with_room = run if run.out_of_memory is None else self._with_room(two_steps(recipe))
         kinds = with_room.attribution.kinds if with_room.attribution else {}
-        answer = self._say(replace(answer, need=need_of(with_room, fits=fits), kinds=kinds))
+        self._say(need=need_of(with_room, fits=fits), kinds=kinds)
         longest, _ = self._longest(recipe, with_room)
-        answer = self._say(replace(answer, longest=longest))
-        if self._pair.full:
+        self._say(longest=longest)
+        if full:
             samples = recipe.batch.batch_size
             # As many tokens take as much memory, nearly.
             near = longest.value * samples // recipe.batch.max_seq_length or None
             known = self._known(with_room, samples)
-            batch = limit_of(self._maximum(recipe, "batch_size", BATCH_LIMIT, 1, known, near), 1, "limit")
-            answer = self._say(replace(answer, batch=batch))
+            batch = self._maximum(recipe, "batch_size", BATCH_LIMIT, 1, known, near)
+            self._say(batch=limit_of(batch, 1, "limit"))
             # Where the card refused nothing, one with more memory is asked for the same.
             base_card = card if fits and not run.refused else self._roomy
             # What was attributed need not be run again to be counted.
             question: Question = "run" if shortened(recipe) == two_steps(recipe) else "counted run"
             base = self._submit(shortened(recipe), base_card, question)
-            answer = self._say(replace(answer, knobs=self._knobs(changes, base, changed)))
-        return answer if fits else self._climb(answer, climbing=True)
+            self._say(knobs=self._knobs(changes, base, changed))
 
-    def _of_the_model(self) -> Plan:
-        answer = self._climb(self.nothing(), climbing=False)
-        return replace(answer, fits=answer.proposal is not None and answer.proposal.reaches_wanted)
-
-    def _climb(self, answer: Plan, *, climbing: bool) -> Plan:
-        """The answer with the rungs up to the first that fits at the wanted length, and what is proposed."""
-        rungs = ladder(self._recipe, tiles=self._pair.model.tiles, fixed=self._pair.fixed, climbing=climbing)
+    def _climb(self) -> None:
+        """Try the rungs up to the first that fits at the wanted length, and propose the last that was tried."""
+        pair = self._pair
+        rungs = ladder(self._recipe, tiles=pair.model.tiles, fixed=pair.fixed, climbing=pair.recipe_given)
         leanest: tuple[Rung, Recipe, RecipeRun] | None = None
         for rung, recipe in rungs:
             self._note(f"rung: {rung.name}")
             run = self._submit(two_steps(recipe), self._card, "probe").result()
             fits = room_left(run, self._card, recipe.name) >= 0
-            answer = self._say(replace(answer, tried=(*answer.tried, Tried(rung.name, rung.words, fits))))
+            self._say(tried=(*self._answer.tried, Tried(rung.name, rung.words, fits)))
             leanest = rung, recipe, run
             if fits:
                 break
-        return replace(answer, proposal=self._proposed(*leanest)) if leanest is not None else answer
+        if leanest is not None:
+            self._answer = replace(self._answer, proposal=self._proposed(*leanest))
 
     def _proposed(self, rung: Rung, recipe: Recipe, run: RecipeRun) -> Proposal | None:
         """`recipe` with what it reaches, `run` being the one at the wanted length; None where nothing of it fits.
@@ -295,4 +288,4 @@ def _plan(pair: Pair, runs: Runs) -> Plan:
     try:
         return planner.plan()
     except QloraLowmemError as error:
-        return planner.nothing(failure=str(error))
+        return replace(planner.nothing, failure=str(error))
