@@ -121,11 +121,7 @@ _TOOL = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
 
 
 def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
-    """The messages of a list, each checked and made ready for a chat template.
-
-    Raises:
-        FaultySampleError: one is none.
-    """
+    """The messages of a list, made ready for a chat template, or a `FaultySampleError` where one is none."""
     check_kind("messages", repr(name), messages, list, f"a list of messages; write {_MESSAGE}")
     if not messages:
         raise FaultySampleError("empty", f"{name!r} is an empty list; write at least one message: {_MESSAGE}")
@@ -169,11 +165,8 @@ def _check_keys(place: str, role: str, message: dict[str, Any]) -> None:
     owner = next((each for each, keys in _MORE_KEYS.items() if unknown[0] in keys), None)
     near = difflib.get_close_matches(unknown[0], allowed, n=1)
     advice = f" (it belongs to the role {owner!r})" if owner else f" (did you mean {near[0]!r}?)" if near else ""
-    raise FaultySampleError(
-        "messages",
-        f"{place} has the unknown key {unknown[0]!r}{advice}; remove it: a message of {role!r} has "
-        f"{', '.join(allowed)}",
-    )
+    fault = f"{place} has the unknown key {unknown[0]!r}{advice}"
+    raise FaultySampleError("messages", f"{fault}; remove it: a message of {role!r} has {', '.join(allowed)}")
 
 
 def _check_calls(name: str, calls: Any) -> list[dict[str, Any]]:
@@ -192,11 +185,7 @@ def _check_call(name: str, call: Any) -> dict[str, Any]:
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]]:
-    """The tools that a sample's conversation may call; a text is read as JSON, as tables hold them.
-
-    Raises:
-        FaultySampleError: they are none.
-    """
+    """The tools that a sample may call, or a `FaultySampleError`; a text is read as JSON, as tables hold them."""
     found = parse_json("tools", tools) if isinstance(tools, str) else tools
     check_kind("tools", "'tools'", found, list, f"a list of tools; write [{_TOOL}], or leave it out")
     for index, tool in enumerate(found):

@@ -31,44 +31,30 @@ def is_nothing(value: Any) -> bool:
 
 
 def check_kind(fault: "FaultKind", place: str, value: Any, kind: type, instead: str) -> None:
-    """`value`, which stands at `place`, is of a kind; `instead` says which, and what to write.
-
-    Raises:
-        FaultySampleError: it is not.
-    """
+    """Raise a `FaultySampleError` unless `value` at `place` is of a kind; `instead` says which, and what to write."""
     if not isinstance(value, kind):
         raise FaultySampleError(fault, f"{place} is {kind_of(value)}, not {instead}")
 
 
 def check_text(name: str, value: Any, *, may_be_empty: bool = False) -> None:
-    """`value` is a text that says something, whole in UTF-8.
-
-    Raises:
-        FaultySampleError: it is not.
-    """
+    """Raise a `FaultySampleError` unless `value` is a text that says something, whole in UTF-8."""
     check_kind("wrong type", repr(name), value, str, "text; write it as text")
     if not may_be_empty and not value.strip():
         raise FaultySampleError("empty", f"{name!r} is empty; write it or remove the line")
     try:
         value.encode()
-    except UnicodeEncodeError as fault:
-        raise FaultySampleError(
-            "encoding", f"{name!r} holds half a surrogate pair at {fault.start + 1}; write the character whole"
-        ) from None
+    except UnicodeEncodeError as half:
+        fault = f"{name!r} holds half a surrogate pair at {half.start + 1}; write the character whole"
+        raise FaultySampleError("encoding", fault) from None
 
 
 def check_json(name: str, value: Any) -> None:
-    """`value` can be written as JSON in UTF-8, as a chat template writes tools and arguments.
-
-    Raises:
-        FaultySampleError: it cannot.
-    """
+    """Raise a `FaultySampleError` unless `value` can be JSON in UTF-8, which templates write tools and arguments as."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise FaultySampleError(
-            "encoding", f"{name!r} holds half a surrogate pair; write the character whole"
-        ) from None
+        fault = f"{name!r} holds half a surrogate pair; write the character whole"
+        raise FaultySampleError("encoding", fault) from None
     except RecursionError:
         raise FaultySampleError("tools", f"{name!r} is nested too deeply; write it flatter") from None
     except TypeError:
@@ -76,11 +62,7 @@ def check_json(name: str, value: Any) -> None:
 
 
 def parse_json(name: str, text: str) -> Any:
-    """The value that `text` writes as JSON.
-
-    Raises:
-        FaultySampleError: it is not JSON.
-    """
+    """The value that `text` writes as JSON, or a `FaultySampleError`."""
     try:
         return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -138,11 +120,7 @@ class FaultLog:
             self._shown.append(f"{place}: {fault}")
 
     def refuse_if_any(self, seen: int) -> None:
-        """End here if there were faults among `seen` lines or rows.
-
-        Raises:
-            UsageError: counts by reason, then the first faults.
-        """
+        """A `UsageError` if there were any among `seen` lines or rows: counts by reason, then the first faults."""
         total = self._counts.total()
         if not total:
             return
@@ -157,7 +135,6 @@ class Row(NamedTuple):
     """A line or row, numbered from 1.
 
     Attributes:
-        number: its line or row.
         size: what it advances a progress bar: bytes of a line, 1 for a row.
         value: the object on it, or why there is none; None for a blank line.
     """

@@ -5,7 +5,6 @@ number stands there only where it was counted (`plan/`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
@@ -109,7 +108,7 @@ def advise(recipe: Recipe, card: virtual_gpu.Card, note: Callable[[str], None]) 
     """Run `recipe` and each candidate change on a roomy virtual card of `card`'s kind.
 
     Raises:
-        virtual_gpu.VirtualGPUUnavailable: this machine cannot run one.
+        VirtualGPUUnavailable: this machine cannot run one.
         QloraLowmemError: the recipe itself fails for another reason than memory.
     """
     room = roomy(card)
@@ -117,9 +116,7 @@ def advise(recipe: Recipe, card: virtual_gpu.Card, note: Callable[[str], None]) 
     changes = candidate_changes(recipe, tiles=runs_in_tiles(recipe))
     note(f"trying {len(changes)} changes on a virtual {card.name} with room for all of them ...")
     with recipe_server() as server:
-        futures: list[Future[RecipeRun]] = [
-            submit_recipe(server, each, room) for each in (recipe, *(change.recipe for change in changes))
-        ]
+        futures = [submit_recipe(server, each, room) for each in (recipe, *(change.recipe for change in changes))]
         base, *runs = [future.result() for future in tqdm(futures, desc="advice", unit="run")]
     if base.profile is None:
         raise QloraLowmemError(f"the recipe fails on a card with room for everything too: {base.failure}")

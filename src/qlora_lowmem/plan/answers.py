@@ -24,11 +24,10 @@ class Need:
     """What a run held at its peak.
 
     Attributes:
-        device_bytes: with the CUDA context; that is what is held against the card's usable memory.
+        device_bytes: with the CUDA context: what is held against the card's usable memory.
         floor_bytes: what no method of training the recipe avoids (`memory/owners.py`); 0 where no step ended.
         host_bytes: page-locked host memory.
-        fits: on the card itself, within what a job can count on there. A run that does not was made again with room
-            for it, so that the figures say what it would need.
+        fits: on the card itself. A run that does not was made again with room for it: the figures are what it needs.
     """
 
     allocated_bytes: int
@@ -45,9 +44,8 @@ class Limit:
     """The largest value of a field that fits.
 
     Attributes:
-        value: 0 where not even the smallest fits.
+        value: a multiple of `step`; 0 where not even the smallest fits.
         next_value: the next larger one, which was run and does not fit; 0 where `value` is the last one allowed.
-        step: both are multiples of it.
         limited_by: `memory`; `model`, the length that the model was made for; or `limit`, the person's own.
     """
 
@@ -71,12 +69,10 @@ class Proposal:
     """The best recipe found.
 
     Attributes:
-        recipe: with the model that the person named, at the length of their own recipe if that fits, else (and for a
-            model) at the longest.
-        need: of that recipe, its optimizer steps run in full.
-        reaches_wanted: whether that is at least the wanted length.
+        recipe: of the model that the person named, as long as their own recipe where that fits, else the longest.
+        need, kinds: of that recipe, as in `Plan`.
+        reaches_wanted: whether `longest` is at least the wanted length.
         flops_ratio: FLOPs of a step over those of the fastest rung; None where they were not counted.
-        kinds: that need by kind, where it was asked for.
     """
 
     rung: str
@@ -98,16 +94,13 @@ class Plan:
         recipe_given: whether a recipe was asked about, or the best one for a model.
         wanted_tokens: the length that was asked for.
         fits: the recipe fits as it is; for a model, a recipe was found that reaches the wanted length.
-        need: of the recipe as it is.
-        kinds: that need by kind (`memory/kinds.py`).
-        longest, batch: of the recipe as it is.
+        need, longest, batch: of the recipe as it is.
+        kinds: the bytes of `need` by kind (`memory/kinds.py`), where they were asked for.
         knobs: single changes that save, in the order that `pair.ranked` states.
-        tried: rungs, in their order.
         proposal: None where the recipe fits as it is, or nothing fits.
         failure: why there is no answer.
         bad_input: that failure is of what was asked, and no run was made.
         runs, cached: how many runs it took, and how many of them the cache had.
-        seconds: how long it took.
     """
 
     subject: str
@@ -147,9 +140,7 @@ def limit_of(found: Maximum, step: int, last: LimitedBy) -> Limit:
 
 
 def recipe_file(pair: Pair, plan: Plan, target: Path) -> str | None:
-    """The text of the recipe that fits, each knob with what it does, as its file at `target` says it: data relative to
-    the file, output under its name. None where nothing fits.
-    """
+    """The recipe that fits as the text of `target`, data relative to it, output under its name; None if none fits."""
     found = plan.proposal
     if found is not None:
         recipe, need, why = found.recipe, found.need, f"{found.rung}: {found.words}"

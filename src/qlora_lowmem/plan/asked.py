@@ -39,9 +39,8 @@ class PlannedModel:
 def planned_model(recipe: Recipe) -> PlannedModel:
     """`recipe` made ready for planning.
 
-    Weights become random, since memory does not depend on their values: a known architecture and a local folder need
-    nothing else, of a model on the hub only `config.json` is fetched. A GGUF file, and a model that brings its own
-    code, stay as they are.
+    Weights become random: memory does not depend on their values. Of a model on the hub only `config.json` is fetched.
+    A GGUF file, and a model that brings its own code, stay as they are.
 
     Raises:
         UsageError: no such model; a model on the hub whose configuration cannot be fetched.
@@ -74,8 +73,7 @@ class Pair:
         model: the recipe, ready for planning; its `max_seq_length` is the wanted length.
         subject: how answers name it.
         recipe_given: whether it is the person's own recipe, or where the ladder starts for a model.
-        limit: tokens; no longer sequence is tried.
-        step: tokens that lengths are told apart by.
+        limit, step: the longest sequence that is tried and what lengths are multiples of, in tokens.
         full: whether the breakdown, the largest batch, single changes and FLOPs are looked into too.
         fixed: fields set on the command line, which no proposal changes.
     """

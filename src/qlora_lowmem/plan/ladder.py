@@ -80,11 +80,7 @@ _OTHER = (
 
 
 def rungs(*, tiles: bool) -> tuple[Rung, ...]:
-    """Every rung, the fastest first.
-
-    Args:
-        tiles: as for `recipe.moves.moves`.
-    """
+    """Every rung, the fastest first; `tiles` as for `recipe.moves.moves`."""
     return _TILED if tiles else _OTHER
 
 
@@ -120,9 +116,8 @@ def ladder(recipe: Recipe, *, tiles: bool, fixed: Collection[str], climbing: boo
 def next_fallback(recipe: Recipe) -> Change | None:
     """The fallback of a run that is out of memory: the next knob that trains the same; None if none is left.
 
-    What costs no time comes first (`recipe/moves.py` states the order). Each change keeps what is trained, as
-    `run_folder/resumption.py` sees it, so the checkpoint of the last good step is not lost. What would switch another
-    of the recipe's knobs off is passed over: that is a choice of the person's own.
+    `recipe/moves.py` states the order. The checkpoint of the last good step is not lost. What would switch another of
+    the recipe's knobs off is passed over: that is a choice of the person's own.
     """
     changes = changes_of(recipe, tiles=runs_in_tiles(recipe))
     return next((each for each in changes if each.keeps_training and False not in each.changes.values()), None)

@@ -23,13 +23,7 @@ Run = TypeVar("Run")
 
 @dataclass(frozen=True)
 class Maximum:
-    """What was found.
-
-    Attributes:
-        value: the largest that fits; 0 where not even the smallest does.
-        next_value: the smallest that was run and does not fit; 0 where the limit fits.
-        run: the run at `value`; None where that is 0.
-    """
+    """The largest that fits or 0, the smallest that was run and does not fit or 0, and the run at `value`."""
 
     value: int
     next_value: int
@@ -59,10 +53,7 @@ def maximum_that_fits(
     known: Mapping[int, int] = MappingProxyType({}),
     near: int | None = None,
 ) -> Maximum:
-    """The largest multiple of `step` up to `limit` of the field `leaf` at which the recipe's steps fit.
-
-    Args:
-        known, near: as in `largest_that_fits`.
+    """`largest_that_fits` of the field `leaf`, the recipe's steps run on the card.
 
     Raises:
         QloraLowmemError: a run fails for another reason than memory.

@@ -24,12 +24,7 @@ BATCH_LIMIT = 256
 
 
 class Planner:
-    """Plans one pair.
-
-    Args:
-        note: told, in a few words, what is being looked for.
-        say: told the answer as far as it is known, each time that there is more of it.
-    """
+    """Plans one pair. `note` is told what is being looked for, `say` the answer as far as it is known."""
 
     def __init__(
         self,
@@ -145,10 +140,8 @@ class Planner:
         return replace(proposal, kinds=kinds, flops_ratio=self._flops_ratio(recipe, fastest))
 
     def _longest(self, recipe: Recipe, run: RecipeRun) -> tuple[Limit, RecipeRun | None]:
-        """The longest sequence; the wanted one where no multiple of the step is as long.
-
-        Args:
-            run: of the recipe at the wanted length; on a card with room for it, if it ran out of memory on this one.
+        """The longest sequence; the wanted one where no multiple of the step is as long. `run` has the wanted one's
+        need, of a card with room for it where this one has none.
         """
         wanted, step = recipe.batch.max_seq_length, min(self._pair.step, self._limit)
         here = self._submit(two_steps(recipe), self._card, "probe").result()

@@ -90,10 +90,8 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def check_value(spec: FieldSpec, value: Any) -> Any:
-    """`value` as the field holds it (an integer for a float becomes a float, a list of modules a tuple).
-
-    Raises:
-        InvalidValueError: the field does not take it.
+    """`value` as the field holds it (an integer for a float becomes a float, a list of modules a tuple), or an
+    `InvalidValueError`.
     """
     if value is None:
         if spec.optional:
@@ -103,11 +101,7 @@ def check_value(spec: FieldSpec, value: Any) -> Any:
 
 
 def parse_text(spec: FieldSpec, text: str) -> Any:
-    """A value written on the command line, where everything is text: `8`, `true`, `none`, `q_proj,v_proj`.
-
-    Raises:
-        InvalidValueError: as `check_value`.
-    """
+    """As `check_value`, of what is written on the command line: `8`, `true`, `none`, `q_proj,v_proj`."""
     text = text.strip()
     if spec.optional and text.lower() in ("none", "null"):
         return None

@@ -78,11 +78,10 @@ class _Draft:
 def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a YAML file, with `overrides` (leaf name to value) on top.
 
-    A string among the overrides is text of the command line (`"8"`, `"true"`, `"q_proj,v_proj"`); any other value is
-    taken as it is. A relative data path of the file is resolved against the file's folder, one of the overrides against
-    the working directory. `{name}` in `output_dir` is filled in. An `output_dir` of the file lies below the working
-    directory, where a recipe that came from elsewhere can write and remove nothing else; an override may name any
-    folder. Links are followed: a recipe cannot make one.
+    A string among the overrides is text of the command line; any other value is taken as it is. A relative data path of
+    the file is resolved against the file's folder, one of the overrides against the working directory. `{name}` in
+    `output_dir` is filled in. An `output_dir` of the file lies below the working directory, so that a recipe from
+    elsewhere writes and removes nothing else; an override may name any folder. Links are followed.
 
     Raises:
         UsageError: the file cannot be read or is no recipe; or every unknown key, wrong value and contradiction found.
@@ -101,11 +100,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
 
 
 def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
-    """The inverse of `Recipe.to_dict`, checked: a recipe that crossed a process or a JSON file.
-
-    Raises:
-        UsageError: values that no recipe can have.
-    """
+    """The inverse of `Recipe.to_dict`, checked (`UsageError`): a recipe that crossed a process or a JSON file."""
     draft = _Draft()
     for name, spec in field_specs().items():
         value = content[spec.section][name] if spec.section else content[name]
@@ -123,11 +118,7 @@ def replace_field(recipe: Recipe, leaf: str, value: Any) -> Recipe:
 
 
 def replace_fields(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """`recipe` with several fields changed together, so that they may need each other; as `replace_field`.
-
-    Raises:
-        UsageError: as `replace_field`.
-    """
+    """As `replace_field`, several fields together, so that they may need each other."""
     draft = _Draft(field_values(recipe), dict.fromkeys(field_specs(), "as it was"))
     _take_overrides(draft, changes)
     return _finish(draft, "this change")

@@ -1,8 +1,7 @@
 """What a knob of a recipe can be changed to so that a step needs less memory: what that costs, and what it keeps.
 
-The one table of it. Plans try every move alone (`plan/advice.py`) and climb rungs that are made of moves
-(`plan/ladder.py`); a run that is out of memory makes the first that keeps what it trains; and a
-run may go on in its folder with those made that do (`run_folder/resumption.py`).
+The one table of it. Plans try every move alone (`plan/advice.py`) and climb rungs made of moves (`plan/ladder.py`); a
+run that is out of memory makes the first that keeps what it trains, and may go on with it (`run_folder/resumption.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,12 +44,9 @@ class Move:
 
 @dataclass(frozen=True)
 class Change:
-    """A move made in a recipe.
+    """A move made in a recipe: the fields that it changed there, and the recipe with them changed.
 
-    Attributes:
-        changes: the fields that it changed there.
-        recipe: with them changed.
-        keeps_training: a run that has begun may go on with it.
+    `keeps_training` says that a run that has begun may go on with it.
     """
 
     move: Move
@@ -128,11 +124,7 @@ def moves(recipe: Recipe, *, tiles: bool) -> tuple[Move, ...]:
 
 
 def changes_of(recipe: Recipe, *, tiles: bool) -> Iterator[Change]:
-    """Each move that `recipe` has not made and can make: one that contradicts another field of it is no way out.
-
-    Args:
-        tiles: as for `moves`.
-    """
+    """Each move that `recipe` has not made and can make: one that contradicts another field of it is no way out."""
     now = field_values(recipe)
     for move in moves(recipe, tiles=tiles):
         if not move.open:
@@ -149,7 +141,6 @@ def changes_of(recipe: Recipe, *, tiles: bool) -> Iterator[Change]:
 def keeps_training(leaf: str, *, same_samples: bool) -> bool:
     """Whether a field may differ between two starts of one run: what is trained stays the same, up to rounding.
 
-    Args:
-        same_samples: whether a step takes as many samples as before; its batch may then be put together in another way.
+    With as many samples a step as before, its batch may be put together in another way.
     """
     return leaf in _MEMORY_ONLY or (same_samples and leaf in _BATCH)

@@ -111,11 +111,7 @@ def _remove_ours(parent: Path) -> None:
 def count_tokens(
     recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TokenReport, tuple[str, ...]]:
-    """The report and the notes of `training_data`, with nothing written.
-
-    Raises:
-        UsageError: as `training_data`.
-    """
+    """The report and the notes of `training_data`, and its errors, with nothing written."""
     encoder, notes = _encoder(recipe, checked, tokenizer)
     tally = _tally(recipe, tokenizer)
     for _ in tally.cut(_seen_samples(recipe, checked, encoder)):
