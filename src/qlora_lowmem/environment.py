@@ -18,13 +18,13 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"
 
 def versions() -> dict[str, str]:
     """Versions that a recorded peak depends on; torch's with its CUDA build (`2.14.1+cu130`)."""
-    found = {"python": platform.python_version(), "qlora_lowmem": _version("qlora-lowmem")}
-    found |= {package: _version(package) for package in PACKAGES}
-    found["torch"] = torch_version() or found["torch"]
-    return found
+    found = {"qlora_lowmem": installed(SCRIPT)} | {package: installed(package) for package in PACKAGES}
+    found["torch"] = _torch_version() or found["torch"]
+    known = {package: version or "not installed" for package, version in found.items()}
+    return {"python": platform.python_version()} | known
 
 
-def torch_version() -> str | None:
+def _torch_version() -> str | None:
     """torch's full version with its build tag, read from its files; None where torch is not installed."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -95,11 +95,12 @@ def provenance_record(device: str, provenance: str, driver: str | None = None) -
     }
 
 
-def _version(distribution: str) -> str:
+def installed(distribution: str) -> str | None:
+    """The version of a package in this environment; None if it is not there."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _git(folder: Path, *arguments: str) -> str:

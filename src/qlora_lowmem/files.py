@@ -29,9 +29,8 @@ def cache_folder() -> Path:
 def write_whole(path: Path, content: str | bytes | Iterable[str], *, fsync: bool = False) -> None:
     """Put `content` in the place of a file, whole or not at all; where `path` is a link, of the file that it names.
 
-    Lines that are made one at a time may fail to be made: then nothing is written.
-
     Args:
+        content: lines may be made one at a time; where one fails to be made, nothing is written.
         fsync: whether it must survive a power cut from here on.
 
     Raises:
@@ -82,11 +81,7 @@ def whole_folder(folder: Path, *, fsync: bool = False) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk.
-
-    Raises:
-        OSError: the disk says that it is not.
-    """
+    """Wait until a file, or a folder's list of names, is on the disk; `OSError` where the disk says that it is not."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -96,11 +91,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def writing(what: str, path: Path) -> Iterator[None]:
-    """Around what writes `what` to `path`: a disk that is full or read-only is the user's to repair, no fault of ours.
-
-    Raises:
-        UsageError: for any `OSError` inside.
-    """
+    """Around what writes `what` to `path`: a disk that is full or read-only is the user's to repair, a `UsageError`."""
     try:
         yield
     except OSError as error:
@@ -111,11 +102,7 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str, what: str) -> None:
-    """Put `text`, which is `what` to a person, in the place of a file of the run, flushed to the disk.
-
-    Raises:
-        UsageError: it cannot be written; what was there is as it was.
-    """
+    """Put `text`, which is `what` to a person, in the place of a file of the run; raises what `writing` does."""
     with writing(what, path):
         write_whole(path, text, fsync=True)
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from qlora_lowmem.commands.frame import add_json_argument, write_json
-from qlora_lowmem.environment import words_of
+from qlora_lowmem.environment import installed, words_of
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import cache_folder, whole_folder
 from qlora_lowmem.units import format_bytes, format_signed
@@ -85,19 +85,17 @@ def bisect(good: Mapping[str, str], bad: Mapping[str, str], measure: Measure) ->
     Raises:
         UsageError: nothing differs, an end does not run, or the bad end needs no more than the good one.
     """
-    names = sorted(name for name in good.keys() | bad.keys() if good.get(name) != bad.get(name))
-    names = [name for name in names if name in good and name in bad]
+    names = sorted(name for name in good.keys() & bad.keys() if good[name] != bad[name])
     if not names:
         raise UsageError("--good and --bad pin the same versions of everything that both pin: nothing to bisect")
     steps: list[Step] = []
-    peaks: dict[int, int | None] = {}
 
+    @cache
     def peak_with(count: int) -> int | None:
-        if count not in peaks:
-            changed = tuple(names[:count])
-            peaks[count] = measure({name: (bad if name in changed else good)[name] for name in names})
-            steps.append(Step(changed, peaks[count]))
-        return peaks[count]
+        changed = tuple(names[:count])
+        peak = measure({name: (bad if name in changed else good)[name] for name in names})
+        steps.append(Step(changed, peak))
+        return peak
 
     first, last = peak_with(0), peak_with(len(names))
     if first is None or last is None:
@@ -128,17 +126,14 @@ def bisect(good: Mapping[str, str], bad: Mapping[str, str], measure: Measure) ->
 def _nearest_that_runs(low: int, high: int, peak_with: Callable[[int], int | None]) -> int | None:
     """The count nearest to the middle between both ends at which the recipe runs."""
     middle = (low + high) // 2
-    for count in sorted(range(low + 1, high), key=lambda count: (abs(count - middle), count)):
-        if peak_with(count) is not None:
-            return count
-    return None
+    nearest = sorted(range(low + 1, high), key=lambda count: (abs(count - middle), count))
+    return next((count for count in nearest if peak_with(count) is not None), None)
 
 
 def measure_recipe(versions: Mapping[str, str], *, config: Path, card: str | None, folder: Path) -> int | None:
-    """Measure a recipe on a virtual card in an environment of these versions, made of overlays kept in `folder`.
+    """Allocated bytes of a recipe on a virtual card, in an environment of these versions made of overlays in `folder`.
 
-    Returns:
-        Allocated bytes; None, and the reason on stderr, if the recipe does not run.
+    None, and the reason on stderr, if the recipe does not run.
     """
     different = {name: version for name, version in versions.items() if installed(name) != version}
     named = ", ".join(f"{name} {version}" for name, version in sorted(different.items())) or "what is installed"
@@ -161,7 +156,7 @@ def measure_recipe(versions: Mapping[str, str], *, config: Path, card: str | Non
 
 
 def read_constraints(path: Path) -> dict[str, str]:
-    """Exact versions of a constraints file by normalised package name; comments, options and ranges are left out.
+    """Exact versions of a constraints file by normalised package name, comments, options and ranges left out.
 
     Raises:
         UsageError: it cannot be read, or pins nothing.
@@ -177,20 +172,12 @@ def read_constraints(path: Path) -> dict[str, str]:
     return pins
 
 
-def installed(name: str) -> str | None:
-    """The version of a package in this environment; None if it is not there."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def overlaid(versions: Mapping[str, str], folder: Path) -> dict[str, str]:
     """Environment variables in which Python sees these versions before what is installed.
 
     An overlay is a folder with one version of one package, and of its dependencies those alone that are not installed
-    in a version that it accepts; a process sees it first by having it on PYTHONPATH. So torch is not installed again.
-    Overlays are kept, `NAME-VERSION/site-packages` in `folder`, and used again.
+    in a version that it accepts, so torch is not installed again. Overlays are kept, `NAME-VERSION/site-packages` in
+    `folder`, and used again.
 
     Raises:
         UsageError: pip cannot get one of them.
@@ -225,17 +212,14 @@ def _absent(target: Path) -> list[str]:
     inside = list(metadata.distributions(path=[str(target)]))
     there = {canonicalize_name(found.name) for found in inside}
     needed = [Requirement(text) for found in inside for text in found.requires or ()]
-    applies = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
-    absent = {
-        canonicalize_name(need.name): f"{need.name}{need.specifier}"
-        for need in applies
-        if canonicalize_name(need.name) not in there and not _meets(installed(need.name), need)
-    }
+    absent = {}
+    for need in needed:
+        name, version = canonicalize_name(need.name), installed(need.name)
+        applies = need.marker is None or need.marker.evaluate({"extra": ""})
+        met = name in there or (version is not None and need.specifier.contains(version, prereleases=True))
+        if applies and not met:
+            absent[name] = f"{need.name}{need.specifier}"
     return sorted(absent.values())
-
-
-def _meets(version: str | None, requirement: Requirement) -> bool:
-    return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -184,11 +184,7 @@ def check_json_target(target: str | None, *, coming: Path | None = None) -> str 
 
 
 def write_json(target: str | None, content: Any) -> None:
-    """Write `content` to the file `target`, whole or not at all; `-` is standard output, None is nowhere.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
+    """Write `content` to the file `target`, whole or not at all (`UsageError`); `-` is standard output, None none."""
     if target is None:
         return
     text = json.dumps(json_values(content), indent=2) + "\n"
@@ -208,11 +204,7 @@ def _is_special(path: Path) -> bool:
 
 
 def check_new_folder(flag: str, target: str) -> Path:
-    """The folder that a command will make, made sure of before there is work to lose.
-
-    Raises:
-        UsageError: it is there already and holds something, or cannot be made there.
-    """
+    """The folder that a command will make; `UsageError` at once, with no work to lose, if it cannot or is there."""
     if not target.strip():
         raise UsageError(f"{flag}: {target!r} names no folder; give a new one")
     path = Path(os.path.realpath(target))
@@ -225,11 +217,7 @@ def check_new_folder(flag: str, target: str) -> Path:
 
 
 def check_parent(flag: str, target: str | None) -> None:
-    """Refuse a file in a folder that is not there; None is no file.
-
-    Raises:
-        UsageError: there is no such folder.
-    """
+    """Raise `UsageError` for a file in a folder that is not there; None is no file."""
     if target is not None and not Path(target).resolve().parent.is_dir():
         raise UsageError(f"{flag}: the folder of {target!r} does not exist; make it, or give another file")
 

@@ -214,11 +214,8 @@ def _answer(pair: Pair, server: virtual_gpu.Server, cache: RunCache, *, shown: b
         sys.stdout.flush()
         lines.extend(new)
 
-    def made() -> None:
-        bar.update(1)
-
     with tqdm(desc="plan", unit="run") as bar:
-        plan = Planner(pair, Runs(server, cache, made), bar.set_postfix_str, say).plan()
+        plan = Planner(pair, Runs(server, cache, bar.update), bar.set_postfix_str, say).plan()
         say(plan)
     return plan
 

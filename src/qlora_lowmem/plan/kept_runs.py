@@ -109,7 +109,7 @@ class Tally:
 class Runs:
     """What every plan of a process shares."""
 
-    def __init__(self, server: virtual_gpu.Server, cache: RunCache, note: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, server: virtual_gpu.Server, cache: RunCache, note: Callable[[], object] = lambda: None) -> None:
         self._server = server
         self._cache = cache
         self._note = note

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.trusted import check_adapter
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.job import apply_memory_limit, device_of, start_recorder
-from qlora_lowmem.run.out_of_memory import first_words, is_out_of_memory, whose_memory
+from qlora_lowmem.run.out_of_memory import first_words, whose_memory
 from qlora_lowmem.tokens.dataset import encoded_samples
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
 from qlora_lowmem.tokens.store import TokenTally
@@ -93,7 +93,7 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
         try:
             model = PeftModel.from_pretrained(base, str(adapter))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, SafetensorError) as error:
-            if is_out_of_memory(error):
+            if whose_memory(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
@@ -108,10 +108,7 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
 def answer(
     adapted: Adapted, prompts: Sequence[str], max_new_tokens: int, template: str, *, quiet: bool = True
 ) -> list[Answer]:
-    """Greedy continuations of each prompt: the same words every time.
-
-    Args:
-        template: of the run's recipe: prompts are put as the samples were.
+    """Greedy continuations of each prompt, put as the run's `template` puts samples: the same words every time.
 
     Raises:
         DoesNotFitError: out of GPU memory.
@@ -137,18 +134,14 @@ def held_out_loss(adapted: Adapted, recipe: Recipe, checked: CheckedData, sample
     chosen = list(tally.cut(encoded_samples(recipe, checked, adapted.tokenizer, samples)))
     if not chosen:
         raise UsageError(f"--data: no sample of {checked.report.name} has a loss within max_seq_length")
+    before = after = 0.0
     with _fits("evaluating"), torch.inference_mode():
-        bar = tqdm(chosen, desc="evaluating", unit="sample", delay=2, disable=checked.quiet)
-        sums = [(_loss_without(adapted, sample), _loss(adapted, sample)) for sample in bar]
+        for sample in tqdm(chosen, desc="evaluating", unit="sample", delay=2, disable=checked.quiet):
+            with adapted.model.disable_adapter():
+                before += _loss(adapted, sample)
+            after += _loss(adapted, sample)
     scored = sum(len(_scored(sample)) for sample in chosen)
-    return HeldOutLoss(
-        len(chosen), scored, sum(before for before, _ in sums) / scored, sum(after for _, after in sums) / scored
-    )
-
-
-def _loss_without(adapted: Adapted, sample: Encoded) -> float:
-    with adapted.model.disable_adapter():
-        return _loss(adapted, sample)
+    return HeldOutLoss(len(chosen), scored, before / scored, after / scored)
 
 
 def _loss(adapted: Adapted, sample: Encoded) -> float:
@@ -170,12 +163,10 @@ def _asked(adapted: Adapted, prompt: str, template: str) -> torch.Tensor:
     """The prompt's tokens, (1, seq): a user's message where the model has a chat template and the run used it."""
     tokenizer = adapted.tokenizer
     if template == "none" or not tokenizer.chat_template:
-        ids: Any = tokenizer(text=prompt)["input_ids"]
-        return torch.tensor([ids], device=adapted.device)
+        return torch.tensor([tokenizer(text=prompt)["input_ids"]], device=adapted.device)
+    message = [{"role": "user", "content": prompt}]
     try:
-        found: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-        )
+        found: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     except TEMPLATE_ERRORS as error:
         raise UsageError(f"--prompt: the model's chat template refuses {prompt!r}: {error}") from None
     return torch.tensor([found["input_ids"]], device=adapted.device)
@@ -183,7 +174,8 @@ def _asked(adapted: Adapted, prompt: str, template: str) -> torch.Tensor:
 
 def _continuation(adapted: Adapted, asked: torch.Tensor, max_new_tokens: int) -> str:
     tokenizer = adapted.tokenizer
-    ends = {tokenizer.eos_token_id, *_listed(adapted.model.generation_config.eos_token_id)} - {None}
+    more = adapted.model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(more if isinstance(more, list | tuple) else [more])} - {None}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -196,10 +188,6 @@ def _continuation(adapted: Adapted, asked: torch.Tensor, max_new_tokens: int) ->
             input_ids=asked, attention_mask=torch.ones_like(asked), generation_config=config
         )
     return str(tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True)).strip()
-
-
-def _listed(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, list | tuple) else [value]
 
 
 @contextlib.contextmanager

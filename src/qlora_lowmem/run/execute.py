@@ -18,7 +18,7 @@ from qlora_lowmem.memory.owners import Floor, floor_of
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.run.job import Job, PhaseCallback, apply_memory_limit, build_job, device_of, start_recorder
-from qlora_lowmem.run.out_of_memory import told
+from qlora_lowmem.run.out_of_memory import raise_if_out_of_memory
 from qlora_lowmem.run.preflight import Inputs, preflight, tokenised
 from qlora_lowmem.tokens.store import TokenReport
 from qlora_lowmem.training.ending import Interruption
@@ -39,15 +39,13 @@ class Outcome:
         loss_steps: the step at which each was logged; it is the mean of the steps since the one before.
         evaluations: (step, loss on the samples held out) in order.
         steps: optimizer steps done.
-        tokens: tokens seen while training, padding left out.
-        new_tokens: those of them that this process saw; the others came before it resumed.
+        tokens: seen while training, padding left out; `new_tokens` by this process, the others before it resumed.
         seconds: wall time of training in this process.
-        trainable_parameters, adapted_modules: size of what is trained.
         floor: bytes that no method of training this recipe avoids.
-        profiles: peaks of every process, one a card.
+        profiles: peaks of every process, one a card, in the order of their ranks.
         attribution: the steady step's peak by kind, where it was asked for.
         data: what tokenising came to; None for synthetic samples.
-        lean: which ideas of the section `lean` the model took, and which not; None where they were not asked for.
+        lean: what of the section `lean` the model took, and what not; None where it was not asked for.
     """
 
     profile: MemoryProfile | None
@@ -83,15 +81,13 @@ def execute(
 
     Args:
         on_ready: called with the job and the recorder (None on a CPU) once everything is loaded.
-        save: whether checkpoints and the adapter are written; where values do not exist (virtual GPU), only to see
-            what that takes.
+        save: whether checkpoints and the adapter are written; on a virtual GPU only to see what that takes.
         warm_up: run the longest batch before the first step, so that what will not fit fails at once; not on a CPU.
         interruption: ends training after the current step when a signal comes.
         attribution: records where the bytes of the steady step's peak go; not on a CPU.
 
     Raises:
-        OutOfGpuMemoryError: the card's memory ran out; the last good step is saved, if `save`.
-        OutOfHostMemoryError: the host's did; as above.
+        OutOfGpuMemoryError, OutOfHostMemoryError: memory ran out; the last good step is saved, if `save`.
         StoppedBySignal: a signal ended it early; its step is saved, if `save`.
         NotSavedError: a checkpoint or the adapter could not be written.
         UsageError: whatever of recipe, model or data turns out not to work.
@@ -126,10 +122,8 @@ def execute(
         if save:
             job.trainer.save_model(str(output_dir))
     except (RuntimeError, MemoryError) as error:
-        memory = told(error, recipe, phase, recorder, job.trainer if job is not None and save else None)
-        if memory is None:
-            raise
-        raise memory from error
+        raise_if_out_of_memory(error, recipe, phase, recorder, job.trainer if job is not None and save else None)
+        raise
     finally:
         if data is not None and not save:
             data.discard()  # here, for a process on a virtual GPU may end without Python's own cleaning up
@@ -143,6 +137,7 @@ def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: "
     history = job.trainer.state.log_history
     batch, hidden = job.checked.inputs.recipe.batch, int(job.model.config.get_text_config().hidden_size)
     profile = recorder.profile() if recorder is not None else None
+    profiles = [] if profile is None else gather_object([profile]) if processes() > 1 else [profile]
     tokens = int(next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), 0))
     return Outcome(
         profile=profile,
@@ -156,15 +151,8 @@ def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: "
         trainable_parameters=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
         adapted_modules=len(job.checked.targets.modules),
         floor=floor_of(job.model, job.trainer.optimizer, batch.batch_size * batch.max_seq_length * hidden),
-        profiles=_profiles(profile),
+        profiles=tuple(profiles),
         attribution=attribution.finish(profile) if attribution is not None and profile is not None else None,
         data=job.data.report,
         lean=job.lean,
     )
-
-
-def _profiles(profile: MemoryProfile | None) -> tuple[MemoryProfile, ...]:
-    """Those of all processes, in the order of their ranks."""
-    if profile is None or processes() == 1:
-        return () if profile is None else (profile,)
-    return tuple(gather_object([profile]))

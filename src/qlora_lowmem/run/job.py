@@ -23,7 +23,7 @@ from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import Precision, assert_on_device, load_base
 from qlora_lowmem.models.targets import lean_options, lean_refusals
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.run.out_of_memory import first_words, is_out_of_memory
+from qlora_lowmem.run.out_of_memory import first_words, whose_memory
 from qlora_lowmem.run.preflight import Preflight
 from qlora_lowmem.tokens.dataset import TrainingData, hold_out, synthetic_data, with_held_out
 from qlora_lowmem.training.adamw import adamw_of
@@ -37,25 +37,14 @@ class PhaseCallback(TrainerCallback):
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._steps = 0
+        self._phase = "first step"
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called before the first micro-batch of an optimizer step."""
-        self._recorder.begin("first step" if self._steps == 0 else "steady")
-        self._steps += 1
+        self._recorder.begin(self._phase)
+        self._phase = "steady"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after the optimizer step."""
         self._recorder.end()
-
-
-class LastStepLogged(TrainerCallback):
-    """Log the last step too, where `logging_steps` does not divide the number of steps."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after the optimizer step."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
 
 
 @dataclass
@@ -87,7 +76,7 @@ def start_recorder(recipe: Recipe) -> Recorder:
         recorder = Recorder(device_name(local_rank()), provenance_here(), local_rank())
         torch.cuda.set_device(local_rank())
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not whose_memory(error):
             raise
         raise DoesNotFitError(
             f"out of GPU memory before anything was loaded: the card has no room for a CUDA context "
@@ -145,7 +134,9 @@ def build_job(
     model = load_base(recipe, checked.inputs.source, precision.compute, device, checked.skeleton)
     if data is None:
         vocabulary = int(model.config.get_text_config().vocab_size)
-        data = synthetic_data(recipe, vocabulary, _samples_needed(recipe))
+        steps, batch = recipe.schedule.max_steps or 2, recipe.batch
+        samples = steps * batch.batch_size * batch.gradient_accumulation_steps * processes()
+        data = synthetic_data(recipe, vocabulary, with_held_out(samples, recipe.data.eval_fraction))
     trained_on, evaluated_on = hold_out(data.dataset, recipe.data.eval_fraction, recipe.schedule.seed)
     adapted = get_peft_model(
         model,
@@ -161,13 +152,11 @@ def build_job(
         warnings.simplefilter("ignore")  # TRL warns of choices that the recipe states on purpose
         trainer = LowMemTrainer(
             model=adapted,
-            args=training_arguments(
-                recipe, precision, device, output_dir, model_type=model.config.model_type, save=save
-            ),
+            args=training_arguments(checked, precision, output_dir, save=save),
             train_dataset=trained_on,
             eval_dataset=evaluated_on,
             processing_class=checked.tokenizer,
-            callbacks=[*callbacks, LastStepLogged()],
+            callbacks=list(callbacks),
             optimizer_cls_and_kwargs=adamw_of(recipe),
             full_logits=recipe.memory.loss == "full",
             recorder=recorder,
@@ -183,23 +172,9 @@ def build_job(
     return Job(checked, adapted, trainer, lean, data)
 
 
-def _samples_needed(recipe: Recipe) -> int:
-    steps = recipe.schedule.max_steps or 2
-    trained_on = steps * recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps * processes()
-    return with_held_out(trained_on, recipe.data.eval_fraction)
-
-
-def training_arguments(
-    recipe: Recipe,
-    precision: Precision,
-    device: torch.device,
-    output_dir: Path,
-    *,
-    model_type: str,
-    save: bool,
-) -> SFTConfig:
+def training_arguments(checked: Preflight, precision: Precision, output_dir: Path, *, save: bool) -> SFTConfig:
     """The recipe in TRL's words. Every argument that bears on memory is named, since TRL's defaults hide some."""
-    on_cpu = device.type == "cpu"
+    recipe, on_cpu = checked.inputs.recipe, checked.inputs.device_type == "cpu"
     # Lean layers keep their own checkpoints; transformers' would wrap another around each.
     checkpointing = recipe.memory.gradient_checkpointing and not recipe.lean.lean
     return SFTConfig(
@@ -241,5 +216,5 @@ def training_arguments(
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # every adapter is used in every step
         # Granite hybrids declare a router loss but not `num_experts`, which TRL 1.16 reads: AttributeError.
-        router_aux_loss_coef=0.0 if model_type == "granitemoehybrid" else None,
+        router_aux_loss_coef=0.0 if checked.skeleton.config.model_type == "granitemoehybrid" else None,
     )

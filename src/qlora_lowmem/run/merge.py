@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,21 +16,10 @@ from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.trusted import read_json
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.run.job import apply_memory_limit, start_recorder
-from qlora_lowmem.run.out_of_memory import told
+from qlora_lowmem.run.out_of_memory import raise_if_out_of_memory
 from qlora_lowmem.run_folder.checkpoints import why_not_written
+from qlora_lowmem.run_folder.ownership import TOKENIZER_FILES
 from qlora_lowmem.units import format_bytes
-
-# What transformers' tokenizers are made of, and how a model speaks by default.
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 
 
 def merge_run(
@@ -40,15 +30,13 @@ def merge_run(
     Args:
         dtype: `bf16` or `fp16`.
         device: `cuda`, `cpu`, or `auto`.
-        quiet: show no progress bar.
 
     Returns:
         The peak of the phase `merge`; None on a CPU.
 
     Raises:
         UsageError: random weights, another model's adapter, a file that cannot be read, no room on the disk.
-        OutOfGpuMemoryError: the card has no room for a tile of rows.
-        OutOfHostMemoryError: the machine has none for a shard.
+        OutOfGpuMemoryError, OutOfHostMemoryError: no room for a tile of rows on the card, for a shard on the machine.
     """
     if recipe.base.weights == "random":
         raise UsageError(
@@ -69,14 +57,10 @@ def merge_run(
         where = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         merging.merge(base, adapter, scratch, merging.DTYPES[dtype], where, quiet=quiet)
         _copy_rest(base, run, scratch, recipe, dtype)
-        if to.is_dir():
-            to.rmdir()
-        scratch.rename(to)
+        scratch.rename(to)  # in the place of an empty folder too
     except (RuntimeError, MemoryError) as error:
-        memory = told(error, recipe, "merge", recorder)
-        if memory is None:
-            raise
-        raise memory from error
+        raise_if_out_of_memory(error, recipe, "merge", recorder)
+        raise
     except (OSError, SafetensorError) as error:
         raise UsageError(f"--to: {str(to)!r} cannot be written ({why_not_written(error) or error})") from None
     finally:
@@ -103,9 +87,9 @@ def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str) -> N
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", to / "generation_config.json")
-    for name in _TOKENIZER:
-        if (run / name).is_file():
-            shutil.copyfile(run / name, to / name)
+    for path in chain.from_iterable(map(run.glob, TOKENIZER_FILES)):
+        if path.is_file():
+            shutil.copyfile(path, to / path.name)
     source = source_of(recipe)
     text = (
         f"---\nbase_model: {source.hub_id or source.name}\ntags: [qlora, qlora_lowmem]\n---\n\n"

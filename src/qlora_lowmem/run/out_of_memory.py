@@ -27,7 +27,6 @@ _CARD = re.compile(
 )
 _HOST = re.compile(r"DefaultCPUAllocator|CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED|Cannot allocate memory")
 _PINS = re.compile(r"pin_memory|cudaHostAlloc|pin memory thread")
-_FRAMES = 3
 
 
 class OutOfGpuMemoryError(DoesNotFitError):
@@ -57,29 +56,30 @@ class OutOfHostMemoryError(DoesNotFitError):
             f"out of host memory in phase {phase!r}: {message}. This is the machine's own memory, not the card's"
             f"{'; it is asked for by ' + ', '.join(asks) if asks else ''}. Ask for less, or end other programs.{kept}"
         )
-        self.phase = phase
-        self.checkpoint = checkpoint
 
 
-def told(
+def raise_if_out_of_memory(
     error: BaseException, recipe: Recipe, phase: str, recorder: Recorder | None, trainer: Any = None
-) -> OutOfGpuMemoryError | OutOfHostMemoryError | None:
-    """What to raise of a job's error in its place; None if it is no memory that ran out.
+) -> None:
+    """Raise what is told of a job's error in its place, if it is memory that ran out.
 
     Args:
         phase: where it came from, if the recorder does not know better.
         recorder: None on a CPU.
         trainer: saves its last good step; None where nothing is saved.
+
+    Raises:
+        OutOfGpuMemoryError, OutOfHostMemoryError: memory ran out.
     """
     whose = whose_memory(error)
     if whose is None or (whose == "card" and recorder is None):
-        return None
+        return
     phase = (recorder.running_phase if recorder is not None else None) or phase
-    profile = recorder.profile() if recorder is not None else None
+    profile = recorder.profile() if recorder is not None else None  # which ends the phase
     saved = _rescued(trainer, error) if trainer is not None else None
     if whose == "host" or profile is None:
-        return OutOfHostMemoryError(recipe, phase, first_words(error), saved)
-    return OutOfGpuMemoryError(phase, first_words(error), profile, saved)
+        raise OutOfHostMemoryError(recipe, phase, first_words(error), saved) from error
+    raise OutOfGpuMemoryError(phase, first_words(error), profile, saved) from error
 
 
 def _rescued(trainer: Any, error: BaseException) -> Path | None:
@@ -89,7 +89,7 @@ def _rescued(trainer: Any, error: BaseException) -> Path | None:
     try:
         saved = trainer.rescue()
     except (RuntimeError, MemoryError, NotSavedError) as again:  # that there is too little memory is what to tell
-        if not isinstance(again, NotSavedError) and not is_out_of_memory(again):
+        if not isinstance(again, NotSavedError) and not whose_memory(again):
             raise
     return saved or newest_complete(Path(str(trainer.args.output_dir))).checkpoint
 
@@ -110,11 +110,6 @@ def whose_memory(error: BaseException) -> Literal["card", "host"] | None:
     return "host" if _PINS.search(text) or _PINS.search(_last_statements(error)) else "card"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the card's or the host's."""
-    return whose_memory(error) is not None
-
-
 def first_words(error: BaseException) -> str:
     """The error's message up to PyTorch's advice on its allocator or on debugging CUDA, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -124,7 +119,7 @@ def first_words(error: BaseException) -> str:
 def _last_statements(error: BaseException) -> str:
     """The innermost Python statements, PyTorch's own wrappers among them: CUDA does not say what it was asked for."""
     statements = []
-    for frame in traceback.extract_tb(error.__traceback__)[-_FRAMES:]:
+    for frame in traceback.extract_tb(error.__traceback__)[-3:]:
         first, last = frame.lineno or 1, frame.end_lineno or frame.lineno or 1
         statements += linecache.getlines(frame.filename)[first - 1 : last]
     return "".join(statements)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from qlora_lowmem.tokens.dataset import TrainingData
     from qlora_lowmem.tokens.store import TokenReport
 
-# What transformers imports for each logger (transformers/integrations/integration_utils.py).
-_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+# Packages, by which the loggers are named too (transformers/integrations/integration_utils.py).
+_LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class Preflight:
     Attributes:
         precision: the formats that the job computes in; None where the card is not known yet.
         skeleton: the model on the meta device. For random weights it is what they are put into.
-        targets: the modules that get adapters.
         lean: which ideas of the section `lean` the model will take; None where they are not asked for.
     """
 
@@ -80,9 +79,6 @@ class Preflight:
 def inputs_of(recipe: Recipe, *, quiet: bool = True) -> Inputs:
     """Look up what a recipe names. Reads all of its data; imports nothing heavy, but for data in tables.
 
-    Args:
-        quiet: show no progress bar while the data are checked.
-
     Raises:
         UsageError: data with faults, a model, a logger or a virtual card that is not there.
     """
@@ -98,7 +94,6 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
 
     Args:
         supports_bf16: whether the device computes in bf16; None where that is not known yet.
-        resume_from: a checkpoint that the run will go on from.
 
     Raises:
         UsageError: formats that the device or gradient release cannot take, packing that the model's layers cannot,
@@ -131,7 +126,7 @@ def count_tokens_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenRep
     """What tokenising the data will come to, and what a person should know of it; nothing is written.
 
     Raises:
-        UsageError: data that do not go with the model's chat template, a warm-up that is longer than the run over them.
+        UsageError: data that do not go with the model's chat template, or a warm-up longer than the run over them.
     """
     from qlora_lowmem.tokens.dataset import count_tokens
 
@@ -162,11 +157,7 @@ def tokenised(checked: Preflight, output_dir: Path | None) -> "TrainingData | No
 
 
 def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
-    """The virtual card that `recipe` names.
-
-    Raises:
-        UsageError: no card of the table has that name.
-    """
+    """The virtual card that `recipe` names; raises `UsageError` if no card of the table has that name."""
     try:
         return virtual_gpu.get_card(recipe.run.card)
     except virtual_gpu.UnknownCardError as error:
@@ -174,28 +165,19 @@ def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
 
 
 def check_logger(report_to: str) -> None:
-    """Refuse a logger whose package is missing.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    package = _LOGGERS.get(report_to)
-    if package is not None and importlib.util.find_spec(package) is None:
+    """Raises `UsageError` for a logger whose package is missing."""
+    if report_to in _LOGGERS and importlib.util.find_spec(report_to) is None:
         raise UsageError(
-            f"run.report_to: {report_to!r} needs the package {package}, which is not installed. Run: python -m pip "
-            f"install {package}; or set run.report_to to none: log.jsonl in the output folder is written in any case"
+            f"run.report_to: {report_to!r} needs the package {report_to}, which is not installed. Run: python -m pip "
+            f"install {report_to}; or set run.report_to to none: log.jsonl in the output folder is written in any case"
         )
 
 
 def check_gradient_release(recipe: Recipe, *, loss_scaling: bool) -> None:
-    """Refuse gradient release where something else needs the gradients after backward. What the recipe alone tells is a
-    contradiction already.
-
-    Args:
-        loss_scaling: the job computes in fp16 on this card.
+    """Refuse gradient release where something else needs the gradients after backward, and not the recipe alone tells.
 
     Raises:
-        UsageError: the loss is scaled, or several processes train together.
+        UsageError: the loss is scaled, as in fp16, or several processes train together.
     """
     if not recipe.optimizer.gradient_release:
         return
@@ -212,7 +194,6 @@ def check_gradient_release(recipe: Recipe, *, loss_scaling: bool) -> None:
 
 
 def _check_warm_up(recipe: Recipe, samples: int) -> None:
-    """Refuse a warm-up longer than the run over so many samples or packs: its learning rate is never reached."""
     steps = steps_over(recipe, samples)
     reason = warm_up_beyond(recipe.optimizer.warmup_steps, steps)
     if reason is not None:
@@ -223,10 +204,9 @@ def _check_warm_up(recipe: Recipe, samples: int) -> None:
 
 
 def steps_over(recipe: Recipe, samples: int) -> int:
-    """Optimizer steps of the run, as transformers' `Trainer.set_initial_training_values` counts them.
+    """Optimizer steps of the run over all samples or packs, those held out among them.
 
-    Args:
-        samples: all of them, or packs; those held out are among them.
+    As transformers' `Trainer.set_initial_training_values` counts them.
     """
     if recipe.schedule.max_steps is not None:
         return recipe.schedule.max_steps

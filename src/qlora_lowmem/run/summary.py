@@ -19,13 +19,9 @@ if TYPE_CHECKING:
     from qlora_lowmem.tokens.store import TokenReport
 
 
-def data_line(samples: CheckedData | None) -> str:
-    """What is trained on, in a few words."""
-    return "synthetic, every sample at full length" if samples is None else samples.report.line
-
-
 def data_lines(recipe: Recipe, samples: CheckedData, tokens: "TokenReport", notes: Sequence[str]) -> Iterator[str]:
-    """What was found in the data, and what is cut of them."""
+    """What is trained on, what was found in the data, and what is cut of them."""
+    yield f"data: {samples.report.line}"
     yield from (f"note: {note}" for note in samples.report.notes)
     yield from tokens.lines(recipe.batch.max_seq_length, samples.report.unit)
     yield from (f"note: {note}" for note in notes)
@@ -89,11 +85,7 @@ def losses_in_words(outcome: "Outcome") -> list[str]:
 
 
 def write_model_card(folder: Path, inputs: Inputs, outcome: "Outcome", device: str) -> None:
-    """Write `folder/README.md` in the hub's model card format, whole or not at all.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
+    """Write `folder/README.md` in the hub's model card format, whole or not at all (`UsageError`)."""
     record = provenance_record(device, "measured")
     packages = ", ".join(f"{name} {version}" for name, version in dict(record["versions"]).items())  # type: ignore[call-overload]
     if outcome.profile is None:

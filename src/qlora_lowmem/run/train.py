@@ -31,14 +31,10 @@ def say(text: str) -> None:
 
 
 def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
-    """What would be trained, for machines and as lines of comments. Nothing is.
-
-    Raises:
-        UsageError: as `preflight`.
-    """
+    """What would be trained, for machines and as lines of comments. Nothing is. Raises what `preflight` does."""
     with heavy_imports():
         from qlora_lowmem.models.targets import what_is_left_out
-        from qlora_lowmem.run.summary import data_line, data_lines, data_summary
+        from qlora_lowmem.run.summary import data_lines, data_summary
         from qlora_lowmem.training.progress import quiet_libraries
 
     quiet_libraries(bars=not quiet)
@@ -51,8 +47,9 @@ def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
     if checked.lean is not None:
         content["lean"] = checked.lean.to_dict()
         lines += [f"note: {text}" for text in what_is_left_out(checked.lean)]
-    lines.append(f"data: {data_line(samples)}")
-    if samples is not None:
+    if samples is None:
+        lines.append("data: synthetic, every sample at full length")
+    else:
         tokens, notes = count_tokens_of(checked, samples)
         lines += data_lines(recipe, samples, tokens, notes)
         content["data"] = data_summary(samples, tokens)
@@ -66,15 +63,13 @@ def train_here(
 
     Args:
         words: the command line, to start again with.
-        quiet: no progress bar and no sample.
         next_change: where the GPU's memory runs out, this process starts again with the change.
 
     Returns:
         The exit code, and what `--json` writes; None in other processes than the first.
 
     Raises:
-        OutOfGpuMemoryError: in other processes than the first.
-        QloraLowmemError: as `execute`.
+        QloraLowmemError: as `execute`; of memory that ran out only in other processes than the first.
     """
     recipe, real = inputs.recipe, virtual_gpu.current_card() is None
     output_dir = Path(recipe.run.output_dir)
@@ -138,9 +133,7 @@ def train_on_virtual_card(
     """Run the command again as a process on the virtual card, which is given the inputs as they were found.
 
     Args:
-        words: the command line.
         next_change: what to change where the card's memory runs out; then it runs again.
-        stdout: of that process.
 
     Returns:
         The exit code, and what `--json` writes; None where that process has told why there is nothing.
@@ -193,7 +186,7 @@ def _held(recipe: Recipe) -> Iterator[Path | None]:
 def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
     """What is about to be trained, and the first sample as the model sees it."""
     from qlora_lowmem.models.targets import what_is_left_out
-    from qlora_lowmem.run.summary import data_line, data_lines
+    from qlora_lowmem.run.summary import data_lines
     from qlora_lowmem.tokens.dataset import show_sample
 
     for text in what_is_left_out(job.lean) if job.lean is not None else ():
@@ -205,7 +198,6 @@ def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
     if job.lean is not None:
         say(f"lean: {', '.join(job.lean.applied) or 'nothing'}")
     if inputs.samples is not None:
-        say(f"data: {data_line(inputs.samples)}")
         for text in data_lines(inputs.recipe, inputs.samples, job.data.report, job.data.notes):
             say(text)
         say("the first sample as the model sees it, the loss on what is between [[ and ]]:")

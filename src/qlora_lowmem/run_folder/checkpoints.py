@@ -21,7 +21,7 @@ from qlora_lowmem.run_folder.ownership import MANIFEST, RECIPE_FILE, is_our_chec
 from qlora_lowmem.units import format_bytes
 
 STAGING = ".saving"
-_NAME = re.compile(r"checkpoint-([0-9]+)")
+_NAME = re.compile(r"checkpoint-[0-9]+")
 # transformers pickles its arguments beside a checkpoint. Nothing here reads them, and a pickle can run code.
 _PICKLED_ARGUMENTS = "training_args.bin"
 
@@ -50,11 +50,7 @@ class Found:
 
 
 def seal(folder: Path) -> None:
-    """Flush every file in `folder` to the disk, then write and flush its manifest.
-
-    Raises:
-        OSError: something cannot be read, written or flushed.
-    """
+    """Flush every file in `folder` to the disk, then write and flush its manifest. Raises `OSError`."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         flush(path)
@@ -92,9 +88,7 @@ def _digest(path: Path) -> str:
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps that a checkpoint has behind it, from its name."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match.group(1))
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_complete(output_dir: Path) -> Found:
@@ -128,11 +122,7 @@ class CheckpointStore:
         return self._output_dir / STAGING
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Put `checkpoint-STEP` in its place. `write` makes it in the folder that it is given, under that name.
-
-        Raises:
-            NotSavedError: it could not be written; the earlier ones are whole.
-        """
+        """Put `checkpoint-STEP`, which `write` makes in the folder it is given, in its place; or `NotSavedError`."""
         target = self._output_dir / f"checkpoint-{step}"
 
         def place(staging: Path) -> None:
@@ -142,7 +132,9 @@ class CheckpointStore:
                 (made / RECIPE_FILE).write_bytes(self._marker)
             seal(made)
             if target.exists():  # a damaged one of an earlier run, or another tool's
-                target.rename(staging / "replaced" if is_our_checkpoint(target) else _free_name(target))
+                beside = (target.with_name(f"{target.name}.not-ours-{number}") for number in itertools.count(1))
+                free = next(path for path in beside if not path.exists())
+                target.rename(staging / "replaced" if is_our_checkpoint(target) else free)
             made.rename(target)
             flush(self._output_dir)
 
@@ -151,11 +143,7 @@ class CheckpointStore:
         return target
 
     def save_final(self, write: Callable[[Path], None]) -> None:
-        """Put the files of the trained adapter into the output folder, each whole.
-
-        Raises:
-            NotSavedError: they could not be written; the checkpoints are whole.
-        """
+        """Put the files of the trained adapter into the output folder, each whole; or `NotSavedError`."""
 
         def place(staging: Path) -> None:
             (staging / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
@@ -200,26 +188,11 @@ class CheckpointStore:
         """Remove all but the newest whole ones. Any of a later step is damaged, else the run had gone on from it."""
         kept = 0
         for folder in _newest_first(self._output_dir):
-            if (
-                step_of(folder) <= step
-                and kept < self._keep
-                and (step_of(folder) == step or corruption(folder) is None)
-            ):
+            its = step_of(folder)
+            if kept < self._keep and (its == step or (its < step and corruption(folder) is None)):
                 kept += 1
             elif is_our_checkpoint(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def discard_unfinished(output_dir: Path) -> None:
-    """Remove what a killed run was writing."""
-    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-
-
-def _free_name(path: Path) -> Path:
-    """Beside `path`, to move it to."""
-    return next(
-        free for number in itertools.count(1) if not (free := path.with_name(f"{path.name}.not-ours-{number}")).exists()
-    )
 
 
 def _newest_first(output_dir: Path) -> list[Path]:

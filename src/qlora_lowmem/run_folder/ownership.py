@@ -22,8 +22,9 @@ RECIPE_FILE = "recipe.json"
 MANIFEST = "manifest.json"  # of `checkpoints.py`
 TOTALS = "totals.json"  # of `training/state.py`
 # What a run puts into its folder, by names that other tools use too.
-_WRITTEN = (
-    *("checkpoint-*", "README.md", "log.jsonl", ".saving", "adapter_*"),
+_WRITTEN = ("checkpoint-*", "README.md", "log.jsonl", ".saving", "adapter_*")
+# What transformers' tokenizers are made of, and how a model speaks by default.
+TOKENIZER_FILES = (
     *("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 _SHOWN = 4
@@ -48,20 +49,12 @@ class Marker:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Marker":
-        """That of a run that starts now. Reads all of a data file.
-
-        Raises:
-            UsageError: the data cannot be read.
-        """
+        """That of a run that starts now. Reads all of a data file; raises `UsageError` if it cannot be read."""
         return cls(recipe_hash(recipe), recipe.to_dict(), data_digest(recipe.data.data), processes())
 
     @classmethod
     def read(cls, path: Path) -> "Marker":
-        """The inverse of `write`.
-
-        Raises:
-            UsageError: it is none of this version.
-        """
+        """The inverse of `write`; raises `UsageError` if it is none of this version."""
         try:
             found = msgspec.json.decode(path.read_bytes(), type=cls)
             hashed_fields(found.recipe)
@@ -73,11 +66,7 @@ class Marker:
         return found
 
     def write(self, folder: Path) -> None:
-        """Into a run's folder, complete or not at all.
-
-        Raises:
-            UsageError: it cannot be written.
-        """
+        """Into a run's folder, complete or not at all; raises `UsageError` if it cannot be written."""
         content = msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
         replace_text(folder / RECIPE_FILE, f"{content}\n", "the run's recipe")
 
@@ -95,8 +84,7 @@ def is_marker(path: Path) -> bool:
 def data_digest(data: str) -> str:
     """Equal for equal data: a file's SHA-256, a hub data set's fingerprint (which changes with its revision).
 
-    A file is read once more for it, in blocks: seconds for gigabytes, and a small part of what checking its samples
-    takes at each start.
+    A file is read once more for it: a small part of what checking its samples takes at each start.
 
     Raises:
         UsageError: a file that cannot be read.
@@ -117,16 +105,11 @@ def data_digest(data: str) -> str:
 
 
 def recipe_of_run(folder: Path) -> Recipe:
-    """The recipe that a run's output folder, or the folder of one of its checkpoints, remembers.
-
-    Raises:
-        UsageError: there is no such folder, or it remembers none that can be read.
-    """
+    """The recipe that a run's folder, or that of one of its checkpoints, remembers; `UsageError` if none is there."""
     if not folder.is_dir():
         raise UsageError(f"--run: there is no folder {str(folder)!r}; give the output folder of a run")
-    marker = next(
-        (each / RECIPE_FILE for each in (folder, folder.resolve().parent) if (each / RECIPE_FILE).is_file()), None
-    )
+    places = (folder / RECIPE_FILE, folder.resolve().parent / RECIPE_FILE)
+    marker = next((path for path in places if path.is_file()), None)
     if marker is None:
         raise UsageError(
             f"--run: {str(folder)!r} holds no {RECIPE_FILE}, so its base model is unknown; give a folder that "
@@ -139,17 +122,19 @@ def recipe_of_run(folder: Path) -> Recipe:
 
 
 def refuse_foreign(output_dir: Path) -> None:
-    """Refuse a folder that holds files which the run would replace and which no run of this command has made.
-
-    Raises:
-        UsageError: there are such files.
-    """
+    """Raise `UsageError` for a folder with files that a run would replace, and that no run of this command has made."""
     marker = output_dir / RECIPE_FILE
     if is_marker(marker) or not output_dir.is_dir():
         return
-    found = sorted({path.name for pattern in _WRITTEN for path in output_dir.glob(pattern)})
-    found += [name for name in (RECIPE_FILE, ".lock") if _holds_something(output_dir / name)]
-    found += [MEMORY_FILE] if not _readings(output_dir / MEMORY_FILE) else []
+    found = sorted({path.name for pattern in (*_WRITTEN, *TOKENIZER_FILES) for path in output_dir.glob(pattern)})
+    sized = [output_dir / name for name in (RECIPE_FILE, ".lock")]
+    found += [path.name for path in sized if path.is_file() and path.stat().st_size > 0]
+    try:
+        read_live(output_dir)  # as a run on a virtual card leaves it
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):
+        found.append(MEMORY_FILE)
     if not found:
         return
     shown = ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
@@ -184,18 +169,3 @@ def _how_to_go_on(output_dir: Path) -> str:
         f". To go on from these checkpoints, restore the file that they were made with: copy {str(newest)!r} to "
         f"{str(output_dir / RECIPE_FILE)!r}"
     )
-
-
-def _holds_something(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _readings(path: Path) -> bool:
-    """Whether a job's memory stands there, as a run on a virtual card leaves it; or nothing."""
-    try:
-        read_live(path.parent)
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True

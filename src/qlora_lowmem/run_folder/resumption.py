@@ -1,5 +1,6 @@
 """May this recipe go on in its output folder, and from where: one run at a time, and never another's checkpoints."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +10,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import writing
 from qlora_lowmem.recipe import Recipe, hashed_fields
 from qlora_lowmem.recipe.moves import keeps_training
-from qlora_lowmem.run_folder.checkpoints import Found, discard_unfinished, newest_complete
+from qlora_lowmem.run_folder.checkpoints import STAGING, Found, newest_complete
 from qlora_lowmem.run_folder.ownership import RECIPE_FILE, Marker, refuse_foreign
 
 _LOCK = ".lock"
@@ -71,8 +71,7 @@ def checkpoint_to_resume(recipe: Recipe) -> Found:
     """
     output_dir = Path(recipe.run.output_dir)
     refuse_foreign(output_dir)
-    with writing("the run", output_dir):
-        discard_unfinished(output_dir)
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # what a killed run was writing
     found = newest_complete(output_dir)
     notes = list(found.notes)
     if found.checkpoint is not None and not recipe.run.resume:
@@ -92,11 +91,7 @@ def checkpoint_to_resume(recipe: Recipe) -> Found:
 
 
 def _refuse_another(before: Marker, now: Marker, recipe: Recipe) -> list[Change]:
-    """The changes that keep what is trained.
-
-    Raises:
-        UsageError: there are others, or the data are not the same.
-    """
+    """The changes that keep what is trained; raises `UsageError` if there are others, or the data are not the same."""
     output_dir = recipe.run.output_dir
     kept, foreign = changes_between(before.recipe, recipe, (before.processes, now.processes))
     if foreign:
@@ -122,6 +117,10 @@ def changes_between(
     Args:
         processes: how many trained together before, and do now.
     """
+
+    def samples_a_step(plain: dict[str, Any], processes: int) -> int:
+        return int(plain["batch"]["batch_size"]) * int(plain["batch"]["gradient_accumulation_steps"]) * processes
+
     now, earlier = hashed_fields(recipe.to_dict()), hashed_fields(before)
     changes = [
         Change(section, leaf, earlier.get(section, {}).get(leaf), value)
@@ -131,11 +130,6 @@ def changes_between(
     ]
     if processes[0] != processes[1]:
         changes.append(Change("", "the number of processes", *processes))
-    same = _samples_a_step(earlier, processes[0]) == _samples_a_step(now, processes[1])
+    same = samples_a_step(earlier, processes[0]) == samples_a_step(now, processes[1])
     kept = [each for each in changes if (not each.section and same) or keeps_training(each.leaf, same_samples=same)]
     return kept, [change for change in changes if change not in kept]
-
-
-def _samples_a_step(plain: dict[str, Any], processes: int) -> int:
-    batch = plain["batch"]
-    return int(batch["batch_size"]) * int(batch["gradient_accumulation_steps"]) * processes

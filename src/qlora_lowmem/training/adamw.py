@@ -34,8 +34,6 @@ class AdamW(Optimizer):
     and what is kept is rounded once a step.
 
     Args:
-        params: as of any optimizer of torch.
-        lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
         state_dtype: of both moments; None is each weight's own.
         gradient_release: step within backward. Each weight's gradient must be complete after one backward.
     """
@@ -55,16 +53,11 @@ class AdamW(Optimizer):
         self.state_dtype = state_dtype
         self.gradient_release = gradient_release
         self._steps = True
-        self._half_stepped = False
+        self.half_stepped = False  # a backward has stepped weights, `step` has not followed: others lack theirs
         if gradient_release:
             for index, group in enumerate(self.param_groups):
                 for parameter in group["params"]:
                     parameter.register_post_accumulate_grad_hook(partial(_release, weakref.ref(self), index))
-
-    @property
-    def half_stepped(self) -> bool:
-        """Whether a backward has stepped weights and `step` has not been called since: others may lack their step."""
-        return self._half_stepped
 
     @contextmanager
     def without_steps(self) -> Iterator[None]:
@@ -77,11 +70,7 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every weight that has a gradient: after a backward with gradient release, none.
-
-        Args:
-            closure: computes the loss and its gradients anew, if given.
-        """
+        """Step every weight that has a gradient: after a backward with gradient release, none."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -90,15 +79,12 @@ class AdamW(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_one(parameter, parameter.grad, group)
-        self._half_stepped = False
+        self.half_stepped = False
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of this optimizer or of `torch.optim.AdamW`; moments come in this one's dtype, without a detour by the
-        weight's, which `Optimizer.load_state_dict` takes.
-
-        Raises:
-            ValueError: its groups are not those of this optimizer.
+        weight's, which `Optimizer.load_state_dict` takes. `ValueError` if the groups are not those of this optimizer.
         """
         super().load_state_dict({**state_dict, "state": {}})
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -116,7 +102,7 @@ class AdamW(Optimizer):
         """Step a weight of the group of that number, whose gradient is complete, and let the gradient go."""
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None and self._steps:
-            self._half_stepped = True
+            self.half_stepped = True
             self._step_one(parameter, gradient, self.param_groups[group])
 
     def _step_one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:

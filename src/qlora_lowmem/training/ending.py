@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -45,13 +45,10 @@ class Interruption(TrainerCallback):
     def __enter__(self) -> "Interruption":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._release()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on there is a step to finish."""
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
 
@@ -77,11 +74,10 @@ class Interruption(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing is left to finish."""
         self._release()
 
     def check(self, state: Any, output_dir: Path | None) -> None:
-        """To be called after training; `output_dir` is None where nothing is saved.
+        """After training, which is saved if `output_dir` is given.
 
         Raises:
             StoppedBySignal: a signal ended it before its last step, or before that step's evaluation.
@@ -126,11 +122,7 @@ class DivergedError(UsageError):
 
 
 class DivergenceCheck:
-    """Looks at each step's figures before they are logged or anything is saved of them.
-
-    Args:
-        gradient_release: the gradients are gone by then, so their norm is not known.
-    """
+    """Looks at each step's figures before they are logged or anything is saved of them."""
 
     def __init__(self, output_dir: Path, max_grad_norm: float, *, gradient_release: bool = False) -> None:
         self._output_dir = output_dir
@@ -139,12 +131,10 @@ class DivergenceCheck:
         self._skipped = 0
 
     def step(self, step: int, loss: float, grad_norm: float | None, learning_rate: float | None, skipped: bool) -> None:
-        """Args:
-            loss: the sum since the last log line.
-            skipped: whether the optimizer left the step out, as under fp16.
+        """Raise `DivergedError` if `loss`, the sum since the last log line, or the gradients are not finite.
 
-        Raises:
-            DivergedError: loss or gradients are not finite.
+        Args:
+            skipped: whether the optimizer left the step out, as under fp16.
         """
         bad_gradients = grad_norm is not None and not math.isfinite(grad_norm)
         self._skipped = self._skipped + 1 if skipped else 0

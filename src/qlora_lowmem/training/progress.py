@@ -38,6 +38,7 @@ from qlora_lowmem.memory.profile import LiveMemory, read_live, write_live
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.units import GIB
+from qlora_lowmem.watch.readings import is_running
 
 LOG = "log.jsonl"
 INTERVAL_SECONDS = 0.5
@@ -45,11 +46,7 @@ _LOGGED = ("loss", "grad_norm", "learning_rate", "epoch")
 
 
 def quiet_libraries(*, bars: bool = True) -> None:
-    """Keep the libraries' own notes off the screen: what matters of them is said once, by us.
-
-    Args:
-        bars: False for no progress bars of theirs either.
-    """
+    """Keep the libraries' own notes off the screen, without `bars` their bars too: what matters of them we say once."""
     warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|torch|accelerate)\b")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -86,17 +83,14 @@ class ProgressLine(Progress):
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
         self._bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=self._quiet
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One optimizer step further."""
         self._bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the newest figures."""
         if self._bar is None or logs is None or "loss" not in logs:
             return
         parts = []
@@ -114,17 +108,11 @@ class ProgressLine(Progress):
         self._bar.set_postfix_str(", ".join(parts))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
         self._bar.close()
 
 
 class LogFile(Progress):
-    """Writes the log. A disk that is full loses lines, said once, and stops no training.
-
-    Args:
-        output_dir: the folder of the run.
-        say: tells the user what goes wrong.
-    """
+    """Writes the log. A disk that is full loses lines, which `say` tells once, and stops no training."""
 
     def __init__(self, output_dir: Path, say: Callable[[str], Any]) -> None:
         self._path = output_dir / LOG
@@ -143,16 +131,14 @@ class LogFile(Progress):
         self._begun = (state.global_step, time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write a line, if there is a loss to write."""
         if logs is None or not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
             line = {"step": state.global_step, "epoch": logs.get("epoch"), "eval_loss": logs["eval_loss"]}
         elif "loss" in logs:
             line = {"step": state.global_step, "steps": state.max_steps}
-            line |= {name: logs[name] for name in _LOGGED if name in logs} | self._pace(
-                state, float(logs["num_tokens"])
-            )
+            line |= {name: logs[name] for name in _LOGGED if name in logs}
+            line |= self._pace(state, float(logs["num_tokens"]))
             if self._recorder is not None and self._job is not None:
                 line["vram"] = self._vram(self._recorder)
         else:
@@ -168,12 +154,9 @@ class LogFile(Progress):
         first, began = self._begun
         speed = self._tokens_per_second(tokens)
         a_step = (time.perf_counter() - began) / max(state.global_step - first, 1)
-        measured = {} if speed is None else {"tokens_per_second": round(speed, 1)}
-        return (
-            {"tokens": int(tokens)}
-            | measured
-            | {"seconds_left": round(a_step * (state.max_steps - state.global_step), 1)}
-        )
+        pace: dict[str, Any] = {"tokens": int(tokens)}
+        pace |= {} if speed is None else {"tokens_per_second": round(speed, 1)}
+        return pace | {"seconds_left": round(a_step * (state.max_steps - state.global_step), 1)}
 
     def _vram(self, recorder: Recorder) -> dict[str, int]:
         """Bytes by kind at the peak since the last step began."""
@@ -189,15 +172,11 @@ class LogFile(Progress):
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                end = os.fstat(handle).st_size
-                content = json_line(line).encode()
-                if os.write(handle, content) < len(content):
-                    os.ftruncate(handle, end)  # no half line
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            with self._path.open("ab", buffering=0) as file:
+                end, content = file.tell(), json_line(line).encode()
+                if file.write(content) < len(content):
+                    file.truncate(end)  # no half line
+                os.fsync(file)
         except OSError as error:
             if not self._told:
                 self._told = True
@@ -207,8 +186,7 @@ class LogFile(Progress):
 def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Cut a log after its last line of `step` or earlier, and before the first line that is torn.
 
-    Args:
-        evaluated: whether the evaluation of `step` is done; else it comes again, and its line goes too.
+    Where the evaluation of `step` is not `evaluated` to its end, it comes again, and its line goes too.
     """
     if not path.is_file():
         return
@@ -253,20 +231,16 @@ class Heartbeat(Progress):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         outcome = "done" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        self._beat(
-            now=True, phase="ended", outcome="out of GPU memory" if isinstance(error, DoesNotFitError) else outcome
-        )
+        outcome = "out of GPU memory" if isinstance(error, DoesNotFitError) else outcome
+        self._beat(now=True, phase="ended", outcome=outcome)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Everything is loaded."""
         self._beat(now=True, phase="training", step=state.global_step, steps=state.max_steps)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One micro-batch further."""
         self._beat()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One optimizer step further."""
         self._beat(step=state.global_step)
 
     def _beat(self, *, now: bool = False, **changes: Any) -> None:
@@ -295,12 +269,8 @@ class Heartbeat(Progress):
             return False
         if found.device != "virtual":
             return True
-        if (found.pid, found.started) == (self._live.pid, self._live.started) or found.phase == "ended":
-            return False
-        try:
-            return psutil.Process(found.pid).create_time() == found.started
-        except psutil.Error:
-            return False
+        own = (found.pid, found.started) == (self._live.pid, self._live.started)
+        return not own and found.phase != "ended" and is_running(found.pid, found.started)
 
     def _allocator(self) -> dict[str, Any]:
         stats = torch.cuda.memory_stats(0)

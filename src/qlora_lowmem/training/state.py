@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from accelerate.utils import gather_object
@@ -63,15 +62,6 @@ def undisturbed() -> Iterator[None]:
         state.restore()
 
 
-class _Saved(msgspec.Struct):
-    """`totals.json`: the totals, with the losses of all processes. An fp32 number is exact as the decimal of JSON."""
-
-    losses: list[float]
-    logged_step: int
-    metrics: dict[str, list[float]]
-    tokens: int
-
-
 @dataclass(frozen=True)
 class RunningTotals:
     """What the trainers count.
@@ -107,23 +97,23 @@ class RunningTotals:
 
     def save(self, checkpoint: Path) -> None:
         """Write those of all processes into a checkpoint: called by all of them, written by the first."""
-        losses = [self.loss.item()]
-        if processes() > 1:
-            losses = gather_object(losses)
+        loss = [self.loss.item()]  # an fp32 number is exact as the decimal of JSON
+        saved = {
+            "losses": gather_object(loss) if processes() > 1 else loss,
+            "logged_step": self.logged_step,
+            "metrics": self.metrics,
+            "tokens": self.tokens,
+        }
         if rank() == 0:
-            saved = _Saved(losses, self.logged_step, self.metrics, self.tokens)
-            # By `json`, for a metric may be NaN (a mean over nothing).
-            (checkpoint / TOTALS).write_text(json.dumps(msgspec.to_builtins(saved)) + "\n", encoding="utf-8")
+            (checkpoint / TOTALS).write_text(json.dumps(saved) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, checkpoint: Path) -> "RunningTotals":
-        """The inverse of `save`. What is logged is the mean of all processes: where another number of them goes on,
-        each takes the mean.
-        """
-        saved = msgspec.convert(json.loads((checkpoint / TOTALS).read_text(encoding="utf-8")), _Saved)
-        losses = saved.losses
+        """The inverse of `save`. Where another number of processes goes on, each takes the mean, which is logged."""
+        saved = json.loads((checkpoint / TOTALS).read_text(encoding="utf-8"))
+        losses = saved.pop("losses")
         loss = losses[rank()] if len(losses) == processes() else sum(losses) / len(losses)
-        return cls(torch.tensor(loss), saved.logged_step, saved.metrics, saved.tokens)
+        return cls(torch.tensor(loss), **saved)
 
 
 class ComputedOrder(Sampler[int]):

@@ -20,30 +20,29 @@ from qlora_lowmem.training.ending import DivergenceCheck, StopEvaluation
 from qlora_lowmem.training.state import LISTED_SAMPLES, ComputedOrder, RandomState, RunningTotals, undisturbed
 
 
-class OptimizerStep(TrainerCallback):
-    """Whether the optimizer is in its own step: what fails there leaves some weights stepped and some not."""
+class _Own(TrainerCallback):
+    """What the trainer itself does between the events of others: it comes after the callbacks that it is given.
 
-    def __init__(self) -> None:
-        self.running = False
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are complete."""
-        self.running = True
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All weights are stepped."""
-        self.running = False
-
-
-class GoOn(TrainerCallback):
-    """Takes up what a checkpoint left, once the log is cut back and before anything else is run."""
+    As training begins it takes up what a checkpoint left. The last step is logged too, where `logging_steps` does not
+    divide the number of steps. `stepping`: the optimizer is in its step; what fails there leaves some weights stepped.
+    """
 
     def __init__(self, take_up: Callable[[], None]) -> None:
         self._take_up = take_up
+        self.stepping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Model, optimizer and state are those of the checkpoint."""
         self._take_up()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stepping = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stepping = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class LowMemTrainer(SFTTrainer):
@@ -65,10 +64,9 @@ class LowMemTrainer(SFTTrainer):
         self._staging: Path | None = None
         self._resumed_from: Path | None = None
         self._good: tuple[int, RandomState, RunningTotals] | None = None
-        self._optimizer = OptimizerStep()
+        self._own = _Own(self._take_up)
         super().__init__(*args, **kwargs)
-        self.add_callback(self._optimizer)
-        self.add_callback(GoOn(self._take_up))
+        self.add_callback(self._own)
         self._output_dir = Path(str(self.args.output_dir))
         _, options = self.optimizer_cls_and_kwargs or (None, {})
         self._releases = bool(options.get("gradient_release"))
@@ -116,7 +114,6 @@ class LowMemTrainer(SFTTrainer):
         """Left to the job, which knows the recipe and the measured peak."""
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The whole training; what it goes on from is remembered."""
         resumed_from = kwargs["resume_from_checkpoint"]
         self._resumed_from = Path(resumed_from) if resumed_from else None
         return super()._inner_training_loop(*args, **kwargs)
@@ -152,11 +149,7 @@ class LowMemTrainer(SFTTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kwargs: Any
     ) -> None:
-        """Called after each optimizer step, which is good from here on.
-
-        Raises:
-            DivergedError: its loss or its gradients are not finite.
-        """
+        """Called after each optimizer step: it has diverged (`DivergedError`), or is good from here on."""
         if self._has_values:
             norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
             skipped = bool(self.accelerator.optimizer_step_was_skipped)
@@ -186,15 +179,16 @@ class LowMemTrainer(SFTTrainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
+
+        def write(staging: Path) -> None:
+            self._save(str(staging), state_dict=weights)
+            self._refuse_diverged(staging)
+
         with self._phase("save"):
             # Sharded weights are gathered by all processes, and written by the first.
             weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
             if self.args.should_save:
-                self._store.save_final(lambda staging: self._write_final(staging, weights))
-
-    def _write_final(self, staging: Path, weights: Any) -> None:
-        self._save(str(staging), state_dict=weights)
-        self._refuse_diverged(staging)
+                self._store.save_final(write)
 
     def _refuse_diverged(self, folder: Path) -> None:
         if self._has_values:
@@ -211,7 +205,7 @@ class LowMemTrainer(SFTTrainer):
         """
         alone = self.accelerator.num_processes == 1  # others are still in the step, and would not come to save
         own = self.own_adamw
-        half_stepped = self._optimizer.running or (own is not None and own.half_stepped)
+        half_stepped = self._own.stepping or (own is not None and own.half_stepped)
         if self._good is None or half_stepped or not alone:
             return None
         step, random_state, totals = self._good

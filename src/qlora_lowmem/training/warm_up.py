@@ -37,13 +37,9 @@ class WarmUp(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Model, optimizer and checkpoint are loaded; no sample has been drawn."""
-        if state.global_step >= state.max_steps:
-            return
-        if self._recorder is None:
-            self._run()
-            return
-        with self._recorder.phase("warm-up"):
-            self._run()
+        if state.global_step < state.max_steps:
+            with self._recorder.phase("warm-up") if self._recorder is not None else nullcontext():
+                self._run()
 
     def _run(self) -> None:
         trainer = self._trainer
