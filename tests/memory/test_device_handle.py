@@ -18,7 +18,7 @@ if len(sys.argv) == 1:  # another program fills the first card; the job, in a pr
     other = torch.empty(512 << 20, dtype=torch.uint8, device="cuda:0")
     env = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ["SEES"]}
     sys.exit(subprocess.run([sys.executable, "-c", os.environ["PROGRAM"], "job"], env=env).returncode)
-recorder = Recorder("a card", "virtual")
+recorder = Recorder()
 with recorder.phase("load"):
     kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
 profile = recorder.profile()

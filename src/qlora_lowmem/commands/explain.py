@@ -75,7 +75,7 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
     from qlora_lowmem.training.progress import quiet_libraries
 
     quiet_libraries()
-    recorder = AttributionRecorder(uniform=True)  # synthetic samples are all of full length
+    recorder = AttributionRecorder()  # synthetic samples are all of full length
     with tempfile.TemporaryDirectory() as folder:
         try:
             outcome = execute(inputs_of(recipe), output_dir=Path(folder), save=False, attribution=recorder)

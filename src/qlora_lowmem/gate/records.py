@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
-from qlora_lowmem.memory.attribution import Attribution
+from qlora_lowmem.memory.attribution import MAX_OWNERS, Attribution
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.results.kinds.verdicts import Key, Record
 from qlora_lowmem.units import format_bytes, format_signed
 
-# Lines of code that a record keeps, the largest: as many as an attribution has (`attribution.MAX_OWNERS`).
-MAX_LINES = 40
 # The fields of a key that say which packages ran, and not what was run on what.
 VERSION_FIELDS = ("torch", "cuda", "transformers", "peft", "trl", "bitsandbytes")
 # In the order in which torch 2.14 reads them; the first that is set decides.
@@ -66,7 +64,7 @@ def attributed(record: Record, attribution: Attribution) -> Record:
         record,
         kinds=dict(attribution.kinds),
         modules=dict(sorted(attribution.modules.items())),
-        lines={f"{owner.kind} | {owner.line}": owner.bytes for owner in attribution.owners[:MAX_LINES]},
+        lines={f"{owner.kind} | {owner.line}": owner.bytes for owner in attribution.owners[:MAX_OWNERS]},
     )
 
 
@@ -132,7 +130,7 @@ def changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Change
 
 def _line_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Change, ...]:
     """Records keep the largest lines only: a change that can be a line that came in or fell out at the end is none."""
-    doubt = 2 * max((min(side.values()) for side in (before, after) if len(side) >= MAX_LINES), default=0)
+    doubt = 2 * max((min(side.values()) for side in (before, after) if len(side) >= MAX_OWNERS), default=0)
     found = changes(_unnumbered(before), _unnumbered(after))
     return tuple(change for change in found if abs(change.bytes) > doubt)
 

@@ -28,6 +28,8 @@ _BUDGET: pytest.StashKey[Budget] = pytest.StashKey()
 class GateSession:
     """Keeps what was found by case, and writes baselines and reports at the end.
 
+    Where a case's baselines cannot be read, what asks for them raises `BaselineError`.
+
     Args:
         config: with options that the plugin has checked.
         default_card: the virtual card where neither a budget, nor an option, nor the ini file names one.
@@ -89,11 +91,7 @@ class GateSession:
         return self._server
 
     def case_of(self, item: pytest.Item) -> Case | None:
-        """A budgeted test and what it is held against; None for any other.
-
-        Raises:
-            BaselineError: the baselines of its device cannot be read.
-        """
+        """A budgeted test and what it is held against; None for any other."""
         budget = item.stash.get(_BUDGET, None)
         if budget is None:
             return None
@@ -108,9 +106,6 @@ class GateSession:
             item: the test that asks.
             attribute: runs the case again with attribution and writes its snapshot to the path that it gets; called
                 only if its verdict fails or it is recorded.
-
-        Raises:
-            BaselineError: the baselines of its device cannot be read.
         """
         held = self._case(case, record.key.device)
         verdict = held.verdict(record)
@@ -127,11 +122,7 @@ class GateSession:
         return verdict
 
     def check_complete(self, item: pytest.Item, device: str, cases: Collection[str]) -> None:
-        """Fail if the device's baselines have a recipe that is none of `cases`; tests' own are not looked at.
-
-        Raises:
-            BaselineError: the device's file cannot be read.
-        """
+        """Fail if the device's baselines have a recipe that is none of `cases`; tests' own are not looked at."""
         fails = not self._option("report_only") and "" not in self._names
         for name, baseline in sorted(self._baselines(device).items()):
             if name not in cases and "::" not in name:
@@ -148,41 +139,39 @@ class GateSession:
     def finish(self, exit_status: int) -> bool:
         """Write baselines if that was asked for and everything passed, and the reports; `lines` say so.
 
-        Returns:
-            whether something of it failed.
+        Returns whether something of it failed.
         """
         if self._server is not None:
             self._server.close()
         if hasattr(self._config, "workerinput") or not (self._rows or self._names):
             return False
-        rows = sorted(self._rows, key=lambda row: row.case)
-        self.lines, failed = self._record(rows, exit_status)
+        rows, failed = sorted(self._rows, key=lambda row: row.case), False
+        if self._names and exit_status != pytest.ExitCode.OK:
+            self.lines = ["no baseline was written: the run did not pass, and --record writes those of a passing run"]
+        elif self._names:
+            try:
+                self._record(rows)
+            except BaselineError as error:
+                self.lines.append(str(error))
+                failed = True
         loud = [row for row in rows if row.verdict not in QUIET and not row.fails and not self._recording(row.case)]
         self.lines += [row.message or f"{row.case}: {row.verdict}" for row in loud]
         self.lines += publish(rows, self._option("vram_report"))
         return failed
 
-    def _record(self, rows: Sequence[Row], exit_status: int) -> tuple[list[str], bool]:
-        if not self._names:
-            return [], False
-        if exit_status != pytest.ExitCode.OK:
-            return ["no baseline was written: the run did not pass, and --record writes those of a passing run"], False
+    def _record(self, rows: Sequence[Row]) -> None:
         chosen = {row.case: row.record for row in rows if row.record is not None and self._recording(row.case)}
         unknown = [name for name in self._names if name and not any(_means(name, case) for case in chosen)]
         if unknown or not chosen:
             ran = ", ".join(row.case for row in rows) or "none"
-            return [f"--record: no case of the name {', '.join(unknown) or 'given'} ran. Cases that ran: {ran}"], True
-        lines: list[str] = []
+            name = ", ".join(unknown) or "given"
+            raise BaselineError(f"--record: no case of the name {name} ran. Cases that ran: {ran}")
         gone = {row.case for row in rows if row.verdict == "MISSING"} if "" in self._names else set()
         for device in sorted({record.key.device for record in chosen.values()}):
             records = {case: record for case, record in chosen.items() if record.key.device == device}
             path = baseline_path(self._folder, device)
-            try:
-                record_baselines(path, records, forget=gone)
-            except BaselineError as error:
-                return [*lines, str(error)], True
-            lines.append(f"recorded in {path}: {', '.join(records)}")
-        return lines, False
+            record_baselines(path, records, forget=gone)
+            self.lines.append(f"recorded in {path}: {', '.join(records)}")
 
     def _recording(self, case: str) -> bool:
         return any(_means(name, case) for name in self._names)

@@ -1,7 +1,4 @@
-"""Every byte of a peak, by kind: from a replayed history and what is known of its tensors to plain data.
-
-Nothing here touches a device.
-"""
+"""Every byte of a peak, by kind: from a replayed history and what is known of its tensors. Touches no device."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,10 +21,9 @@ _TENSOR = re.compile(r"\.(?:weight|bias|grad|quant_state|exp_avg|exp_avg_sq|step
 
 
 def block_of(name: str) -> str:
-    """The block of the model that a tensor or module belongs to.
+    """The block of the model that a tensor or module belongs to: the repeated one, else the module itself.
 
-    The repeated block where there is one (`model.layers.4.mlp.up.weight` is in `model.layers.4`), else the module
-    itself (`lm_head.weight` is in `lm_head`).
+    `model.layers.4.mlp.up.weight` is in `model.layers.4`, `lm_head.weight` in `lm_head`.
     """
     repeated = _REPEATED.match(name)
     return repeated.group(0) if repeated else _TENSOR.sub("", name)
@@ -152,8 +148,7 @@ class _Known:
 
     @property
     def module(self) -> str:
-        """The tensor that lives in it; or the scope's module, or the one around that where the code says that it was
-        another of its children."""
+        """The tensor that lives in it, else the module whose code asked for it."""
         if self.owner is not None:
             return self.owner.name
         return _module(self.kind, self.scope) if self.scope is not None else ""
@@ -201,7 +196,6 @@ def explain(history: History, evidence: Evidence, namer: Namer, profile: MemoryP
 
 
 def _known(history: History, evidence: Evidence, namer: Namer) -> list[_Known]:
-    events = len(history.times)
     at: dict[int, list[int]] = {}
     for index, block in enumerate(history.blocks):
         at.setdefault(block.address, []).append(index)
@@ -212,12 +206,9 @@ def _known(history: History, evidence: Evidence, namer: Namer) -> list[_Known]:
             seen[earlier[-1]] = owner
     found = []
     for index, block in enumerate(history.blocks):
-        known = seen.get(index)
-        if block.died == events and block.address in evidence.at_end:
-            known = evidence.at_end[block.address]
-        elif block.born == BEFORE and block.address in evidence.at_start:
-            known = evidence.at_start[block.address]
-        scope = evidence.scopes.get(block.position)
+        at_end = evidence.at_end.get(block.address) if block.died == len(history.times) else None
+        at_start = evidence.at_start.get(block.address) if block.born == BEFORE else None
+        known, scope = at_end or at_start or seen.get(index), evidence.scopes.get(block.position)
         found.append(_Known(block, known, scope, known.kind if known is not None else namer.kind(scope, block)))
     return found
 
@@ -234,6 +225,7 @@ def _moment(alive: Sequence[_Known], namer: Namer) -> str:
 
 
 def _module(kind: str, scope: "Scope") -> str:
+    """The scope's, or the one around it where the code says that it was another of that one's children."""
     of_type = kind.rpartition("_")[2]
     elsewhere = kind.startswith(("activations_", "recomputed_", "backward_")) and of_type != scope.module_type
     return scope.module.rpartition(".")[0] if elsewhere else scope.module

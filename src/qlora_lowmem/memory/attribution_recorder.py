@@ -18,8 +18,8 @@ from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.kinds import RecipeNamer
 from qlora_lowmem.memory.owners import Found, Owner, Owners
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.memory.recorder import library_workspaces, no_collection, take_snapshot, write_snapshot
-from qlora_lowmem.memory.scopes import BETWEEN, ModelScopes, Scope, ScopeLog
+from qlora_lowmem.memory.recorder import begin_history, library_workspaces, no_collection, take_snapshot, write_snapshot
+from qlora_lowmem.memory.scopes import BETWEEN, ModelScopes, Scope
 
 _WORKSPACE = Owner("libraries", "cuBLAS workspace", "")
 _CHECKPOINT = Owner("checkpoints", "input of a decoder layer", "")
@@ -28,25 +28,20 @@ _CHECKPOINT = Owner("checkpoints", "input of a decoder layer", "")
 class AttributionRecorder(TrainerCallback):
     """The trainer's callback that records the steady steps; the first step where there is no other.
 
-    Call `start` before the model is loaded, `watch` when it is, and `finish` after training.
-
-    Args:
-        uniform: all micro-batches have the same shape, so that a step's peak comes in its first, its second (there are
-            gradients then) or its last (with the optimizer step), and only these are recorded. If it comes in another
-            all the same, what was higher there is `unexplained`.
-        device: index of the CUDA device.
+    Call `start` before the model is loaded, `watch` when it is, and `finish` after training. CUDA device 0 is looked
+    at, and all micro-batches must have the same shape: a step's peak then comes in its first, its second (there are
+    gradients then) or its last (with the optimizer step), and only these are recorded. If it comes in another all the
+    same, what was higher there is `unexplained`.
     """
 
-    def __init__(self, uniform: bool = False, device: int = 0) -> None:
-        self._uniform = uniform
-        self._device = device
+    _trainer: Trainer
+    _model: nn.Module
+    _scopes: ModelScopes
+
+    def __init__(self) -> None:
         self._namer = RecipeNamer()
-        self._owners = Owners(self._namer, device)
-        self._log = ScopeLog()
-        self._scopes: ModelScopes | None = None
+        self._owners = Owners(self._namer)
         self._hooks: list[Any] = []
-        self._trainer: Trainer | None = None
-        self._model = nn.Module()
         self._weights: dict[int, Owner] = {}
         self._steps = 0
         self._micro_batch = 0
@@ -63,10 +58,9 @@ class AttributionRecorder(TrainerCallback):
     def watch(self, trainer: Trainer) -> None:
         """Put hooks on the trainer's model, and learn what its weights are."""
         assert isinstance(trainer.model, nn.Module)
-        self._trainer = trainer
-        self._model = trainer.model
+        self._trainer, self._model = trainer, trainer.model
         self._weights = _first_of(self._owners.weights(self._model))
-        self._scopes = ModelScopes(self._model, self._log, self._saw_checkpoint)
+        self._scopes = ModelScopes(self._model, self._saw_checkpoint)
         _, options = trainer.optimizer_cls_and_kwargs or (None, {})
         if options.get("gradient_release"):
             for name, parameter in self._model.named_parameters():
@@ -76,36 +70,23 @@ class AttributionRecorder(TrainerCallback):
                     self._hooks.append(hook)
         trainer.add_callback(self)
 
-    def stop(self) -> None:
-        """End the recording and take the hooks off."""
-        cuda_memory._record_memory_history(None)
-        if self._scopes is not None:
-            self._scopes.remove()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
     def finish(self, profile: MemoryProfile) -> Attribution | None:
         """Stop, and attribute the recorded phase's peak in `profile`; None if no step was recorded."""
-        self.stop()
+        cuda_memory._record_memory_history(None)
+        for hook in self._hooks:
+            hook.remove()
         if self._kept is None:
             return None
         before, after, evidence = self._kept
-        workspaces = dict.fromkeys(library_workspaces(self._device), _WORKSPACE)
+        workspaces = dict.fromkeys(library_workspaces(), _WORKSPACE)
         evidence.at_start = {**workspaces, **evidence.at_start}
         evidence.at_end = {**workspaces, **evidence.at_end}
         with no_collection():
-            history = replay(before, after, self._device)
-            return explain(history, evidence, self._namer, profile, self._phase)
+            return explain(replay(before, after), evidence, self._namer, profile, self._phase)
 
     def save_snapshot(self, path: Path) -> None:
-        """Write the recorded window for https://pytorch.org/memory_viz, which opens it as torch's own `_dump_snapshot`.
-
-        Raises:
-            RuntimeError: nothing was recorded.
-        """
-        if self._kept is None:
-            raise RuntimeError("no step was recorded, so there is no snapshot to save")
+        """Write the window that `finish` attributed, as `write_snapshot` does."""
+        assert self._kept is not None
         write_snapshot(self._kept[1], path)
 
     def on_step_begin(self, *event: Any, **__: Any) -> None:
@@ -124,7 +105,7 @@ class AttributionRecorder(TrainerCallback):
         """Between two micro-batches."""
         self._micro_batch += 1
         self._end_window()
-        if self._phase and (not self._uniform or self._micro_batch in (1, self._micro_batches - 1)):
+        if self._phase and self._micro_batch in (1, self._micro_batches - 1):
             self._begin_window()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -133,7 +114,7 @@ class AttributionRecorder(TrainerCallback):
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """After the optimizer's step, before gradients are let go."""
-        self._log.enter(BETWEEN)
+        self._scopes.enter(BETWEEN)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """After everything of a step."""
@@ -141,21 +122,18 @@ class AttributionRecorder(TrainerCallback):
         _note_frames()
 
     def _begin_window(self) -> None:
-        assert self._scopes is not None
         self._scopes.attach()
-        self._best = max(self._best, torch.cuda.max_memory_allocated(self._device))  # what came where none was recorded
-        evidence = Evidence(self._log.begin_window(), self._alive())
-        cuda_memory._record_memory_history("all", context="alloc", stacks="python", clear_history=True)
-        self._open = (take_snapshot(), evidence)
+        self._best = max(self._best, torch.cuda.max_memory_allocated())  # what came where none was recorded
+        evidence = Evidence(self._scopes.begin_window(), self._alive())
+        self._open = (begin_history(), evidence)
 
     def _end_window(self) -> None:
         if self._open is None:
             return
-        assert self._scopes is not None
         self._scopes.remove()
         before, evidence = self._open
         self._open = None
-        peak = torch.cuda.max_memory_allocated(self._device)
+        peak = torch.cuda.max_memory_allocated()
         if peak > self._best:
             self._best = peak
             evidence.at_end = self._alive()
@@ -163,7 +141,6 @@ class AttributionRecorder(TrainerCallback):
         cuda_memory._record_memory_history(None)
 
     def _alive(self) -> dict[int, Owner]:
-        assert self._trainer is not None
         optimizer = self._trainer.optimizer  # made as training begins, and then wrapped by accelerate
         inner = getattr(optimizer, "optimizer", optimizer)
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
@@ -176,7 +153,7 @@ class AttributionRecorder(TrainerCallback):
 
     def _saw(self, gradients: Found) -> None:
         if self._open is not None:
-            position = self._log.enter(Scope("optimizer"))
+            position = self._scopes.enter(Scope("optimizer"))
             self._open[1].seen.extend((position, address, owner) for address, owner in gradients)
 
     def _saw_checkpoint(self, position: int, address: int) -> None:

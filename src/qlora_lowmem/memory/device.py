@@ -6,7 +6,6 @@ prints what torch says of its device 0 as JSON. It is a process of its own becau
 would be counted with what is measured here, or with what other programs hold.
 """
 
-import contextlib
 import dataclasses
 import os
 import subprocess
@@ -63,11 +62,12 @@ def device_name(index: int = 0) -> str:
 
 def card_like(device: str, total_bytes: int) -> Card | None:
     """The card of the table that is `device`: by its name, or by the name that CUDA gives it and about its memory."""
-    for card in virtual_gpu.all_cards():
+
+    def alike(card: Card) -> bool:
         same_name = device in (card.name, card.title.lower().replace(" ", "-"))
-        if same_name and abs(card.total_bytes - total_bytes) < card.total_bytes // 10:
-            return card
-    return None
+        return same_name and abs(card.total_bytes - total_bytes) < card.total_bytes // 10
+
+    return next(filter(alike, virtual_gpu.all_cards()), None)
 
 
 def driver_version() -> str | None:
@@ -86,9 +86,8 @@ def driver_version() -> str | None:
 class DeviceProperties:
     """What `torch.cuda.get_device_properties` says of a GPU, as far as memory can depend on it: fields of a `Card`.
 
-    Attributes:
-        uuid: without NVML's prefix. Numbers are no identity: `CUDA_VISIBLE_DEVICES` and `CUDA_DEVICE_ORDER` change
-            torch's, and not NVML's.
+    The UUID is without NVML's prefix. Numbers are no identity: `CUDA_VISIBLE_DEVICES` and `CUDA_DEVICE_ORDER` change
+    torch's, and not NVML's.
     """
 
     title: str
@@ -117,7 +116,6 @@ def properties_of_this_machine() -> DeviceProperties:
 
 
 def _read_properties() -> DeviceProperties:
-    """In the process of its own."""
     import torch
 
     found: Any = torch.cuda.get_device_properties(0)
@@ -137,28 +135,31 @@ def _read_properties() -> DeviceProperties:
 def virtual_twin(properties: DeviceProperties, context_bytes: int) -> Card:
     """The nearest card of the table, made equal to a measured GPU.
 
-    Nearest is by compute capability, then by memory. Everything that torch tells of the GPU replaces the table's
-    figure; clocks and bus width, which memory does not depend on, stay the table's, and so does the card's name: it is
-    what a virtual process looks its card up by.
+    Everything that torch tells of the GPU replaces the table's figure; clocks and bus width, which memory does not
+    depend on, stay the table's, and so does the card's name: it is what a virtual process looks its card up by.
 
     Args:
         properties: of the measured GPU.
         context_bytes: what its processes held outside the caching allocator, measured.
     """
-
-    major, minor = properties.compute_capability
-
-    def distance(card: Card) -> tuple[int, int]:
-        generations = abs((card.compute_capability[0] - major) * 10 + card.compute_capability[1] - minor)
-        return (generations, abs(card.total_bytes - properties.total_bytes))
-
-    nearest = min(virtual_gpu.all_cards(), key=distance)
+    nearest = _nearest(properties)
     measured: dict[str, Any] = vars(properties) | {"usable_bytes": properties.total_bytes}
     del measured["uuid"]
     source = f"torch.cuda.get_device_properties of the measured {properties.title}"
     sources = dict(nearest.sources) | dict.fromkeys(measured, source)
     sources["context_bytes"] = f"held outside the allocator in the measured runs on {properties.title}"
     return dataclasses.replace(nearest, **measured, context_bytes=context_bytes, sources=MappingProxyType(sources))
+
+
+def _nearest(properties: DeviceProperties) -> Card:
+    """By compute capability, then by memory."""
+    major, minor = properties.compute_capability
+
+    def distance(card: Card) -> tuple[int, int]:
+        generations = abs((card.compute_capability[0] - major) * 10 + card.compute_capability[1] - minor)
+        return (generations, abs(card.total_bytes - properties.total_bytes))
+
+    return min(virtual_gpu.all_cards(), key=distance)
 
 
 def card_of_this_machine() -> Card:
@@ -171,7 +172,7 @@ def card_of_this_machine() -> Card:
         UsageError: there is no GPU that torch can use, or NVML does not know it.
     """
     properties = properties_of_this_machine()
-    nearest = virtual_gpu.get_card(virtual_twin(properties, 0).name)
+    nearest = _nearest(properties)
     twin = virtual_twin(properties, nearest.context_bytes)
     used = _used_by_others(properties.uuid)
     sources = dict(twin.sources) | {
@@ -183,11 +184,7 @@ def card_of_this_machine() -> Card:
 
 
 def _used_by_others(uuid: str) -> int:
-    """Bytes in use on the GPU, or on the part of one (MIG), that has this UUID.
-
-    Raises:
-        UsageError: NVML knows none.
-    """
+    """Bytes in use on the GPU, or on the part of one (MIG), that has this UUID."""
     try:
         pynvml.nvmlInit()
         try:
@@ -200,9 +197,6 @@ def _used_by_others(uuid: str) -> int:
             f"--gpu: what is free on the GPU {uuid} that torch uses cannot be asked of NVML ({error}); name a card of "
             "the table with --card"
         ) from None
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
 
 
 if __name__ == "__main__":

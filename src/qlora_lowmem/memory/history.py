@@ -147,15 +147,11 @@ class _Play:
 
     def _alloc(self, entry: Mapping[str, Any]) -> None:
         address, requested = entry["addr"], entry["size"]
-        rounded = max(_MIN_BLOCK, -(-requested // _MIN_BLOCK) * _MIN_BLOCK)
-        size = rounded
-        room = self._free.pop(address, None)
+        size = rounded = max(_MIN_BLOCK, -(-requested // _MIN_BLOCK) * _MIN_BLOCK)
+        room = self._pop_free(address)
         if room is None or room < rounded:
             self._faults += 1
-            if room is not None:
-                del self._free_ends[address + room]
         else:
-            del self._free_ends[address + room]
             rest = room - rounded
             splits = rest >= _MIN_BLOCK if rounded <= _SMALL or self._expandable else rest > _SMALL
             if splits:
@@ -187,26 +183,14 @@ class _Play:
 
     def _map(self, address: int, size: int) -> None:
         self._expandable = True
-        if address in self._ranges_end:
-            self._ranges_end.discard(address)
-        else:
-            self._walls.add(address)
-        if address + size in self._walls:
-            self._walls.discard(address + size)
-        else:
-            self._ranges_end.add(address + size)
+        _swap(address, self._ranges_end, self._walls)
+        _swap(address + size, self._walls, self._ranges_end)
         self._add_free(address, size)
 
     def _unmap(self, address: int, size: int) -> None:
         self._take_free(address, size)
-        if address in self._walls:
-            self._walls.discard(address)
-        else:
-            self._ranges_end.add(address)
-        if address + size in self._ranges_end:
-            self._ranges_end.discard(address + size)
-        else:
-            self._walls.add(address + size)
+        _swap(address, self._walls, self._ranges_end)
+        _swap(address + size, self._ranges_end, self._walls)
 
     def _take_free(self, address: int, size: int) -> None:
         """Remove [address, address + size) from the free block around it."""
@@ -216,7 +200,7 @@ class _Play:
         else:
             self._faults += 1
             return
-        del self._free[start], self._free_ends[start + room]
+        self._pop_free(start)
         if start < address:
             self._add_free(start, address - start, merge=False)
         if address + size < start + room:
@@ -228,12 +212,16 @@ class _Play:
             if before is not None:
                 size += self._free.pop(before)
                 address = before
-            behind = None if address + size in self._walls else self._free.pop(address + size, None)
-            if behind is not None:
-                del self._free_ends[address + size + behind]
-                size += behind
+            if address + size not in self._walls:
+                size += self._pop_free(address + size) or 0
         self._free[address] = size
         self._free_ends[address + size] = address
+
+    def _pop_free(self, start: int) -> int | None:
+        size = self._free.pop(start, None)
+        if size is not None:
+            del self._free_ends[start + size]
+        return size
 
     def finish(self, segments: Iterable[Mapping[str, Any]]) -> History:
         """Check the end against the allocator's own state there."""
@@ -244,3 +232,11 @@ class _Play:
         self._blocks.extend(replace(held, died=len(self._times)) for held in self._held.values())
         self._blocks.sort(key=lambda block: block.born)
         return History(tuple(self._blocks), self._totals, self._times, self._faults)
+
+
+def _swap(address: int, one: set[int], other: set[int]) -> None:
+    """What begins or ends at `address`: a border of the kind `one` is gone, or one of the kind `other` has come."""
+    if address in one:
+        one.remove(address)
+    else:
+        other.add(address)

@@ -38,7 +38,7 @@ class Owners:
     """Finds tensors on one CUDA device, and names them as `namer` does."""
 
     namer: Namer
-    device: int
+    device: int = 0
 
     def weights(self, model: nn.Module, prefix: str = "") -> Found:
         """Every parameter and buffer of `model`, and the quantisation state of its 4-bit weights.

@@ -58,15 +58,16 @@ BETWEEN = Scope("between")
 OUTSIDE = Scope("outside")
 
 
-class ScopeLog:
-    """Where the job is: a log whose position is written beside every allocation.
+class Scopes:
+    """Hooks that keep a log of where a job is; the log's position is written beside every allocation.
 
     Args:
         idle: the scope outside of all that is followed.
     """
 
-    def __init__(self, idle: Scope = BETWEEN) -> None:
+    def __init__(self, idle: Scope) -> None:
         self._idle = idle
+        self._undo: list[Callable[[], None]] = []
         self._marks: list[tuple[int, Scope]] = []  # (autograd's next sequence number, scope from there on)
         self.end = 0  # the next position, which only grows from window to window
         self.window = self.begin_window()
@@ -88,16 +89,22 @@ class ScopeLog:
         _set_metadata(str(position))
         return position
 
-    def enter_forward(self, scope: Scope) -> None:
-        """The same, and so do the nodes that autograd makes from now on."""
+    def remove(self) -> None:
+        """Take the hooks off. Nodes that have not been through backward keep theirs."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def _enter_forward(self, scope: Scope) -> None:
+        """Enter it, and let the nodes that autograd makes from now on belong to it too."""
         self._marks.append((_next_sequence_number(), scope))
         self.enter(scope)
 
-    def mark_nodes(self, roots: Iterable[Any]) -> None:
-        """Let every node of the graphs behind `roots` say where it belongs when backward comes to it."""
+    def _mark_nodes(self, ends: Iterable[Any]) -> None:
+        """Let every node of the graphs behind `ends` say where it belongs when backward comes to it."""
         numbers = [number for number, _ in self._marks]
         scopes: dict[tuple[int, str], Scope] = {}
-        waiting = list(roots)
+        waiting = [end.grad_fn for end in ends if isinstance(end, Tensor) and end.grad_fn is not None]
         seen: set[Any] = set()
         while waiting:
             node = waiting.pop()
@@ -115,12 +122,7 @@ class ScopeLog:
             node.register_prehook(partial(self._enter_node, scope))
             waiting.extend(parent for parent, _ in node.next_functions if parent is not None)
 
-    def forget_nodes(self) -> None:
-        """What was made until now has been marked."""
-        self._marks.clear()
-
-    def _enter_node(self, scope: Scope, gradients: Any) -> None:
-        del gradients
+    def _enter_node(self, scope: Scope, _gradients: Any) -> None:
         self.enter(scope)
 
 
@@ -128,19 +130,18 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class ModelScopes:
-    """Hooks that keep a `ScopeLog` for one model.
+class ModelScopes(Scopes):
+    """Hooks on one model.
 
     Args:
         on_checkpoint: called with the log's position and the address of the storage of a layer's input where that
             layer is checkpointed.
     """
 
-    def __init__(self, model: nn.Module, log: ScopeLog, on_checkpoint: Callable[[int, int], None]) -> None:
+    def __init__(self, model: nn.Module, on_checkpoint: Callable[[int, int], None]) -> None:
+        super().__init__(BETWEEN)
         self._model = model
-        self._log = log
         self._on_checkpoint = on_checkpoint
-        self._handles: list[Any] = []
         self._scopes: dict[str, tuple[Scope, Scope]] = {}  # of a module's forward, and of its recomputation
         for name, _ in model.named_modules():
             where = plain_name(name), module_type(model, name)
@@ -152,16 +153,10 @@ class ModelScopes:
 
         for name, module in self._model.named_modules():
             inside, outside = self._scopes[name], self._scopes[name.rpartition(".")[0]]
-            before = self._before_checkpointed if isinstance(module, GradientCheckpointingLayer) else self._enter
-            self._handles.append(module.register_forward_pre_hook(partial(before, inside), with_kwargs=True))
-            after = self._after_model if module is self._model else partial(self._enter, outside)
-            self._handles.append(module.register_forward_hook(after))
-
-    def remove(self) -> None:
-        """Take the hooks off. Nodes that have not been through backward keep theirs."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+            before = self._before_checkpointed if isinstance(module, GradientCheckpointingLayer) else self._enter_module
+            after = self._after_model if module is self._model else partial(self._enter_module, outside)
+            self._undo.append(module.register_forward_pre_hook(partial(before, inside), with_kwargs=True).remove)
+            self._undo.append(module.register_forward_hook(after).remove)
 
     def _before_checkpointed(
         self, inside: tuple[Scope, Scope], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -169,26 +164,24 @@ class ModelScopes:
         if module.gradient_checkpointing and not _in_backward():
             hidden = args[0] if args else kwargs.get("hidden_states")
             if isinstance(hidden, Tensor):
-                self._on_checkpoint(self._log.enter(BETWEEN), hidden.untyped_storage().data_ptr())
-        self._enter(inside)
+                self._on_checkpoint(self.enter(BETWEEN), hidden.untyped_storage().data_ptr())
+        self._enter_module(inside)
 
-    def _enter(self, scopes: tuple[Scope, Scope], *_: Any) -> None:
+    def _enter_module(self, scopes: tuple[Scope, Scope], *_: Any) -> None:
         forward, recompute = scopes
         if _in_backward():
-            self._log.enter(recompute)
+            self.enter(recompute)
         else:
-            self._log.enter_forward(forward)
+            self._enter_forward(forward)
 
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        del module, args
-        self._log.enter(Scope("forward", "", "loss"))
-        tensors = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-        self._log.mark_nodes(t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None)
-        self._log.forget_nodes()
+    def _after_model(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.enter(Scope("forward", "", "loss"))
+        outputs = output.values() if isinstance(output, dict) else output
+        self._mark_nodes(outputs if not isinstance(outputs, Tensor) else [outputs])
 
 
-class ProgramScopes:
-    """Hooks on every module and optimizer of this process, and the log they keep.
+class ProgramScopes(Scopes):
+    """Hooks on every module and optimizer of this process.
 
     The outermost module that is called is a root, and its `named_modules()` names the others. Nodes are marked as
     `torch.autograd.backward` begins.
@@ -198,15 +191,14 @@ class ProgramScopes:
     """
 
     def __init__(self, on_step: Callable[[], None]) -> None:
-        self.log = ScopeLog(OUTSIDE)
+        super().__init__(OUTSIDE)
         self.optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._on_step = on_step
         self._roots: list[tuple[weakref.ref[nn.Module], str]] = []
         self._names: dict[int, str] = {}  # id of a module to its name; rebuilt with each outermost forward
         self._types: dict[str, ModuleType] = {}
-        self._stack: list[str] = []
+        self._running: list[str] = []
         self._recomputing: list[str] = []
-        self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
         """Put the hooks on."""
@@ -216,27 +208,19 @@ class ProgramScopes:
             optimizers.register_optimizer_step_pre_hook(self._before_optimizer),
             optimizers.register_optimizer_step_post_hook(self._after_optimizer),
         ]
-        self._undo = [handle.remove for handle in handles]
         backward = torch.autograd.backward
 
         def backward_with_scopes(tensors: Any, *arguments: Any, **options: Any) -> Any:
-            ends = [tensors] if isinstance(tensors, Tensor) else tensors
-            self.log.mark_nodes(tensor.grad_fn for tensor in ends if tensor.grad_fn is not None)
+            self._mark_nodes([tensors] if isinstance(tensors, Tensor) else tensors)
             result = backward(tensors, *arguments, **options)
             if not _in_backward():
-                self.log.enter(OUTSIDE)
+                self.enter(OUTSIDE)
                 self._on_step()
             return result
 
         torch.autograd.backward = backward_with_scopes
-        self._undo.append(partial(setattr, torch.autograd, "backward", backward))
-        self.log.begin_window()
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        self._undo = [*(handle.remove for handle in handles), partial(setattr, torch.autograd, "backward", backward)]
+        self.begin_window()
 
     def roots(self) -> Iterator[tuple[str, nn.Module]]:
         """(prefix of its names, module) of every root that is still alive."""
@@ -245,32 +229,29 @@ class ProgramScopes:
             if root is not None:
                 yield prefix, root
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        del args
-        if _in_backward():
-            self._recomputing.append(self._names.get(id(module), ""))
-            self.log.enter(self._scope("recompute", self._recomputing[-1]))
-            return
-        if not self._stack:
+    def _before(self, module: nn.Module, _args: Any) -> None:
+        stack = self._recomputing if _in_backward() else self._running
+        if not stack and stack is self._running:
             self._learn(module)
-        self._stack.append(self._names.get(id(module), self._stack[-1] if self._stack else ""))
-        self.log.enter_forward(self._scope("forward", self._stack[-1]))
+        around = stack[-1] if stack and stack is self._running else ""
+        stack.append(self._names.get(id(module), around))
+        self._enter_innermost(stack)
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        del module, args, output
-        if _in_backward():
-            if self._recomputing:
-                self._recomputing.pop()
-            self.log.enter(self._scope("recompute", self._recomputing[-1] if self._recomputing else ""))
-            return
-        if self._stack:
-            self._stack.pop()
-        self.log.enter_forward(self._scope("forward", self._stack[-1]) if self._stack else OUTSIDE)
-        if not self._stack:
+    def _after(self, *_: Any) -> None:
+        stack = self._recomputing if _in_backward() else self._running
+        if stack:
+            stack.pop()
+        self._enter_innermost(stack)
+        if not stack and stack is self._running:
             self._on_step()
 
-    def _scope(self, phase: Phase, name: str) -> Scope:
-        return Scope(phase, name, self._types.get(name, "other"))
+    def _enter_innermost(self, stack: list[str]) -> None:
+        name = stack[-1] if stack else ""
+        kind = self._types.get(name, "other")
+        if stack is self._recomputing:
+            self.enter(Scope("recompute", name, kind))
+        else:
+            self._enter_forward(Scope("forward", name, kind) if stack else OUTSIDE)
 
     def _learn(self, module: nn.Module) -> None:
         """Name the modules of a root. The first root's names have no prefix; those of others begin with its class."""
@@ -287,8 +268,8 @@ class ProgramScopes:
         if all(known() is not optimizer for known in self.optimizers):
             self.optimizers.append(weakref.ref(optimizer))
         self._on_step()
-        self.log.enter(Scope("optimizer"))
+        self.enter(Scope("optimizer"))
 
     def _after_optimizer(self, *_: Any) -> None:
-        self.log.enter(OUTSIDE)
+        self.enter(OUTSIDE)
         self._on_step()

@@ -63,7 +63,7 @@ def run_here(
 
 def _run(content: dict[str, Any], attribute: bool, snapshot: str | None, on_ready: Any) -> RecipeRun:
     recipe = replace_field(recipe_from_dict(content), "device", "virtual")
-    recorder = AttributionRecorder(uniform=True) if attribute else None
+    recorder = AttributionRecorder() if attribute else None
     try:
         with tempfile.TemporaryDirectory() as folder:
             outcome = execute(
@@ -121,7 +121,7 @@ class Brevity:
             self._left_out -= 1
             return self._loss
         self._loss = self._plain(*arguments, **options)
-        if self._most is not None and self._recorder.live_bytes()[1] > self._most:
+        if self._most is not None and self._recorder.peak().device > self._most:
             raise _Over(self._recorder.profile())
         before_last = self._micro_batches - 2 - place
         if before_last > 0:

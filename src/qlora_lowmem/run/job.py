@@ -17,8 +17,6 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import local_rank, processes
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, apply_lean
-from qlora_lowmem.memory.device import device_name
-from qlora_lowmem.memory.profile import provenance_here
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.loading import Precision, assert_on_device, load_base
 from qlora_lowmem.models.targets import lean_options, lean_refusals
@@ -73,7 +71,7 @@ def start_recorder(recipe: Recipe) -> Recorder:
     # Whatever the environment says: reserved peaks depend on it.
     torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{recipe.memory.expandable_segments}")
     try:
-        recorder = Recorder(device_name(local_rank()), provenance_here(), local_rank())
+        recorder = Recorder(local_rank())
         torch.cuda.set_device(local_rank())
     except RuntimeError as error:
         if not whose_memory(error):

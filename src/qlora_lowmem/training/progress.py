@@ -102,7 +102,7 @@ class ProgressLine(Progress):
             if speed is not None:
                 parts.append(f"{speed:,.0f} tok/s")
         if self._recorder is not None:
-            used, peak = (size / GIB for size in self._recorder.live_bytes())
+            used, peak = torch.cuda.memory_allocated(self._recorder.index) / GIB, self._recorder.peak().device / GIB
             total = torch.cuda.get_device_properties(0).total_memory / GIB
             parts.append(f"VRAM {used:.2f} GiB (peak {peak:.2f}, headroom {total - peak:.2f})")
         self._bar.set_postfix_str(", ".join(parts))
@@ -161,13 +161,13 @@ class LogFile(Progress):
     def _vram(self, recorder: Recorder) -> dict[str, int]:
         """Bytes by kind at the peak since the last step began."""
         fixed = self._fixed = self._fixed or floor_of(self._job.model, self._job.trainer.optimizer, 0)
-        allocated, reserved, outside = recorder.peak_bytes()
+        peak = recorder.peak()
         return {
             "weights": fixed.weights,
             "adapters_and_optimizer": fixed.adapters,
-            "activations_and_workspaces": allocated - fixed.weights - fixed.adapters,
-            "allocator_slack": reserved - allocated,
-            "outside_allocator": outside,
+            "activations_and_workspaces": peak.allocated - fixed.weights - fixed.adapters,
+            "allocator_slack": peak.reserved - peak.allocated,
+            "outside_allocator": peak.device - peak.reserved,
         }
 
     def _write(self, line: dict[str, Any]) -> None:
