@@ -17,16 +17,14 @@ from qlora_lowmem.errors import UsageError
 
 # A control character as json.dumps escapes it, after an even number of backslashes: all but tab and line breaks.
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:0[0-8be]|0f|1[0-9a-f]))|\x7f")
+_CONTROL_MARKS = ("\\u00", "\\b", "\\f", "\x7f")
 _REPLACEMENT = "\ufffd"
 _PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class CheckedData:
-    """A source whose every sample is sound, and what it holds. The samples themselves are read when they are used.
-
-    `quiet` says that no progress bar is wanted.
-    """
+    """A source whose every sample is sound, and what it holds; `quiet` says that no progress bar is wanted."""
 
     source: DataSource
     train_on: TrainOn
@@ -34,11 +32,7 @@ class CheckedData:
     quiet: bool = True
 
     def samples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Every sample with its line or row, checked again: a file may have changed since.
-
-        Raises:
-            UsageError: it has, and holds faults now.
-        """
+        """Every sample with its line or row, checked again (`UsageError`): a file may have changed since."""
         yield from Walk(self.source.shown, self.source.unit, self.train_on).samples(_open(self.source).rows())
 
 
@@ -79,7 +73,8 @@ def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = Tr
             text = json.dumps(sample, sort_keys=True, ensure_ascii=False)
             duplicates.add(number, text.encode())
             replaced += _REPLACEMENT in text
-            controls += _holds_control(text)
+            # Where none of these stands, which is nearly everywhere, the expression need not run.
+            controls += any(mark in text for mark in _CONTROL_MARKS) and _CONTROL.search(text) is not None
             tools += "tools" in sample
             lists = (sample.get(key) for key in ("messages", "prompt", "completion"))
             messages = [message for each in lists if isinstance(each, list) for message in each]
@@ -119,12 +114,7 @@ def _open(source: DataSource) -> Reader:
 
 
 class Walk:
-    """One pass over a source's rows.
-
-    Args:
-        name, unit: as for `FaultLog`.
-        train_on: what the loss will be on.
-        advance: told the size of each row.
+    """One pass over a source's rows; `advance` is told the size of each.
 
     Attributes:
         rows, blank, sound: how many were seen, had nothing on them, held a sample.
@@ -142,11 +132,7 @@ class Walk:
         self.unread: dict[str, None] = {}
 
     def samples(self, rows: Iterable[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each sound sample with its line or row.
-
-        Raises:
-            UsageError: after the last, if there were faults.
-        """
+        """Each sound sample with its line or row; after the last, a `UsageError` if there were faults."""
         faults = FaultLog(self._name, self._unit)
         for row in rows:
             self.rows = row.number
@@ -172,8 +158,3 @@ class Walk:
             before = f"{self._unit} {self.first[1]} holds {self.first[0]}"
             raise FaultySampleError("mixed formats", f"holds {kind}, but {before}; use one format a file")
         return sample
-
-
-def _holds_control(text: str) -> bool:
-    # Where none of these stands, which is nearly everywhere, the expression need not run.
-    return any(mark in text for mark in ("\\u00", "\\b", "\\f", "\x7f")) and _CONTROL.search(text) is not None

@@ -20,13 +20,7 @@ Value = dict[str, Any] | FaultySampleError
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
-
-    Attributes:
-        samples: how many.
-        read_as: what of other programs' formats was read as ours, a sentence each.
-        unread: keys that were left out.
-    """
+    """How many samples were written, what was read as ours (a sentence each), and the keys that were left out."""
 
     samples: int
     read_as: tuple[str, ...]
@@ -96,9 +90,7 @@ def _values(source: Path) -> Iterator[Value]:
 
 def _array_of(source: Path) -> list[Value]:
     content = json.loads(source.read_text(encoding="utf-8-sig"))
-    arrays = [content] if isinstance(content, list) else []
-    if isinstance(content, dict):
-        arrays = [each for each in content.values() if isinstance(each, list)]
+    arrays = [each for each in (content.values() if isinstance(content, dict) else [content]) if isinstance(each, list)]
     if len(arrays) != 1:
         raise UsageError(
             f"{str(source)!r} holds {len(arrays)} arrays where one of samples is looked for; write that one alone"

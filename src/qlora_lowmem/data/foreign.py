@@ -51,10 +51,7 @@ def as_ours(value: dict[str, Any], say: Say, unread: Callable[[str], None]) -> d
 
 def _from_sharegpt(value: dict[str, Any], say: Say) -> dict[str, Any]:
     say("'conversations' (ShareGPT) are read as messages")
-    messages: list[Any] = []
-    system = value.get("system")
-    if isinstance(system, str) and system.strip():
-        messages.append({"role": "system", "content": system})
+    messages: list[Any] = _system_of(value)
     for index, turn in enumerate(value["conversations"]):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             messages.append(turn)
@@ -82,16 +79,20 @@ def _from_alpaca(value: dict[str, Any], say: Say) -> dict[str, Any]:
             "first two")  # fmt: skip
         return beside | {"prompt": prompt, "completion": value["output"]}
     say("'instruction', 'input' and 'output' (Alpaca) are read as messages, 'system' and 'history' before them")
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": value["output"]}]
     history = value.get("history") or []
     if not isinstance(history, list) or not all(isinstance(each, list) and len(each) == 2 for each in history):
         raise FaultySampleError("messages", "'history' is no list of pairs; write [[question, answer], ...]")
-    for asked, answer in reversed(history):
+    messages = _system_of(value)
+    for asked, answer in history:
         # An earlier answer is context here, as it is where this form comes from.
-        messages[:0] = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer, "weight": 0}]
-    if isinstance(value.get("system"), str) and value["system"].strip():
-        messages.insert(0, {"role": "system", "content": value["system"]})
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer, "weight": 0}]
+    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": value["output"]}]
     return beside | {"messages": messages}
+
+
+def _system_of(value: dict[str, Any]) -> list[dict[str, Any]]:
+    text = value.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
 
 
 def _message(message: Any, say: Say) -> Any:

@@ -15,12 +15,7 @@ _BUFFERED = 2**15
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Samples that repeat an earlier one.
-
-    Attributes:
-        count: how many.
-        first: (line or row of the first of them, that of the sample it repeats); None if there is none.
-    """
+    """How many samples repeat an earlier one, and (line or row of the first of them, that of the one it repeats)."""
 
     count: int
     first: tuple[int, int] | None
@@ -86,14 +81,11 @@ class DataReport:
         unit: what is numbered: `line` or `row`.
         format: of every sample.
         conversational: whether samples are messages, which need a chat template.
-        samples: how many.
         blank_lines: lines skipped, for there is nothing on them.
         duplicates: samples that repeat an earlier one; they are kept.
-        byte_order_mark: whether the file starts with one.
         replacement_characters: samples with U+FFFD, which an earlier program left where it could not decode.
         control_characters: samples with characters that belong in no text, a NUL for instance.
-        with_tools: samples that bring tools.
-        with_tool_calls: samples in which the assistant calls one.
+        with_tools, with_tool_calls: samples that bring tools, and in which the assistant calls one.
         unused_columns: columns of a table that the format does not have, and keys beside complete samples.
         read_as: what of other programs' formats was read as ours, a sentence each.
         reasoning_keys: the keys under which messages bring an assistant's reasoning.

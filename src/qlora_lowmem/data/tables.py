@@ -1,7 +1,7 @@
 """Tables: a Parquet file, or a data set of the hub through the package `datasets`.
 
-A table has the columns that it has: those of one format are read, the others are named in the report. pyarrow and
-datasets are imported when a table is opened, and not before. A data set that is JSON Lines is read as such, line by
+Columns of one format are read, the others are named in the report. pyarrow and datasets are imported when a table is
+opened, and not before. A data set that is JSON Lines is read as such, line by
 line: `load_dataset` (5.2) turns every text of a block of 10 MB into its JSON source, quotation marks and all, where one
 line of the block has a number or a list in its place.
 """

@@ -159,28 +159,22 @@ def _keep_output_inside(draft: _Draft) -> None:
 
 
 def _finish(draft: _Draft, source: str) -> Recipe:
-    recipe = _build(draft.values)
+    specs = field_specs()
+    groups: dict[str, dict[str, Any]] = {section: {} for section in ["", *SECTIONS]}
+    for leaf, value in draft.values.items():
+        groups[specs[leaf].section][leaf] = value
+    recipe = Recipe(**groups[""], **{section: group(**groups[section]) for section, group in SECTIONS.items()})
+    now = field_values(recipe)
     for leaves, message in contradictions(recipe):
         if not draft.faulty.intersection(leaves):
-            values = " and ".join(_with_its_place(draft, recipe, field_specs()[leaf]) for leaf in leaves)
-            draft.faults.append(f"{values} contradict each other: {message}")
+            places = {leaf: draft.written_at.get(leaf, "the default") for leaf in leaves}
+            said = " and ".join(f"{specs[leaf].path} = {_shown(now[leaf])} ({at})" for leaf, at in places.items())
+            draft.faults.append(f"{said} contradict each other: {message}")
     if draft.faults:
         count = "1 problem" if len(draft.faults) == 1 else f"{len(draft.faults)} problems"
         raise UsageError("\n  ".join([f"{source}: {count}", *draft.faults]))
     filled = recipe.run.output_dir.replace("{name}", recipe.name)
     return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output_dir=filled))
-
-
-def _build(values: Mapping[str, Any]) -> Recipe:
-    groups: dict[str, dict[str, Any]] = {section: {} for section in ["", *SECTIONS]}
-    for leaf, value in values.items():
-        groups[field_specs()[leaf].section][leaf] = value
-    return Recipe(**groups[""], **{section: group(**groups[section]) for section, group in SECTIONS.items()})
-
-
-def _with_its_place(draft: _Draft, recipe: Recipe, spec: FieldSpec) -> str:
-    value = _shown(getattr(getattr(recipe, spec.section), spec.name))
-    return f"{spec.path} = {value} ({draft.written_at.get(spec.name, 'the default')})"
 
 
 def _unknown_key(key: str, section: str) -> str:

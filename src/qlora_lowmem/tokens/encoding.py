@@ -12,12 +12,7 @@ NO_LOSS = -100
 
 
 class Encoded(NamedTuple):
-    """A sample's tokens.
-
-    Attributes:
-        ids: the tokens.
-        labels: the same, `NO_LOSS` where there is no loss.
-    """
+    """A sample's tokens, and the same as labels: `NO_LOSS` where there is no loss."""
 
     ids: list[int]
     labels: list[int]

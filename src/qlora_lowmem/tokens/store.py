@@ -29,8 +29,7 @@ class TokenReport:
     """What tokenising came to.
 
     Attributes:
-        samples: samples that are trained on.
-        of_samples: samples that there are: a run of few steps tokenises only those that it sees.
+        samples, of_samples: that are trained on, and that there are: a run of few steps tokenises those that it sees.
         tokens: kept, over all samples.
         scored_tokens: those with a loss.
         longest: tokens of the longest sample before anything was cut.
@@ -53,7 +52,8 @@ class TokenReport:
 
     def lines(self, max_seq_length: int, unit: str) -> Iterator[str]:
         """What a person should know, in sentences."""
-        part = f" of {self.of_samples:,}: the ones that this run sees" if self.samples_seen < self.of_samples else ""
+        seen = self.samples + self.dropped_samples
+        part = f" of {self.of_samples:,}: the ones that this run sees" if seen < self.of_samples else ""
         yield (
             f"{self.tokens:,} tokens, {self.scored_tokens:,} of them with a loss, in {self.samples:,} samples{part}; "
             f"the longest has {self.longest:,}"
@@ -69,17 +69,11 @@ class TokenReport:
                 f"note: {self.dropped_samples:,} samples are left out: all that they would teach lies beyond "
                 f"max_seq_length {max_seq_length:,}"
             )
-
         if self.samples > self.truncated_samples and not self.ending_samples:
             yield (
                 "note: no sample has a loss on a token at which the model stops, so it may not learn to stop; end the "
                 "answers with the end token, or use a chat template that does"
             )
-
-    @property
-    def samples_seen(self) -> int:
-        """Samples tokenised, kept or dropped."""
-        return self.samples + self.dropped_samples
 
 
 _COUNTED = [each.name for each in fields(TokenReport) if each.name not in ("of_samples", "first_truncated")]

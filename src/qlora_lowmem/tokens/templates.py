@@ -13,11 +13,7 @@ from jinja2 import nodes
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
-from trl.chat_template_utils import (
-    get_training_chat_template,
-    has_generation_markers,
-    supports_tool_calling,
-)
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers, supports_tool_calling
 
 from qlora_lowmem.data import DataReport
 from qlora_lowmem.errors import UsageError
@@ -35,8 +31,8 @@ class Marking:
     """How the tokens are found that the loss is on.
 
     Attributes:
-        method: `all`: every token; `marks`: the template marks the assistant's words; `prefixes`: where the
-            conversation up to the assistant's turn ends.
+        method: `all` of them; those that the template `marks` as the assistant's; `prefixes`: those after what the
+            conversation up to the assistant's turn has.
         template: the template that renders; None for the tokenizer's own.
         turns: a pair of texts is rendered as a user's turn and the assistant's.
     """
@@ -47,13 +43,10 @@ class Marking:
 
 
 def check_templates(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
-    """Refuse chat templates that reach for Python's internals.
-
-    Raises:
-        UsageError: one does, or is no template at all.
-    """
-    for name, template in _named(tokenizer.chat_template).items():
-        shown = f"base.model: the chat template{name} of {model!r}"
+    """A `UsageError` where a chat template reaches for Python's internals, or is no template at all."""
+    given = tokenizer.chat_template or {}
+    for name, template in (given if isinstance(given, dict) else {"": given}).items():
+        shown = f"base.model: the chat template{name and f' {name!r}'} of {model!r}"
         try:
             tree = _compile_jinja_template(template).environment.parse(template)
         except TemplateError as error:
@@ -139,15 +132,6 @@ def _shows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     except TEMPLATE_ERRORS:
         return False
     return _PROBE_TOOL in str(said)
-
-
-def _named(templates: Any) -> dict[str, str]:
-    """Templates by what messages add to the word: one has no name, several have."""
-    if not templates:
-        return {}
-    if isinstance(templates, dict):
-        return {f" {name!r}": template for name, template in templates.items()}
-    return {"": templates}
 
 
 def _internals(tree: nodes.Node) -> Iterator[str]:
