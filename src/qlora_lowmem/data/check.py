@@ -43,7 +43,6 @@ def check_data(name: str, train_on: TrainOn = "completions", *, quiet: bool = Tr
 
     Args:
         name: a `.jsonl` or `.parquet` file, or a hub id with an optional split (`owner/name:split`).
-        train_on: what the loss will be on.
         quiet: show no progress bar, which otherwise appears after two seconds.
 
     Raises:

@@ -46,7 +46,13 @@ def as_ours(value: dict[str, Any], say: Say, unread: Callable[[str], None]) -> d
         else each
         for key, each in value.items()
     }
-    return _without_the_rest(value, unread)
+    if not any(set(required) <= value.keys() for required, _ in COLUMNS.values()):
+        return value
+    # What stands beside a complete sample is left out; a key that looks like one of ours stays, to be told as a fault.
+    rest = [key for key in value if key not in _KNOWN and not difflib.get_close_matches(key.lower(), _KNOWN, n=1)]
+    for key in rest:
+        unread(key)
+    return {key: each for key, each in value.items() if key not in rest}
 
 
 def _from_sharegpt(value: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -114,13 +120,3 @@ def _message(message: Any, say: Say) -> Any:
 
 def _is_text(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _without_the_rest(value: dict[str, Any], unread: Callable[[str], None]) -> dict[str, Any]:
-    """Without what stands beside a complete sample; a key that looks like one of ours stays, to be told as a fault."""
-    if not any(set(required) <= value.keys() for required, _ in COLUMNS.values()):
-        return value
-    rest = [key for key in value if key not in _KNOWN and not difflib.get_close_matches(key.lower(), _KNOWN, n=1)]
-    for key in rest:
-        unread(key)
-    return {key: each for key, each in value.items() if key not in rest}

@@ -22,7 +22,6 @@ class DataSource:
     """A place that holds samples.
 
     Attributes:
-        kind: how it is read.
         name: the file's path or the hub id, as messages name it.
         split: of a hub data set; "" for a file.
     """

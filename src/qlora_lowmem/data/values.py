@@ -99,12 +99,7 @@ class FaultySampleError(Exception):
 
 
 class FaultLog:
-    """Faults as they are found, of one file or data set.
-
-    Args:
-        name: the file's path or the data set's id.
-        unit: what is numbered: `line` or `row`.
-    """
+    """Faults as they are found, of the file or data set `name`, whose `unit` (`line` or `row`) is numbered."""
 
     def __init__(self, name: str, unit: str) -> None:
         self._name = name

@@ -74,10 +74,7 @@ class Advice:
 
 
 def candidate_changes(recipe: Recipe, *, tiles: bool) -> list[Change]:
-    """The single changes to try: every move that `recipe` has not made and can make.
-
-    Of a batch, one sample is tried: half a micro-batch, which a run that is out of memory tries first, saves less.
-    """
+    """The single changes to try: every move that `recipe` can make; of a batch, one sample, which saves the most."""
     return [change for change in changes_of(recipe, tiles=tiles) if change.move.name != "half a micro-batch"]
 
 

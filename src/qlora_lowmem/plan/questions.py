@@ -26,12 +26,11 @@ def measure_lengths(
         QloraLowmemError: a run fails.
     """
     room = roomy(card)
-    submitted = []
-    for recipe in recipes:
-        short = shortened(recipe)
-        for length in lengths:
-            future = submit_recipe(server, replace_field(short, "max_seq_length", length), room)
-            submitted.append((recipe.name, length, future))
+    submitted = [
+        (recipe.name, length, submit_recipe(server, replace_field(shortened(recipe), "max_seq_length", length), room))
+        for recipe in recipes
+        for length in lengths
+    ]
     rows = []
     for name, length, future in tqdm(submitted, desc="lengths", unit="run"):
         run = future.result()

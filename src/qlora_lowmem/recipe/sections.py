@@ -15,6 +15,7 @@ DATA_SUFFIXES = (".jsonl", ".parquet")
 _FILES = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|gz|bz2|zst|zip|tar|arrow|xlsx?|ya?ml|py|pkl|pt)$", re.IGNORECASE)
 _HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.\[\]%+:-]*)?", re.ASCII)
 TARGET_PRESETS = ("attention", "attention-qv", "all-linear")
+_STEPS: dict[str, Any] = {"min": 1, "max": 2**31 - 1}
 
 Kind = Literal["auto", "name", "modules", "memory", "data", "path"]
 
@@ -267,22 +268,18 @@ class Schedule:
         None,
         "optimizer steps; null trains num_epochs instead",
         "none: the peak is reached by the second step",
-        min=1,
-        max=2**31 - 1,
+        **_STEPS,
     )
     num_epochs: float = knob(1.0, "passes over the data, where max_steps is null", above=0, max=1_000_000)
     seed: int = knob(42, "seed of weights, order and dropout", min=0, max=2**32 - 1)
-    logging_steps: int = knob(1, "optimizer steps between two logged losses", min=1, max=2**31 - 1)
-    save_steps: int = knob(
-        50, "optimizer steps between two checkpoints", "none on the GPU; disk only", min=1, max=2**31 - 1
-    )
+    logging_steps: int = knob(1, "optimizer steps between two logged losses", **_STEPS)
+    save_steps: int = knob(50, "optimizer steps between two checkpoints", "none on the GPU; disk only", **_STEPS)
     save_total_limit: int = knob(2, "checkpoints kept", "none on the GPU; disk only", min=1, max=1_000_000)
     eval_steps: int | None = knob(
         None,
         "optimizer steps between two evaluations, where eval_fraction holds samples out; null evaluates at the end",
         "none: an evaluation takes less than a step",
-        min=1,
-        max=2**31 - 1,
+        **_STEPS,
     )
 
 

@@ -84,21 +84,20 @@ def training_data(
     Raises:
         UsageError: data that do not go with the chat template, or of which nothing is left to learn.
     """
-    encoder, notes = _encoder(recipe, checked, tokenizer)
+    work = _Tokenising(recipe, checked, tokenizer)
     place = Path(output_dir or tempfile.gettempdir())
     with writing("the tokenised data", place):
         scratch = None if output_dir else tempfile.TemporaryDirectory(prefix="qlora_lowmem-")
         parent = Path(scratch.name) if scratch else place / TOKENS_FOLDER
-        folder = parent / _key(recipe, checked, tokenizer)
+        folder = parent / work.key()
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / _LOCK):  # of several processes, one writes
             if not folder.is_dir():
                 _remove_ours(parent)  # of other data, or half written by a run that was killed
-                samples = _seen_samples(recipe, checked, encoder)
-                write_tokens(folder, samples, _tally(recipe, tokenizer), checked.report.samples)
+                write_tokens(folder, work.seen(), work.tally(), checked.report.samples)
     dataset, report = open_tokens(folder)
     _check_not_empty(recipe, report)
-    return TrainingData(_packed(recipe, dataset), report, notes, folder, scratch)
+    return TrainingData(_packed(recipe, dataset), report, work.notes, folder, scratch)
 
 
 def _remove_ours(parent: Path) -> None:
@@ -112,13 +111,13 @@ def count_tokens(
     recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TokenReport, tuple[str, ...]]:
     """The report and the notes of `training_data`, and its errors, with nothing written."""
-    encoder, notes = _encoder(recipe, checked, tokenizer)
-    tally = _tally(recipe, tokenizer)
-    for _ in tally.cut(_seen_samples(recipe, checked, encoder)):
+    work = _Tokenising(recipe, checked, tokenizer)
+    tally = work.tally()
+    for _ in tally.cut(work.seen()):
         pass
     report = tally.report(checked.report.samples)
     _check_not_empty(recipe, report)
-    return report, notes
+    return report, work.notes
 
 
 def encoded_samples(
@@ -129,8 +128,7 @@ def encoded_samples(
     Raises:
         UsageError: data that do not go with the chat template.
     """
-    encoder, _ = _encoder(recipe, checked, tokenizer)
-    yield from _encoded(checked, encoder, itertools.islice(checked.samples(), samples), samples)
+    yield from _Tokenising(recipe, checked, tokenizer).encoded(itertools.islice(checked.samples(), samples), samples)
 
 
 def show_sample(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int = 120) -> str:
@@ -144,22 +142,6 @@ def show_sample(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
     return shown if len(ids) <= limit else f"{shown} ... ({len(ids)} tokens)"
 
 
-def _encoder(
-    recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Encoder, tuple[str, ...]]:
-    model = recipe.base.model
-    check_templates(tokenizer, model)
-    marking = choose_marking(tokenizer, checked.report, recipe.data.train_on, model, recipe.data.template)
-    shown = str(tokenizer.chat_template)
-    notes = [_IN_TURNS] if marking.turns else []
-    notes += [_UNSEEN.format(key=key, model=model) for key in checked.report.reasoning_keys if key not in shown]
-    return Encoder(tokenizer, marking), tuple(notes)
-
-
-def _tally(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenTally:
-    return TokenTally(recipe.batch.max_seq_length, end_tokens(tokenizer, source_of(recipe).folder))
-
-
 _IN_TURNS = (
     "each pair is a turn of the user and one of the assistant, as the model's chat template puts them (TRL joins two "
     "texts as they are: data.template none)"
@@ -167,33 +149,61 @@ _IN_TURNS = (
 _UNSEEN = "messages bring {key!r}, which the chat template of {model!r} does not show, so it is not learned"
 
 
-def _seen_samples(recipe: Recipe, checked: CheckedData, encoder: Encoder) -> Iterator[tuple[int, Encoded]]:
-    """The samples that the run sees, tokenised, with their line or row."""
-    samples = checked.report.samples
-    wanted = _samples_seen(recipe, samples)
-    return _encoded(checked, encoder, _chosen(checked.samples(), wanted, samples, recipe.schedule.seed), wanted)
+class _Tokenising:
+    """The checked samples of a recipe on their way to tokens; `notes` are as in `TrainingData`."""
 
+    def __init__(self, recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase) -> None:
+        model, report = recipe.base.model, checked.report
+        check_templates(tokenizer, model)
+        marking = choose_marking(tokenizer, report, recipe.data.train_on, model, recipe.data.template)
+        self._recipe, self._checked, self._tokenizer = recipe, checked, tokenizer
+        self._encoder = Encoder(tokenizer, marking)
+        # How many samples the run can see: all where they are packed or counted in epochs.
+        self._wanted = report.samples
+        if recipe.schedule.max_steps is not None and not recipe.batch.packing:
+            batch = recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps * processes()
+            steps = with_held_out(recipe.schedule.max_steps * batch, recipe.data.eval_fraction)
+            self._wanted = min(report.samples, steps)
+        shown = str(tokenizer.chat_template)
+        unseen = (_UNSEEN.format(key=key, model=model) for key in report.reasoning_keys if key not in shown)
+        self.notes = (*([_IN_TURNS] if marking.turns else []), *unseen)
 
-def _encoded(
-    checked: CheckedData, encoder: Encoder, samples: Iterable[tuple[int, dict[str, Any]]], count: int
-) -> Iterator[tuple[int, Encoded]]:
-    faults = FaultLog(checked.report.name, checked.report.unit)
-    seen = 0
-    for number, sample in tqdm(samples, total=count, desc="tokenising", unit="sample", delay=2, disable=checked.quiet):
-        seen += 1
-        try:
-            yield number, encoder.encode(sample)
-        except FaultySampleError as fault:
-            faults.add(number, fault)
-    faults.refuse_if_any(seen)
+    def tally(self) -> TokenTally:
+        folder = source_of(self._recipe).folder
+        return TokenTally(self._recipe.batch.max_seq_length, end_tokens(self._tokenizer, folder))
 
+    def seen(self) -> Iterator[tuple[int, Encoded]]:
+        """The samples that the run sees, tokenised, with their line or row."""
+        samples, wanted = self._checked.samples(), self._wanted
+        chosen = _chosen(samples, wanted, self._checked.report.samples, self._recipe.schedule.seed)
+        return self.encoded(chosen, wanted)
 
-def _samples_seen(recipe: Recipe, samples: int) -> int:
-    """How many of `samples` the run can see; all where it is packed or counted in epochs."""
-    if recipe.schedule.max_steps is None or recipe.batch.packing:
-        return samples
-    batch = recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps * processes()
-    return min(samples, with_held_out(recipe.schedule.max_steps * batch, recipe.data.eval_fraction))
+    def encoded(self, samples: Iterable[tuple[int, dict[str, Any]]], count: int) -> Iterator[tuple[int, Encoded]]:
+        report, quiet = self._checked.report, self._checked.quiet
+        faults = FaultLog(report.name, report.unit)
+        seen = 0
+        for number, sample in tqdm(samples, total=count, desc="tokenising", unit="sample", delay=2, disable=quiet):
+            seen += 1
+            try:
+                yield number, self._encoder.encode(sample)
+            except FaultySampleError as fault:
+                faults.add(number, fault)
+        faults.refuse_if_any(seen)
+
+    def key(self) -> str:
+        """Equal for equal tokens: the source as it is now, the tokenizer, the fields that choose and cut samples."""
+        recipe, checked, tokenizer = self._recipe, self._checked, self._tokenizer
+        source = checked.source
+        stat = Path(source.name).stat() if source.kind != "hub" else None
+        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        facts = {
+            "source": [source.name, source.split, *([stat.st_size, stat.st_mtime_ns] if stat else [])],
+            "samples": [checked.report.samples, self._wanted, recipe.schedule.seed],
+            "fields": [checked.train_on, recipe.data.template, recipe.batch.max_seq_length],
+            "tokenizer": [type(tokenizer).__name__, backend, str(tokenizer.chat_template), str(tokenizer.eos_token)],
+            "versions": [importlib.metadata.version(name) for name in ("transformers", "trl", "tokenizers")],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _chosen(
@@ -208,21 +218,6 @@ def _chosen(
         if chance.random() * (of_samples - passed) < left:
             left -= 1
             yield sample
-
-
-def _key(recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for equal tokens: the source as it is now, the tokenizer, and the fields that choose and cut samples."""
-    source = checked.source
-    stat = Path(source.name).stat() if source.kind != "hub" else None
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    facts = {
-        "source": [source.name, source.split, *([stat.st_size, stat.st_mtime_ns] if stat else [])],
-        "samples": [checked.report.samples, _samples_seen(recipe, checked.report.samples), recipe.schedule.seed],
-        "fields": [checked.train_on, recipe.data.template, recipe.batch.max_seq_length],
-        "tokenizer": [type(tokenizer).__name__, backend, str(tokenizer.chat_template), str(tokenizer.eos_token)],
-        "versions": [importlib.metadata.version(name) for name in ("transformers", "trl", "tokenizers")],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_not_empty(recipe: Recipe, report: TokenReport) -> None:

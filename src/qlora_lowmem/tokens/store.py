@@ -113,11 +113,7 @@ class TokenTally:
 
 
 def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], tally: TokenTally, of_samples: int) -> None:
-    """Write samples and their report to `folder`, which appears whole or not at all.
-
-    Raises:
-        UsageError: the folder cannot be written, or its disk is full.
-    """
+    """Write samples and their report to `folder`, which appears whole or, with a `UsageError`, not at all."""
     try:
         with whole_folder(folder, fsync=True) as scratch:
             with pa.OSFile(str(scratch / TOKENS_FILE), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
