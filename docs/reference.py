@@ -8,11 +8,11 @@ The site's build calls it (`conf.py`); nothing of what it writes is committed.
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
 import textwrap
+import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -178,14 +178,17 @@ def kinds_page() -> str:
 
 def values_page() -> str:
     """What a program is answered on a virtual GPU where a card would have computed."""
-    facts = runpy.run_path(str(PACKAGE / "virtual_gpu" / "worker" / "vgpu_facts.py"))
-    values = [(f"`{asked}`", f"`{answer}`", _plain(why)) for asked, answer, why in facts["VALUES"]]
-    others = [tuple(map(_plain, fact)) for fact in facts["FACTS"]]
-    names = textwrap.dedent((facts["__doc__"] or "").partition("with\n")[2].partition("`FACTS`")[0]).strip()
+    table = tomllib.loads((PACKAGE / "virtual_gpu" / "values.toml").read_text(encoding="utf-8"))
+    values = [
+        (f"`{asked}`", f"`{answer}`", _plain(": ".join([group["why"], *more])))
+        for group in table["values"]
+        for asked, answer, *more in group["gives"]
+    ]
+    facts = [tuple(map(_plain, fact)) for fact in table["facts"]]
     return (
         "# Values on a virtual GPU\n\nNothing is computed there, so a value that is read is made up. With\n\n"
-        f"```python\n{names}\n```\n\n{_table(('expression', 'gives', 'why'), values)}\n\n## Libraries\n\n"
-        f"{_table(('what', 'does', 'why'), others)}\n"
+        f"```python\n{table['given']}```\n\n{_table(('expression', 'gives', 'why'), values)}\n\n## Libraries\n\n"
+        f"{_table(('what', 'does', 'why'), facts)}\n"
     )
 
 

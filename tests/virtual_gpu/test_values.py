@@ -1,31 +1,20 @@
 """Values do not exist on a virtual GPU: every row of the table of what is answered instead, evaluated."""
 
-import importlib.util
+import tomllib
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import qlora_lowmem.virtual_gpu
 
-
-def _facts() -> ModuleType:
-    path = Path(qlora_lowmem.virtual_gpu.__file__).with_name("worker") / "vgpu_facts.py"
-    spec = importlib.util.spec_from_file_location("vgpu_facts", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-VALUES = _facts().VALUES
+TABLE = tomllib.loads(Path(qlora_lowmem.virtual_gpu.__file__).with_name("values.toml").read_text())
+VALUES = [row for group in TABLE["values"] for row in group["gives"]]
 
 
 @pytest.fixture(scope="module")
 def answers(server, laptop):
-    expressions = [expression for expression, _, _ in VALUES]
-    result = server.submit("virtual_gpu.jobs:evaluate", {"expressions": expressions}, laptop, timeout=60).result()
+    asked = {"given": TABLE["given"], "expressions": [row[0] for row in VALUES]}
+    result = server.submit("virtual_gpu.jobs:evaluate", asked, laptop, timeout=60).result()
     assert result.error is None, result.output_tail
     return result
 
@@ -42,11 +31,12 @@ def test_a_program_that_reads_values_is_told_once(answers):
 
 def test_all_may_be_asked_by_keyword(job):
     expression = "bool(torch.all(input=mask))"
-    assert job("evaluate", expressions=[expression]).value == {expression: "False"}
+    assert job("evaluate", given=TABLE["given"], expressions=[expression]).value == {expression: "False"}
 
 
 def test_every_row_has_its_reason():
-    assert all(reason for *_, reason in (*VALUES, *_facts().FACTS))
+    assert all(group["why"] for group in TABLE["values"])
+    assert all(reason for *_, reason in TABLE["facts"])
 
 
 def test_only_what_the_host_wrote_and_a_collective_passed_on_can_be_read(job):

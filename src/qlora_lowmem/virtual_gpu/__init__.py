@@ -2,7 +2,7 @@
 
 What runs is real: dispatcher, operators, caching allocator, `torch.cuda.max_memory_allocated()`, snapshots,
 `torch.cuda.OutOfMemoryError`. Only the libraries below PyTorch are replaced: they count memory and compute nothing, so
-a program's peak is executed, not estimated, and its values are zeros (`worker/vgpu_facts.py` lists what follows).
+a program's peak is executed, not estimated, and its values are zeros (`values.toml` lists what follows).
 
 What a replaced library would take from the driver for itself, beside PyTorch's allocator, is not known: NCCL's buffers
 above all. A run that uses such a library is told, and `Report.notices` keeps it.

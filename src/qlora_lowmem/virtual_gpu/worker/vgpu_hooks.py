@@ -2,7 +2,7 @@
 
 Values do not exist here: copies from the device read zeros, so `.item()` is 0, `bool(tensor)` is False, `isnan` is
 False, and control flow that depends on them takes that branch. Where a *shape* depends on values, the worst case is
-taken where there is one. `vgpu_facts.py` lists all of it.
+taken where there is one. `values.toml` lists all of it.
 """
 
 import atexit
