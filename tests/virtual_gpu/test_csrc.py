@@ -156,7 +156,7 @@ def figures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Runs a compiled program on a card: a line `field property attribute` for every field."""
     request.getfixturevalue("built")
     folder = tmp_path_factory.mktemp("figures")
-    cuda = discovery.find_cuda(frozenset(stubs.POLICIES))
+    cuda = discovery.find_cuda(frozenset(stubs.policies()))
     names = FIELDS + (FIELDS_FROM_13 if discovery.header_version(cuda.headers) >= 13000 else FIELDS_UNTIL_12)
     rows = "".join(f"  ROW({field}, {attribute})\n" for field, attribute in (pair.split("=") for pair in names.split()))
     source = folder / "figures.cpp"

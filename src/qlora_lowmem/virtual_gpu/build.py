@@ -70,7 +70,7 @@ def ensure_built() -> Build:
     for root in _cache_roots():
         if (build := _recall(root, asked)) is not None:
             return build
-    cuda = discovery.find_cuda(frozenset(stubs.POLICIES))
+    cuda = discovery.find_cuda(frozenset(stubs.policies()))
     files = [*_own_files(), Path(discovery.__file__), *torch, *(library.path for library in cuda.libraries)]
     files += [*(cuda.headers / name for name in discovery.HEADERS), Path(asked[2])]
     key = _key(cuda, compiler)
@@ -123,7 +123,7 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def _own_files() -> list[Path]:
-    return sorted([_SOURCES, *_SOURCES.rglob("*"), Path(__file__), Path(stubs.__file__)])
+    return sorted([_SOURCES, *_SOURCES.rglob("*"), Path(__file__), Path(stubs.__file__), stubs.TABLES])
 
 
 def _key(cuda: CudaInstallation, compiler: Sequence[str]) -> str:
@@ -263,7 +263,7 @@ class _Builder:
         exports = functions_of(library.path)
         if not exports:
             raise VirtualGPUUnavailable(f"{library.path} exports nothing; reinstall PyTorch with its dependencies")
-        policy, version = stubs.POLICIES[library.stem], self.versions.get(library.stem, 0)
+        policy, version = stubs.policies()[library.stem], self.versions.get(library.stem, 0)
         text = stubs.write_assembly(policy, exports, _defined_functions(objects), version)
         inputs = [*objects, self._write(f"{library.stem}-stubs.S", text)]
         self._link(_file_name(library), inputs, discovery.version_node(library.path), exports, library.soname)
@@ -272,7 +272,9 @@ class _Builder:
         header = (self.cuda.headers / "cuda.h").read_text(encoding="utf-8", errors="replace")
         functions, aliases = stubs.driver_functions(header)
         implemented = _defined_functions(objects)
-        text = stubs.write_assembly(stubs.DRIVER, functions, implemented, 0) + stubs.write_aliases(aliases)
+        text = stubs.write_assembly(stubs.policies()["driver"], functions, implemented, 0) + stubs.write_aliases(
+            aliases
+        )
         self._link("libcuda.so.1", [*objects, self._write("driver-stubs.S", text)], None, {*functions, *implemented})
 
     def _link(
@@ -338,9 +340,9 @@ print(json.dumps(answers))
 
 def _library_versions(libraries: Sequence[CudaLibrary]) -> dict[str, int]:
     """What the real libraries say their versions are, asked in a process of its own; none of these needs a GPU."""
-    policies = ((library, stubs.POLICIES[library.stem]) for library in libraries)
+    policies = ((library, stubs.policies()[library.stem]) for library in libraries)
     questions = [
-        (library.stem, str(library.path), policy.version, policy.version_is_returned)
+        (library.stem, str(library.path), policy.version, not policy.version_written)
         for library, policy in policies
         if policy.version is not None
     ]
