@@ -71,16 +71,20 @@ CUresult CUDAAPI cuMemAlloc(CUdeviceptr *dptr, size_t bytesize);
 
 
 def test_a_size_is_written_where_the_argument_points():
-    """The second argument is in a register; the eighth lies on the stack, above the return address and the seventh."""
+    """The second argument is in a register; the eighth lies on the stack, above the return address and the seventh.
+
+    Where it points nowhere (null), nothing is written.
+    """
     policy = stubs.Policy(1, number={"small": [(2, 4, 0)], "late": [(8, 8, 0)]}, notice=4)
     text = stubs.write_assembly(policy, ["small", "late"], [], 0)
-    assert "movl $0, (%rsi)\n    movl $4, %edi\n    jmp vgpu_notice@PLT" in text
-    assert "movq 16(%rsp), %rax\n    movq $0, (%rax)" in text
+    written = "    testq {0}, {0}\n    jz 1f\n    mov{1} $0, ({0})\n    1:\n    movl $4, %edi\n    jmp vgpu_notice@PLT"
+    assert "small:\n" + written.format("%rsi", "l") in text
+    assert "late:\n    movq 16(%rsp), %rax\n" + written.format("%rax", "q") in text
 
 
 def test_a_number_that_is_no_size_is_written_without_a_word():
     text = stubs.write_assembly(stubs.policies()["driver"], ["cuOccupancyMaxActiveBlocksPerMultiprocessor"], [], 0)
-    assert "movl $2, (%rdi)\n    xorl %eax, %eax\n    ret" in text
+    assert "movl $2, (%rdi)\n    1:\n    xorl %eax, %eax\n    ret" in text
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,8 @@ def _write_numbers(numbers: Sequence[tuple[int, int, int]]) -> list[str]:
         register = _ARGUMENT_REGISTERS[position - 1] if position <= 6 else "%rax"
         if position > 6:
             lines.append(f"movq {8 * (position - 6)}(%rsp), %rax")
-        lines.append(f"mov{'l' if size == 4 else 'q'} ${number}, ({register})")
+        lines += [f"testq {register}, {register}", "jz 1f"]
+        lines += [f"mov{'l' if size == 4 else 'q'} ${number}, ({register})", "1:"]
     return lines
 
 

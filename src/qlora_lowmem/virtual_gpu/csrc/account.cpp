@@ -123,17 +123,15 @@ class Lock {
   ~Lock() {
     if (fd_ >= 0) close(fd_);
   }
-  Lock(const Lock&) = delete;
-  Lock& operator=(const Lock&) = delete;
 
  private:
   Guard<mutex> guard_;
   int fd_ = -1;
 };
 
-void grow(uint64_t& used, uint64_t& peak, uint64_t bytes) {
-  used += bytes;
-  if (used > peak) peak = used;
+void grow(Use& use, uint64_t bytes) {
+  use.bytes += bytes;
+  if (use.bytes > use.peak) use.peak = use.bytes;
 }
 
 // Takes a process' bytes off the account: it ended, or is ending.
@@ -141,10 +139,9 @@ void clear_process(Process& process) {
   for (int d = 0; d < kMaxDevices; ++d) {
     uint64_t bytes = process.device_bytes[d];
     if (process.contexts >> d & 1) bytes += mapped->devices[d].context_bytes;
-    mapped->devices[d].used_bytes -= bytes;
+    mapped->devices[d].used.bytes -= bytes;
   }
-  mapped->pinned_bytes -= process.pinned_bytes;
-  mapped->managed_bytes -= process.managed_bytes;
+  for (int kind = 0; kind < 2; ++kind) mapped->host[kind].bytes -= process.host_bytes[kind];
   memset(&process, 0, sizeof process);
 }
 
@@ -163,16 +160,15 @@ Process* own_row() {
   clear_dead_processes();
   for (Process& process : mapped->processes) {
     if (process.pid == getpid()) clear_process(process);  // what this process held before it called exec
+    if (process.pid == 0 && own == nullptr) own = &process;
   }
-  for (Process& process : mapped->processes) {
-    if (process.pid != 0) continue;
-    process.pid = getpid();
-    process.start_ticks = identify(process.pid).start_ticks;
-    own = &process;
-    return own;
+  if (own == nullptr) {
+    fprintf(stderr, "virtual GPU: more than %d processes use this machine at once\n", kMaxProcesses);
+    return nullptr;
   }
-  fprintf(stderr, "virtual GPU: more than %d processes use this machine at once\n", kMaxProcesses);
-  return nullptr;
+  own->pid = getpid();
+  own->start_ticks = identify(own->pid).start_ticks;
+  return own;
 }
 
 bool take_context(int device) {
@@ -181,9 +177,9 @@ bool take_context(int device) {
   if (process->contexts >> device & 1) return true;
   clear_dead_processes();
   Device& row = mapped->devices[device];
-  if (row.used_bytes + row.context_bytes > row.total_bytes) return false;
+  if (row.used.bytes + row.context_bytes > row.total_bytes) return false;
   process->contexts |= 1u << device;
-  grow(row.used_bytes, row.peak_bytes, row.context_bytes);
+  grow(row.used, row.context_bytes);
   return true;
 }
 
@@ -234,19 +230,18 @@ bool take(int device, uint64_t bytes) {
   if (!take_context(device)) return false;
   clear_dead_processes();
   Device& row = mapped->devices[device];
-  if (row.used_bytes + bytes > row.total_bytes) return false;
+  if (row.used.bytes + bytes > row.total_bytes) return false;
   own->device_bytes[device] += bytes;
-  grow(row.used_bytes, row.peak_bytes, bytes);
+  grow(row.used, bytes);
   return true;
 }
 
 void give(int device, uint64_t bytes) {
   Lock lock;
-  if (mapped == nullptr || own == nullptr) return;
   device = visible[device];
-  if (own->device_bytes[device] < bytes) return;
+  if (mapped == nullptr || own == nullptr || own->device_bytes[device] < bytes) return;
   own->device_bytes[device] -= bytes;
-  mapped->devices[device].used_bytes -= bytes;
+  mapped->devices[device].used.bytes -= bytes;
 }
 
 uint64_t free_bytes(int device) {
@@ -256,18 +251,15 @@ uint64_t free_bytes(int device) {
 void take_host(bool managed, uint64_t bytes) {
   Lock lock;
   if (mapped == nullptr || own_row() == nullptr) return;
-  (managed ? own->managed_bytes : own->pinned_bytes) += bytes;
-  if (managed) grow(mapped->managed_bytes, mapped->managed_peak_bytes, bytes);
-  else grow(mapped->pinned_bytes, mapped->pinned_peak_bytes, bytes);
+  own->host_bytes[managed] += bytes;
+  grow(mapped->host[managed], bytes);
 }
 
 void give_host(bool managed, uint64_t bytes) {
   Lock lock;
-  if (mapped == nullptr || own == nullptr) return;
-  uint64_t& booked = managed ? own->managed_bytes : own->pinned_bytes;
-  if (booked < bytes) return;
-  booked -= bytes;
-  (managed ? mapped->managed_bytes : mapped->pinned_bytes) -= bytes;
+  if (mapped == nullptr || own == nullptr || own->host_bytes[managed] < bytes) return;
+  own->host_bytes[managed] -= bytes;
+  mapped->host[managed].bytes -= bytes;
 }
 
 bool first_value_read() {
@@ -296,21 +288,18 @@ uint64_t used_bytes(int device) {
   Lock lock;
   if (mapped == nullptr) return 0;
   clear_dead_processes();
-  return mapped->devices[device].used_bytes;
+  return mapped->devices[device].used.bytes;
 }
 
-int processes_on(int device, int32_t* pids, uint64_t* bytes, int capacity) {
+int processes_on(int device, int32_t* pids, uint64_t* bytes) {
   Lock lock;
   if (mapped == nullptr) return 0;
   clear_dead_processes();
   int found = 0;
   for (const Process& process : mapped->processes) {
     if (process.pid == 0 || !(process.contexts >> device & 1)) continue;
-    if (found < capacity) {
-      pids[found] = process.pid;
-      bytes[found] = process.device_bytes[device] + mapped->devices[device].context_bytes;
-    }
-    ++found;
+    pids[found] = process.pid;
+    bytes[found++] = process.device_bytes[device] + mapped->devices[device].context_bytes;
   }
   return found;
 }

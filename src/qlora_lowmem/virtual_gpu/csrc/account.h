@@ -15,13 +15,17 @@ constexpr int kNameBytes = 96;
 constexpr uint32_t kLayoutVersion = 1;
 constexpr uint64_t kGranularity = 2u << 20;  // cudaMalloc and cuMemCreate hand out whole 2 MiB pages
 
+struct Use {
+  uint64_t bytes;
+  uint64_t peak;  // the most there ever was
+};
+
 struct Device {
   char name[kNameBytes];
   uint8_t uuid[16];
   uint64_t total_bytes;
   uint64_t context_bytes;
-  uint64_t used_bytes;  // of all living processes, their contexts included: what NVML shows
-  uint64_t peak_bytes;  // the highest used_bytes there ever was
+  Use used;  // of all living processes, their contexts included: what NVML shows
   uint32_t compute_major;
   uint32_t compute_minor;
   uint32_t sm_count;
@@ -43,8 +47,7 @@ struct Process {
   int32_t pid;  // 0: a free row
   uint32_t contexts;  // bit d: this process has a context on device d
   uint64_t start_ticks;  // with the pid, tells a process from a later one of the same number
-  uint64_t pinned_bytes;
-  uint64_t managed_bytes;
+  uint64_t host_bytes[2];  // pinned, managed
   uint64_t device_bytes[kMaxDevices];  // without contexts
   uint8_t reserved[32];
 };
@@ -58,10 +61,7 @@ struct Account {
   uint32_t values_read;  // 1 once a program copied data from a device
   uint32_t quiet;
   uint32_t notices;  // bits of Notice that were told
-  uint64_t pinned_bytes;
-  uint64_t pinned_peak_bytes;
-  uint64_t managed_bytes;
-  uint64_t managed_peak_bytes;
+  Use host[2];  // pinned, managed
   uint8_t reserved[64];
   Device devices[kMaxDevices];
   Process processes[kMaxProcesses];
@@ -133,8 +133,8 @@ namespace machine {
 VGPU_SHARED int device_count();
 VGPU_SHARED const Device& device_row(int device);
 VGPU_SHARED uint64_t used_bytes(int device);
-// Processes with a context on the device: pids and bytes (context included). Returns how many there are.
-VGPU_SHARED int processes_on(int device, int32_t* pids, uint64_t* bytes, int capacity);
+// Processes with a context on the device, at most kMaxProcesses: pids and bytes (context included). Returns how many.
+VGPU_SHARED int processes_on(int device, int32_t* pids, uint64_t* bytes);
 }  // namespace machine
 
 }  // namespace vgpu

@@ -63,11 +63,8 @@ int64_t element_bytes(int type) {
   return type == 1 ? 8 : type == 2 || type == 9 ? 2 : 4;  // double; half and bfloat16; float
 }
 
-void describe(Tensor* tensor, int type, int64_t rows, int64_t columns) {
-  *tensor = {type, 3, {1, static_cast<int>(rows), static_cast<int>(columns)}, {}};
-  tensor->strides[2] = 1;
-  tensor->strides[1] = static_cast<int>(columns);
-  tensor->strides[0] = static_cast<int>(rows * columns);
+void describe(Tensor* tensor, int type, int rows, int columns) {
+  *tensor = {type, 3, {1, rows, columns}, {rows * columns, columns, 1}};
 }
 
 static_assert(sizeof(Tensor) <= vgpu::kObjectBytes && sizeof(Rnn) <= vgpu::kObjectBytes, "vgpu_make makes them");
@@ -135,10 +132,9 @@ API int cudnnGetRNNWeightParams(void*, const Rnn* rnn, int32_t layer, size_t, co
     *matrix_address = base + (rnn->all_matrices(layer) + rnn->matrix_elements(layer, number)) * width;
   }
   if (bias == nullptr) return kSuccess;
-  bool has_bias = number < rnn->gates() * rnn->biases;
   *bias = {};
   *bias_address = nullptr;
-  if (!has_bias) return kSuccess;
+  if (number >= rnn->gates() * rnn->biases) return kSuccess;
   describe(bias, rnn->type, rnn->hidden, 1);
   int64_t before = rnn->all_matrices(layers) + layer * rnn->layer_biases() + static_cast<int64_t>(number) * rnn->hidden;
   return tell(bias_address, base + before * width);

@@ -14,7 +14,8 @@ using vgpu::tell;
 namespace {
 
 // Of cudnn_graph.h (cuDNN 9); written out because the headers are not installed everywhere.
-constexpr int kSuccess = 0, kBadParam = 2000, kDescriptor = 15;
+constexpr int kSuccess = 0, kBadParam = 2000;
+enum Type { kHandle, kBoolean = 2, kInt64, kDouble = 5, kVoidPointer, kDescriptor = 15, kChar = 24, kFraction = 26 };
 enum Attribute {
   kHeuristicsResults = 202,
   kConfigEngine = 300,
@@ -33,21 +34,10 @@ struct Value {
 using Descriptor = std::map<int, Value>;  // by attribute
 
 size_t element_size(int type) {
-  switch (type) {
-    case 0:   // handle
-    case 3:   // int64
-    case 5:   // double
-    case 6:   // void pointer
-    case 15:  // descriptor
-      return 8;
-    case 26:  // fraction: two int64
-      return 16;
-    case 2:   // boolean
-    case 24:  // char
-      return 1;
-    default:  // enumerations, float, int32
-      return 4;
-  }
+  if (type == kBoolean || type == kChar) return 1;
+  if (type == kFraction) return 16;  // two int64
+  bool wide = type == kHandle || type == kInt64 || type == kDouble || type == kVoidPointer || type == kDescriptor;
+  return wide ? 8 : 4;  // 4: enumerations, float, int32
 }
 
 }  // namespace

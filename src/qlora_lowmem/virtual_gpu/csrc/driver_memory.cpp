@@ -31,8 +31,6 @@ void drop_reference(std::map<CUmemGenericAllocationHandle, Physical>::iterator i
   handles.erase(it);
 }
 
-void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
-
 CUresult refuse(const char* name, const char* why) {
   note_missing(name, why);
   return CUDA_ERROR_NOT_SUPPORTED;

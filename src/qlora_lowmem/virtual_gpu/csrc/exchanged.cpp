@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "guard.h"
+#include "memory.h"
 
 namespace vgpu {
 namespace {
@@ -30,8 +31,6 @@ class Held {
   Guard<mutex> guard_;
 };
 
-uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
-
 void erase_overlapping(uint64_t start, uint64_t bytes) {
   for (auto it = ranges.begin(); it != ranges.end();) {
     bool overlaps = it->first < start + bytes && start < it->first + it->second.bytes.size();
@@ -56,35 +55,22 @@ const Range* find(uint64_t address, uint64_t bytes, const char** at) {
   return &it->second;
 }
 
-// Nothing that is longer is kept, but what was known of its place is no longer true.
-bool too_long(uint64_t start, uint64_t bytes) {
-  if (bytes <= kMostBytes) return false;
-  erase_overlapping(start, bytes);
-  return true;
-}
-
-void pass_on(const void* target, const void* source, uint64_t bytes, bool by_collective) {
-  Held held;
-  if (too_long(number(target), bytes)) return;
-  const char* at = nullptr;
-  if (const Range* range = find(number(source), bytes, &at)) {
-    put(number(target), at, bytes, range->exchanged || by_collective);
-  } else {
-    erase_overlapping(number(target), bytes);
-  }
-}
-
 }  // namespace
 
 void note_written(const void* device_address, const void* source, uint64_t bytes) {
   Held held;
-  if (too_long(number(device_address), bytes)) return;
-  put(number(device_address), static_cast<const char*>(source), bytes, false);
+  // What is longer is not kept, but what was known of its place is no longer true.
+  if (bytes > kMostBytes) erase_overlapping(number(device_address), bytes);
+  else put(number(device_address), static_cast<const char*>(source), bytes, false);
 }
 
-void note_copied(const void* target, const void* source, uint64_t bytes) { pass_on(target, source, bytes, false); }
-
-void note_exchanged(const void* target, const void* source, uint64_t bytes) { pass_on(target, source, bytes, true); }
+void note_copied(const void* target, const void* source, uint64_t bytes, bool by_collective) {
+  Held held;
+  const char* at = nullptr;
+  const Range* range = find(number(source), bytes, &at);
+  if (range == nullptr) erase_overlapping(number(target), bytes);
+  else put(number(target), at, bytes, range->exchanged || by_collective);
+}
 
 void forget_written() {
   if (__atomic_load_n(&count, __ATOMIC_RELAXED) == 0) return;

@@ -10,9 +10,8 @@
 namespace vgpu {
 
 VGPU_SHARED void note_written(const void* device_address, const void* source, uint64_t bytes);
-VGPU_SHARED void note_copied(const void* target, const void* source, uint64_t bytes);
-// A collective gave this rank's bytes at `source` to `target`.
-VGPU_SHARED void note_exchanged(const void* target, const void* source, uint64_t bytes);
+// On the device; a collective gave this rank's bytes to `target`, or a copy did.
+VGPU_SHARED void note_copied(const void* target, const void* source, uint64_t bytes, bool by_collective);
 // Something wrote to a device: nothing is known any more.
 VGPU_SHARED void forget_written();
 // Reads bytes that a collective delivered. False: they are not known.

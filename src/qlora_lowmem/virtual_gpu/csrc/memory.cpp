@@ -82,9 +82,6 @@ State& state() {
   return *instance;
 }
 
-uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
-void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
-
 uint64_t whole_pages(uint64_t bytes) { return round_up(std::max<uint64_t>(bytes, 1), kHostPage); }
 
 // Takes out the place that starts there, if it is of one of two kinds.
@@ -195,10 +192,8 @@ bool free_host(void* base) {
 }
 
 bool register_host(void* base, uint64_t bytes, int device) {
-  {
-    Guard<mutex> guard;
-    if (!state().places.insert({number(base), {Kind::kRegistered, device, number(base), bytes}}).second) return false;
-  }
+  Guard<mutex> guard;
+  if (!state().places.insert({number(base), {Kind::kRegistered, device, number(base), bytes}}).second) return false;
   take_host(false, bytes);
   return true;
 }
@@ -213,7 +208,7 @@ bool unregister_host(void* base) {
 void copy(void* target, const void* source, uint64_t bytes) {
   if (bytes == 0) return;
   bool to_device = is_device_address(target), from_device = is_device_address(source);
-  if (to_device && from_device) note_copied(target, source, bytes);
+  if (to_device && from_device) note_copied(target, source, bytes, false);
   else if (to_device) note_written(target, source, bytes);
   else if (!from_device) memmove(target, source, bytes);
   if (to_device || !from_device || read_exchanged(target, source, bytes)) return;

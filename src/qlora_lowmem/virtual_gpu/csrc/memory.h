@@ -7,6 +7,9 @@ namespace vgpu {
 
 enum class Kind { kUnknown, kDevice, kMapped, kPinned, kRegistered, kManaged };
 
+inline uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
+inline void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
+
 // The allocation that an address lies in.
 struct Place {
   Kind kind;  // kUnknown: an ordinary host address, or a device's with no memory behind it

@@ -62,9 +62,6 @@ API int ncclGetUniqueId(UniqueId* id) {
 }
 API int ncclCommGetUniqueId(Communicator*, UniqueId* id) { return ncclGetUniqueId(id); }
 
-API int ncclCommInitRankConfig(Communicator** made, int ranks, UniqueId, int rank, void*) {
-  return make(made, ranks, rank);
-}
 API int ncclCommInitRank(Communicator** made, int ranks, UniqueId, int rank) { return make(made, ranks, rank); }
 API int ncclCommInitRankScalable(Communicator** made, int ranks, int rank, int, UniqueId*, void*) {
   return make(made, ranks, rank);
@@ -100,7 +97,7 @@ API int ncclWinGetUserPtr(Communicator*, void* window, void** buffer) { return t
 
 // Every rank is taken to have sent what this one did (exchanged.h).
 API int ncclBroadcast(const void* from, void* to, size_t count, int type, int, Communicator*, void*) {
-  vgpu::note_exchanged(to, from, count * element_bytes(type));
+  vgpu::note_copied(to, from, count * element_bytes(type), true);
   return kSuccess;
 }
 API int ncclBcast(void* buffer, size_t count, int type, int root, Communicator* communicator, void* stream) {
@@ -109,7 +106,7 @@ API int ncclBcast(void* buffer, size_t count, int type, int root, Communicator* 
 API int ncclAllGather(const void* from, void* to, size_t count, int type, Communicator* communicator, void*) {
   uint64_t bytes = count * element_bytes(type);
   for (int rank = 0; rank < communicator->ranks; ++rank) {
-    vgpu::note_exchanged(static_cast<char*>(to) + rank * bytes, from, bytes);
+    vgpu::note_copied(static_cast<char*>(to) + rank * bytes, from, bytes, true);
   }
   return kSuccess;
 }

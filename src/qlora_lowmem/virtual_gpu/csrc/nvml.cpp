@@ -66,7 +66,7 @@ int running_processes(Handle handle, unsigned* count, Info* infos) {
   if (!valid(handle)) return kInvalidArgument;
   int32_t pids[kMaxProcesses];
   uint64_t bytes[kMaxProcesses];
-  unsigned found = static_cast<unsigned>(processes_on(device_of(handle), pids, bytes, kMaxProcesses));
+  unsigned found = static_cast<unsigned>(processes_on(device_of(handle), pids, bytes));
   unsigned capacity = *count;
   *count = found;
   if (found > capacity) return kInsufficientSize;
@@ -114,17 +114,14 @@ API int nvmlDeviceGetHandleByIndex_v2(unsigned index, Handle* handle) {
 SAME(nvmlDeviceGetHandleByIndex, nvmlDeviceGetHandleByIndex_v2)
 API int nvmlDeviceGetHandleByPciBusId_v2(const char* bus_id, Handle* handle) {
   int device = machine_index_of_pci_bus_id(bus_id);
-  if (device < 0) return kNotFound;
-  return tell(handle, device + 1);
+  return device < 0 ? kNotFound : tell(handle, device + 1);
 }
 SAME(nvmlDeviceGetHandleByPciBusId, nvmlDeviceGetHandleByPciBusId_v2)
 API int nvmlDeviceGetHandleByUUID(const char* uuid, Handle* handle) {
   for (int device = 0; device < machine::device_count(); ++device) {
     char text[64];
     format_uuid(device, text, sizeof text);
-    if (strcmp(text, uuid) != 0) continue;
-    *handle = static_cast<Handle>(device) + 1;
-    return kSuccess;
+    if (strcmp(text, uuid) == 0) return tell(handle, device + 1);
   }
   return kNotFound;
 }
@@ -159,19 +156,13 @@ API int nvmlDeviceGetCudaComputeCapability(Handle handle, int* major, int* minor
 
 API int nvmlDeviceGetMemoryInfo(Handle handle, Memory* memory) {
   if (!valid(handle)) return kInvalidArgument;
-  memory->total = row(handle).total_bytes;
-  memory->used = used_bytes(device_of(handle));
-  memory->free = memory->total - memory->used;
-  return kSuccess;
+  uint64_t total = row(handle).total_bytes, used = used_bytes(device_of(handle));
+  return tell(memory, Memory{total, total - used, used});
 }
 API int nvmlDeviceGetMemoryInfo_v2(Handle handle, MemoryV2* memory) {
   Memory plain;
   if (int error = nvmlDeviceGetMemoryInfo(handle, &plain)) return error;
-  memory->total = plain.total;
-  memory->reserved = 0;
-  memory->free = plain.free;
-  memory->used = plain.used;
-  return kSuccess;
+  return tell(memory, MemoryV2{memory->version, plain.total, 0, plain.free, plain.used});
 }
 
 API int nvmlDeviceGetComputeRunningProcesses(Handle handle, unsigned* count, ProcessInfoV1* infos) {

@@ -97,12 +97,6 @@ API cudaError_t cudaDeviceGetByPCIBusId(int* device, const char* text) {
 
 API cudaError_t cudaDriverGetVersion(int* version) { return tell(version, CUDART_VERSION); }
 
-API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
-  if (least != nullptr) *least = 0;
-  if (greatest != nullptr) *greatest = -5;
-  return cudaSuccess;
-}
-
 // Cards of one machine do not reach each other's memory (cudaDeviceCanAccessPeer says 0): copies between them are
 // counted on both all the same.
 API cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return fail(cudaErrorPeerAccessUnsupported); }

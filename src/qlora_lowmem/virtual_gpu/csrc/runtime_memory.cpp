@@ -5,12 +5,25 @@
 
 using namespace vgpu;
 
-API cudaError_t cudaMalloc(void** address, size_t bytes) {
+namespace {
+
+cudaError_t allocate(void** address, Kind kind, size_t bytes) {
   *address = nullptr;
   if (cudaError_t error = enter()) return error;
-  if (bytes == 0) return cudaSuccess;
-  *address = allocate_device(current_device(), bytes);
+  if (bytes == 0 && kind == Kind::kDevice) return cudaSuccess;
+  int device = current_device();
+  *address = kind == Kind::kDevice ? allocate_device(device, bytes) : allocate_host(kind, bytes, device);
   return *address != nullptr ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+
+}  // namespace
+
+API cudaError_t cudaMalloc(void** address, size_t bytes) { return allocate(address, Kind::kDevice, bytes); }
+API cudaError_t cudaMallocManaged(void** address, size_t bytes, unsigned) {
+  return allocate(address, Kind::kManaged, bytes);
+}
+API cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned) {
+  return allocate(address, Kind::kPinned, bytes);
 }
 
 API cudaError_t cudaFree(void* address) {
@@ -25,24 +38,11 @@ API cudaError_t cudaMallocPitch(void** address, size_t* pitch, size_t width, siz
   return cudaMalloc(address, *pitch * height);
 }
 
-API cudaError_t cudaMallocManaged(void** address, size_t bytes, unsigned) {
-  if (cudaError_t error = enter()) return error;
-  *address = allocate_host(Kind::kManaged, bytes, current_device());
-  return *address != nullptr ? cudaSuccess : fail(cudaErrorMemoryAllocation);
-}
-
 API cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   if (cudaError_t error = enter()) return error;
   *available = free_bytes(current_device());
   *total = device_row(current_device()).total_bytes;
   return cudaSuccess;
-}
-
-API cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned) {
-  *address = nullptr;
-  if (cudaError_t error = enter()) return error;
-  *address = allocate_host(Kind::kPinned, bytes, current_device());
-  return *address != nullptr ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 
 API cudaError_t cudaFreeHost(void* address) {

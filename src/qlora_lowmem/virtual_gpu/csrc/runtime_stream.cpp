@@ -79,12 +79,6 @@ API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t 
   return cudaSuccess;
 }
 
-API_NAMED(capture_info(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id),
-          "cudaStreamGetCaptureInfo") {
-  if (status != nullptr) *status = cudaStreamCaptureStatusNone;
-  if (id != nullptr) *id = 0;
-  return cudaSuccess;
-}
 API cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   return refuse_capture("cudaStreamBeginCapture");
 }
@@ -101,11 +95,6 @@ API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   if (cudaError_t error = enter()) return error;
   *event = static_cast<cudaEvent_t>(malloc(sizeof(double)));
   return cudaEventRecord(*event, nullptr);
-}
-
-API cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  free(event);
-  return cudaSuccess;
 }
 
 // Host time, which says nothing about a card, but is not zero: tuners divide by it.

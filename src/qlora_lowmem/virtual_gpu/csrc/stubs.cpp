@@ -14,10 +14,7 @@ int vgpu_launched() {
   return 0;
 }
 
-int vgpu_make(void** object) {
-  *object = calloc(1, vgpu::kObjectBytes);
-  return 0;
-}
+int vgpu_make(void** object) { return vgpu::tell(object, calloc(1, vgpu::kObjectBytes)); }
 
 int vgpu_free(void* object) {
   free(object);
@@ -26,7 +23,5 @@ int vgpu_free(void* object) {
 
 int vgpu_version_part(int version, int part, int* value, int bad_value) {
   int parts[] = {version / 10000, version / 100 % 100, version % 100};
-  if (part < 0 || part > 2) return bad_value;
-  *value = parts[part];
-  return 0;
+  return part < 0 || part > 2 ? bad_value : vgpu::tell(value, parts[part]);
 }
