@@ -101,16 +101,14 @@ def read(path: Path) -> AccountReading:
     if len(content) != FILE_BYTES or not content.startswith(_MAGIC):
         raise ValueError(f"{path} is not the account of a virtual machine")
     _, _, count, missing, values_read, _, notices, _, pinned_peak, _, managed_peak = _HEADER.unpack_from(content)
-    devices = []
-    for device in range(count):
-        row = _DEVICE.unpack_from(content, _HEADER.size + device * _DEVICE.size)
-        devices.append(DeviceAccount(*row[2:6]))
+    rows = (_DEVICE.unpack_from(content, _HEADER.size + device * _DEVICE.size) for device in range(count))
     names = (
         content[start : start + _NAME_BYTES].split(b"\0", 1)[0].decode(errors="replace")
         for start in range(_MISSING_AT, _MISSING_AT + missing * _NAME_BYTES, _NAME_BYTES)
     )
     told = tuple(name for bit, name in enumerate(_NOTICES) if notices >> bit & 1)
-    return AccountReading(tuple(devices), pinned_peak, managed_peak, bool(values_read), tuple(names), told)
+    devices = tuple(DeviceAccount(*row[2:6]) for row in rows)
+    return AccountReading(devices, pinned_peak, managed_peak, bool(values_read), tuple(names), told)
 
 
 @dataclass(frozen=True)
@@ -167,12 +165,6 @@ class Report:
         return asdict(self)
 
 
-def _is_complete(reading: AccountReading, processes: list[dict[str, Any]]) -> bool:
-    used = any(device.peak_bytes for device in reading.devices)
-    seen = bool(processes) or not used
-    return seen and "no_hooks" not in reading.notices and all(process["ended"] for process in processes)
-
-
 def read_report(folder: Path, card: Card, exit_code: int) -> Report:
     """Reads what the processes of a run left in its report folder.
 
@@ -182,23 +174,19 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
     """
     reading = read(folder / ACCOUNT_FILE)
     processes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(PEAK_FILES))]
-    allocated = [0] * len(reading.devices)
-    reserved = [0] * len(reading.devices)
-    versions: dict[str, str] = {}
-    for process in processes:
-        versions |= process["versions"]
-        for device, (process_allocated, process_reserved) in enumerate(process["peaks"]):
-            allocated[device] = max(allocated[device], process_allocated)
-            reserved[device] = max(reserved[device], process_reserved)
-    devices = tuple(
-        DevicePeaks(allocated[index], reserved[index], device.peak_bytes)
-        for index, device in enumerate(reading.devices)
-    )
+    versions = {name: version for process in processes for name, version in process["versions"].items()}
+    devices = []
+    for index, device in enumerate(reading.devices):
+        peaks = [process["peaks"][index] for process in processes if index < len(process["peaks"])]
+        allocated, reserved = (max(figures) for figures in zip((0, 0), *peaks, strict=True))
+        devices.append(DevicePeaks(allocated, reserved, device.peak_bytes))
+    peak_device_bytes = max(device.peak_bytes for device in reading.devices)
+    seen = bool(processes or not peak_device_bytes) and "no_hooks" not in reading.notices
     return Report(
         exit_code=exit_code,
-        peak_allocated_bytes=max(allocated),
-        peak_reserved_bytes=max(reserved),
-        peak_device_bytes=max(device.peak_bytes for device in reading.devices),
+        peak_allocated_bytes=max(device.peak_allocated_bytes for device in devices),
+        peak_reserved_bytes=max(device.peak_reserved_bytes for device in devices),
+        peak_device_bytes=peak_device_bytes,
         context_bytes=card.context_bytes,
         peak_pinned_host_bytes=reading.pinned_peak_bytes,
         peak_managed_bytes=reading.managed_peak_bytes,
@@ -206,7 +194,7 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
         device=card.name,
         versions=versions,
         values_read=reading.values_read,
-        complete=_is_complete(reading, processes),
+        complete=seen and all(process["ended"] for process in processes),
         notices=reading.notices,
-        devices=devices,
+        devices=tuple(devices),
     )

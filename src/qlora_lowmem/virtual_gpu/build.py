@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,20 +24,21 @@ from .discovery import CudaInstallation, CudaLibrary, functions_of, header_versi
 _SOURCES = Path(__file__).with_name("csrc")
 _COMPILERS = ("g++", "c++", "clang++")
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w")
-_LIBRARY_SOURCES = {
+# By library; `vgpu` is what the others share, and in it locks are taken in the reverse order (guard.h).
+_SOURCES_OF = {
+    "vgpu": (
+        "account.cpp", "attributes.cpp", "errors.cpp", "exchanged.cpp", "memory.cpp", "notices.cpp", "stubs.cpp",
+        "thread_exit.cpp",
+    ),
+    "driver": ("driver.cpp", "driver_memory.cpp"),
+    "nvml": ("nvml.cpp",),
     "cudart": ("runtime_device.cpp", "runtime_launch.cpp", "runtime_memory.cpp", "runtime_stream.cpp"),
     "cublas": ("blas.cpp",),
     "cublasLt": ("blas.cpp",),
     "cudnn": ("dnn.cpp", "dnn_backend.cpp"),
     "cusparse": ("sparse.cpp",),
     "nccl": ("nccl.cpp",),
-}
-# Locks are taken in the reverse order (guard.h).
-_SHARED = (
-    "account.cpp", "attributes.cpp", "errors.cpp", "exchanged.cpp", "memory.cpp", "notices.cpp", "stubs.cpp",
-    "thread_exit.cpp",
-)  # fmt: skip
-_DRIVER = ("driver.cpp", "driver_memory.cpp")
+}  # fmt: skip
 CACHE_VARIABLE = "QLORA_LOWMEM_CACHE"
 
 
@@ -77,7 +78,11 @@ def ensure_built() -> Build:
     failures: list[str] = []
     for root in _cache_roots():
         folder = root / key
-        _require_preloadable(folder)
+        if re.search(r"[\s:]", str(folder)):
+            raise VirtualGPUUnavailable(
+                f"the virtual GPU's libraries lie in {folder}, and a preloaded library's path must not hold spaces or "
+                f"colons. Set {CACHE_VARIABLE} to a folder without them."
+            )
         try:
             build = _load(folder) or _build_once(folder, cuda, compiler)
         except OSError as error:
@@ -131,10 +136,8 @@ def _key(cuda: CudaInstallation, compiler: Sequence[str]) -> str:
     for source in _own_files():
         if source.is_file():
             digest.update(source.name.encode() + source.read_bytes())
-    digest.update(_compiler_version(compiler).encode())
-    digest.update(str(header_version(cuda.headers)).encode())
-    for library in cuda.libraries:
-        digest.update(f"{library.path} {_stamp(library.path)}".encode())
+    stamps = [f"{library.path} {_stamp(library.path)}" for library in cuda.libraries]
+    digest.update(json.dumps([_compiler_version(compiler), header_version(cuda.headers), *stamps]).encode())
     return digest.hexdigest()[:20]
 
 
@@ -151,8 +154,6 @@ def _stamp(path: Path) -> list[int]:
 
 # Finding out what a build is made from takes longer than anything else at the start of a run. So the answer is kept,
 # with the sizes and times of all files that led to it.
-
-
 def _answer_file(root: Path, asked: list[str]) -> Path:
     return root / f"found-{zlib.crc32(json.dumps(asked).encode()):08x}.json"
 
@@ -174,14 +175,6 @@ def _remember(root: Path, asked: list[str], key: str, files: list[Path]) -> None
         (Path(scratch) / "answer").replace(_answer_file(root, asked))
 
 
-def _require_preloadable(folder: Path) -> None:
-    if re.search(r"[\s:]", str(folder)):
-        raise VirtualGPUUnavailable(
-            f"the virtual GPU's libraries lie in {folder}, and a preloaded library's path must not hold spaces or "
-            f"colons. Set {CACHE_VARIABLE} to a folder without them."
-        )
-
-
 def _load(folder: Path) -> Build | None:
     """The build in a folder, if every file is as long as it was: the loader only warns of one that was cut short."""
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -192,11 +185,7 @@ def _load(folder: Path) -> Build | None:
 
 
 def _build_once(folder: Path, cuda: CudaInstallation, compiler: tuple[str, ...]) -> Build:
-    """Makes the build, or waits for the process that does.
-
-    Raises:
-        OSError: it cannot be written there.
-    """
+    """Makes the build, or waits for the process that does; OSError where it cannot be written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -210,8 +199,7 @@ def _build_once(folder: Path, cuda: CudaInstallation, compiler: tuple[str, ...])
             work.mkdir()
             _Builder(work, cuda, compiler).build()
             work.rename(folder)
-    made = _load(folder)
-    if made is None:
+    if (made := _load(folder)) is None:
         raise OSError(f"what was written to {folder} is not there")
     return made
 
@@ -226,16 +214,16 @@ class _Builder:
 
     def build(self) -> None:
         libraries = {library.stem: library for library in self.cuda.libraries}
-        jobs: list[tuple[str, str | None]] = [(source, None) for source in (*_SHARED, *_DRIVER, "nvml.cpp")]
-        jobs += [(source, stem) for stem in libraries for source in _LIBRARY_SOURCES.get(stem, ())]
+        objects: dict[str, list[Path]] = {stem: [] for stem in ("vgpu", "driver", "nvml", *libraries)}
+        jobs = [(stem, source) for stem in objects for source in _SOURCES_OF.get(stem, ())]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = dict(zip(jobs, pool.map(lambda job: self._compile(*job), jobs), strict=True))
-        self._link("libvgpu.so", [objects[source, None] for source in _SHARED], None, None)
-        self._link_driver([objects[source, None] for source in _DRIVER])
-        nvml = objects["nvml.cpp", None]
-        self._link("libnvidia-ml.so.1", [nvml], None, _defined_functions([nvml]))
+            for (stem, _), compiled in zip(jobs, pool.map(lambda job: self._compile(*job), jobs), strict=True):
+                objects[stem].append(compiled)
+        self._link("libvgpu.so", objects["vgpu"], None)
+        self._link_driver(objects["driver"])
+        self._link("libnvidia-ml.so.1", objects["nvml"], _defined_functions(objects["nvml"]))
         for stem, library in libraries.items():
-            self._link_library(library, [objects[source, stem] for source in _LIBRARY_SOURCES.get(stem, ())])
+            self._link_library(library, objects[stem])
         preload = ["libvgpu.so", "libcuda.so.1", "libnvidia-ml.so.1", *map(_file_name, libraries.values())]
         versions = {"cuda": str(self.cudart), "compiler": _compiler_version(self.compiler)}
         versions |= {stem: str(version) for stem, version in self.versions.items()}
@@ -245,11 +233,10 @@ class _Builder:
         record = {"preload": preload, "versions": versions, "files": files}
         (self.folder / "build.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
-    def _compile(self, source: str, stem: str | None) -> Path:
-        target = self.folder / f"{stem or 'common'}-{source}.o"
+    def _compile(self, stem: str, source: str) -> Path:
+        target = self.folder / f"{stem}-{source}.o"
         defines = [f"-DVGPU_CUDART_VERSION={self.cudart}", f"-DVGPU_CUBLAS_VERSION={self.versions['cublasLt']}"]
-        if stem is not None:
-            defines += [f"-DVGPU_LIBRARY_{stem}", f"-DVGPU_LIBRARY_VERSION={self.versions.get(stem, 0)}"]
+        defines += [f"-DVGPU_LIBRARY_{stem}", f"-DVGPU_LIBRARY_VERSION={self.versions.get(stem, 0)}"]
         headers = ["-I", str(self.cuda.headers), "-idirafter", str(_SOURCES)]
         self._run([*_FLAGS, *defines, *headers, "-c", str(_SOURCES / source), "-o", str(target)])
         return target
@@ -266,25 +253,17 @@ class _Builder:
         policy, version = stubs.policies()[library.stem], self.versions.get(library.stem, 0)
         text = stubs.write_assembly(policy, exports, _defined_functions(objects), version)
         inputs = [*objects, self._write(f"{library.stem}-stubs.S", text)]
-        self._link(_file_name(library), inputs, discovery.version_node(library.path), exports, library.soname)
+        self._link(_file_name(library), inputs, exports, discovery.version_node(library.path), library.soname)
 
     def _link_driver(self, objects: list[Path]) -> None:
         header = (self.cuda.headers / "cuda.h").read_text(encoding="utf-8", errors="replace")
         functions, aliases = stubs.driver_functions(header)
         implemented = _defined_functions(objects)
-        text = stubs.write_assembly(stubs.policies()["driver"], functions, implemented, 0) + stubs.write_aliases(
-            aliases
-        )
-        self._link("libcuda.so.1", [*objects, self._write("driver-stubs.S", text)], None, {*functions, *implemented})
+        text = stubs.write_assembly(stubs.policies()["driver"], functions, implemented, 0)
+        text += stubs.write_aliases(aliases)
+        self._link("libcuda.so.1", [*objects, self._write("driver-stubs.S", text)], {*functions, *implemented})
 
-    def _link(
-        self,
-        name: str,
-        inputs: list[Path],
-        node: str | None,
-        exported: Collection[str] | None,
-        soname: str | None = None,
-    ) -> None:
+    def _link(self, name: str, inputs: list[Path], exported: set[str] | None, node: str = "", soname: str = "") -> None:
         options = ["-shared", "-fPIC", f"-Wl,-soname,{soname or name}", "-Wl,-z,now", "-o", str(self.folder / name)]
         if exported is not None:
             script = self._write(f"{name}.map", stubs.write_version_script(node, exported))
@@ -327,8 +306,7 @@ import ctypes, json, sys
 answers = {}
 for stem, path, function, returned in json.loads(sys.argv[1]):
     try:
-        library = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-        ask = getattr(library, function)
+        ask = getattr(ctypes.CDLL(path, ctypes.RTLD_GLOBAL), function)
         ask.restype = ctypes.c_size_t if returned else ctypes.c_int
         value = ctypes.c_int()
         answers[stem] = ask() if returned else (ask(ctypes.byref(value)), value.value)[1]
@@ -340,11 +318,10 @@ print(json.dumps(answers))
 
 def _library_versions(libraries: Sequence[CudaLibrary]) -> dict[str, int]:
     """What the real libraries say their versions are, asked in a process of its own; none of these needs a GPU."""
-    policies = ((library, stubs.policies()[library.stem]) for library in libraries)
     questions = [
         (library.stem, str(library.path), policy.version, not policy.version_written)
-        for library, policy in policies
-        if policy.version is not None
+        for library in libraries
+        if (policy := stubs.policies()[library.stem]).version is not None
     ]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [sys.executable, "-I", "-c", _ASK_VERSIONS, json.dumps(questions)]

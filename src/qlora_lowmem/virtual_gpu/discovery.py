@@ -1,5 +1,6 @@
 """What the installed PyTorch is linked against: its CUDA libraries and their headers, found without importing it."""
 
+import contextlib
 import glob
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .cards import VirtualGPUUnavailable
 
@@ -97,39 +99,33 @@ def _linked_libraries(parts: list[Path]) -> tuple[list[str], list[Path]]:
     sonames: dict[str, None] = {}
     folders: dict[Path, None] = {}
     for path in parts:
-        for kind, value in _dynamic_entries(path):
-            if kind == "needed":
-                sonames[value] = None
-            else:
-                for entry in value.split(":"):
-                    folders[Path(entry.replace("$ORIGIN", str(path.parent))).resolve()] = None
+        with _section(path, ".dynamic") as dynamic:
+            for tag in dynamic.iter_tags() if dynamic else ():
+                kind = str(tag.entry.d_tag).removeprefix("DT_").lower()
+                if kind == "needed":
+                    sonames[tag.needed] = None
+                elif kind in ("rpath", "runpath"):
+                    for entry in getattr(tag, kind).split(":"):
+                        folders[Path(entry.replace("$ORIGIN", str(path.parent))).resolve()] = None
     return list(sonames), list(folders)
 
 
-# pyelftools is imported where a file is read: with a build in the cache none is.
-def _dynamic_entries(path: Path) -> Iterator[tuple[str, str]]:
-    """What a library says that it is linked with: `needed`, `rpath` and `runpath`, each with its text."""
-    from elftools.elf.dynamic import DynamicSection
+@contextlib.contextmanager
+def _section(path: Path, name: str) -> Iterator[Any]:
+    """A section of a library or an object file, or None."""
+    # Imported where a file is read: with a build in the cache none is.
     from elftools.elf.elffile import ELFFile
 
     with path.open("rb") as file:
-        section = ELFFile(file).get_section_by_name(".dynamic")
-        for tag in section.iter_tags() if isinstance(section, DynamicSection) else ():
-            kind = str(tag.entry.d_tag).removeprefix("DT_").lower()
-            if kind in ("needed", "rpath", "runpath"):
-                yield kind, getattr(tag, kind)
+        yield ELFFile(file).get_section_by_name(name)
 
 
 def functions_of(path: Path, table: str = ".dynsym") -> set[str]:
     """Names of the C functions that a library exports, or an object file defines for others (`.symtab`)."""
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.sections import SymbolTableSection
-
-    with path.open("rb") as file:
-        symbols = ELFFile(file).get_section_by_name(table)
+    with _section(path, table) as symbols:
         return {
             symbol.name
-            for symbol in (symbols.iter_symbols() if isinstance(symbols, SymbolTableSection) else ())
+            for symbol in (symbols.iter_symbols() if symbols else ())
             if symbol["st_shndx"] != "SHN_UNDEF"
             and symbol["st_info"]["bind"] != "STB_LOCAL"
             and symbol["st_info"]["type"] in ("STT_FUNC", "STT_GNU_IFUNC")
@@ -137,16 +133,14 @@ def functions_of(path: Path, table: str = ".dynsym") -> set[str]:
         }
 
 
-def version_node(path: Path) -> str | None:
-    """The version that a library's functions carry: the last that it defines, for the first is the library itself."""
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.gnuversions import GNUVerDefSection
+def version_node(path: Path) -> str:
+    """The version that a library's functions carry: the last that it defines, for the first is the library itself.
 
-    with path.open("rb") as file:
-        section = ELFFile(file).get_section_by_name(".gnu.version_d")
-        versions = section.iter_versions() if isinstance(section, GNUVerDefSection) else ()
-        names = [str(next(iter(auxiliaries)).name) for _, auxiliaries in versions]
-    return names[-1] if names else None
+    Empty where it defines none.
+    """
+    with _section(path, ".gnu.version_d") as defined:
+        names = [str(next(iter(auxiliaries)).name) for _, auxiliaries in (defined.iter_versions() if defined else ())]
+    return names[-1] if names else ""
 
 
 def _locate(soname: str, folders: list[Path]) -> Path:

@@ -154,11 +154,9 @@ class Server:
             if not job.future.set_running_or_notify_cancel():
                 continue
             try:
-                result = self._run(job)
+                job.future.set_result(self._run(job))
             except Exception as error:  # whatever it is, it is the caller's
                 job.future.set_exception(error)
-            else:
-                job.future.set_result(result)
 
     def _run(self, job: _Job) -> JobResult:
         with self._lock:

@@ -123,10 +123,10 @@ def _write_numbers(numbers: Sequence[tuple[int, int, int]]) -> list[str]:
     return lines
 
 
-def write_version_script(node: str | None, names: Iterable[str]) -> str:
+def write_version_script(node: str, names: Iterable[str]) -> str:
     """A linker version script that exports exactly `names`, under the version that the real library gives them."""
     exported = "".join(f"    {name};\n" for name in sorted(set(names)))
-    return f"{node or ''} {{\n  global:\n{exported}  local: *;\n}};\n"
+    return f"{node} {{\n  global:\n{exported}  local: *;\n}};\n"
 
 
 # As texts: compiling them takes longer than all else that a run with a known build needs of this module.

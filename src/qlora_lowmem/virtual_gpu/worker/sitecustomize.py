@@ -1,12 +1,11 @@
 """Runs at the start of every Python process on a virtual GPU: arranges the hooks, and imports nothing for them."""
 
-import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 _HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib costs every process its import
@@ -15,18 +14,15 @@ _HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pat
 class _HookLoader:
     """Loads a module with its own loader, then hands it to the hooks."""
 
-    def __init__(self, loader: object, begun: Callable[[], None]) -> None:
+    def __init__(self, loader: object, waiting: set[str]) -> None:
         self._loader = loader
-        self._begun = begun
+        self._waiting = waiting
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)  # type: ignore[attr-defined, no-any-return]
-
     def exec_module(self, module: ModuleType) -> None:
-        self._begun()
+        self._waiting.discard(module.__name__)
         module.__spec__.loader = self._loader  # type: ignore[union-attr]
         self._loader.exec_module(module)  # type: ignore[attr-defined]
         importlib.import_module("vgpu_hooks").HOOKS[module.__name__](module)
@@ -52,8 +48,7 @@ class _HookFinder:
         for finder in sys.meta_path:
             found = finder.find_spec(name, path, target) if finder is not self else None
             if found is not None and found.loader is not None:
-                begun = functools.partial(self._waiting.discard, name)
-                found.loader = _HookLoader(found.loader, begun)  # type: ignore[assignment]
+                found.loader = _HookLoader(found.loader, self._waiting)  # type: ignore[assignment]
                 return found
         return None
 

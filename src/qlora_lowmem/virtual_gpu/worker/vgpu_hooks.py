@@ -20,12 +20,6 @@ from typing import Any, BinaryIO, NoReturn
 _folded: list[list[int]] = []
 
 
-def _report_path() -> str | None:
-    """Where this process' peaks go; None if the program took the variable away."""
-    account = os.environ.get("VGPU_ACCOUNT")
-    return account and f"{os.path.dirname(account)}/torch-{os.getpid()}.json"  # noqa: PTH120
-
-
 def _fold_peaks(torch: Any) -> None:
     """Takes the allocator's peaks into ours: before the program resets them, and at the end."""
     if not torch.cuda.is_initialized():
@@ -45,10 +39,11 @@ def _write_report(torch: Any, ended: bool) -> None:
         _tell_of_static_runtimes()
     versions = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     text = json.dumps({"peaks": _folded, "versions": versions, "ended": ended})
-    path = _report_path()
-    if path is None:
+    account = os.environ.get("VGPU_ACCOUNT")
+    if not account:
         print("virtual GPU: VGPU_ACCOUNT is gone from the environment; this process' peaks are lost", file=sys.stderr)
         return
+    path = f"{os.path.dirname(account)}/torch-{os.getpid()}.json"  # noqa: PTH120
     try:
         with open(f"{path}.part", "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write(text)

@@ -42,13 +42,11 @@ def _answering_without_cuda(torch: Any) -> Iterator[None]:
         "get_device_properties": lambda _device=None: properties,
     }
     originals = {attribute: getattr(torch.cuda, attribute) for attribute in answers}
-    for attribute, answer in answers.items():
-        setattr(torch.cuda, attribute, answer)
+    vars(torch.cuda).update(answers)
     try:
         yield
     finally:
-        for attribute, original in originals.items():
-            setattr(torch.cuda, attribute, original)
+        vars(torch.cuda).update(originals)
 
 
 def _preload(modules: list[str]) -> None:
@@ -72,13 +70,9 @@ def _preload(modules: list[str]) -> None:
 _after_fork: list[Any] = []
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _run_job(folder: Path) -> NoReturn:
     """In the child: runs the function, leaves its result, and ends the process."""
-    _die_with_parent()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(output, 1)
