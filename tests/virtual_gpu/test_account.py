@@ -16,7 +16,7 @@ def test_a_new_account_reads_as_an_idle_machine(tmp_path):
     assert reading.devices[2] == account.DeviceAccount(card.total_bytes, card.context_bytes, 0, 0)
     assert (reading.pinned_peak_bytes, reading.managed_peak_bytes) == (0, 0)
     assert reading.missing_functions == ()
-    assert not reading.values_read
+    assert reading.notices == ()
 
 
 @pytest.mark.parametrize("count", [0, 17])

@@ -18,7 +18,7 @@ ACCOUNT_FILE = "account.bin"
 PEAK_FILES = "torch-*.json"
 
 _MAGIC = b"VGPUACC\0"
-_LAYOUT_VERSION = 1
+_LAYOUT_VERSION = 2
 MAX_DEVICES = 16
 _MAX_PROCESSES = 256
 _MAX_MISSING = 256
@@ -27,11 +27,10 @@ _NAME_BYTES = 96
 # Names of the bits of Notice in account.h.
 _NOTICES = (
     "nccl_buffers", "dnn_workspaces", "solver_workspaces", "sparse_workspaces", "fft_workspaces", "no_hooks",
-    "static_runtime",
+    "static_runtime", "values_read",
 )  # fmt: skip
-# magic; layout version, devices, missing functions, values read, spare, notices; pinned now and peak, managed
-# now and peak
-_HEADER = struct.Struct("<8s6I4Q64x")
+# magic; layout version, devices, missing functions, notices; pinned now and peak, managed now and peak
+_HEADER = struct.Struct("<8s4I4Q72x")
 # name, uuid; total, context, used, peak; capability, SMs, limits, clocks
 _DEVICE = struct.Struct(f"<{_NAME_BYTES}s16s4Q13I60x")
 _PROCESS_BYTES = 192
@@ -57,7 +56,6 @@ class AccountReading:
     devices: tuple[DeviceAccount, ...]
     pinned_peak_bytes: int
     managed_peak_bytes: int
-    values_read: bool
     missing_functions: tuple[str, ...]
     notices: tuple[str, ...]
 
@@ -71,7 +69,7 @@ def create(path: Path, card: Card, count: int) -> None:
     if not 1 <= count <= MAX_DEVICES:
         raise ValueError(f"count is {count}; a virtual machine has 1 to {MAX_DEVICES} cards")
     content = bytearray(FILE_BYTES)
-    _HEADER.pack_into(content, 0, _MAGIC, _LAYOUT_VERSION, count, 0, 0, 0, 0, 0, 0, 0, 0)
+    _HEADER.pack_into(content, 0, _MAGIC, _LAYOUT_VERSION, count, 0, 0, 0, 0, 0, 0)
     for device in range(count):
         _DEVICE.pack_into(content, _HEADER.size + device * _DEVICE.size, *_device_row(card, device))
     path.write_bytes(content)
@@ -100,7 +98,7 @@ def read(path: Path) -> AccountReading:
     content = path.read_bytes()
     if len(content) != FILE_BYTES or not content.startswith(_MAGIC):
         raise ValueError(f"{path} is not the account of a virtual machine")
-    _, _, count, missing, values_read, _, notices, _, pinned_peak, _, managed_peak = _HEADER.unpack_from(content)
+    _, _, count, missing, notices, _, pinned_peak, _, managed_peak = _HEADER.unpack_from(content)
     rows = (_DEVICE.unpack_from(content, _HEADER.size + device * _DEVICE.size) for device in range(count))
     names = (
         content[start : start + _NAME_BYTES].split(b"\0", 1)[0].decode(errors="replace")
@@ -108,7 +106,7 @@ def read(path: Path) -> AccountReading:
     )
     told = tuple(name for bit, name in enumerate(_NOTICES) if notices >> bit & 1)
     devices = tuple(DeviceAccount(*row[2:6]) for row in rows)
-    return AccountReading(devices, pinned_peak, managed_peak, bool(values_read), tuple(names), told)
+    return AccountReading(devices, pinned_peak, managed_peak, tuple(names), told)
 
 
 @dataclass(frozen=True)
@@ -193,8 +191,8 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
         missing_functions=reading.missing_functions,
         device=card.name,
         versions=versions,
-        values_read=reading.values_read,
+        values_read="values_read" in reading.notices,
         complete=seen and all(process["ended"] for process in processes),
-        notices=reading.notices,
+        notices=tuple(name for name in reading.notices if name != "values_read"),
         devices=tuple(devices),
     )

@@ -106,10 +106,7 @@ def run(
 
 @contextlib.contextmanager
 def _watchdog(folder: Path) -> Iterator[Callable[[int], None]]:
-    """A process that ends the program and removes the folder should this one be killed, and cannot do it.
-
-    Yields what tells it the program's pid.
-    """
+    """A process that ends the program and removes the folder if this one is killed; yields what tells it the pid."""
     watchdog = subprocess.Popen(
         [sys.executable, "-I", "-S", processes.__file__, str(folder.resolve())],
         # Nothing of a virtual machine that this process itself may be on.
@@ -139,7 +136,7 @@ def _watchdog(folder: Path) -> Iterator[Callable[[int], None]]:
 def _stopping(process: subprocess.Popen[bytes], account_file: str) -> Iterator[None]:
     """Leaves nothing of the process and its descendants behind, however the block ends.
 
-    The session is its own, so an interrupt from the keyboard reaches the program only through this.
+    An interrupt from the keyboard reaches the program, in a session of its own, only through this.
     """
     try:
         yield

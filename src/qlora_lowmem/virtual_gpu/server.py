@@ -19,7 +19,7 @@ from typing import Any
 from . import account
 from .account import ACCOUNT_FILE, Report, read_report
 from .cards import Card, VirtualGPUError
-from .launch import card_variables, variables
+from .launch import card_variables, environment
 from .processes import send
 
 _SCRIPT = Path(__file__).with_name("worker") / "vgpu_server.py"
@@ -203,7 +203,7 @@ class Server:
     def _parent_for(self, card: Card) -> "_ForkParent":
         parent = self._parents.get(card.compute_capability)
         if parent is None or parent.ended:
-            folder = self._folder / f"parent-{len(list(self._folder.glob('parent-*')))}"
+            folder = Path(tempfile.mkdtemp(dir=self._folder, prefix="parent-"))
             parent = self._parents[card.compute_capability] = _ForkParent(self._preload, card, folder)
         return parent
 
@@ -212,8 +212,7 @@ class _ForkParent:
     """The process that jobs on cards of one compute capability are forked from (`worker/vgpu_server.py`)."""
 
     def __init__(self, preload: list[str], card: Card, folder: Path) -> None:
-        environment = dict(os.environ) | variables(card, 1, folder, os.environ)
-        environment |= {
+        variables = environment(card, report=folder) | {
             "VGPU_SERVER_CAPABILITY": json.dumps(card.compute_capability),
             "VGPU_SERVER_TITLE": card.title,
             "VGPU_SERVER_FOLDER": str(folder.parent),
@@ -228,7 +227,7 @@ class _ForkParent:
         with self._output.open("wb") as output, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, str(_SCRIPT), str(theirs.fileno()), json.dumps(preload)],
-                env=environment,
+                env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -241,10 +240,7 @@ class _ForkParent:
         return self._process.poll() is not None
 
     def start(self, folder: Path) -> socket.socket:
-        """Asks for a child that runs the job in the folder; returns what its pid and then its end are told through.
-
-        Nothing is told if the process is gone.
-        """
+        """Asks for a child that runs the job in the folder; its pid, then its end, are told through the result."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, contextlib.suppress(OSError):
             socket.send_fds(self._connection, [str(folder).encode()], [theirs.fileno()])
@@ -260,7 +256,6 @@ class _ForkParent:
         return f"the server process ended with {self._process.returncode}\n{_tail(self._output)}"
 
     def close(self) -> None:
-        """Ends the process and what it started."""
         with self._lock, self._connection:
             self._end()
 

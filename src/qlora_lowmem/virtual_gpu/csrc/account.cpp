@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <pthread.h>
-#include <signal.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -192,7 +191,7 @@ __attribute__((destructor)) void leave() {
 
 }  // namespace
 
-bool first_notice(uint32_t notice) {
+bool vgpu_first_notice(uint32_t notice) {
   if (account() == nullptr) return false;
   return (__atomic_fetch_or(&mapped->notices, notice, __ATOMIC_RELAXED) & notice) == 0;
 }
@@ -260,10 +259,6 @@ void give_host(bool managed, uint64_t bytes) {
   if (mapped == nullptr || own == nullptr || own->host_bytes[managed] < bytes) return;
   own->host_bytes[managed] -= bytes;
   mapped->host[managed].bytes -= bytes;
-}
-
-bool first_value_read() {
-  return account() != nullptr && __atomic_exchange_n(&mapped->values_read, 1, __ATOMIC_RELAXED) == 0;
 }
 
 bool first_call_of_missing(const char* name) {

@@ -12,7 +12,7 @@ constexpr int kMaxDevices = 16;
 constexpr int kMaxProcesses = 256;
 constexpr int kMaxMissing = 256;
 constexpr int kNameBytes = 96;
-constexpr uint32_t kLayoutVersion = 1;
+constexpr uint32_t kLayoutVersion = 2;
 constexpr uint64_t kGranularity = 2u << 20;  // cudaMalloc and cuMemCreate hand out whole 2 MiB pages
 
 struct Use {
@@ -58,11 +58,9 @@ struct Account {
   uint32_t layout_version;
   uint32_t device_count;
   uint32_t missing_count;
-  uint32_t values_read;  // 1 once a program copied data from a device
-  uint32_t quiet;
   uint32_t notices;  // bits of Notice that were told
   Use host[2];  // pinned, managed
-  uint8_t reserved[64];
+  uint8_t reserved[72];
   Device devices[kMaxDevices];
   Process processes[kMaxProcesses];
   char missing[kMaxMissing][kNameBytes];
@@ -80,6 +78,7 @@ enum Notice : uint32_t {
   kFftWorkspaces = 16,
   kNoHooks = 32,
   kStaticRuntime = 64,
+  kValuesRead = 128,
 };
 
 // The account of this process, mapped at the first call. nullptr: there is none (VGPU_ACCOUNT is not set or names no
@@ -112,15 +111,11 @@ VGPU_SHARED void give_host(bool managed, uint64_t bytes);
 // Which of the machine's devices it is.
 VGPU_SHARED int machine_index(int device);
 
-// Notes that a value was copied from a device; tells the user once a run.
-VGPU_SHARED void note_value_read();
-
 // Says once that the program called a function that is not implemented, and keeps its name for the report.
 VGPU_SHARED void note_missing(const char* name, const char* why);
 
-// Each true the first time on this machine.
-bool first_notice(uint32_t notice);
-bool first_value_read();
+// Both true the first time on this machine.
+extern "C" VGPU_SHARED bool vgpu_first_notice(uint32_t notice);
 bool first_call_of_missing(const char* name);
 
 // Says once if this process uses PyTorch without the hooks in Python.

@@ -4,13 +4,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <map>
-#include <new>
 
 #include "exchanged.h"
 #include "guard.h"
+#include "stubs.h"
 
 namespace vgpu {
 namespace {
@@ -19,54 +18,15 @@ namespace {
 // address, are the same in every run, and reading one on the host is a segmentation fault, as on a machine with a card.
 constexpr uint64_t kBase = 0x200000000000;
 constexpr uint64_t kDeviceArena = 1ull << 40;  // 1 TiB of addresses a device: several times any card's memory
-constexpr uint64_t kReservationArena = 1ull << 44;  // torch reserves 9/8 of the card for every stream and pool
 constexpr uint64_t kReservationBase = kBase + kMaxDevices * kDeviceArena;
-constexpr uint64_t kEnd = kReservationBase + kReservationArena;
+constexpr uint64_t kEnd = kReservationBase + (1ull << 44);  // torch reserves 9/8 of the card for every stream and pool
 constexpr uint64_t kHostPage = 4096;
 
-// First fit by address, so that addresses do not depend on anything but the sequence of calls.
-class Arena {
- public:
-  Arena(uint64_t start, uint64_t bytes) { free_[start] = bytes; }
-
-  uint64_t take(uint64_t bytes, uint64_t alignment) {
-    for (auto it = free_.begin(); it != free_.end(); ++it) {
-      uint64_t start = it->first, end = it->first + it->second;
-      uint64_t place = round_up(start, alignment);
-      if (place + bytes > end) continue;
-      free_.erase(it);
-      if (place > start) free_[start] = place - start;
-      if (end > place + bytes) free_[place + bytes] = end - place - bytes;
-      return place;
-    }
-    return 0;
-  }
-
-  void give(uint64_t start, uint64_t bytes) {
-    auto next = free_.lower_bound(start);
-    if (next != free_.end() && next->first == start + bytes) {
-      bytes += next->second;
-      next = free_.erase(next);
-    }
-    if (next != free_.begin()) {
-      auto before = std::prev(next);
-      if (before->first + before->second == start) {
-        before->second += bytes;
-        return;
-      }
-    }
-    free_[start] = bytes;
-  }
-
- private:
-  std::map<uint64_t, uint64_t> free_;  // start -> bytes
-};
+using Places = std::map<uint64_t, Place>;  // by base; they do not overlap
 
 struct State {
-  std::map<uint64_t, Place> places;  // by base; they do not overlap
-  std::map<uint64_t, uint64_t> reservations;  // start -> bytes
-  Arena* arenas[kMaxDevices] = {};
-  Arena reserved{kReservationBase, kReservationArena};
+  Places places;
+  Places reservations;
 };
 
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -80,6 +40,16 @@ State& state() {
     return new State;
   }();
   return *instance;
+}
+
+// The first gap between places, so that addresses do not depend on anything but the sequence of calls. 0: there is none.
+uint64_t first_fit(const Places& places, uint64_t start, uint64_t end, uint64_t bytes, uint64_t alignment) {
+  start = round_up(start, alignment);
+  for (auto it = places.lower_bound(start); it != places.end() && it->first < end; ++it) {
+    if (start + std::max(bytes, kGranularity) <= it->first) break;
+    start = round_up(it->first + it->second.bytes, alignment);
+  }
+  return start + bytes <= end ? start : 0;
 }
 
 uint64_t whole_pages(uint64_t bytes) { return round_up(std::max<uint64_t>(bytes, 1), kHostPage); }
@@ -128,10 +98,9 @@ void* allocate_device(int device, uint64_t bytes) {
   bytes = round_up(bytes, kGranularity);
   if (!take(device, bytes)) return nullptr;
   Guard<mutex> guard;
-  State& s = state();
-  if (s.arenas[device] == nullptr) s.arenas[device] = new Arena(kBase + device * kDeviceArena, kDeviceArena);
-  uint64_t base = s.arenas[device]->take(bytes, kGranularity);
-  if (base != 0) s.places[base] = {Kind::kDevice, device, base, bytes};
+  uint64_t arena = kBase + device * kDeviceArena;
+  uint64_t base = first_fit(state().places, arena, arena + kDeviceArena, bytes, kGranularity);
+  if (base != 0) state().places[base] = {Kind::kDevice, device, base, bytes};
   else give(device, bytes);
   return pointer(base);
 }
@@ -139,29 +108,22 @@ void* allocate_device(int device, uint64_t bytes) {
 bool free_device(void* address) {
   Place place;
   if (!remove_place(address, Kind::kDevice, Kind::kDevice, &place)) return false;
-  Guard<mutex> guard;
-  state().arenas[place.device]->give(place.base, place.bytes);
   give(place.device, place.bytes);
   return true;
 }
 
 void* reserve_addresses(uint64_t bytes, uint64_t alignment) {
   Guard<mutex> guard;
-  State& s = state();
   bytes = round_up(bytes, kGranularity);
-  uint64_t place = s.reserved.take(bytes, std::max(alignment, kGranularity));
-  if (place != 0) s.reservations[place] = bytes;
-  return pointer(place);
+  alignment = std::max(alignment, kGranularity);
+  uint64_t base = first_fit(state().reservations, kReservationBase, kEnd, bytes, alignment);
+  if (base != 0) state().reservations[base] = {Kind::kUnknown, -1, base, bytes};
+  return pointer(base);
 }
 
 bool release_addresses(void* address) {
   Guard<mutex> guard;
-  State& s = state();
-  auto it = s.reservations.find(number(address));
-  if (it == s.reservations.end()) return false;
-  s.reserved.give(it->first, it->second);
-  s.reservations.erase(it);
-  return true;
+  return state().reservations.erase(number(address)) > 0;
 }
 
 void map_addresses(void* address, uint64_t bytes, int device) {
@@ -212,7 +174,7 @@ void copy(void* target, const void* source, uint64_t bytes) {
   else if (to_device) note_written(target, source, bytes);
   else if (!from_device) memmove(target, source, bytes);
   if (to_device || !from_device || read_exchanged(target, source, bytes)) return;
-  note_value_read();
+  vgpu_notice(kValuesRead);
   zero_host(target, bytes);
 }
 

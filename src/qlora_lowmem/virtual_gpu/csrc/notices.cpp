@@ -9,7 +9,6 @@
 
 // For the hooks.
 extern "C" VGPU_SHARED void vgpu_hooks_are_in();
-extern "C" VGPU_SHARED bool vgpu_first_notice(uint32_t notice);
 
 namespace vgpu {
 namespace {
@@ -32,6 +31,9 @@ const char* text_of(uint32_t notice) {
     case kNoHooks:
       return "a process uses PyTorch without the hooks in PYTHONPATH (it was changed, or python got -I, -E or -S): its "
              "masks select nothing, and its allocator's peaks are not in the report";
+    case kValuesRead:
+      return "this program reads values back from the card; they are not real (zeros), only the memory is. "
+             "QLORA_LOWMEM_QUIET=1 hides this line.";
     default: return "";
   }
 }
@@ -49,13 +51,6 @@ void tell_if_without_hooks() {
   }
 }
 
-void note_value_read() {
-  if (!first_value_read() || quiet()) return;
-  fprintf(stderr,
-          "virtual GPU: this program reads values back from the card; they are not real (zeros), only the memory is. "
-          "QLORA_LOWMEM_QUIET=1 hides this line.\n");
-}
-
 void note_missing(const char* name, const char* why) {
   if (!first_call_of_missing(name)) return;
   fprintf(stderr, "virtual GPU: the program called %s, which is not implemented%s%s\n", name,
@@ -67,10 +62,8 @@ void note_missing(const char* name, const char* why) {
 using namespace vgpu;
 
 int vgpu_notice(uint32_t notice) {
-  if (first_notice(notice) && !quiet()) fprintf(stderr, "virtual GPU: %s\n", text_of(notice));
+  if (vgpu_first_notice(notice) && !quiet()) fprintf(stderr, "virtual GPU: %s\n", text_of(notice));
   return 0;
 }
 
 void vgpu_hooks_are_in() { hooked = true; }
-
-bool vgpu_first_notice(uint32_t notice) { return first_notice(notice); }

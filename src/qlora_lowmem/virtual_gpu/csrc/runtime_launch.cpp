@@ -1,6 +1,4 @@
 // libcudart: kernels. None is loaded and none runs; what libraries ask about them is answered.
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>

@@ -103,7 +103,7 @@ API cudaError_t cudaMemcpy2D(void* target, size_t target_pitch, const void* sour
 
 // A __device__ variable is known by the address of its host shadow; its value on the device does not exist.
 API cudaError_t cudaMemcpyFromSymbol(void* target, const void*, size_t bytes, size_t, cudaMemcpyKind) {
-  note_value_read();
+  vgpu_notice(kValuesRead);
   fill(target, 0, bytes);
   return enter();
 }

@@ -79,9 +79,9 @@ def _loaded_libraries() -> Iterator[str]:
 
 
 def _has_static_runtime(path: str) -> bool:
-    """Whether an ELF file holds device code (.nv_fatbin), but does not get the function that registers it from outside.
+    """Whether an ELF file holds device code (.nv_fatbin), and the function that registers it is its own.
 
-    With the shared runtime its name is among the file's dynamic symbols; with the static one it is a local function.
+    With the shared runtime that function's name is among the file's dynamic symbols.
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123
@@ -155,27 +155,19 @@ def _take_the_worst_case(torch: Any) -> None:
     def nonzero(mask: Any) -> Any:
         return torch.empty((mask.numel(), mask.dim()), dtype=torch.long, device=mask.device)
 
-    def unique(tensor: Any, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False) -> Any:  # noqa: ARG001
+    def unique(tensor: Any, _sorted: bool = True, return_inverse: bool = False, return_counts: bool = False) -> Any:
         count = tensor.numel()
         inverse = indices(count, tensor).view(tensor.shape) if return_inverse else indices(0, tensor)
         return torch.empty_like(tensor).view(-1), inverse, indices(count if return_counts else 0, tensor)
 
-    def unique_consecutive(
-        tensor: Any, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
-    ) -> Any:
-        if dim is None:
-            return unique(tensor, True, return_inverse, return_counts)
+    def unique_dim(tensor: Any, dim: int, *_options: bool) -> Any:
         count = tensor.size(dim)
         return torch.empty_like(tensor), indices(count, tensor), indices(count, tensor)
 
-    def unique_dim(
-        tensor: Any,
-        dim: int,
-        sorted: bool = True,  # noqa: ARG001
-        return_inverse: bool = False,
-        return_counts: bool = False,
+    def unique_consecutive(
+        tensor: Any, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
     ) -> Any:
-        return unique_consecutive(tensor, return_inverse, return_counts, dim)
+        return unique(tensor, True, return_inverse, return_counts) if dim is None else unique_dim(tensor, dim)
 
     def repeat_interleave(repeats: Any, *, output_size: int | None = None) -> Any:
         return indices(repeats.numel() if output_size is None else output_size, repeats)

@@ -74,10 +74,9 @@ def _run_job(folder: Path) -> NoReturn:
     """In the child: runs the function, leaves its result, and ends the process."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)
-    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    with (folder / "output").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     os.environ.update(job["variables"])
     for action in _after_fork:
