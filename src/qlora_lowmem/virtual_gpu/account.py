@@ -40,20 +40,10 @@ FILE_BYTES = _MISSING_AT + _MAX_MISSING * _NAME_BYTES
 
 
 @dataclass(frozen=True)
-class DeviceAccount:
-    """One device of the machine, in bytes: `used` and `peak` include the contexts of all processes."""
-
-    total_bytes: int
-    context_bytes: int
-    used_bytes: int
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
 class AccountReading:
-    """What the account says."""
+    """What the account says; `device_peak_bytes` of each device, the contexts of all processes included."""
 
-    devices: tuple[DeviceAccount, ...]
+    device_peak_bytes: tuple[int, ...]
     pinned_peak_bytes: int
     managed_peak_bytes: int
     missing_functions: tuple[str, ...]
@@ -105,8 +95,8 @@ def read(path: Path) -> AccountReading:
         for start in range(_MISSING_AT, _MISSING_AT + missing * _NAME_BYTES, _NAME_BYTES)
     )
     told = tuple(name for bit, name in enumerate(_NOTICES) if notices >> bit & 1)
-    devices = tuple(DeviceAccount(*row[2:6]) for row in rows)
-    return AccountReading(devices, pinned_peak, managed_peak, tuple(names), told)
+    device_peaks = tuple(row[5] for row in rows)
+    return AccountReading(device_peaks, pinned_peak, managed_peak, tuple(names), told)
 
 
 @dataclass(frozen=True)
@@ -174,11 +164,11 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
     processes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(PEAK_FILES))]
     versions = {name: version for process in processes for name, version in process["versions"].items()}
     devices = []
-    for index, device in enumerate(reading.devices):
+    for index, device_peak in enumerate(reading.device_peak_bytes):
         peaks = [process["peaks"][index] for process in processes if index < len(process["peaks"])]
         allocated, reserved = (max(figures) for figures in zip((0, 0), *peaks, strict=True))
-        devices.append(DevicePeaks(allocated, reserved, device.peak_bytes))
-    peak_device_bytes = max(device.peak_bytes for device in reading.devices)
+        devices.append(DevicePeaks(allocated, reserved, device_peak))
+    peak_device_bytes = max(reading.device_peak_bytes)
     seen = bool(processes or not peak_device_bytes) and "no_hooks" not in reading.notices
     return Report(
         exit_code=exit_code,
