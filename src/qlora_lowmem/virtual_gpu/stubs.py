@@ -25,7 +25,10 @@ _KINDS = ("number", "text", "same", "handle", "product")
 
 @dataclass(frozen=True)
 class Policy:
-    """How a library's functions without an implementation are answered: a table of `functions.toml`."""
+    """How a library's functions without an implementation are answered: a table of `functions.toml`.
+
+    The head of that file says what each field is. Patterns match whole names.
+    """
 
     not_supported: int
     notice: int = 0

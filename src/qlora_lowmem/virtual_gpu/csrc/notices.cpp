@@ -7,9 +7,6 @@
 
 #include "stubs.h"
 
-// For the hooks.
-extern "C" VGPU_SHARED void vgpu_hooks_are_in();
-
 namespace vgpu {
 namespace {
 
@@ -66,4 +63,4 @@ int vgpu_notice(uint32_t notice) {
   return 0;
 }
 
-void vgpu_hooks_are_in() { hooked = true; }
+extern "C" VGPU_SHARED void vgpu_hooks_are_in() { hooked = true; }
