@@ -34,7 +34,9 @@ def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_path: Pa
     # A percentage is a real cap: 8 % of 6 GiB is less than the CUDA context and the workspaces.
     capped = command("train", *arguments, "--max-memory", "8%", "--no-advice")
     assert capped.returncode == 3
-    assert json.loads(capped.stdout)["fits"] is False
+    content = json.loads(capped.stdout)
+    assert content["fits"] is False
+    assert (content["environment"]["device"], content["environment"]["provenance"]) == (content["device"], "virtual")
     assert read_live(tmp_path).outcome == "out of GPU memory"
 
 

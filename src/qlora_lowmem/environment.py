@@ -80,7 +80,6 @@ def provenance_record(device: str, provenance: str, driver: str | None = None) -
     """All that a table needs to be believed or repeated, as plain data.
 
     Args:
-        device: the card's name.
         provenance: `virtual` or `measured`.
         driver: the GPU driver's version; None where none was involved.
     """

@@ -58,10 +58,7 @@ def write_whole(path: Path, content: str | bytes | Iterable[str], *, fsync: bool
 def whole_folder(folder: Path, *, fsync: bool = False) -> Iterator[Path]:
     """A scratch folder that becomes `folder` where the block ends well, and is gone where it does not.
 
-    Where another process has made `folder` meanwhile, that one stays.
-
-    Raises:
-        OSError: it cannot be made or renamed.
+    Where another process has made `folder` meanwhile, that one stays. `OSError` if it cannot be made or renamed.
     """
     scratch = folder.parent / f".{folder.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)  # of an earlier process of that number

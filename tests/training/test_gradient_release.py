@@ -130,8 +130,8 @@ def test_the_warm_up_leaves_no_trace_and_holds_the_states_room(tiny_recipe: Make
     options = changes | {"max_steps": 3, "lora_r": 64}
     held: list[int] = []
 
-    def ready(job: Job, recorder: Any) -> None:
-        warm_up = WarmUp(job.trainer, recorder)
+    def ready(job: Job, _: Any) -> None:
+        warm_up = WarmUp(job.trainer)
         job.trainer.add_callback(warm_up)
         job.trainer.add_callback(At(0, lambda: held.append(warm_up._coming_state_bytes())))
         job.trainer.add_callback(At(0, lambda: held.append(sum(p.grad is not None for p in trained(job)))))

@@ -180,12 +180,12 @@ def test_the_warm_up_leaves_no_trace(tiny_recipe: Make, tmp_path: Path) -> None:
     for warm in (False, True):
         recipe = tiny_recipe(str(warm), **options, max_seq_length=512, max_steps=3)
 
-        def ready(job: Job, recorder: Any, warm: bool = warm) -> None:
+        def ready(job: Job, _: Any, warm: bool = warm) -> None:
             lengths = [len(sample["input_ids"]) for sample in job.trainer.train_dataset]
             assert len(set(lengths)) > 1
             assert longest_batch(job.trainer)["input_ids"].shape == (1, max(lengths))
             if warm:
-                job.trainer.add_callback(WarmUp(job.trainer, recorder))
+                job.trainer.add_callback(WarmUp(job.trainer))
 
         outcomes.append(execute(inputs_of(recipe), output_dir=Path(recipe.run.output_dir), on_ready=ready))
     assert outcomes[1].losses == outcomes[0].losses

@@ -41,11 +41,6 @@ class Method(NamedTuple):
 OVERRIDDEN = {
     "_get_grad_norm": Method("Trainer", "self, model, grad_norm=None", {"Trainer._run_epoch"}),
     "_get_train_sampler": Method("Trainer", "self, train_dataset=None", {"Trainer.get_train_dataloader"}),
-    "_inner_training_loop": Method(
-        "Trainer",
-        "self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
-        {"Trainer.train"},
-    ),
     "_run_epoch": Method(
         "Trainer",
         "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "

@@ -184,7 +184,7 @@ def check_json_target(target: str | None, *, coming: Path | None = None) -> str 
 
 
 def write_json(target: str | None, content: Any) -> None:
-    """Write `content` to the file `target`, whole or not at all (`UsageError`); `-` is standard output, None none."""
+    """Write `content` to a file, whole or not at all (`UsageError`); `-` is standard output, None is nowhere."""
     if target is None:
         return
     text = json.dumps(json_values(content), indent=2) + "\n"
@@ -204,7 +204,7 @@ def _is_special(path: Path) -> bool:
 
 
 def check_new_folder(flag: str, target: str) -> Path:
-    """The folder that a command will make; `UsageError` at once, with no work to lose, if it cannot or is there."""
+    """The new folder of a command, made sure of before there is work to lose: `UsageError` if it cannot be made."""
     if not target.strip():
         raise UsageError(f"{flag}: {target!r} names no folder; give a new one")
     path = Path(os.path.realpath(target))

@@ -103,5 +103,4 @@ def _advise(content: dict[str, Any]) -> None:
         say(f"which knobs would help most cannot be tried here: {error}")
         return
     content["advice"] = msgspec.to_builtins(advice)
-    for text in advice.lines():
-        say(text)
+    say(*advice.lines())

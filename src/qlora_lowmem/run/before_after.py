@@ -80,13 +80,12 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
     """
     check_adapter(adapter)
     source = source_of(recipe)
-    recorder = None if recipe.run.device == "cpu" else start_recorder(recipe)
+    if recipe.run.device != "cpu":
+        apply_memory_limit(recipe, start_recorder(recipe))
     device, supports_bf16 = device_of(recipe)
     precision = choose_precision(recipe, device.type, supports_bf16)
     tokenizer = load_tokenizer(recipe, source)
     check_templates(tokenizer, recipe.base.model)
-    if recorder is not None:
-        apply_memory_limit(recipe, recorder)
     transformers.set_seed(recipe.schedule.seed)  # random weights are those of the training
     with _fits("loading"):
         base = load_base(recipe, source, precision.compute, device)

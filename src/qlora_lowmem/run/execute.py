@@ -111,7 +111,7 @@ def execute(
             if attribution is not None:
                 attribution.watch(job.trainer)
             if warm_up:
-                job.trainer.add_callback(WarmUp(job.trainer, recorder))
+                job.trainer.add_callback(WarmUp(job.trainer))
         if on_ready is not None:
             on_ready(job, recorder)
         phase, started = "training", time.perf_counter()

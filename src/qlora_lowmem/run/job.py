@@ -91,8 +91,8 @@ def device_of(recipe: Recipe) -> tuple[torch.device, bool]:
     return torch.device("cuda", local_rank()), torch.cuda.get_device_capability(local_rank()) >= (8, 0)
 
 
-def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> int:
-    """Make the recipe's `max_memory` a real cap of the caching allocator, and return it in bytes.
+def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> None:
+    """Make the recipe's `max_memory` a real cap of the caching allocator.
 
     The cap counts what the allocator takes: the limit less what already lies outside it (the CUDA context), and never
     more than is free now. So the job fails with an out-of-memory error where a driver would begin to spill into
@@ -103,7 +103,6 @@ def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> int:
     limit = recipe.memory.memory_limit_bytes(total)
     cap = min(limit - recorder.outside_allocator_bytes, recorder.room_bytes() + torch.cuda.memory_reserved(index))
     torch.cuda.set_per_process_memory_fraction(max(cap, 0) / total, index)
-    return cap
 
 
 def build_job(

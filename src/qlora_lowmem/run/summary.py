@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lowmem.data import CheckedData
-from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.environment import provenance_record, versions
 from qlora_lowmem.files import replace_text
+from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.results.tables import floor_lines, phase_table
 from qlora_lowmem.run.preflight import Inputs
@@ -32,15 +33,11 @@ def data_summary(samples: CheckedData, tokens: "TokenReport") -> dict[str, Any]:
     return asdict(samples.report) | {"tokens": asdict(tokens)}
 
 
-def summary_of(recipe: Recipe, outcome: "Outcome | None") -> dict[str, Any]:
+def summary_of(recipe: Recipe, profile: MemoryProfile | None, outcome: "Outcome | None" = None) -> dict[str, Any]:
     """What `--json` writes of a run; without an outcome, what is known of one that ran out of memory."""
-    profile = outcome.profile if outcome else None
-    if profile is None:
-        peaks: dict[str, Any] = dict.fromkeys(
-            ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes"), 0
-        ) | {"device": "cpu", "provenance": "measured"}
-    else:
-        peaks = profile.to_dict()
+    peaks: dict[str, Any] = {"device": "cpu", "provenance": "measured"}
+    peaks |= dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes"), 0)
+    peaks = profile.to_dict() if profile is not None else peaks
     content = peaks | {"fits": True, "recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe)}
     content["environment"] = provenance_record(peaks["device"], peaks["provenance"])
     if outcome is not None:
@@ -87,7 +84,7 @@ def losses_in_words(outcome: "Outcome") -> list[str]:
 def write_model_card(folder: Path, inputs: Inputs, outcome: "Outcome", device: str) -> None:
     """Write `folder/README.md` in the hub's model card format, whole or not at all (`UsageError`)."""
     record = provenance_record(device, "measured")
-    packages = ", ".join(f"{name} {version}" for name, version in dict(record["versions"]).items())  # type: ignore[call-overload]
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     if outcome.profile is None:
         memory = "Trained on a CPU: no GPU memory was used."
     else:

@@ -24,10 +24,10 @@ from qlora_lowmem.run.preflight import Inputs, count_tokens_of, preflight
 NextChange = Callable[[Recipe], Change | None]
 
 
-def say(text: str) -> None:
+def say(*lines: str) -> None:
     """Tell the user, once for all processes."""
-    if is_first():
-        print(text, file=sys.stderr, flush=True)
+    if lines and is_first():
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
@@ -107,7 +107,7 @@ def train_here(
                 raise
             checkpoint = str(error.checkpoint) if error.checkpoint else None
             failure = {"phase": error.phase, "message": error.torch_message, "checkpoint": checkpoint}
-            content = summary_of(recipe, None) | error.profile.to_dict() | {"fits": False, "failure": failure}
+            content = summary_of(recipe, error.profile) | {"fits": False, "failure": failure}
             # On a virtual card, the process that started this one tells it, and changes what is to be changed.
             change = _change(recipe, failure, next_change) if real else None
             if change is not None:
@@ -116,14 +116,13 @@ def train_here(
             return EXIT_DOES_NOT_FIT, content
         if not is_first():
             return EXIT_OK, None
-        content = summary_of(recipe, outcome)
+        content = summary_of(recipe, outcome.profile, outcome)
         if inputs.samples is not None and outcome.data is not None:
             content["data"] = data_summary(inputs.samples, outcome.data)
         if real:
             write_model_card(output_dir, inputs, outcome, str(content["device"]))
             content["adapter"] = recipe.run.output_dir
-        for text in last_lines(outcome, content):
-            say(text)
+        say(*last_lines(outcome, content))
         return EXIT_OK, content
 
 
@@ -176,8 +175,7 @@ def _held(recipe: Recipe) -> Iterator[Path | None]:
     else:
         with held_folder(output_dir):
             found = checkpoint_to_resume(recipe)
-            for note in found.notes:
-                say(f"note: {note}")
+            say(*(f"note: {note}" for note in found.notes))
             if found.checkpoint is not None:
                 say(f"resuming from {found.checkpoint}")
             yield found.checkpoint
@@ -189,8 +187,8 @@ def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
     from qlora_lowmem.run.summary import data_lines
     from qlora_lowmem.tokens.dataset import show_sample
 
-    for text in what_is_left_out(job.lean) if job.lean is not None else ():
-        say(f"note: {text}")
+    if job.lean is not None:
+        say(*(f"note: {text}" for text in what_is_left_out(job.lean)))
     if quiet:
         return
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
@@ -198,8 +196,7 @@ def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
     if job.lean is not None:
         say(f"lean: {', '.join(job.lean.applied) or 'nothing'}")
     if inputs.samples is not None:
-        for text in data_lines(inputs.recipe, inputs.samples, job.data.report, job.data.notes):
-            say(text)
+        say(*data_lines(inputs.recipe, inputs.samples, job.data.report, job.data.notes))
         say("the first sample as the model sees it, the loss on what is between [[ and ]]:")
         say(show_sample(job.trainer.train_dataset, job.trainer.processing_class))
 

@@ -19,7 +19,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import datasets
@@ -227,9 +226,7 @@ class Heartbeat(Progress):
         self._beat(now=True, phase="loading")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         outcome = "done" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         outcome = "out of GPU memory" if isinstance(error, DoesNotFitError) else outcome
         self._beat(now=True, phase="ended", outcome=outcome)

@@ -138,17 +138,13 @@ class ComputedOrder(Sampler[int]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        keys = self._keys()
+        digest = hashlib.sha256(f"{self._seed} {self._epoch}".encode()).digest()
+        keys = [int.from_bytes(digest[8 * part : 8 * part + 8], "little") | 1 for part in range(_ROUNDS)]
         for index in range(self._count):
             place = self._permuted(index, keys)
             while place >= self._count:
                 place = self._permuted(place, keys)
             yield place
-
-    def _keys(self) -> list[int]:
-        text = f"{self._seed} {self._epoch}".encode()
-        digest = hashlib.sha256(text).digest()
-        return [int.from_bytes(digest[8 * part : 8 * part + 8], "little") | 1 for part in range(_ROUNDS)]
 
     def _permuted(self, index: int, keys: list[int]) -> int:
         mask = (1 << self._half_bits) - 1

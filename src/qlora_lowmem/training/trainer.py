@@ -54,7 +54,7 @@ class LowMemTrainer(SFTTrainer):
 
     Args:
         full_logits: train from the full logits, as transformers' `Trainer` does, instead of TRL's fused LM head.
-        recorder: where the phases `save`, `evaluate` and `resume` are recorded; None on a CPU.
+        recorder: where the phases `save`, `evaluate`, `resume` and `warm-up` are recorded; None on a CPU.
     """
 
     def __init__(self, *args: Any, full_logits: bool, recorder: Recorder | None, **kwargs: Any) -> None:
@@ -113,11 +113,6 @@ class LowMemTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left to the job, which knows the recipe and the measured peak."""
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        resumed_from = kwargs["resume_from_checkpoint"]
-        self._resumed_from = Path(resumed_from) if resumed_from else None
-        return super()._inner_training_loop(*args, **kwargs)
-
     def _take_up(self) -> None:
         """The totals of the checkpoint, and the evaluation of its step if that was cut short or never begun.
 
@@ -167,7 +162,7 @@ class LowMemTrainer(SFTTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss of the evaluation set; an empty result where a signal cut it short."""
         self._mark_good()
-        with self._phase("evaluate"), undisturbed():
+        with self.phase("evaluate"), undisturbed():
             try:
                 return dict(super().evaluate(*args, **kwargs))
             except StopEvaluation:
@@ -184,7 +179,7 @@ class LowMemTrainer(SFTTrainer):
             self._save(str(staging), state_dict=weights)
             self._refuse_diverged(staging)
 
-        with self._phase("save"):
+        with self.phase("save"):
             # Sharded weights are gathered by all processes, and written by the first.
             weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
             if self.args.should_save:
@@ -230,7 +225,7 @@ class LowMemTrainer(SFTTrainer):
             self._write_checkpoint(staging, model, trial)
             self.accelerator.wait_for_everyone()
 
-        with self._phase("save"):
+        with self.phase("save"):
             if self.args.should_save:
                 self._store.save(self.state.global_step, write)
             else:
@@ -253,7 +248,7 @@ class LowMemTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter's weights, from safetensors only, through host memory: no second copy of them on the card."""
-        with self._phase("resume"):
+        with self.phase("resume"):
             if self.is_fsdp_enabled:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return
@@ -261,8 +256,10 @@ class LowMemTrainer(SFTTrainer):
             set_peft_model_state_dict(model or self.model, weights)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._phase("resume"):
+        self._resumed_from = Path(checkpoint) if checkpoint else None
+        with self.phase("resume"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Record what runs inside as (part of) the phase `name`, where there is a recorder."""
         return self._recorder.phase(name) if self._recorder is not None else contextlib.nullcontext()

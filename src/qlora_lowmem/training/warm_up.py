@@ -16,7 +16,6 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.training.state import RunningTotals, undisturbed
 
 # State of a trained parameter: AdamW keeps two values in its dtype, or in the one that the recipe names; in 8 bits two
@@ -29,23 +28,19 @@ _SMALLEST_IN_8_BITS = 4096
 
 
 class WarmUp(TrainerCallback):
-    """Runs the longest batch as training begins. `recorder` is None on a CPU."""
+    """Runs the longest batch as training begins."""
 
-    def __init__(self, trainer: Any, recorder: Recorder | None) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._recorder = recorder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Model, optimizer and checkpoint are loaded; no sample has been drawn."""
-        if state.global_step < state.max_steps:
-            with self._recorder.phase("warm-up") if self._recorder is not None else nullcontext():
-                self._run()
-
-    def _run(self) -> None:
-        trainer = self._trainer
+        if state.global_step >= state.max_steps:
+            return
+        trainer, own = self._trainer, self._trainer.own_adamw
         totals = RunningTotals.of(trainer)
-        own = trainer.own_adamw
-        with undisturbed(), own.without_steps() if own is not None else nullcontext():
+        held_back = own.without_steps() if own is not None else nullcontext()
+        with trainer.phase("warm-up"), undisturbed(), held_back:
             held = torch.empty(self._coming_state_bytes(), dtype=torch.uint8, device=trainer.args.device)
             for _ in range(2):
                 if trainer.args.gradient_accumulation_steps == 1:
@@ -54,8 +49,8 @@ class WarmUp(TrainerCallback):
                 trainer.current_gradient_accumulation_steps = 1
                 trainer.training_step(trainer.model_wrapped, batches[0], items)
             del held
-        trainer.model_wrapped.zero_grad(set_to_none=True)
-        totals.restore(trainer)
+            trainer.model_wrapped.zero_grad(set_to_none=True)
+            totals.restore(trainer)
 
     def _coming_state_bytes(self) -> int:
         """What the optimizer's first step will allocate; nothing if a checkpoint has brought its state."""
