@@ -55,8 +55,6 @@ def over_budget(
     """The verdict on a test that used more than its budget: sizes, what grew, the largest owners.
 
     Args:
-        record: what it used.
-        attribution: of its peak, if that is known.
         reference: what it used when it was within its budget, if that is known.
         reference_name: `its baseline` or `it last passed`.
     """

@@ -41,11 +41,8 @@ class VirtualRunner:
         """Run on the card and, if it is too small, on a roomy one of its kind."""
         return self._waiting.submit(self._result, recipe, submit_recipe(self._server, recipe, self._card))
 
-    def attribute(self, result: CaseResult, snapshot: Path | None = None) -> Attribution | None:
-        """Run the case again, on a roomy card if it does not fit, and attribute its peak.
-
-        The allocator's snapshot is written to `snapshot`.
-        """
+    def attribute(self, result: CaseResult, snapshot: Path | None) -> Attribution | None:
+        """Run the case again, on a roomy card if it does not fit, attribute its peak and write the `snapshot` there."""
         card = self._card if result.out_of_memory is None else roomy(self._card)
         return submit_recipe(self._server, result.recipe, card, attribute=True, snapshot=snapshot).result().attribution
 
@@ -86,9 +83,8 @@ class GpuRunner:
         result.set_result(case)
         return result
 
-    def attribute(self, result: CaseResult, snapshot: Path | None = None) -> Attribution | None:
+    def attribute(self, _result: CaseResult, _snapshot: Path | None) -> Attribution | None:
         """None: `python -m qlora_lowmem.explain --device cuda` attributes on a real GPU."""
-        del result, snapshot
         return None
 
     def _run(self, recipe: Recipe, limit: Sequence[str]) -> CaseResult:

@@ -77,10 +77,7 @@ class Case:
         return tuple(kept)
 
     def row(self, item: pytest.Item, record: Record, verdict: Verdict, left: tuple[str, ...]) -> Row:
-        """What came of it in the test `item`; `left` are files that a failing run left.
-
-        A budget holds whatever is recorded or only reported.
-        """
+        """What came of it in the test `item`, with files that a failing run left. A budget always holds."""
         fails = verdict.name == "OVER BUDGET" or (verdict.fails and not self.recording and not self.report_only)
         file, message = item.location[0], verdict.render(left)
         return Row(self.name, file, verdict.name, record, self.baseline, self.budget, fails, message, left)
@@ -99,11 +96,7 @@ def settle(item: pytest.Item, row: Row) -> None:
 
 
 class Meter:
-    """A plugin that measures tests and fails those over their budget or their baseline.
-
-    Args:
-        case_of: the case of a test; None for a test that is not measured in this process.
-    """
+    """A plugin that measures the tests that have a case here, and fails those over their budget or their baseline."""
 
     def __init__(self, case_of: Callable[[pytest.Item], Case | None]) -> None:
         self._case_of = case_of

@@ -141,14 +141,12 @@ def _check_options(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--card {card} names a virtual card, and --gpu runs on the real one: give one")
     if cap is not None and not gpu:
         raise pytest.UsageError(f"--vram-cap {cap} caps a real GPU: add --gpu, or choose a smaller --card")
-    from qlora_lowmem.units import parse_bytes
-
     checks: list[tuple[str, Callable[[str], object], str | None]] = [
         ("--card", _card, card),
         ("vram_card", _card, None if card else config.getini("vram_card")),
-        ("--vram-cap", parse_bytes, cap),
-        ("--vram-budget", parse_bytes, config.getoption("vram_budget")),
-        *((name, parse_bytes, config.getini(name)) for name in _SIZES),
+        ("--vram-cap", _size, cap),
+        ("--vram-budget", _size, config.getoption("vram_budget")),
+        *((name, _size, config.getini(name)) for name in _SIZES),
         ("vram_tolerance_relative", _share, config.getini("vram_tolerance_relative")),
     ]
     for name, read, value in checks:
@@ -168,6 +166,12 @@ def _check_options(config: pytest.Config) -> None:
                 f"--record {name}: {name} is a path, and --record took it for a case's name. Put --record last, or "
                 "write --record=CASE"
             )
+
+
+def _size(text: str) -> None:
+    from qlora_lowmem.units import parse_bytes
+
+    parse_bytes(text)
 
 
 def _card(name: str) -> None:

@@ -25,13 +25,7 @@ _ROWS = 6
 
 
 def key_of(device: str, provenance: str, allocator: str, versions: Mapping[str, str], recipe: str = "") -> Key:
-    """The key of a run.
-
-    Args:
-        allocator: options of the caching allocator.
-        versions: as `environment.versions` gives them.
-        recipe: the recipe's hash, empty for a test.
-    """
+    """The key of a run with these options of the allocator and `environment.versions`; a recipe's by its hash."""
     build = re.search(r"\+cu(\d+)(\d)$", versions["torch"])
     packages = {name: versions[name] for name in VERSION_FIELDS if name != "cuda"}
     cuda = f"{build[1]}.{build[2]}" if build else "none"

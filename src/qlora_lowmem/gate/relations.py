@@ -26,9 +26,8 @@ def assert_less(
     AssertionError: the first does not need less than the second.
     """
     __tracebackhide__ = True
-    if not peak(less) < peak(more):
-        relation = f"{names[0]} should need less memory than {names[1]}"
-        raise AssertionError(_broken(relation, why, peak(less), peak(more)))
+    relation = f"{names[0]} should need less memory than {names[1]}"
+    _require(peak(less) < peak(more), relation, why, peak(less), peak(more))
 
 
 def assert_at_most_share(
@@ -41,10 +40,9 @@ def assert_at_most_share(
     __tracebackhide__ = True
     if share <= 0:
         raise ValueError(f"share is {share}; it must be above 0, as in 0.5 for half")
-    if peak(part) > share * peak(of):
-        found = peak(part) / peak(of) if peak(of) else float("inf")
-        relation = f"{names[0]} should need at most {share:.3g} of {names[1]} and needs {found:.4g} of it"
-        raise AssertionError(_broken(relation, why, peak(part), peak(of)))
+    found = peak(part) / peak(of) if peak(of) else float("inf")
+    relation = f"{names[0]} should need at most {share:.3g} of {names[1]} and needs {found:.4g} of it"
+    _require(peak(part) <= share * peak(of), relation, why, peak(part), peak(of))
 
 
 def assert_monotone(profiles: Mapping[float, Profile], *, in_: str, strictly: bool = True, why: str = "") -> None:
@@ -65,13 +63,14 @@ def assert_monotone(profiles: Mapping[float, Profile], *, in_: str, strictly: bo
     values = sorted(profiles)
     for small, large in itertools.pairwise(values):
         less, more = peak(profiles[small]), peak(profiles[large])
-        if less > more or (strictly and less == more):
-            relation = f"memory should grow with {in_}, and {in_} {small:g} against {large:g} does not"
-            raise AssertionError(_broken(relation, why, less, more))
+        relation = f"memory should grow with {in_}, and {in_} {small:g} against {large:g} does not"
+        _require(less < more or (less == more and not strictly), relation, why, less, more)
 
 
-def _broken(relation: str, why: str, less: int, more: int) -> str:
-    """What does not hold, in one or two lines; `less` and `more` are in bytes."""
-    difference = f"({format_signed(less - more)}, {less - more:+,} bytes)"
-    text = f"{relation}: {format_bytes(less)} against {format_bytes(more)} {difference}"
-    return f"{text}\nit should hold because: {why}" if why else text
+def _require(holds: bool, relation: str, why: str, less: int, more: int) -> None:
+    """Say what does not hold, in one or two lines; `less` and `more` are in bytes."""
+    __tracebackhide__ = True
+    if not holds:
+        difference = f"({format_signed(less - more)}, {less - more:+,} bytes)"
+        text = f"{relation}: {format_bytes(less)} against {format_bytes(more)} {difference}"
+        raise AssertionError(f"{text}\nit should hold because: {why}" if why else text)

@@ -102,10 +102,7 @@ class GateSession:
     ) -> Verdict:
         """Hold a case against its baseline, note the result for the reports, and fail the test if the verdict does.
 
-        Args:
-            item: the test that asks.
-            attribute: runs the case again with attribution and writes its snapshot to the path that it gets; called
-                only if its verdict fails or it is recorded.
+        If its verdict fails or it is recorded, `attribute` runs it again, and writes its snapshot to the path it gets.
         """
         held = self._case(case, record.key.device)
         verdict = held.verdict(record)

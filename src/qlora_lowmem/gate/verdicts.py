@@ -27,12 +27,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Gate:
-    """The tolerances of a device.
-
-    Attributes:
-        allocated: what is gated on.
-        reserved: looser, since segments depend on the order of allocations.
-    """
+    """The tolerances of a device. That of `reserved` is looser, since segments depend on the order of allocations."""
 
     allocated: Tolerance
     reserved: Tolerance
@@ -72,11 +67,7 @@ class Verdict:
 def compare(
     case: str, baseline: Record | None, measured: Record, gate: Gate, *, across_versions: bool = False
 ) -> Verdict:
-    """The verdict on a run.
-
-    Args:
-        across_versions: hold it against a baseline of other package versions all the same.
-    """
+    """The verdict on a run; with `across_versions` also against a baseline of other package versions."""
     record_it = f"pytest --record={case} ... writes"
     if baseline is None:
         size = format_bytes(measured.allocated)

@@ -128,13 +128,12 @@ def run_test(
 ) -> dict[str, Any]:
     """In the worker: run the test `node` (`/path/test_file.py::test`) in `folder`.
 
-    Returns:
-        `reports` as pytest serialises them, `problems` of its collection, and pytest's exit code.
+    Returns `reports` as pytest serialises them, and `problems` of its collection.
     """
     os.chdir(folder)
     given = msgspec.convert(case, Case)
     worker = WorkerPlugin(options)
     for name in (JUDGE, "cacheprovider", "xdist", "terminalreporter"):
         arguments += ["-p", f"no:{name}"]
-    code = pytest.main([*arguments, node], plugins=[worker, Meter(lambda _item: given)])
-    return {"reports": worker.reports, "problems": worker.problems, "exit_code": int(code)}
+    pytest.main([*arguments, node], plugins=[worker, Meter(lambda _item: given)])
+    return {"reports": worker.reports, "problems": worker.problems}

@@ -38,8 +38,7 @@ class OwnerLine:
         line: `package/file.py:line function`, or the autograd node (`autograd: MulBackward0`).
         module: the module or tensor of the largest of them.
         layout: dtype and shape of the largest, where its tensor is known; else empty.
-        bytes: requested, of all of them.
-        blocks: how many.
+        bytes, blocks: requested bytes of all of them, and how many they are.
     """
 
     kind: str

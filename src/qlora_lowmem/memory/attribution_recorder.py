@@ -42,10 +42,7 @@ class AttributionRecorder(TrainerCallback):
         self._namer = RecipeNamer()
         self._owners = Owners(self._namer)
         self._hooks: list[Any] = []
-        self._weights: dict[int, Owner] = {}
-        self._steps = 0
         self._micro_batch = 0
-        self._micro_batches = 1
         self._phase = ""
         self._open: tuple[dict[str, Any], Evidence] | None = None
         self._best = 0
@@ -53,7 +50,7 @@ class AttributionRecorder(TrainerCallback):
 
     def start(self) -> None:
         """Begin to note, for every block, the Python frames of its allocation."""
-        _note_frames()
+        cuda_memory._record_memory_history("state", context="state", stacks="python", clear_history=True)
 
     def watch(self, trainer: Trainer) -> None:
         """Put hooks on the trainer's model, and learn what its weights are."""
@@ -66,8 +63,7 @@ class AttributionRecorder(TrainerCallback):
             for name, parameter in self._model.named_parameters():
                 if parameter.requires_grad:
                     # The optimizer's own hook, which frees the gradient, comes later: it is made as training begins.
-                    hook = parameter.register_post_accumulate_grad_hook(partial(self._saw_gradient, name))
-                    self._hooks.append(hook)
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._saw_gradient, name)))
         trainer.add_callback(self)
 
     def finish(self, profile: MemoryProfile) -> Attribution | None:
@@ -92,10 +88,9 @@ class AttributionRecorder(TrainerCallback):
     def on_step_begin(self, *event: Any, **__: Any) -> None:
         """Before the first micro-batch of an optimizer step."""
         args, state, _ = event
-        self._steps += 1
         self._micro_batch, self._micro_batches = 0, args.gradient_accumulation_steps
         only_one = state.max_steps == 1
-        if self._steps > 1 or only_one:
+        if state.global_step > 0 or only_one:
             self._phase = "first step" if only_one else "steady"
             self._begin_window()
         else:
@@ -119,7 +114,7 @@ class AttributionRecorder(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """After everything of a step."""
         self._end_window()
-        _note_frames()
+        self.start()
 
     def _begin_window(self) -> None:
         self._scopes.attach()
@@ -163,11 +158,4 @@ class AttributionRecorder(TrainerCallback):
 
 def _first_of(found: Found) -> dict[int, Owner]:
     """By address; of several tensors in one storage the first."""
-    owners: dict[int, Owner] = {}
-    for address, owner in found:
-        owners.setdefault(address, owner)
-    return owners
-
-
-def _note_frames() -> None:
-    cuda_memory._record_memory_history("state", context="state", stacks="python", clear_history=True)
+    return dict(reversed(list(found)))

@@ -50,9 +50,11 @@ OUTSIDE_ALLOCATED = ("slack", "outside")  # all others are parts of `memory_allo
 _PREFIX = {"forward": "activations", "recompute": "recomputed", "backward": "backward"}
 # Fragments of paths: whose code is running, for frames that the scope says nothing about.
 _LOSSES = ("/trl/kernels/chunked_logprob.py", "/transformers/loss/")
-_CLIPPING = ("/torch/nn/utils/clip_grad",)
-_OPTIMIZERS = ("/torch/optim/", "/bitsandbytes/optim/")
-_TRAINERS = ("/accelerate/", "/transformers/trainer", "/trl/trainer/", "/torch/utils/data/")
+_OUTSIDE_OF_MODULES = {
+    "/torch/nn/utils/clip_grad": "optimizer_step",
+    **dict.fromkeys(("/torch/optim/", "/bitsandbytes/optim/"), "optimizer"),
+    **dict.fromkeys(("/accelerate/", "/transformers/trainer", "/trl/trainer/", "/torch/utils/data/"), "input"),
+}
 _OFFLOADING = "activation_offload"
 _LEAN = "/qlora_lowmem/lean/"
 # Code that works for other code: the line that owns a block is the first one outside of it.
@@ -67,21 +69,16 @@ _LIBRARIES = (
 
 
 class RecipeNamer:
-    """Knows the libraries of a recipe's job, its trainer and `lean`.
+    """Knows the libraries of a recipe's job, its trainer and `lean`."""
 
-    Attributes:
-        start: the moment of a peak that came before anything was followed.
-    """
-
-    start = "at the start of the step"
+    start = "at the start of the step"  # the moment of a peak that came before anything was followed
 
     def owner_name(self, name: str, part: str) -> str:
         """Of a tensor that belongs to the parameter or buffer `name` as `part` (`.grad`), or is it (no part)."""
         return f"{plain_name(name) or 'parameter'}{part}"
 
-    def is_adapter(self, name: str, parameter: "nn.Parameter") -> bool:
+    def is_adapter(self, _name: str, parameter: "nn.Parameter") -> bool:
         """Whether a parameter that is not quantised is an adapter's."""
-        del name
         return parameter.requires_grad
 
     def kind(self, scope: "Scope | None", block: Block) -> str:
@@ -120,8 +117,7 @@ class RecipeNamer:
 class ProgramNamer:
     """Knows torch, and of anyone's program what names say. Methods as `RecipeNamer` has them.
 
-    Args:
-        root: beginning of the paths of the program's own code, left out of lines.
+    `root` is the beginning of the paths of the program's own code, left out of lines.
     """
 
     start = "at the start"
@@ -129,14 +125,12 @@ class ProgramNamer:
     def __init__(self, root: str = "") -> None:
         self._root = root
 
-    def owner_name(self, name: str, part: str) -> str:
+    def owner_name(self, name: str, _part: str) -> str:
         """What belongs to a parameter goes by its name."""
-        del part
         return name
 
-    def is_adapter(self, name: str, parameter: "nn.Parameter") -> bool:
+    def is_adapter(self, name: str, _parameter: "nn.Parameter") -> bool:
         """By its name: anyone's parameters may be trained."""
-        del parameter
         return "lora_" in name
 
     def kind(self, scope: "Scope | None", block: Block) -> str:
@@ -167,14 +161,10 @@ def _held_by_lean(path: str) -> Holding | None:
 
 def _outside_of_modules(frames: Sequence[Frame]) -> str:
     """By the innermost code that is not torch's or bitsandbytes' own."""
-    for frame in frames:
-        path = frame["filename"]
-        if any(part in path for part in _CLIPPING):
-            return "optimizer_step"
-        if any(part in path for part in _OPTIMIZERS):
-            return "optimizer"
-        if any(part in path for part in _TRAINERS):
-            return "input"
+    for path in (frame["filename"] for frame in frames):
+        kind = next((kind for part, kind in _OUTSIDE_OF_MODULES.items() if part in path), None)
+        if kind is not None:
+            return kind
         if not any(part in path for part in ("/torch/", "/bitsandbytes/")):
             break
     return "unexplained"

@@ -41,11 +41,7 @@ class Owners:
     device: int = 0
 
     def weights(self, model: nn.Module, prefix: str = "") -> Found:
-        """Every parameter and buffer of `model`, and the quantisation state of its 4-bit weights.
-
-        Args:
-            prefix: of their names.
-        """
+        """Every parameter and buffer of `model`, and the quantisation state of its 4-bit weights."""
         for own, parameter in model.named_parameters():
             name = prefix + own
             state = getattr(parameter, "quant_state", None)  # only bitsandbytes' Params4bit has one
@@ -70,11 +66,7 @@ class Owners:
             yield from self._of(parameter.grad, "gradients", name, ".grad")
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer | None, names: Mapping[int, str]) -> Found:
-        """Every tensor of the optimizer's state.
-
-        Args:
-            names: of parameters, by their id.
-        """
+        """Every tensor of the optimizer's state; `names` are those of parameters by their id."""
         for parameter, state in optimizer.state.items() if optimizer is not None else ():
             for key, value in state.items() if isinstance(state, dict) else ():
                 if isinstance(value, Tensor):
@@ -125,22 +117,16 @@ def floor_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, residual
         residual_elements: batch x seq x hidden, in the dtype of the model's embeddings.
     """
     seen: set[int] = set()
-    base, trained = 0, 0
-    states = [getattr(module, "quant_state", None) for module in model.modules()]  # bitsandbytes' Linear4bit has one
-    for parameter in model.parameters():
-        size = _bytes(parameter, seen)
-        if parameter.requires_grad:
-            trained += size
-        else:
-            base += size
-            states.append(getattr(parameter, "quant_state", None))  # that of Params4bit; FSDP2's shards have lost it
-    for state in states:
-        base += sum(_bytes(tensor, seen) for _, tensor in quantisation_tensors(state)) if state is not None else 0
-    base += sum(_bytes(buffer, seen) for buffer in model.buffers())
-    if optimizer is not None:
-        for values in optimizer.state.values():
-            trained += sum(_bytes(value, seen) for value in values.values() if isinstance(value, Tensor))
-    return Floor(base, trained, 2 * residual_elements * _embedding_bytes(model))
+    trained: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    base: list[Tensor] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    # Of bitsandbytes, Linear4bit has a state and Params4bit the same; FSDP2's shards of the latter have lost it.
+    for state in (getattr(each, "quant_state", None) for each in (*model.modules(), *base)):
+        base += [tensor for _, tensor in quantisation_tensors(state)] if state is not None else []
+    base += model.buffers()
+    for values in optimizer.state.values() if optimizer is not None else ():
+        trained += [value for value in values.values() if isinstance(value, Tensor)]
+    weights, adapters = (sum(_bytes(tensor, seen) for tensor in tensors) for tensors in (base, trained))
+    return Floor(weights, adapters, 2 * residual_elements * _embedding_bytes(model))
 
 
 def _bytes(tensor: Tensor, seen: set[int]) -> int:

@@ -119,13 +119,7 @@ class Recorder(_Readings):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a program used.
-
-    Attributes:
-        profile: its peaks as one phase, `test`.
-        attribution: where they were, if the history could be followed.
-        snapshot: the allocator's, with its history.
-    """
+    """What a program used: its peaks as one phase, `test`, and where they were, if the history could be followed."""
 
     profile: MemoryProfile
     attribution: Attribution | None
@@ -136,10 +130,7 @@ class ProgramRecorder(_Readings):
     """Peaks, and where they were, of anyone's code between `start` and `stop` on CUDA device 0, in this process.
 
     Start before the code makes anything. Allocates nothing on the device and holds no tensor, so that the peaks are
-    those of the code alone.
-
-    Args:
-        root: the project's folder; lines of code are named relative to it.
+    those of the code alone. Lines of code are named relative to `root`, the project's folder.
     """
 
     def __init__(self, root: Path) -> None:
@@ -249,10 +240,7 @@ def write_snapshot(snapshot: dict[str, Any], path: Path) -> None:
 
 
 def library_workspaces(device: int = 0) -> set[int]:
-    """Addresses of cuBLAS' and cuBLASLt's workspaces on a device: what torch lets go when told to clear them.
-
-    torch makes new ones when it needs them.
-    """
+    """Addresses of cuBLAS' and cuBLASLt's workspaces: what torch lets go when told to, and makes again when needed."""
 
     def active() -> set[int]:
         segments = [segment for segment in take_snapshot()["segments"] if segment["device"] == device]

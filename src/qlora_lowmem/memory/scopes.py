@@ -7,9 +7,6 @@ The metadata is thread-local, and autograd's thread runs the nodes' hooks, so bo
 
 A node belongs to the module that was running when it was made: the sequence numbers that autograd gives to nodes are
 noted at each change of module, and the graph is walked once before backward. No tensor and no node is held.
-
-`ModelScopes` follows one model that is known beforehand, a recipe's; `ProgramScopes` follows whatever modules a program
-calls, on plain torch: neither transformers nor a trainer is needed.
 """
 
 import weakref
@@ -59,11 +56,7 @@ OUTSIDE = Scope("outside")
 
 
 class Scopes:
-    """Hooks that keep a log of where a job is; the log's position is written beside every allocation.
-
-    Args:
-        idle: the scope outside of all that is followed.
-    """
+    """Hooks that keep a log of where a job is; `idle` is the scope outside of all that is followed."""
 
     def __init__(self, idle: Scope) -> None:
         self._idle = idle
@@ -73,10 +66,7 @@ class Scopes:
         self.window = self.begin_window()
 
     def begin_window(self) -> dict[int, Scope]:
-        """Scopes by position from now on. What was logged until now is forgotten, unless someone holds its window.
-
-        An allocation may name a position from before: its thread entered no scope since.
-        """
+        """Scopes by position from now on; an allocation may name one from before, if its thread entered none since."""
         self.window = {}
         self._marks.clear()
         self.enter(self._idle)
@@ -131,11 +121,9 @@ def _in_backward() -> bool:
 
 
 class ModelScopes(Scopes):
-    """Hooks on one model.
+    """Hooks on one model that is known beforehand, a recipe's.
 
-    Args:
-        on_checkpoint: called with the log's position and the address of the storage of a layer's input where that
-            layer is checkpointed.
+    Where a layer is checkpointed, `on_checkpoint` gets the log's position and the address of its input's storage.
     """
 
     def __init__(self, model: nn.Module, on_checkpoint: Callable[[int, int], None]) -> None:
@@ -181,13 +169,11 @@ class ModelScopes(Scopes):
 
 
 class ProgramScopes(Scopes):
-    """Hooks on every module and optimizer of this process.
+    """Hooks on every module and optimizer that a program on plain torch uses.
 
     The outermost module that is called is a root, and its `named_modules()` names the others. Nodes are marked as
-    `torch.autograd.backward` begins.
-
-    Args:
-        on_step: called after outermost forwards, backwards and optimizer steps, when tensors may have got owners.
+    `torch.autograd.backward` begins. `on_step` is called after outermost forwards, backwards and optimizer steps, when
+    tensors may have got owners.
     """
 
     def __init__(self, on_step: Callable[[], None]) -> None:
