@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import platformdirs
@@ -15,6 +15,7 @@ import platformdirs
 from qlora_lowmem.errors import UsageError
 
 Content = TypeVar("Content")
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**60)]  # of bytes or tokens in a file: no card and no run has more
 
 
 def cache_folder() -> Path:

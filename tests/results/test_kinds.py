@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qlora_lowmem.memory.profile import Peak
-from qlora_lowmem.results.kinds import Fields, Provenance, Section, Source, each_its_own, has_rows, together
+from qlora_lowmem.results.kinds import Provenance, Section, Source, each_its_own, has_rows, together
+from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.tables import Cell, Column, markdown_of, page_table, plain_row, write_rows
 from results.examples import ENVIRONMENT
 
@@ -60,7 +61,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert list(content["cases"][0]) == [
         *("name", "fits", "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "limit", "note")
     ]
-    assert Fields(content).rows("cases", Row) == ROWS
+    assert read_as(Cases[Row], content).cases == ROWS
     assert (tmp_path / "rows.csv").read_text().splitlines()[2] == f"b,False,{4 * GIB},{5 * GIB},0,7,mine"
     assert (tmp_path / "rows.md").read_text().startswith("# Rows\n\nA text.\n\nFigures are **virtual** on")
 
@@ -77,17 +78,17 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
 def test_a_field_of_another_kind_is_named(change: dict[str, object], message: str) -> None:
     content = {"cases": [plain_row(ROWS[0]) | change]}
     with pytest.raises(ValueError) as error:  # noqa: PT011 - its words are compared
-        Fields(content).rows("cases", Row)
+        read_as(Cases[Row], content)
     assert message in str(error.value)
 
 
 def test_only_what_has_a_default_may_be_absent() -> None:
     plain = plain_row(ROWS[0])
-    assert Fields({k: v for k, v in plain.items() if k != "note"}).row(Row) == ROWS[0]
+    assert read_as(Row, {k: v for k, v in plain.items() if k != "note"}) == ROWS[0]
     with pytest.raises(ValueError, match="limit is missing"):
-        Fields({k: v for k, v in plain.items() if k != "limit"}).row(Row)
+        read_as(Row, {k: v for k, v in plain.items() if k != "limit"})
     with pytest.raises(ValueError, match="peak_reserved_bytes is missing"):
-        Fields({k: v for k, v in plain.items() if k != "peak_reserved_bytes"}).row(Row)
+        read_as(Row, {k: v for k, v in plain.items() if k != "peak_reserved_bytes"})
 
 
 def test_a_file_is_known_by_the_fields_of_its_rows() -> None:
@@ -98,7 +99,10 @@ def test_a_file_is_known_by_the_fields_of_its_rows() -> None:
     assert not recognises({"cases": {"tokens": 1, "fits": True}})
 
 
-SOURCES = [Source(file, Provenance("virtual", card)) for file, card in (("a.json", "one"), ("b.json", "two"))]
+SOURCES = [
+    Source(file, Provenance("virtual", card, "", {}, "", "", ""))
+    for file, card in (("a.json", "one"), ("b.json", "two"))
+]
 
 
 def test_sections_of_one_kind_are_told_apart_by_device() -> None:

@@ -20,11 +20,11 @@ def test_every_phase_and_reading_is_compared() -> None:
         for reading in ("allocated", "reserved", "device")
     ]
     first_step = figures[3]
-    assert (first_step.predicted, first_step.measured, first_step.error) == (9 * GIB // 2, 3 * GIB, 0.5)
+    assert (first_step.predicted_bytes, first_step.measured_bytes, first_step.error) == (9 * GIB // 2, 3 * GIB, 0.5)
 
 
 def test_the_whole_run_is_the_highest_of_the_phases() -> None:
-    whole = {f.reading: f.measured for f in compare("r", predicted(), MEASURED) if f.phase == WHOLE_RUN}
+    whole = {f.reading: f.measured_bytes for f in compare("r", predicted(), MEASURED) if f.phase == WHOLE_RUN}
     assert whole == {"allocated": 3 * GIB, "reserved": 4 * GIB, "device": 4 * GIB + GIB // 2}
 
 
@@ -46,11 +46,11 @@ def test_profiles_must_be_comparable() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_misses_begin_one_byte_over_the_limit(reading: str, limit: int, just_over: int, sign: int) -> None:
     def figure(off_by: int) -> Figure:
-        return Figure("r", WHOLE_RUN, reading, 10**9 + sign * off_by, 10**9)  # type: ignore[arg-type]
+        return Figure("r", WHOLE_RUN, reading, 10**9 + sign * off_by, 10**9)
 
     assert misses([figure(limit)]) == []
     (miss,) = misses([figure(just_over)])
-    assert miss.limit == LIMITS[reading]  # type: ignore[index]
+    assert miss.limit == LIMITS[reading]
     assert f"r: {reading} over the whole run predicted" in str(miss)
 
 

@@ -4,13 +4,12 @@ import json
 
 from helpers import ROOT
 from qlora_lowmem.commands.readme import CARD
-from qlora_lowmem.results.kinds import Fields
 from qlora_lowmem.results.kinds.matrix import KIND, readme_table
 
 
 def test_readme_shows_the_committed_results() -> None:
     """Peaks on the virtual card are exact, so a run of the matrix changes no figure of the table."""
     content = json.loads((ROOT / "results" / CARD / "matrix.json").read_text(encoding="utf-8"))
-    assert readme_table(KIND.read(Fields(content))) in (ROOT / "README.md").read_text(encoding="utf-8"), (
+    assert readme_table(KIND.read(content)) in (ROOT / "README.md").read_text(encoding="utf-8"), (
         "run: qlora-lowmem readme"
     )

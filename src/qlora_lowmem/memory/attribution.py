@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qlora_lowmem.errors import QloraLowmemError
+from qlora_lowmem.files import Count
 from qlora_lowmem.memory.history import BEFORE, Block, History
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED, Namer
 from qlora_lowmem.memory.profile import MemoryProfile, Provenance
@@ -45,8 +46,8 @@ class OwnerLine:
     line: str
     module: str
     layout: str
-    bytes: int
-    blocks: int
+    bytes: Count
+    blocks: Count
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Timeline:
     events: tuple[int, ...]
     microseconds: tuple[int, ...]
     phases: tuple[str, ...]
-    bytes: tuple[tuple[int, ...], ...]
+    bytes: tuple[tuple[Count, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class Attribution:
     phase: str
     moment: str
     kinds: Mapping[str, int]
-    allocated_bytes: int
-    reserved_bytes: int
-    device_bytes: int
+    allocated_bytes: Count
+    reserved_bytes: Count
+    device_bytes: Count
     owners: tuple[OwnerLine, ...]
     timeline: Timeline
     faults: int = 0

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.files import as_dataclass, write_whole
+from qlora_lowmem.files import Count, as_dataclass, write_whole
 
 Provenance = Literal["virtual", "measured"]
 
@@ -36,9 +36,9 @@ class Peak:
         device: what the card had to hold: reserved, plus the CUDA context and whatever bypassed the allocator.
     """
 
-    allocated: int = 0
-    reserved: int = 0
-    device: int = 0
+    allocated: Count = 0
+    reserved: Count = 0
+    device: Count = 0
 
     @classmethod
     def highest(cls, peaks: Iterable["Peak"]) -> "Peak":

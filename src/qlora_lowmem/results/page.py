@@ -17,7 +17,6 @@ import qlora_lowmem
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.results.kinds import (
     Chart,
-    Fields,
     Kind,
     Section,
     Source,
@@ -29,11 +28,11 @@ from qlora_lowmem.results.kinds import (
     phases,
     prediction,
     published,
-    read_json,
     run,
     verdicts,
     waterfall,
 )
+from qlora_lowmem.results.reading import read_json
 from qlora_lowmem.results.style import Style, inline, save, svg_text
 from qlora_lowmem.results.theme import DARK, LIGHT, TOKENS, css_variables
 
@@ -80,7 +79,7 @@ def sections_of(paths: Sequence[Path]) -> Made:
                 raise UsageError(f"{path} holds no object; give a file that a command of this project wrote")
             raise UsageError(f"{path} is nothing that a page shows. It shows {_SHOWN}")
         try:
-            data, provenance = kind.read(Fields(content)), kind.provenance(Fields(content))
+            data, provenance = kind.read(content), kind.provenance(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not {kind.text} as it should be: {error}; write it again") from None
         found.setdefault(kind, []).append((Source(_label(path, files), provenance), data))

@@ -11,7 +11,8 @@ import msgspec
 from qlora_lowmem.files import as_dataclass
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, provenance_of, together
+from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, provenance_of, together
+from qlora_lowmem.results.reading import read_as
 from qlora_lowmem.results.style import SMALL, Axes, Figure, Style, note, save
 from qlora_lowmem.results.tables import (
     Cell,
@@ -138,44 +139,43 @@ def _recognises(content: Mapping[str, Any]) -> bool:
     return isinstance(content.get("attribution"), dict)
 
 
-def _read(content: Fields) -> _Run:
+@dataclass(frozen=True)
+class _File:
+    attribution: Attribution
+
+
+def _read(content: Mapping[str, Any]) -> _Run:
     """What `explain --json`, the matrix and a failing test of the gate leave, its kinds summing to its peaks."""
-    inside = content.object("attribution")
-    _check(inside)
-    named = content.raw.get("recipe", content.raw.get("case"))
+    found = read_as(_File, content).attribution
+    _check(found)
+    as_dataclass(Attribution, content["attribution"])  # no field is unknown
+    named = content.get("recipe", content.get("case"))
     name = named.get("name") if isinstance(named, dict) else named
-    return name if isinstance(name, str) else "", as_dataclass(Attribution, inside.raw)
+    return name if isinstance(name, str) else "", found
 
 
-def _provenance(content: Fields) -> Provenance:
+def _provenance(content: Mapping[str, Any]) -> Provenance:
     """A failing test's has only the attribution's own."""
-    if "environment" in content.raw:
+    if "environment" in content:
         return provenance_of(content)
-    inside = content.object("attribution")
-    return Provenance(inside.text("provenance"), inside.text("device"))
+    own = content["attribution"]
+    return Provenance(own["provenance"], own["device"], driver="", versions={}, commit="", command="", date="")
 
 
-def _check(inside: Fields) -> None:
+def _check(found: Attribution) -> None:
     """What `Attribution` takes on trust."""
-    for name in ("device", "provenance", "phase", "moment"):
-        inside.text(name)
-    for name in ("kinds", "modules"):
-        inside.object(name).counts()
-    sizes = [inside.count(name) for name in ("reserved_bytes", "device_bytes", "allocated_bytes")]
-    if not all(sizes):
+    if not (found.reserved_bytes and found.device_bytes and found.allocated_bytes):
         raise ValueError("attribution.allocated_bytes is 0: nothing to explain")
-    for owner in inside.rows("owners", OwnerLine) if inside["owners"] else ():
+    for owner in found.owners:
         if owner.kind not in KINDS:
             raise ValueError(f"{owner.kind!r} is not a kind of memory")
-    line = inside.object("timeline")
-    events, phases, rows, kinds = line["events"], line["phases"], line["bytes"], line["kinds"]
-    width = len(kinds)
-    whole = all(type(number) is int and number >= 0 for row in rows for number in row)
-    if not (whole and all(len(row) == width for row in rows) and len(rows) == len(events) == len(phases)):
+    line = found.timeline
+    whole = all(len(row) == len(line.kinds) for row in line.bytes)
+    if not whole or not len(line.bytes) == len(line.events) == len(line.phases):
         raise ValueError("attribution.timeline: every point needs an event, a phase and whole bytes of every kind")
-    if len(events) < 2 or any(type(event) is not int for event in events) or list(events) != sorted(set(events)):
+    if len(line.events) < 2 or list(line.events) != sorted(set(line.events)):
         raise ValueError("attribution.timeline.events are not at least two whole numbers that rise")
-    if any(type(name) is not str for name in (*phases, *kinds)) or set(kinds) - set(KINDS) or not any(map(any, rows)):
+    if set(line.kinds) - set(KINDS) or not any(map(any, line.bytes)):
         raise ValueError("attribution.timeline has an unknown kind or phase, or no bytes")
 
 

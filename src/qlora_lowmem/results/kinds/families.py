@@ -1,12 +1,14 @@
 """Lean beside the optimised recipe, model by model: what each peaks at, and the floor under both."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.files import Count
+from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, markdown_of, page_table, write_rows
 from qlora_lowmem.units import GIB
@@ -17,10 +19,10 @@ class Pair:
     """Allocated peaks of both recipes with one model at one length, in bytes; the optimised one is above the floor."""
 
     model: str
-    tokens: int
-    optimised_allocated_bytes: int
-    lean_allocated_bytes: int
-    floor_bytes: int
+    tokens: Count
+    optimised_allocated_bytes: Count
+    lean_allocated_bytes: Count
+    floor_bytes: Count
 
     @property
     def saves(self) -> int:
@@ -43,8 +45,6 @@ _COLUMNS: tuple[Column[Pair], ...] = (
     Column("x floor", lambda pair: Cell.times_floor(pair.lean_allocated_bytes, pair.floor_bytes), "lean × floor"),
     Column("of what is above the floor", lambda pair: Cell.ratio(f"{pair.share:.0%}", pair.share)),
 )
-
-
 _TITLE = "Lean on the models that people fine-tune"
 
 
@@ -59,8 +59,8 @@ def write_families(folder: Path, pairs: Sequence[Pair], record: dict[str, Any]) 
     write_rows(folder, "lean-families", pairs, record, title=_TITLE, parts=parts, head=head)
 
 
-def _read(content: Fields) -> tuple[Pair, ...]:
-    pairs = content.rows("cases", Pair)
+def _read(content: Mapping[str, Any]) -> tuple[Pair, ...]:
+    pairs = read_as(Cases[Pair], content).cases
     for number, pair in enumerate(pairs):
         sizes = pair.tokens, pair.optimised_allocated_bytes, pair.lean_allocated_bytes, pair.floor_bytes
         if not all(sizes):

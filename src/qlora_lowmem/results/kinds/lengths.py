@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.files import Count
 from qlora_lowmem.memory.profile import Peak
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own
+from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own
+from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, doubling, legend_label
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_of, page_table, write_rows
 from qlora_lowmem.results.theme import SERIES
@@ -29,10 +31,10 @@ class Length:
     """
 
     recipe: str
-    tokens: int
+    tokens: Count
     fits: bool
     peak: Peak
-    floor_bytes: int
+    floor_bytes: Count
 
 
 _COLUMNS: tuple[Column[Length], ...] = (
@@ -71,26 +73,25 @@ def write_lengths(
 
 
 @dataclass(frozen=True)
-class _File:
+class _File(Cases[Length]):
     device: str
-    usable_bytes: int
-    rows: tuple[Length, ...]
+    usable_bytes: Count
 
 
-def _read(content: Fields) -> _File:
-    rows, usable = content.rows("cases", Length), content.count("usable_bytes")
-    if not usable or not all(row.tokens and row.floor_bytes for row in rows):
+def _read(content: Mapping[str, Any]) -> _File:
+    file = read_as(_File, content)
+    if not file.usable_bytes or not all(row.tokens and row.floor_bytes for row in file.cases):
         raise ValueError("usable_bytes, or a case's tokens or floor, is 0")
-    return _File(content.text("device"), usable, rows)
+    return file
 
 
 def _section(_provenance: Provenance, file: _File) -> Section:
     chart = Chart(
         "lengths",
         "Memory against sequence length",
-        f"{gib(file.usable_bytes)} GiB can be used on {file.device}. {_longest(file.rows)}",
-        lambda style: lengths(style, file.rows, file.usable_bytes),
-        (page_table("Peaks in GiB by recipe and length", _COLUMNS, file.rows),),
+        f"{gib(file.usable_bytes)} GiB can be used on {file.device}. {_longest(file.cases)}",
+        lambda style: lengths(style, file.cases, file.usable_bytes),
+        (page_table("Peaks in GiB by recipe and length", _COLUMNS, file.cases),),
     )
     return Section(
         name="lengths",

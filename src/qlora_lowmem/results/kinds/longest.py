@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora_lowmem.files import Count
 from qlora_lowmem.memory.profile import Peak
-from qlora_lowmem.results.kinds import Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.kinds import Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, markdown_of, page_table, write_rows
 from qlora_lowmem.units import format_bytes
 
@@ -24,12 +27,12 @@ class Longest:
 
     recipe: str
     card: str
-    tokens: int
-    next_tokens: int
+    tokens: Count
+    next_tokens: Count
     limited_by: str
     peak: Peak
-    floor_bytes: int
-    host_bytes: int
+    floor_bytes: Count
+    host_bytes: Count
 
 
 _COLUMNS: tuple[Column[Longest], ...] = (
@@ -71,26 +74,26 @@ def write_longest(folder: Path, rows: Sequence[Longest], record: dict[str, Any],
 
 
 @dataclass(frozen=True)
-class _File:
-    changes: str
-    rows: tuple[Longest, ...]
-
-
-def _read(content: Fields) -> _File:
-    changes = content.object("changes").texts()
-    return _File(", ".join(f"{name} {value}" for name, value in changes.items()), content.rows("cases", Longest))
+class _File(Cases[Longest]):
+    changes: Mapping[str, str]
 
 
 def _section(_provenance: Provenance, file: _File) -> Section:
-    best = max(file.rows, key=lambda row: row.tokens)
+    best = max(file.cases, key=lambda row: row.tokens)
+    changes = ", ".join(f"{name} {value}" for name, value in file.changes.items())
     return Section(
         name="longest",
         title="The longest sequence that trains",
         text="Tokens of one sample at batch size 1, found by running each length: two optimizer steps of one or two "
-        "micro-batches." + (f" Changed in every recipe: {file.changes}." if file.changes else ""),
-        tables=(page_table("Tokens, and peaks at the longest", _COLUMNS, file.rows),),
+        f"micro-batches.{f' Changed in every recipe: {changes}.' if changes else ''}",
+        tables=(page_table("Tokens, and peaks at the longest", _COLUMNS, file.cases),),
         highlights=((f"{best.tokens:,} tokens", f"the longest sequence that trains ({best.recipe})"),),
     )
 
 
-KIND = Kind("the longest sequences (longest --table)", has_rows("cases", "next_tokens"), _read, each_its_own(_section))
+KIND = Kind(
+    "the longest sequences (longest --table)",
+    has_rows("cases", "next_tokens"),
+    partial(read_as, _File),
+    each_its_own(_section),
+)

@@ -1,14 +1,16 @@
 """The comparison table of a benchmark run: one row a recipe, one set of files a device."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlora_lowmem.files import Count
 from qlora_lowmem.memory.profile import MemoryProfile, Peak, Provenance
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.results import kinds
-from qlora_lowmem.results.kinds import Fields, Kind, Section, each_its_own, has_rows
+from qlora_lowmem.results.kinds import Kind, Section, each_its_own, has_rows
+from qlora_lowmem.results.reading import Cases, PhasePeak, read_as
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
@@ -67,18 +69,18 @@ class Case:
     device: str
     provenance: str
     fits: bool
-    lora_r: int
+    lora_r: Count
     target_modules: str
-    max_seq_length: int
-    batch_size: int
-    gradient_accumulation_steps: int
+    max_seq_length: Count
+    batch_size: Count
+    gradient_accumulation_steps: Count
     gradient_checkpointing: bool
     loss: str
-    trainable_parameters: int
+    trainable_parameters: Count
     peak: Peak
-    floor_bytes: int
+    floor_bytes: Count
     out_of_memory: str
-    phases: Mapping[str, Peak] = field(default_factory=dict)
+    phases: tuple[PhasePeak, ...]
     failure: str = ""
 
 
@@ -102,13 +104,13 @@ def _case(result: CaseResult) -> Case:
         peak=profile.peak if profile else Peak(),
         floor_bytes=result.floor_bytes,
         out_of_memory=result.out_of_memory or "",
-        phases=profile.phases if profile else {},
+        phases=tuple(PhasePeak(name, *astuple(peak)) for name, peak in profile.phases.items()) if profile else (),
         failure=(result.failure or "").strip().rpartition("\n")[2],
     )
 
 
 def _phase(name: str) -> Column[Case]:
-    return Column(name, lambda case: Cell.known_gib(case.phases.get(name, Peak()).allocated))
+    return Column(name, lambda case: Cell.known_gib(sum(each.allocated for each in case.phases if each.name == name)))
 
 
 _COLUMNS: tuple[Column[Case], ...] = (
@@ -168,14 +170,13 @@ def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, 
     columns = [*_COLUMNS[:2], *map(_where_known, _COLUMNS[2:-1]), _COLUMNS[-1]]
     markdown = markdown_page(record["device"], (text, markdown_of(columns, cases, text_columns=2)), record)
     rows = [{k: v for k, v in plain_row(case).items() if k not in ("phases", "failure")} for case in cases]
-    listed = [[{"name": name, **asdict(peak)} for name, peak in case.phases.items()] for case in cases]
-    whole = [row | {"phases": phases} for row, phases in zip(rows, listed, strict=True)]
+    whole = [row | {"phases": [asdict(each) for each in case.phases]} for row, case in zip(rows, cases, strict=True)]
     content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": whole}
     write_result(folder, name, content, markdown, rows)
 
 
-def _read(content: Fields) -> tuple[Case, ...]:
-    return content.rows("cases", Case)
+def _read(content: Mapping[str, Any]) -> tuple[Case, ...]:
+    return read_as(Cases[Case], content).cases
 
 
 # What is asked for first stands first: a narrow screen shows few columns at a time.
@@ -226,7 +227,7 @@ def readme_block(content: dict[str, Any]) -> str:
     record = content["environment"]
     return (
         f"Granite-4.0-H-1B on `{record['device']}`, peaks in GiB. {FLOOR_TEXT}\n\n"
-        f"{readme_table(KIND.read(Fields(content)))}\n\n"
+        f"{readme_table(_read(content))}\n\n"
         f"{provenance_lines(record)} A recipe that does not fit ran on a card of the same kind with room for it; its "
         "row says what it would need. All tables: [`results/`](results/).\n"
     )

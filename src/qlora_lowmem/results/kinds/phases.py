@@ -1,12 +1,14 @@
 """The whole life of a run: the peak of every phase, from loading to merging, beside what the card may hold."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from qlora_lowmem.files import Count
 from qlora_lowmem.memory.profile import PHASES, Peak
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.reading import Cases, one_of, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, legend_label, note
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
@@ -120,23 +122,38 @@ def _highest(lives: Lives) -> list[_Row]:
     return [(recipe, max(life, key=lambda each: each.peak.allocated)) for recipe, life in lives.items()]
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A row of the file."""
+
+    recipe: str
+    phase: Annotated[str, one_of(PHASES)]
+    allocated_bytes: Count
+    allocated_budget_bytes: Count | None
+    reserved_bytes: Count
+    device_bytes: Count
+    device_budget_bytes: Count
+    floor_bytes: Count
+    out_of_memory: str | None
+
+
 def phases_content(lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
     """What `phases.json` and `qlora_lowmem.phases --json` hold; `record` is the figures' provenance."""
     cases = [
-        {
-            "recipe": recipe,
-            "phase": each.phase,
-            "allocated_bytes": each.peak.allocated,
-            "allocated_budget_bytes": each.allocated_budget,
-            "reserved_bytes": each.peak.reserved,
-            "device_bytes": each.peak.device,
-            "device_budget_bytes": each.device_budget,
-            "floor_bytes": each.floor,
-            "out_of_memory": each.out_of_memory or None,
-        }
+        _Case(
+            recipe,
+            each.phase,
+            each.peak.allocated,
+            each.allocated_budget,
+            each.peak.reserved,
+            each.peak.device,
+            each.device_budget,
+            each.floor,
+            each.out_of_memory or None,
+        )
         for recipe, each in _rows(lives)
     ]
-    return {"environment": record, "cases": cases}
+    return {"environment": record, "cases": [asdict(case) for case in cases]}
 
 
 def write_phases(folder: Path, lives: Lives, record: dict[str, Any], about: str) -> None:
@@ -156,33 +173,22 @@ def write_phases(folder: Path, lives: Lives, record: dict[str, Any], about: str)
     write_rows(folder, "phases", phases_content(lives, record)["cases"], record, title=title, parts=parts)
 
 
-def _read(content: Fields) -> Lives:
-    """The cases of a `phases.json`; a phase is one that runs have, once a recipe, and a recipe has one floor."""
+def _read(content: Mapping[str, Any]) -> Lives:
+    """The cases of a `phases.json`; a phase is there once a recipe, and a recipe has one floor."""
     lives: dict[str, dict[str, PhaseBytes]] = {}
-    for case in content.objects("cases"):
-        found = _phase(case)
-        life = lives.setdefault(case.text("recipe"), {})
-        if found.phase not in PHASES:
-            raise ValueError(f"phase: {found.phase!r} is not one of {', '.join(PHASES)}")
-        if found.phase in life:
-            raise ValueError(f"phase: {case.text('recipe')!r} has {found.phase!r} twice")
-        if not found.device_budget or found.allocated_budget == 0:
-            raise ValueError(f"a budget of the phase {found.phase!r} is 0")
-        if any(other.floor != found.floor for other in life.values()):
-            raise ValueError(f"floor_bytes: {case.text('recipe')!r} has several")
-        life[found.phase] = found
+    for case in read_as(Cases[_Case], content).cases:
+        life = lives.setdefault(case.recipe, {})
+        if case.phase in life:
+            raise ValueError(f"phase: {case.recipe!r} has {case.phase!r} twice")
+        if 0 in (case.device_budget_bytes, case.allocated_budget_bytes):
+            raise ValueError(f"a budget of the phase {case.phase!r} is 0")
+        if any(other.floor != case.floor_bytes for other in life.values()):
+            raise ValueError(f"floor_bytes: {case.recipe!r} has several")
+        peak = Peak(case.allocated_bytes, case.reserved_bytes, case.device_bytes)
+        budgets, ran_out = (case.device_budget_bytes, case.allocated_budget_bytes), case.out_of_memory
+        said = "" if ran_out is None else ran_out or "out of memory"
+        life[case.phase] = PhaseBytes(case.phase, peak, *budgets, case.floor_bytes, said)
     return {recipe: tuple(life[name] for name in PHASES if name in life) for recipe, life in lives.items()}
-
-
-def _phase(case: Fields) -> PhaseBytes:
-    return PhaseBytes(
-        case.text("phase"),
-        Peak(*(case.count(f"{name}_bytes") for name in ("allocated", "reserved", "device"))),
-        case.count("device_budget_bytes"),
-        None if case["allocated_budget_bytes"] is None else case.count("allocated_budget_bytes"),
-        case.count("floor_bytes"),
-        "" if case["out_of_memory"] is None else case.text("out_of_memory") or "out of memory",
-    )
 
 
 def _section(_provenance: Provenance, lives: Lives) -> Section:

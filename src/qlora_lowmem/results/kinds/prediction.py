@@ -2,13 +2,15 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
+from qlora_lowmem.files import Count
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own
+from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own
+from qlora_lowmem.results.reading import Rows, one_of, read_as
 from qlora_lowmem.results.style import SMALL, Axes, Style, doubling
 from qlora_lowmem.results.style import Figure as Drawn
 from qlora_lowmem.results.tables import (
@@ -23,13 +25,12 @@ from qlora_lowmem.results.tables import (
 )
 from qlora_lowmem.units import GIB
 
-Reading = Literal["allocated", "reserved", "device"]
-READINGS: tuple[Reading, ...] = ("allocated", "reserved", "device")
+READINGS = ("allocated", "reserved", "device")
 # The peak over all phases, beside the phases themselves.
 WHOLE_RUN = "whole run"
 # By how many per cent a prediction of the whole run may be off. What a card holds has its context in it, which is
 # measured, not predicted, so it has no limit of its own.
-LIMITS: dict[Reading, int] = {"allocated": 1, "reserved": 3}
+LIMITS = {"allocated": 1, "reserved": 3}
 _MARKS = {"allocated": ("o", "series-1"), "reserved": ("s", "series-3"), "device": ("D", "series-2")}
 
 
@@ -39,14 +40,14 @@ class Figure:
 
     recipe: str
     phase: str
-    reading: Reading
-    predicted: int
-    measured: int
+    reading: Annotated[str, one_of(READINGS)]
+    predicted_bytes: Count
+    measured_bytes: Count
 
     @property
     def error(self) -> float:
         """Predicted over measured, less 1: above 0, too much was predicted."""
-        return self.predicted / self.measured - 1
+        return self.predicted_bytes / self.measured_bytes - 1
 
     @property
     def limit(self) -> int | None:
@@ -55,13 +56,13 @@ class Figure:
 
     def within(self, percent: int) -> bool:
         """Whether the error is at most that; in integers, so that the limit itself is within."""
-        return abs(self.predicted - self.measured) * 100 <= percent * self.measured
+        return abs(self.predicted_bytes - self.measured_bytes) * 100 <= percent * self.measured_bytes
 
     def __str__(self) -> str:
         limit = "" if self.limit is None else f", and the limit is {self.limit} %"
         return (
-            f"{self.recipe}: {self.reading} over the {self.phase} predicted {self.predicted:,} bytes, "
-            f"measured {self.measured:,}: {self.error:+.2%}{limit}"
+            f"{self.recipe}: {self.reading} over the {self.phase} predicted {self.predicted_bytes:,} bytes, "
+            f"measured {self.measured_bytes:,}: {self.error:+.2%}{limit}"
         )
 
 
@@ -109,9 +110,9 @@ def write_prediction(
             "recipe": figure.recipe,
             "phase": figure.phase,
             "reading": figure.reading,
-            "predicted_bytes": figure.predicted,
+            "predicted_bytes": figure.predicted_bytes,
             "predicted_provenance": "virtual",
-            "measured_bytes": figure.measured,
+            "measured_bytes": figure.measured_bytes,
             "measured_provenance": "measured",
             "error": figure.error,
             "limit_percent": figure.limit,
@@ -141,7 +142,7 @@ def _cells(figures: Sequence[Figure]) -> list[list[str]]:
     rows: dict[tuple[str, str], list[str]] = {}
     for figure in figures:  # in the order of READINGS within a phase
         cells = rows.setdefault((figure.recipe, figure.phase), [figure.recipe, figure.phase])
-        cells += [gib(figure.predicted), gib(figure.measured), f"{figure.error:+.2%}"]
+        cells += [gib(figure.predicted_bytes), gib(figure.measured_bytes), f"{figure.error:+.2%}"]
     return list(rows.values())
 
 
@@ -157,31 +158,19 @@ def _summary(figures: Sequence[Figure]) -> str:
 
 @dataclass(frozen=True)
 class _File:
-    """The content of a `prediction.json`.
-
-    Attributes:
-        context: where the virtual card's context and properties come from.
-        not_compared: recipes without a comparison, and why.
-    """
-
-    figures: tuple[Figure, ...]
+    figures: Rows[Figure]
     context: str
-    not_compared: dict[str, str]
+    not_compared: Mapping[str, str]
 
 
-def _read(content: Fields) -> _File:
-    """Its figures, in bytes; those of whole runs are among them."""
-    figures = []
-    for row in content.objects("figures"):
-        if row["reading"] not in READINGS:
-            raise ValueError(f"figures: {row['reading']!r} is not one of {', '.join(READINGS)}")
-        sizes = row.count("predicted_bytes"), row.count("measured_bytes")
-        if not all(sizes):
-            raise ValueError(f"figures: a peak of {row['recipe']!r} is 0 bytes")
-        figures.append(Figure(row.text("recipe"), row.text("phase"), row["reading"], *sizes))
-    if not any(figure.phase == WHOLE_RUN for figure in figures):
+def _read(content: Mapping[str, Any]) -> _File:
+    file = read_as(_File, content)
+    for figure in file.figures:
+        if not (figure.predicted_bytes and figure.measured_bytes):
+            raise ValueError(f"figures: a peak of {figure.recipe!r} is 0 bytes")
+    if not any(figure.phase == WHOLE_RUN for figure in file.figures):
         raise ValueError(f"figures: none of a {WHOLE_RUN}")
-    return _File(tuple(figures), content.text("context"), content.object("not_compared").texts())
+    return file
 
 
 def _section(provenance: Provenance, data: _File) -> Section:
@@ -212,8 +201,8 @@ _COLUMNS: tuple[Column[Figure], ...] = (
     Column("recipe", lambda figure: Cell(figure.recipe)),
     Column("phase", lambda figure: Cell(figure.phase)),
     Column("reading", lambda figure: Cell(figure.reading)),
-    Column("predicted", lambda figure: Cell.gib(figure.predicted)),
-    Column("measured", lambda figure: Cell.gib(figure.measured)),
+    Column("predicted", lambda figure: Cell.gib(figure.predicted_bytes)),
+    Column("measured", lambda figure: Cell.gib(figure.measured_bytes)),
     Column("error", lambda figure: Cell.ratio(f"{figure.error:+.2%}", figure.error, _tone(figure))),
     Column("limit", lambda figure: Cell("-" if figure.limit is None else f"{figure.limit} %")),
 )
@@ -240,9 +229,13 @@ def prediction(style: Style, figures: Sequence[Figure]) -> Drawn:
     recipes = list(dict.fromkeys(figure.recipe for figure in figures))
     rows = style.row_height * len(recipes)
     figure, scatter, errors = two_panels(style, rows, rows + 5.2 if style.narrow else max(rows + 1.4, 4.0))
-    equals(scatter, style, [size / GIB for figure in figures for size in (figure.predicted, figure.measured)])
+    equals(
+        scatter, style, [size / GIB for figure in figures for size in (figure.predicted_bytes, figure.measured_bytes)]
+    )
     for each in figures:
-        scatter.plot(each.measured / GIB, each.predicted / GIB, markersize=6, **style.mark(*_MARKS[each.reading]))
+        scatter.plot(
+            each.measured_bytes / GIB, each.predicted_bytes / GIB, markersize=6, **style.mark(*_MARKS[each.reading])
+        )
     scatter.set_xlabel("measured GiB")
     scatter.set_ylabel("predicted GiB")
     _errors(errors, style, figures, recipes)

@@ -1,10 +1,13 @@
 """Predicted against measured by others: published fine-tuning peaks of real cards, and the plan's figure of each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.files import Count
+from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.kinds.prediction import equals, percent_axis, two_panels
+from qlora_lowmem.results.reading import Rows, one_of, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, short
 from qlora_lowmem.results.tables import Cell, Column, Table, gib, page_table
 from qlora_lowmem.units import GIB
@@ -35,13 +38,13 @@ class Published:
     source: str
     run: str
     virtual_card: str
-    measures: str
-    measured_bytes: int
+    measures: Annotated[str, one_of((*FIGURES, _OUT_OF_MEMORY))]
+    measured_bytes: Count
     measured_versions: str
-    plan_bytes: int
-    explained_bytes: int
+    plan_bytes: Count
+    explained_bytes: Count
     agrees_with_its_rounding: bool | None
-    program_bytes: int | None
+    program_bytes: Count | None
 
     @property
     def is_peak(self) -> bool:
@@ -64,11 +67,14 @@ class Published:
         return None if self.program_bytes is None else self.program_bytes / self.measured_bytes - 1
 
 
-def _read(content: Fields) -> tuple[Published, ...]:
-    rows = content.rows("rows", Published)
+@dataclass(frozen=True)
+class _File:
+    rows: Rows[Published]
+
+
+def _read(content: Mapping[str, Any]) -> tuple[Published, ...]:
+    rows = read_as(_File, content).rows
     for row in rows:
-        if row.measures not in {*FIGURES, _OUT_OF_MEMORY}:
-            raise ValueError(f"rows: {row.measures!r} is not one of {', '.join((*FIGURES, _OUT_OF_MEMORY))}")
         if not (row.measured_bytes and row.plan_bytes):
             raise ValueError(f"rows: a figure of {row.run!r} is 0 bytes")
     if not any(row.is_peak for row in rows):

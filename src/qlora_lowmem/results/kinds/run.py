@@ -1,10 +1,14 @@
 """Training runs: the peaks by phase of what `train --json` says of each."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_lowmem.results.kinds import Fields, Kind, Section, together
+from qlora_lowmem.files import Count
+from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.results.kinds import Kind, Section, together
 from qlora_lowmem.results.kinds.phases import PhaseBytes, chart_of, phase_bytes, tables_of
+from qlora_lowmem.results.reading import PhasePeak, Rows, read_as
 from qlora_lowmem.results.tables import FLOOR_TEXT, usable_bytes
 
 
@@ -12,19 +16,36 @@ def _recognises(content: Mapping[str, Any]) -> bool:
     return isinstance(content.get("recipe"), dict) and isinstance(content.get("phases"), list)
 
 
-def _read(content: Fields) -> tuple[str, tuple[PhaseBytes, ...]]:
+@dataclass(frozen=True)
+class _Failure:
+    phase: str
+    message: str
+
+
+@dataclass(frozen=True)
+class _File:
+    device: str
+    recipe: Mapping[str, Any]
+    phases: Rows[PhasePeak]
+    total_bytes: Count
+    floor_bytes: Count | None = None
+    failure: _Failure | None = None
+
+
+def _read(content: Mapping[str, Any]) -> tuple[str, tuple[PhaseBytes, ...]]:
     """The recipe's name, empty where it has none, and the phases; where memory ran out too, if it did."""
-    ran_out = {}
-    if content.raw.get("failure") is not None:
-        failure = content.object("failure")
-        ran_out = {failure.text("phase"): failure.text("message")}
-    budget = usable_bytes(content.text("device")) or content.count("total_bytes")
+    file = read_as(_File, content)
+    budget = usable_bytes(file.device) or file.total_bytes
     if not budget:
         raise ValueError("total_bytes is 0")
-    name = content.object("recipe").raw.get("name")
-    floor = 0 if ran_out else content.count("floor_bytes")
-    phases = phase_bytes(content.phases("phases"), budget, out_of_memory=ran_out, floor=floor)
-    return name if isinstance(name, str) else "", phases
+    ran_out = {file.failure.phase: file.failure.message} if file.failure else {}
+    if not ran_out and file.floor_bytes is None:
+        raise ValueError("floor_bytes is missing")
+    peaks = {each.name: Peak(each.allocated, each.reserved, each.device) for each in file.phases}
+    name = file.recipe.get("name")
+    return name if isinstance(name, str) else "", phase_bytes(
+        peaks, budget, out_of_memory=ran_out, floor=0 if ran_out else file.floor_bytes or 0
+    )
 
 
 def _section(runs: Sequence[tuple[str, tuple[PhaseBytes, ...]]]) -> Section:

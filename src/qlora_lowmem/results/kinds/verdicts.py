@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+import msgspec
+
+from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.reading import Cases
 from qlora_lowmem.results.style import Figure, Style
 from qlora_lowmem.results.tables import Cell, Column, markdown_of, page_table
 from qlora_lowmem.units import MIB, format_bytes, format_signed
@@ -181,14 +184,14 @@ def verdicts_table(rows: Sequence[Row]) -> str:
     return markdown_of(_COLUMNS, rows, text_columns=2)
 
 
-def _read(content: Fields) -> tuple[Row, ...]:
-    rows = []
-    for case in content.objects("cases"):
-        budget = case.object("budget") if case["budget"] is not None else None
-        if budget is not None and budget["of"] not in FIGURES:
-            raise ValueError(f"cases: a budget of {budget['of']!r}, which is not one of {', '.join(FIGURES)}")
-        rows.append(case.convert(Row))
-    return tuple(rows)
+def _read(content: Mapping[str, Any]) -> tuple[Row, ...]:
+    try:
+        return msgspec.convert(content, Cases[Row]).cases
+    except msgspec.ValidationError as error:
+        why, _, place = str(error).partition(" - at `$.")
+        if place.endswith(".of`"):
+            why = f"a budget of {why.split()[-1]}, which is not one of {', '.join(FIGURES)}"
+        raise ValueError(f"{place.rstrip('`')}: {why}") from None
 
 
 def _section(_provenance: Provenance, rows: tuple[Row, ...]) -> Section:

@@ -1,13 +1,15 @@
 """From the baseline to lean, one idea a row: what is left of the peak, and what the idea took off."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qlora_lowmem.results.kinds import Chart, Fields, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.files import Count
+from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
+from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, doubling, save
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
@@ -32,9 +34,9 @@ class Step:
     """
 
     idea: str
-    peak_allocated_bytes: int
-    peak_device_bytes: int
-    floor_bytes: int
+    peak_allocated_bytes: Count
+    peak_device_bytes: Count
+    floor_bytes: Count
 
 
 _Row = tuple[Step, int | None]  # with what its idea saved; None for the first
@@ -84,8 +86,8 @@ def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any])
     save(lambda style: waterfall(style, steps, usable), title, folder / "waterfall.svg", folder / "waterfall.png")
 
 
-def _read(content: Fields) -> tuple[Step, ...]:
-    steps = content.rows("cases", Step)
+def _read(content: Mapping[str, Any]) -> tuple[Step, ...]:
+    steps = read_as(Cases[Step], content).cases
     for number, step in enumerate(steps):
         if not (step.peak_allocated_bytes and step.peak_device_bytes and step.floor_bytes):
             raise ValueError(f"cases[{number}] has a peak or a floor of 0 bytes")
