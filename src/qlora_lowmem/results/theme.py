@@ -1,20 +1,18 @@
-"""Colours by what they stand for, the same in every chart: for paper, for a dark screen, and as names to be themed."""
+"""Colours by what they stand for (`theme.toml`): for paper, for a dark screen, and as names to be themed."""
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
+
+import msgspec
 
 
 @dataclass(frozen=True)
 class Group:
-    """Kinds of memory (`memory.kinds.KINDS`) that are drawn as one.
-
-    Attributes:
-        role: the name of its colour in a `Theme`.
-        text: what people read.
-        brief: the same where there is little room.
-        kinds: keys of `KINDS`.
-    """
+    """Keys of `memory.kinds.KINDS` that are drawn as one; `role` is its colour in a `Theme`, `brief` a shorter text."""
 
     role: str
     text: str
@@ -22,78 +20,10 @@ class Group:
     kinds: tuple[str, ...]
 
 
-def _of(part: str) -> tuple[str, ...]:
-    """What a part of the layers holds: in the forward, computed again, in the backward."""
-    return f"activations_{part}", f"recomputed_{part}", f"backward_{part}"
-
-
-# Bottom to top. A colour stays apart from its neighbours' in the common kinds of colour blindness and in grey (Paul
-# Tol's "muted" and "bright" schemes, reordered).
-GROUPS: tuple[Group, ...] = (
-    Group("weights", "base weights, 4-bit", "4-bit weights", ("weights_4bit", "quantisation")),
-    Group("embeddings", "embeddings, norms", "embeddings, norms", ("weights_other",)),
-    Group(
-        "adapters",
-        "adapters, gradients, optimizer",
-        "adapters, optimizer",
-        ("adapters", "gradients", "optimizer", "optimizer_step"),
-    ),
-    Group("checkpoints", "checkpointed activations", "checkpoints", ("checkpoints",)),
-    Group("mamba", "Mamba scan", "Mamba scan", _of("mamba")),
-    Group("attention", "attention", "attention", _of("attention")),
-    Group("mlp", "MLP", "MLP", _of("mlp")),
-    Group("norm", "norm", "norm", _of("norm")),
-    Group("activations", "other activations", "other activations", (*_of("other"), "input")),
-    Group("dequantised", "dequantised weights", "dequantised", ("dequantised",)),
-    Group("loss", "loss and logits", "loss and logits", ("loss",)),
-    Group(
-        "libraries", "libraries, rounding, unexplained", "libraries and rest", ("libraries", "rounding", "unexplained")
-    ),
-    Group("slack", "allocator slack", "allocator slack", ("slack",)),
-    Group("context", "CUDA context", "CUDA context", ("outside",)),
-)
-# Series that have no meaning of their own, to be told apart by marker and dash as well.
-SERIES: tuple[str, ...] = ("series-1", "series-2", "series-3", "series-4", "series-5", "series-6")
-
+_DATA = tomllib.loads(Path(__file__).with_name("theme.toml").read_text(encoding="utf-8"))
+GROUPS = msgspec.convert(_DATA["groups"], tuple[Group, ...])
+SERIES = tuple(role for role in _DATA["colours"] if role.startswith("series-"))
 _BLACK, _WHITE = "#16181d", "#ffffff"
-# Role -> on paper, on a dark screen.
-_COLOURS = {
-    "ground": ("#f6f5f1", "#121419"),
-    "paper": ("#ffffff", "#1b1e25"),
-    "link": ("#2f2480", "#b9b2fb"),
-    "focus": ("#a3195b", "#ff8ab8"),
-    "line": ("#d9d7cf", "#373c47"),
-    "ink": ("#22252b", "#e9e7e2"),
-    "muted": ("#5c6068", "#b3b6bd"),
-    "grid": ("#e4e3de", "#343943"),
-    "edge": ("#6b6f76", "#8c919b"),
-    "limit": ("#a3195b", "#ff8ab8"),
-    "bar": ("#332288", "#9d94f0"),
-    "saved": ("#c9c3ea", "#453f78"),
-    "floor": ("#ddaa00", "#f2cf4a"),
-    "bad": ("#b3261e", "#ff9a91"),
-    "good": ("#1a6b3a", "#7fd69b"),
-    "series-1": ("#332288", "#a9a1f5"),
-    "series-2": ("#0b7a75", "#56c8be"),
-    "series-3": ("#b5460f", "#f2975d"),
-    "series-4": ("#882255", "#e58abb"),
-    "series-5": ("#5f6c1f", "#c3cf6b"),
-    "series-6": ("#1f6aa5", "#7fbdee"),
-    "weights": ("#332288", "#8379e6"),
-    "embeddings": ("#88ccee", "#88ccee"),
-    "adapters": ("#117733", "#45ad69"),
-    "checkpoints": ("#ddcc77", "#ddcc77"),
-    "mamba": ("#cc6677", "#e07a8b"),
-    "attention": ("#882255", "#b9528c"),
-    "mlp": ("#f4a582", "#f4a582"),
-    "norm": ("#44aa99", "#4fc0ad"),
-    "activations": ("#b2abd2", "#b2abd2"),
-    "dequantised": ("#999933", "#b3b34f"),
-    "loss": ("#ee7733", "#f2873f"),
-    "libraries": ("#727272", "#8d9098"),
-    "slack": ("#cfcfcf", "#666b76"),
-    "context": ("#eaeaea", "#454a55"),
-}
 
 
 @dataclass(frozen=True)
@@ -113,21 +43,16 @@ def contrast(one: str, other: str) -> float:
 
 
 def _luminance(colour: str) -> float:
-    red, green, blue = (_linear(int(colour[start : start + 2], 16) / 255) for start in (1, 3, 5))
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def _linear(channel: float) -> float:
-    return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
-
-
-def _ink_on(colour: str) -> str:
-    return _WHITE if contrast(_WHITE, colour) > contrast(_BLACK, colour) else _BLACK
+    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _theme(which: int) -> Theme:
-    colours = {role: pair[which] for role, pair in _COLOURS.items()}
-    inks = {f"on-{group.role}": _ink_on(colours[group.role]) for group in GROUPS}
+    colours = {role: pair[which] for role, pair in _DATA["colours"].items()}
+    inks = {}
+    for role in (group.role for group in GROUPS):
+        inks[f"on-{role}"] = max(_BLACK, _WHITE, key=partial(contrast, colours[role]))
     return Theme(MappingProxyType(colours | inks))
 
 
