@@ -16,7 +16,7 @@ from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED, ProgramNamer, Re
 from qlora_lowmem.memory.owners import Owner
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.memory.scopes import Scope
-from qlora_lowmem.results.kinds.attribution import kinds_table, owners_table, write_picture
+from qlora_lowmem.results.kinds.attribution import markdown, owners_table, write_picture
 
 MIB = 2**20
 SCOPES = (
@@ -195,7 +195,7 @@ def test_few_points_keep_the_peak_and_both_ends(totals: list[int]) -> None:
 def test_table_and_picture(tmp_path: Path) -> None:
     found, _ = attributed([(MIB, 0, [])], [(5 * MIB, index, FRAMES[2]) for index in range(5)], MIB, 3 * MIB)
 
-    table = kinds_table(found)
+    table = markdown(found, "a recipe", MIB)
     assert f"{found.allocated_bytes:,}" in table
     assert table.index("**allocated**") < table.index("CUDA context") < table.index("**on the card**")
     assert all(KINDS[kind] in table for kind in found.kinds)

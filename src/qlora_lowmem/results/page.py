@@ -3,10 +3,10 @@
 The page has no script and fetches nothing. A new kind is a file in `kinds/` and a line in `KINDS`.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,7 @@ _SHOWN = "; ".join(kind.text for kind in KINDS)
 
 @dataclass(frozen=True)
 class Made:
-    """What came of the files that were given.
-
-    Attributes:
-        sections: in the order of the page.
-        left_out: JSON files of a folder that no section shows.
-    """
+    """Sections in the order of the page, and JSON files of a folder that none of them shows."""
 
     sections: tuple[Section, ...]
     left_out: tuple[Path, ...]
@@ -65,24 +60,28 @@ def sections_of(paths: Sequence[Path]) -> Made:
         UsageError: a file that cannot be read or is not what it should be; a file that was named and that no section
             can show; nothing to show.
     """
-    files, from_folders = _files(paths)
+    named = [path for path in paths if not path.is_dir()]
+    inside = (sorted(path.glob("*.json")) if path.is_dir() else [path] for path in paths)
+    files = list(dict.fromkeys(file for each in inside for file in each))
     found: dict[Kind[Any], list[tuple[Source, Any]]] = {}
     left_out = []
     for path in files:
         content = read_json(path)
         kind = next((kind for kind in KINDS if content is not None and kind.recognises(content)), None)
-        if content is None or kind is None:
-            if path in from_folders:
-                left_out.append(path)
-                continue
-            if content is None:
-                raise UsageError(f"{path} holds no object; give a file that a command of this project wrote")
+        if path not in named and (content is None or kind is None):
+            left_out.append(path)
+            continue
+        if content is None:
+            raise UsageError(f"{path} holds no object; give a file that a command of this project wrote")
+        if kind is None:
             raise UsageError(f"{path} is nothing that a page shows. It shows {_SHOWN}")
         try:
             data, provenance = kind.read(content), kind.provenance(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise UsageError(f"{path} is not {kind.text} as it should be: {error}; write it again") from None
-        found.setdefault(kind, []).append((Source(_label(path, files), provenance), data))
+        alone = sum(other.name == path.name for other in files) == 1
+        label = path.name if alone else f"{path.resolve().parent.name}/{path.name}"
+        found.setdefault(kind, []).append((Source(label, provenance), data))
     if not found:
         given = ", ".join(str(path) for path in paths)
         raise UsageError(f"{given}: nothing in it that a page shows. It shows {_SHOWN}")
@@ -91,26 +90,8 @@ def sections_of(paths: Sequence[Path]) -> Made:
     )
 
 
-def _label(path: Path, files: Sequence[Path]) -> str:
-    """The file's name, with its folder's where another file has the same."""
-    shared = sum(other.name == path.name for other in files) > 1
-    return f"{path.resolve().parent.name}/{path.name}" if shared else path.name
-
-
-def _files(paths: Sequence[Path]) -> tuple[list[Path], set[Path]]:
-    """All files, and those of them that only a folder led to."""
-    folders = {path for path in paths if path.is_dir()}
-    inside = [sorted(path.glob("*.json")) if path in folders else [path] for path in paths]
-    files = list(dict.fromkeys(file for each in inside for file in each))
-    return files, set(files) - (set(paths) - folders)
-
-
 def render(title: str, sections: Sequence[Section], note: Callable[[], object]) -> str:
-    """The page.
-
-    Args:
-        note: called after each chart.
-    """
+    """The page; `note` is called after each chart."""
     sections = named(sections)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
@@ -150,9 +131,8 @@ def save_charts(folder: Path, sections: Sequence[Section], note: Callable[[], ob
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for chart in (chart for section in named(sections) for chart in section.charts):
-        paths = [folder / f"{chart.name}{suffix}" for suffix in (".svg", ".png")]
-        save(chart.draw, chart.title, *paths)
-        written += paths
+        written += [folder / f"{chart.name}{suffix}" for suffix in (".svg", ".png")]
+        save(chart.draw, chart.title, *written[-2:])
         note()
     return written
 
@@ -163,19 +143,14 @@ def named(sections: Sequence[Section]) -> list[Section]:
     found = []
     for section in sections:
         name = _unique(section.name, taken)
-        charts = tuple(
-            dataclasses.replace(chart, name=_unique(chart.name, taken_by_charts)) for chart in section.charts
-        )
-        found.append(dataclasses.replace(section, name=name, charts=charts))
+        charts = (replace(chart, name=_unique(chart.name, taken_by_charts)) for chart in section.charts)
+        found.append(replace(section, name=name, charts=tuple(charts)))
     return found
 
 
 def _unique(name: str, taken: set[str]) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "part"
-    number, found = 1, slug
-    while found in taken:
-        number += 1
-        found = f"{slug}-{number}"
+    found = next(each for each in chain((slug,), (f"{slug}-{number}" for number in count(2))) if each not in taken)
     taken.add(found)
     return found
 

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET  # only ever reads what matplotlib wrote
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,32 +31,23 @@ ET.register_namespace("", _SVG)
 ET.register_namespace("xlink", _XLINK)
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
-_TOKEN = re.compile(r"[MLCQz]|-?[0-9.]+(?:e-?[0-9]+)?")
-_PAIRS = {"M": 1, "L": 1, "Q": 2, "C": 3}
+_COMMAND = re.compile(r"([MLCQz])([-0-9.e\s]*)")
 
 
 @dataclass(frozen=True)
 class Style:
-    """A theme and a width.
-
-    Attributes:
-        narrow: for a phone, 3.7 inches; else 8.6 inches. Both are about what the page shows at, so that a point of text
-            stays one.
-    """
+    """A theme and a width, for a phone or not: about what the page shows at, so that a point of text stays one."""
 
     theme: Theme = LIGHT
     narrow: bool = False
-
-    @property
-    def width(self) -> float:
-        """In inches."""
-        return 3.7 if self.narrow else 8.6
 
     def figure(self, height: float) -> Figure:
         """An empty figure of that many inches in height."""
         from matplotlib.figure import Figure
 
-        return Figure(figsize=(self.width, height), layout="constrained", facecolor=self.theme["paper"])
+        return Figure(
+            figsize=(3.7 if self.narrow else 8.6, height), layout="constrained", facecolor=self.theme["paper"]
+        )
 
     @property
     def row_height(self) -> float:
@@ -65,8 +57,7 @@ class Style:
     def name_rows(self, axes: Axes, names: Sequence[str]) -> tuple[list[float], float]:
         """Name the rows of a horizontal chart, from the top: beside the bars, or above them where that has no room.
 
-        Returns:
-            (the centre of each row's bar, the bar's height).
+        Returns the centre of each row's bar, and the bars' height.
         """
         count = len(names)
         axes.set_ylim(count - 0.4, -0.6)
@@ -142,32 +133,28 @@ def drawing(style: Style) -> Iterator[None]:
     import matplotlib as mpl
     from matplotlib.rcsetup import cycler
 
-    ink = style.theme["ink"]
+    ink, edge = style.theme["ink"], style.theme["edge"]
+    inked = (
+        "axes.labelcolor",
+        "legend.labelcolor",
+        "lines.color",
+        "text.color",
+        "xtick.labelcolor",
+        "ytick.labelcolor",
+    )
     settings: Any = {  # the type of its keys is a list of all of them
-        "axes.edgecolor": style.theme["edge"],
+        **dict.fromkeys(inked, ink),
+        **dict.fromkeys(("axes.edgecolor", "hatch.color", "xtick.color", "ytick.color"), edge),
+        **dict.fromkeys(("axes.labelsize", "font.size"), 9),
+        **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), SMALL),
+        **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 3),
         "axes.facecolor": "none",
-        "axes.labelcolor": ink,
-        "axes.labelsize": 9,
         "axes.prop_cycle": cycler(color=[ink]),  # what has no colour of its own
         "font.family": ["DejaVu Sans"],
-        "font.size": 9,
-        "hatch.color": style.theme["edge"],
         "hatch.linewidth": 0.6,
-        "legend.fontsize": SMALL,
-        "legend.labelcolor": ink,
-        "lines.color": ink,
         "svg.fonttype": "none",
         "svg.hashsalt": "qlora_lowmem",
-        "text.color": ink,
         "text.parse_math": False,  # names are names, dollars in them included
-        "xtick.color": style.theme["edge"],
-        "xtick.labelcolor": ink,
-        "xtick.labelsize": SMALL,
-        "xtick.major.size": 3,
-        "ytick.color": style.theme["edge"],
-        "ytick.labelcolor": ink,
-        "ytick.labelsize": SMALL,
-        "ytick.major.size": 3,
     }
     with mpl.rc_context(settings), warnings.catch_warnings():
         # A reader's browser has the characters that the font of the drawing lacks.
@@ -177,8 +164,6 @@ def drawing(style: Style) -> Iterator[None]:
 
 def svg_text(draw: Drawing, style: Style) -> str:
     """The drawing as an SVG document, as matplotlib writes it."""
-    from io import StringIO
-
     text = StringIO()
     with drawing(style):
         draw(style).savefig(text, format="svg", metadata={"Date": None})
@@ -190,19 +175,13 @@ def save(draw: Drawing, title: str, *paths: Path) -> None:
     style = Style()
     for path in paths:
         if path.suffix == ".svg":
-            path.write_text(tidy(svg_text(draw, style), title), encoding="utf-8")
+            root = _compact(svg_text(draw, style))
+            root.insert(0, ET.Element(f"{{{_SVG}}}title"))
+            root[0].text = title
+            path.write_text(ET.tostring(root, encoding="unicode") + "\n", encoding="utf-8")
         else:
             with drawing(style):
                 draw(style).savefig(path, dpi=_DPI)
-
-
-def tidy(text: str, title: str) -> str:
-    """The document with short paths, without metadata, and with a title."""
-    root = _compact(text)
-    element = ET.Element(f"{{{_SVG}}}title")
-    element.text = title
-    root.insert(0, element)
-    return ET.tostring(root, encoding="unicode") + "\n"
 
 
 def inline(text: str, prefix: str, label: str, described_by: str) -> str:
@@ -211,8 +190,7 @@ def inline(text: str, prefix: str, label: str, described_by: str) -> str:
     Args:
         text: an SVG document drawn in `theme.TOKENS`.
         prefix: makes its ids unique in the page.
-        label: its accessible name.
-        described_by: the id of the element that says in words what it shows.
+        label, described_by: its accessible name; the id of the element that says in words what it shows.
 
     Raises:
         KeyError: a colour that no role has.
@@ -220,8 +198,7 @@ def inline(text: str, prefix: str, label: str, described_by: str) -> str:
     root = _compact(text)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        _name(element, prefix)
-        _theme(element)
+        _theme(element, prefix)
     for sheet in [child for child in root.iter("defs") if child.find("style") is not None]:
         root.remove(sheet)  # its rule is for every element of the page
     for name in ("version", "width", "height"):
@@ -231,6 +208,7 @@ def inline(text: str, prefix: str, label: str, described_by: str) -> str:
 
 
 def _compact(text: str) -> ET.Element:
+    """The document with short paths and without metadata."""
     root = ET.fromstring(text)
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
@@ -256,22 +234,19 @@ def _shorten(element: ET.Element, used: set[str], *, crisp: bool) -> None:
         _shorten(child, used, crisp=crisp)
 
 
-def _name(element: ET.Element, prefix: str) -> None:
+def _theme(element: ET.Element, prefix: str) -> None:
+    """Its ids and references under `prefix`, its colours by role."""
     if "id" in element.attrib:
         element.set("id", f"{prefix}-{element.attrib['id']}")
     if _HREF in element.attrib:
         element.set("href", f"#{prefix}-{element.attrib.pop(_HREF)[1:]}")
-    for name in ("clip-path", "style"):
-        if name in element.attrib:
-            element.set(name, _REFERENCE.sub(rf"url(#{prefix}-\1)", element.attrib[name]))
-
-
-def _theme(element: ET.Element) -> None:
     style = [part for part in element.get("style", "").split("; ") if part and not part.startswith("font-family")]
     if element.get("fill", "").startswith("#"):  # a pattern's ground
         style.append(f"fill: {element.attrib.pop('fill')}")
     if style:
         element.set("style", _COLOUR.sub(lambda found: f"var(--{ROLE_OF[found[0]]})", "; ".join(style)))
+    for name in {"clip-path", "style"} & element.attrib.keys():
+        element.set(name, _REFERENCE.sub(rf"url(#{prefix}-\1)", element.attrib[name]))
 
 
 def shorter_path(path: str) -> str:
@@ -280,37 +255,30 @@ def shorter_path(path: str) -> str:
     Raises:
         ValueError: a command other than M, L, Q, C and z in capitals.
     """
-    tokens = _TOKEN.findall(path)
-    if "".join(tokens) != re.sub(r"[\s,]+", "", path):
+    found = _COMMAND.findall(path)
+    if "".join(map("".join, found)) != path:
         raise ValueError(f"a path of other commands than M, L, Q, C and z: {path[:80]!r}")
     parts: list[tuple[str, tuple[float, ...]]] = []
-    here = (0.0, 0.0)
-    before = here
-    at = 0
-    while at < len(tokens):
-        command = tokens[at]
-        count = 2 * _PAIRS.get(command, 0)
-        numbers = tuple(round(float(token), 2) for token in tokens[at + 1 : at + 1 + count])
-        at += 1 + count
-        if command == "L":
-            there = (numbers[0], numbers[1])
-            if there == here:
-                continue
-            short = "V" if there[0] == here[0] else "H" if there[1] == here[1] else "L"
-            along = "HV".find(short)
-            goes_on = (
-                along >= 0 and parts[-1][0] == short and (there[along] > here[along]) == (here[along] > before[along])
-            )
-            if goes_on:
-                parts.pop()
-            else:
-                before = here
-            parts.append((short, (there[along],) if along >= 0 else there))
-            here = there
-        else:
+    before = here = (0.0, 0.0)
+    for command, text in found:
+        numbers = tuple(round(float(number), 2) for number in text.split())
+        if command != "L":
             parts.append((command, numbers))
             if numbers:
                 before, here = here, (numbers[-2], numbers[-1])
+            continue
+        there = (numbers[0], numbers[1])
+        if there == here:
+            continue
+        short = "V" if there[0] == here[0] else "H" if there[1] == here[1] else "L"
+        along = "HV".find(short)
+        onward = along >= 0 and (there[along] > here[along]) == (here[along] > before[along])
+        if onward and parts[-1][0] == short:
+            parts.pop()
+        else:
+            before = here
+        parts.append((short, (there[along],) if along >= 0 else there))
+        here = there
     return "".join(command + " ".join(f"{number:g}" for number in numbers) for command, numbers in parts)
 
 

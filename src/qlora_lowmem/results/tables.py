@@ -65,13 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names its rows.
-
-    Attributes:
-        caption: what it holds, with the unit of its figures.
-        headers: of the columns.
-        rows: as many cells each as there are headers.
-    """
+    """A table whose first column names its rows; the caption has the unit of its figures."""
 
     caption: str
     headers: tuple[str, ...]
@@ -80,21 +74,12 @@ class Table:
     @property
     def figures(self) -> frozenset[int]:
         """The columns, from 0, that hold figures."""
-        return frozenset(
-            column for column in range(len(self.headers)) if any(row[column].value is not None for row in self.rows)
-        )
+        return frozenset(column for row in self.rows for column, cell in enumerate(row) if cell.value is not None)
 
 
 @dataclass(frozen=True)
 class Column(Generic[_Row]):
-    """A column of a table, wherever it is shown.
-
-    Attributes:
-        heading: in Markdown.
-        cell: from a row to its cell.
-        page_heading: on a page, where that is another.
-        page_cell: the same of its cell.
-    """
+    """A column of a table, in Markdown and, where that is another there, on a page."""
 
     heading: str
     cell: Callable[[_Row], Cell]
@@ -122,7 +107,7 @@ def peak_fields(peak: Peak) -> dict[str, int]:
 def plain_row(row: Any) -> dict[str, Any]:
     """A dataclass as it stands in files: a field under its name, a peak as its three."""
     found: dict[str, Any] = {}
-    for name, value in ((field.name, getattr(row, field.name)) for field in dataclasses.fields(row)):
+    for name, value in vars(row).items():
         found |= peak_fields(value) if isinstance(value, Peak) else {name: value}
     return found
 
@@ -152,8 +137,8 @@ def floor_lines(allocated_bytes: int, floor_bytes: int) -> tuple[str, str]:
 
 def phase_table(profile: MemoryProfile) -> str:
     """Peaks by phase, in GiB, as text for a terminal."""
-    rows = [[name, gib(peak.allocated), gib(peak.reserved), gib(peak.device)] for name, peak in profile.phases.items()]
-    rows.append(["peak", gib(profile.peak.allocated), gib(profile.peak.reserved), gib(profile.peak.device)])
+    peaks = {**profile.phases, "peak": profile.peak}
+    rows = [[name, gib(peak.allocated), gib(peak.reserved), gib(peak.device)] for name, peak in peaks.items()]
     table = tabulate(
         rows,
         headers=[f"{profile.device} ({profile.provenance})", "allocated GiB", "reserved GiB", "with context GiB"],
@@ -173,7 +158,7 @@ def usable_bytes(card: str) -> int | None:
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A GitHub table; the first `text_columns` columns are text, the rest figures."""
-    align = ["left" if index < text_columns else "right" for index in range(len(headers))]
+    align = ["left"] * text_columns + ["right"] * (len(headers) - text_columns)
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=align)
 
 
@@ -203,9 +188,7 @@ def write_rows(
 ) -> None:
     """Write a result whose rows, dataclasses or plain data, are each a case of the JSON and a line of the CSV.
 
-    Args:
-        parts: paragraphs and tables of the Markdown.
-        head: what the JSON has before its cases, beside the provenance.
+    `parts` are paragraphs and tables of the Markdown, `head` is what the JSON has before its cases.
     """
     cases = [row if isinstance(row, dict) else plain_row(row) for row in rows]
     content = {"environment": record, **(head or {}), "cases": cases}

@@ -9,7 +9,6 @@ from qlora_lowmem.results.tables import Cell, Table, gib
 from qlora_lowmem.results.theme import GROUPS, Group
 from qlora_lowmem.units import GIB
 
-_HATCHED = "slack"  # reserved, and nobody's
 _POINTS = {False: 400, True: 150}  # by narrow: about one to a column of pixels or two
 _MOMENTS = 24  # of the table
 
@@ -77,25 +76,19 @@ def draw_timeline(axes: Axes, style: Style, line: Timeline) -> None:
         layer_of.set_gid(f"{CRISP}-{number}")
     axes.set_ylim(0, max(sums) / GIB * 1.2)
     axes.set_xlim(edges[0], edges[-1])
-    _mark_peak(axes, style, line, sums)
+    peak = max(range(len(sums)), key=sums.__getitem__)
+    event, height = line.events[peak], sums[peak] / GIB
+    axes.plot(event, height, marker="v", color=style.theme["ink"], markersize=6, clip_on=False)
+    late = event - line.events[0] > 0.6 * (line.events[-1] - line.events[0])
+    side, away = ("right", -7) if late else ("left", 7)
+    note(axes, f"peak {height:.2f} GiB", (event, height), (away, 4), ha=side)
     _mark_turn(axes, style, line)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=4 if style.narrow else 8)
     axes.set_ylabel("allocated GiB")
-    axes.set_xlabel("allocations and frees, in order" if style.narrow else _EVENTS)
+    of = "" if style.narrow else " of the micro-batch in which the peak comes"
+    axes.set_xlabel(f"allocations and frees{of}, in order")
     style.plain(axes, keep=("bottom", "left"))
-
-
-_EVENTS = "allocations and frees of the micro-batch in which the peak comes, in order"
-
-
-def _mark_peak(axes: Axes, style: Style, line: Timeline, sums: Sequence[int]) -> None:
-    top = max(range(len(sums)), key=sums.__getitem__)
-    event, height = line.events[top], sums[top] / GIB
-    late = event - line.events[0] > 0.6 * (line.events[-1] - line.events[0])
-    axes.plot(event, height, marker="v", color=style.theme["ink"], markersize=6, clip_on=False)
-    side, away = ("right", -7) if late else ("left", 7)
-    note(axes, f"peak {height:.2f} GiB", (event, height), (away, 4), ha=side)
 
 
 def _mark_turn(axes: Axes, style: Style, line: Timeline) -> None:
@@ -115,7 +108,7 @@ def _mark_turn(axes: Axes, style: Style, line: Timeline) -> None:
 
 def group_fill(style: Style, group: Group) -> dict[str, Any]:
     """Colour and outline: light colours have an edge that shows on paper."""
-    hatch = "///" if group.role == _HATCHED else None
+    hatch = "///" if group.role == "slack" else None  # reserved, and nobody's
     return {"facecolor": style.theme[group.role], "edgecolor": style.theme["edge"], "linewidth": 0.6, "hatch": hatch}
 
 

@@ -31,7 +31,7 @@ _HISTORY = 60
 
 @dataclass(frozen=True)
 class Room:
-    """Something that can be full: the card, or the allocator under its cap. Bytes."""
+    """Something that can be full: the card, or the allocator under its cap. Bytes; a cap may be below what is used."""
 
     name: str
     used: int
@@ -39,7 +39,7 @@ class Room:
 
     @property
     def headroom(self) -> int:
-        """What is left; below 0 for a cap that was lowered."""
+        """What is left."""
         return self.limit - self.used
 
 
@@ -61,13 +61,11 @@ class Notice:
 
 def rooms(reading: Reading) -> tuple[Room, ...]:
     """What can be full, nearest to its wall first."""
-    found = []
-    if reading.card is not None:
-        found.append(Room(CARD, reading.card.used, reading.card.total))
-    elif reading.job is not None and reading.job.total:
-        found.append(Room(CARD, reading.job.reserved + reading.job.outside, reading.job.total))
-    if reading.job is not None and reading.job.limit:
-        found.append(Room("the job's cap", reading.job.reserved, reading.job.limit))
+    card, job = reading.card, reading.job
+    total = card.total if card is not None else job.total if job is not None else 0
+    found = [Room(CARD, card_bytes(reading), total)] if total else []
+    if job is not None and job.limit:
+        found.append(Room("the job's cap", job.reserved, job.limit))
     return tuple(sorted(found, key=lambda room: room.headroom))
 
 
@@ -96,11 +94,7 @@ def spill(now: Reading, full: Reading | None, system: System) -> Spill:
 
 
 def notices(now: Reading, spilled: Spill, system: System, warn: str | int) -> tuple[Notice, ...]:
-    """What to say of a reading, the gravest first.
-
-    Args:
-        warn: where a wall is near: a share of what can be full ("95%"), or bytes used.
-    """
+    """What to say of a reading, the gravest first; a wall is near from `warn` on: a share ("95%"), or bytes used."""
     found = []
     if spilled.state == "estimate":
         text = (
@@ -109,8 +103,7 @@ def notices(now: Reading, spilled: Spill, system: System, warn: str | int) -> tu
             "Sysmem Fallback"
         )
         found.append(Notice("spill", text))
-    near = [room for room in rooms(now) if room.used >= parse_memory_limit(warn, room.limit)]
-    if near:
+    if near := [room for room in rooms(now) if room.used >= parse_memory_limit(warn, room.limit)]:
         found.append(Notice("wall", _near_wall(near[0], now.job, system)))
     age = now.time - now.job.time if now.job is not None else 0.0
     if now.running and now.job is not None and now.job.phase != "ended" and age > STALE_SECONDS:
@@ -148,9 +141,8 @@ class Frame:
         """Plain data for JSON; bytes are integers."""
         content = asdict(self.reading) | {"peak_bytes": self.peak, "headroom_bytes": headroom(self.reading)}
         content |= {"spill": asdict(self.spill), "notices": [asdict(notice) for notice in self.notices]}
-        if self.reading.card is not None:
-            told = self.reading.card.processes.items()
-            content["card"]["processes"] = [{"pid": pid, "bytes": size} for pid, size in told]
+        if card := self.reading.card:
+            content["card"]["processes"] = [{"pid": pid, "bytes": size} for pid, size in card.processes.items()]
         return content
 
 
@@ -174,10 +166,9 @@ class Watch:
         self._folder = Path(output_dir) if output_dir is not None else None
         self._job = _first_word(self._folder) if self._folder is not None else None
         self._pid = self._job.pid if self._job is not None else pid
-        self._gpu = gpu
+        self._gpu, self._system = gpu, system()
         self._nvml: Nvml | None = None
         self._find_card()
-        self._system = system()
         self._full: Reading | None = None
         self._peak = 0
         self._history: deque[int] = deque(maxlen=_HISTORY)
@@ -212,12 +203,9 @@ class Watch:
         """The job's newest word; the last one while there is no better, or another process writes there."""
         if self._folder is None or self._job is None:
             return
-        try:
+        with contextlib.suppress(OSError, ValueError):
             newest = read_live(self._folder)
-        except (OSError, ValueError):
-            return
-        if newest.pid == self._job.pid:
-            self._job = newest
+            self._job = newest if newest.pid == self._job.pid else self._job
 
 
 def _first_word(folder: Path) -> LiveMemory:

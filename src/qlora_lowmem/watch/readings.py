@@ -81,11 +81,7 @@ class Nvml:
             raise UsageError(f"the GPU {card} does not answer (NVML: {error}); choose another with --gpu") from None
 
     def read(self) -> CardReading:
-        """The card now.
-
-        Raises:
-            QloraLowmemError: it answers no longer.
-        """
+        """The card now. Raises QloraLowmemError: it answers no longer."""
         try:
             memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
             name, uuid = pynvml.nvmlDeviceGetName(self._handle), pynvml.nvmlDeviceGetUUID(self._handle)
@@ -99,11 +95,7 @@ class Nvml:
 
 
 def card_of(pid: int) -> int:
-    """The number of the first GPU of this machine that has the process; 0 where no driver tells of it.
-
-    Raises:
-        UsageError: no driver.
-    """
+    """The number of the first GPU that has the process; 0 where none tells of it. Raises UsageError: no driver."""
     first = Nvml(0)
     for number in range(first.count):
         if pid in (first if number == 0 else Nvml(number)).read().processes:
@@ -132,15 +124,10 @@ def look(nvml: Nvml | None, job: LiveMemory | None, pid: int | None) -> Reading:
     running = pid is None or is_running(pid, job.started if job else None)
     card = nvml.read() if nvml is not None else None
     on_card = card.processes.get(pid) if card is not None and pid is not None else None
-    resident = _resident(pid) if pid is not None and running else None
+    resident = None
+    with contextlib.suppress(psutil.Error):  # gone, or another user's
+        resident = int(psutil.Process(pid).memory_info().rss) if pid is not None and running else None
     return Reading(time.time(), running, card, on_card, resident, job)
-
-
-def _resident(pid: int) -> int | None:
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:  # gone, or another user's
-        return None
 
 
 def system() -> System:

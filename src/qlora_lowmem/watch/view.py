@@ -16,6 +16,12 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 _SPARKS = 60
 WIDTH = 100
 _TITLES = {"wall": "near the wall", "spill": "spilling", "stale": "old figures"}
+_SPILLING = {
+    "none": "nothing lies in system memory, as far as it shows",
+    "impossible": "cannot happen: on Linux an allocation beyond the card fails",
+    "unknown": "unknown: only a job of this project tells what it has reserved",
+    "estimate": "about {} in system memory",
+}
 _STYLES = {"wall": "bold yellow", "spill": "bold red", "stale": "yellow"}
 
 
@@ -52,10 +58,8 @@ def render(frame: Frame) -> RenderableType:
             table.add_row("", Text(sparkline(frame.history, room.limit)))
     for name, text in _facts(frame):
         table.add_row(Text(name), Text(text))
-    warnings = [
-        Text(f"WARNING, {_TITLES[notice.kind]}: {notice.text}.", style=_STYLES[notice.kind]) for notice in frame.notices
-    ]
-    return Panel(Group(table, *warnings), title=Text(_title(frame)), title_align="left", width=WIDTH)
+    said = [Text(f"WARNING, {_TITLES[each.kind]}: {each.text}.", style=_STYLES[each.kind]) for each in frame.notices]
+    return Panel(Group(table, *said), title=Text(_title(frame)), title_align="left", width=WIDTH)
 
 
 def _title(frame: Frame) -> str:
@@ -69,9 +73,8 @@ def _title(frame: Frame) -> str:
 
 def _facts(frame: Frame) -> list[tuple[str, str]]:
     reading, job = frame.reading, frame.reading.job
-    has_card = job is not None and job.total > 0
     facts = [("job", _progress(frame))] if job is not None else []
-    if job is not None and has_card:
+    if job is not None and job.total:
         cached = format_bytes(job.reserved - job.allocated)
         held = f"{format_bytes(job.allocated)} allocated, {format_bytes(job.reserved)} reserved ({cached} cached)"
         facts.append(("allocator", held))
@@ -87,18 +90,11 @@ def _facts(frame: Frame) -> list[tuple[str, str]]:
         facts.append(("host memory", format_bytes(reading.resident_bytes)))
     if frame.peak:
         facts.append(("peak", f"{format_bytes(frame.peak)} on the card"))
-    if job is not None and has_card:
+    if job is not None and job.total:
         most = f"{format_bytes(job.peak_allocated)} allocated, {format_bytes(job.peak_reserved)} reserved"
         facts.append(("" if frame.peak else "peak", most))
     if reading.card is not None:
-        size = format_bytes(frame.spill.bytes)
-        spilling = {
-            "none": "nothing lies in system memory, as far as it shows",
-            "impossible": "cannot happen: on Linux an allocation beyond the card fails",
-            "unknown": "unknown: only a job of this project tells what it has reserved",
-            "estimate": f"about {size} in system memory",
-        }
-        facts.append(("spilling", spilling[frame.spill.state]))
+        facts.append(("spilling", _SPILLING[frame.spill.state].format(format_bytes(frame.spill.bytes))))
     return facts
 
 

@@ -15,15 +15,7 @@ _Data = TypeVar("_Data")
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with what stands for it where it cannot be seen.
-
-    Attributes:
-        name: of its files and its place in the page: small letters, digits and hyphens.
-        title: what it shows, short.
-        summary: what it says, in a sentence or two.
-        draw: draws it.
-        tables: its figures, all of them.
-    """
+    """A drawing with what stands for it where it cannot be seen: what it says in a sentence or two, and its figures."""
 
     name: str
     title: str
@@ -58,14 +50,10 @@ class Section:
     """A part of the page.
 
     Attributes:
-        name: its place in the page: small letters, digits and hyphens.
-        title: its heading.
         text: what one needs to know to read it.
-        charts: in their order.
         tables: those that stand beside no chart.
         highlights: (figure, what it is) for the head of the page.
         quoted: the figures in it that others measured and whose they are; empty where there are none.
-        sources: what it was made of.
     """
 
     name: str
@@ -84,11 +72,7 @@ class _Made:
 
 
 def provenance_of(content: Mapping[str, Any]) -> Provenance:
-    """The provenance record of a file's `environment`.
-
-    Raises:
-        ValueError: it is missing or incomplete.
-    """
+    """The provenance record of a file's `environment`. Raises ValueError: it is missing or incomplete."""
     return read_as(_Made, content).environment
 
 
@@ -100,8 +84,7 @@ class Kind(Generic[_Data]):
         text: what it is, with the command that writes it.
         recognises: whether an object is of this kind, by its fields.
         read: from the object to what its section needs; its exceptions say what is wrong with it.
-        sections: sections of all files of this kind.
-        provenance: where the object's figures come from.
+        sections: of all files of this kind.
     """
 
     text: str
@@ -124,10 +107,7 @@ def has_rows(name: str, *fields: str) -> Callable[[Mapping[str, Any]], bool]:
 def together(
     section: Callable[[Sequence[tuple[str, _Data]]], Section],
 ) -> Callable[[Sequence[tuple[Source, tuple[str, _Data]]]], list[Section]]:
-    """One section for the runs of all files, each with what it is called.
-
-    Those of one name have their file's behind it; those of none have that alone.
-    """
+    """One section for the runs of all files. Those of one name have their file's behind it; of none that alone."""
 
     def sections(found: Sequence[tuple[Source, tuple[str, _Data]]]) -> list[Section]:
         names = [name for _, (name, _) in found]

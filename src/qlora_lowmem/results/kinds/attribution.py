@@ -11,6 +11,7 @@ import msgspec
 from qlora_lowmem.files import as_dataclass
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
+from qlora_lowmem.results import timeline
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, provenance_of, together
 from qlora_lowmem.results.reading import read_as
 from qlora_lowmem.results.style import SMALL, Axes, Figure, Style, note, save
@@ -26,15 +27,7 @@ from qlora_lowmem.results.tables import (
     write_result,
 )
 from qlora_lowmem.results.theme import GROUPS
-from qlora_lowmem.results.timeline import (
-    draw_timeline,
-    group_bytes,
-    group_fill,
-    group_legend,
-    moments,
-    summary,
-    timeline,
-)
+from qlora_lowmem.results.timeline import draw_timeline, group_bytes, group_fill, group_legend
 from qlora_lowmem.units import GIB, MIB, format_bytes
 
 _OWNERS = 12  # of a page
@@ -82,11 +75,6 @@ def _shares(found: Attribution) -> list[_Share]:
     return [*rows, _Share("on the card", total, total, "strong")]
 
 
-def kinds_table(found: Attribution) -> str:
-    """Bytes by kind as a Markdown table."""
-    return markdown_of(_SHARES, _shares(found))
-
-
 def owners_table(found: Attribution, limit: int = 15) -> str:
     """The lines of code that own most of the peak, as a Markdown table; what is unexplained is always among them."""
     unexplained = [owner for owner in found.owners[limit:] if owner.kind == "unexplained"]
@@ -108,7 +96,7 @@ def markdown(found: Attribution, title: str, floor_bytes: int) -> str:
         f"{times_floor(found.allocated_bytes, floor_bytes)} times that."
     )
     return (
-        f"# {title}\n\n{headline(found)}. {beside}\n\n{kinds_table(found)}\n\n"
+        f"# {title}\n\n{headline(found)}. {beside}\n\n{markdown_of(_SHARES, _shares(found))}\n\n"
         f"The lines of code that own most of it:\n\n{owners_table(found)}\n"
     )
 
@@ -117,12 +105,8 @@ def write_attribution(folder: Path, name: str, found: Attribution, floor_bytes: 
     """Write `attribution-NAME` under `folder`: JSON (the source), CSV, the page with its provenance, the picture."""
     rows = [{"kind": kind, "bytes": count} for kind, count in found.kinds.items() if count]
     page = f"{markdown(found, name, floor_bytes)}\n![{name}](attribution-{name}.svg)\n\n{provenance_lines(record)}\n"
-    content = {
-        "environment": record,
-        "recipe": name,
-        "floor_bytes": floor_bytes,
-        "attribution": msgspec.to_builtins(found),
-    }
+    head = {"environment": record, "recipe": name, "floor_bytes": floor_bytes}
+    content = head | {"attribution": msgspec.to_builtins(found)}
     write_result(folder, f"attribution-{name}", content, page, rows)
     write_picture(found, name, folder / f"attribution-{name}.svg", folder / f"attribution-{name}.png")
 
@@ -133,10 +117,6 @@ def write_picture(found: Attribution, title: str, *paths: Path) -> None:
 
 
 _Run = tuple[str, Attribution]  # with what people call it; empty where its file does not say
-
-
-def _recognises(content: Mapping[str, Any]) -> bool:
-    return isinstance(content.get("attribution"), dict)
 
 
 @dataclass(frozen=True)
@@ -184,8 +164,8 @@ def _section(runs: Sequence[_Run]) -> Section:
     charts = [_compared(runs)] if len(runs) > 1 else []
     for name, found in runs:
         line, title = found.timeline, f"{name}: a step over time"
-        drawn, table = partial(timeline, line=line), moments(name, line)
-        charts += [_breakdown(name, found), Chart(f"timeline-{name}", title, summary(line), drawn, (table,))]
+        drawn, table = partial(timeline.timeline, line=line), timeline.moments(name, line)
+        charts += [_breakdown(name, found), Chart(f"timeline-{name}", title, timeline.summary(line), drawn, (table,))]
     return Section(
         name="bytes",
         title="Where the bytes go",
@@ -196,16 +176,18 @@ def _section(runs: Sequence[_Run]) -> Section:
     )
 
 
-KIND = Kind("an attribution (explain --json)", _recognises, _read, together(_section), _provenance)
+KIND = Kind(
+    "an attribution (explain --json)",
+    lambda content: isinstance(content.get("attribution"), dict),
+    _read,
+    together(_section),
+    _provenance,
+)
 
 
 def _compared(runs: Sequence[_Run]) -> Chart:
     parts = ", ".join(f"{name} {gib(found.device_bytes)}" for name, found in runs)
-    text = f"GiB on the card at the peak, on one scale: {parts}."
-    return Chart("peaks", "Peaks side by side", text, lambda style: peaks(style, runs), (_comparison(runs),))
-
-
-def _comparison(runs: Sequence[_Run]) -> Table:
+    summary = f"GiB on the card at the peak, on one scale: {parts}."
     rows = []
     for kind, text in KINDS.items():
         if kind == OUTSIDE_ALLOCATED[0]:
@@ -215,7 +197,8 @@ def _comparison(runs: Sequence[_Run]) -> Table:
             rows.append(_compared_row(text, counts))
     rows.append(_compared_row("on the card", [found.device_bytes for _, found in runs], "strong"))
     headers = ("kind", *(name for name, _ in runs), *(("difference",) if len(runs) == 2 else ()))
-    return Table("Bytes by kind at the peak, GiB", headers, tuple(rows))
+    table = Table("Bytes by kind at the peak, GiB", headers, tuple(rows))
+    return Chart("peaks", "Peaks side by side", summary, lambda style: peaks(style, runs), (table,))
 
 
 def _compared_row(text: str, counts: Sequence[int], tone: str = "") -> tuple[Cell, ...]:
@@ -249,7 +232,18 @@ def picture(style: Style, attribution: Attribution, title: str) -> Figure:
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     peak.set_title(headline(attribution), fontsize=SMALL, loc="left", pad=10, wrap=True)
     _bar(peak, style, attribution, 0, 0.7, attribution.device_bytes)
-    _marks(peak, style, attribution)
+    # Where allocated ends and where the card's bytes end, at two heights, for they may be close.
+    marks = ((attribution.allocated_bytes, "allocated", 0.78), (attribution.device_bytes, "on the card", 0.44))
+    for count, text, height in marks:
+        peak.plot([count / GIB] * 2, [-0.35, height + 0.28], color=style.theme["ink"], linewidth=1)
+        ground = {"facecolor": style.theme["paper"], "edgecolor": "none", "pad": 0.5}
+        words, place = f"{text} {count / GIB:.2f}", (count / GIB, height)
+        note(peak, words, place, (-4, 0), ha="right", va="bottom", bbox=ground)
+    peak.set_ylim(-0.4, 1.1)
+    peak.set_xlim(0, attribution.device_bytes / GIB * 1.005)
+    peak.set_yticks([])
+    peak.set_xlabel("GiB at the peak")
+    style.plain(peak)
     draw_timeline(time, style, attribution.timeline)
     group_legend(figure, style, [group for group, _ in group_bytes(attribution.kinds)])
     return figure
@@ -290,11 +284,7 @@ def breakdown(style: Style, attribution: Attribution) -> Figure:
 
 
 def _bar(axes: Axes, style: Style, attribution: Attribution, place: float, height: float, scale: int) -> float:
-    """One bar, stacked by group, sized in its parts where they have room on an axis of `scale` bytes.
-
-    Returns:
-        its end in GiB.
-    """
+    """One bar, stacked by group, sized where there is room on an axis of `scale` bytes. Returns its end in GiB."""
     left = 0.0
     for group, count in group_bytes(attribution.kinds):
         width = count / GIB
@@ -304,18 +294,3 @@ def _bar(axes: Axes, style: Style, attribution: Attribution, place: float, heigh
             axes.text(left + width / 2, place, f"{width:.2f}", ha="center", va="center", color=ink, fontsize=SMALL)
         left += width
     return left
-
-
-def _marks(axes: Axes, style: Style, attribution: Attribution) -> None:
-    """Where allocated ends and where the card's bytes end, at two heights, for they may be close."""
-    marks = ((attribution.allocated_bytes, "allocated", 0.78), (attribution.device_bytes, "on the card", 0.44))
-    for count, text, height in marks:
-        axes.plot([count / GIB] * 2, [-0.35, height + 0.28], color=style.theme["ink"], linewidth=1)
-        ground = {"facecolor": style.theme["paper"], "edgecolor": "none", "pad": 0.5}
-        words, place = f"{text} {count / GIB:.2f}", (count / GIB, height)
-        note(axes, words, place, (-4, 0), ha="right", va="bottom", bbox=ground)
-    axes.set_ylim(-0.4, 1.1)
-    axes.set_xlim(0, attribution.device_bytes / GIB * 1.005)
-    axes.set_yticks([])
-    axes.set_xlabel("GiB at the peak")
-    style.plain(axes)

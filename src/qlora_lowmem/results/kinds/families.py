@@ -1,8 +1,9 @@
 """Lean beside the optimised recipe, model by model: what each peaks at, and the floor under both."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ class Pair:
         """That, of what the optimised recipe has above the floor."""
         return self.saves / (self.optimised_allocated_bytes - self.floor_bytes)
 
+    @property
+    def end(self) -> int:
+        """The higher of both peaks."""
+        return max(self.optimised_allocated_bytes, self.lean_allocated_bytes)
+
 
 _COLUMNS: tuple[Column[Pair], ...] = (
     Column("model", lambda pair: Cell(pair.model)),
@@ -62,8 +68,7 @@ def write_families(folder: Path, pairs: Sequence[Pair], record: dict[str, Any]) 
 def _read(content: Mapping[str, Any]) -> tuple[Pair, ...]:
     pairs = read_as(Cases[Pair], content).cases
     for number, pair in enumerate(pairs):
-        sizes = pair.tokens, pair.optimised_allocated_bytes, pair.lean_allocated_bytes, pair.floor_bytes
-        if not all(sizes):
+        if not all(astuple(pair)[1:]):
             raise ValueError(f"cases[{number}] has tokens, a peak or a floor of 0")
         if pair.optimised_allocated_bytes <= pair.floor_bytes:
             raise ValueError(f"cases[{number}].optimised_allocated_bytes is not above the floor")
@@ -71,8 +76,9 @@ def _read(content: Mapping[str, Any]) -> tuple[Pair, ...]:
 
 
 def _section(_provenance: Provenance, pairs: tuple[Pair, ...]) -> Section:
-    in_order = sorted(pairs, key=lambda pair: pair.tokens)
-    lengths = [list(found) for _, found in groupby(in_order, key=lambda pair: pair.tokens)]
+    tokens = attrgetter("tokens")
+    in_order = sorted(pairs, key=tokens)
+    lengths = [list(found) for _, found in groupby(in_order, key=tokens)]
     longest = lengths[-1]
     ranges = [f"{_shares(found)} at {found[0].tokens:,} tokens" for found in lengths]
     chart = Chart(
@@ -108,11 +114,7 @@ KIND = Kind(
 
 
 def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> Figure:
-    """A panel a length, one above the other on one scale; a bar a model.
-
-    Args:
-        lengths: the pairs of each length; at least one length, each with at least one pair.
-    """
+    """A panel a length, one above the other on one scale; a bar a model. At least one length, each with a pair."""
     rows = [style.row_height * len(pairs) for pairs in lengths]
     figure = style.figure(sum(rows) + 0.3 * len(rows) + (1.2 if style.narrow else 0.8))
     panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
@@ -122,7 +124,7 @@ def families(style: Style, lengths: Sequence[Sequence[Pair]]) -> Figure:
         for place, pair in zip(places, pairs, strict=True):
             _row(panel, style, place, height, pair)
         style.plain(panel, grid="x")
-    largest = max(_end(pair) for pairs in lengths for pair in pairs)
+    largest = max(pair.end for pairs in lengths for pair in pairs) / GIB
     panels[-1].set_xlim(0, largest * (1.04 if style.narrow else 1.2))
     panels[-1].set_xlabel("peak allocated, GiB")
     handles = [
@@ -140,9 +142,4 @@ def _row(axes: Axes, style: Style, place: float, height: float, pair: Pair) -> N
         axes.barh(place, size / GIB, height=height, color=style.theme[role], linewidth=0)
     style.tick(axes, pair.floor_bytes / GIB, place, height / 2 + 0.04, "floor")
     words = f"{pair.lean_allocated_bytes / GIB:.3f} ({-pair.saves / GIB:+.3f})".replace("-", "−")
-    style.row_words(axes, words, _end(pair), place)
-
-
-def _end(pair: Pair) -> float:
-    """Where its bar ends, in GiB."""
-    return max(pair.optimised_allocated_bytes, pair.lean_allocated_bytes) / GIB
+    style.row_words(axes, words, pair.end / GIB, place)

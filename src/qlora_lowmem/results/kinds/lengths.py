@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from qlora_lowmem.units import GIB
 
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))
+# Colour, mark and dashes of a recipe, so that one is enough to tell it by.
+_LOOKS: list[dict[str, Any]] = [
+    {"color": color, "marker": marker, "linestyle": dashes}
+    for color, marker, dashes in zip(SERIES, _MARKERS, _DASHES, strict=True)
+]
 _LOGARITHMIC_FROM = 6  # where the largest is that many times the smallest
 
 
@@ -67,9 +73,9 @@ def write_lengths(
         f"{len(rows)} runs in {seconds:.1f} s, imports included. The card has {gib(card.usable_bytes)} GiB usable, the "
         f"CUDA context in it; what needs more ran on a card of the same kind with room for it. {FLOOR_TEXT}"
     )
-    title, table = f"Memory against sequence length on {card.name}", lengths_table(rows)
+    title, parts = f"Memory against sequence length on {card.name}", (text, lengths_table(rows))
     head = {"device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes}
-    write_rows(folder, "lengths", rows, record, title=title, parts=(text, table), head=head)
+    write_rows(folder, "lengths", rows, record, title=title, parts=parts, head=head)
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,15 @@ def _read(content: Mapping[str, Any]) -> _File:
 
 
 def _section(_provenance: Provenance, file: _File) -> Section:
+    longest = []
+    for recipe, found in _by_recipe(file.cases).items():
+        fitting = [row.tokens for row in found if row.fits]
+        longest.append(f"{recipe} {fitting[-1]:,} tokens" if fitting else f"{recipe} at none of them")
     chart = Chart(
         "lengths",
         "Memory against sequence length",
-        f"{gib(file.usable_bytes)} GiB can be used on {file.device}. {_longest(file.cases)}",
+        f"{gib(file.usable_bytes)} GiB can be used on {file.device}. The longest of these lengths that fits: "
+        f"{', '.join(longest)}.",
         lambda style: lengths(style, file.cases, file.usable_bytes),
         (page_table("Peaks in GiB by recipe and length", _COLUMNS, file.cases),),
     )
@@ -102,46 +113,54 @@ def _section(_provenance: Provenance, file: _File) -> Section:
     )
 
 
-def _longest(rows: Sequence[Length]) -> str:
-    parts = []
-    for recipe in dict.fromkeys(row.recipe for row in rows):
-        fitting = [row.tokens for row in rows if row.recipe == recipe and row.fits]
-        parts.append(f"{recipe} {max(fitting):,} tokens" if fitting else f"{recipe} at none of them")
-    return f"The longest of these lengths that fits: {', '.join(parts)}."
+def _by_recipe(rows: Sequence[Length]) -> dict[str, list[Length]]:
+    """By length."""
+    in_order = sorted(rows, key=lambda row: row.tokens)
+    return {name: [row for row in in_order if row.recipe == name] for name in dict.fromkeys(row.recipe for row in rows)}
 
 
-def _recognises(content: Mapping[str, Any]) -> bool:
-    return "usable_bytes" in content and isinstance(content.get("cases"), list)
-
-
-KIND = Kind("peaks by length (lengths --table)", _recognises, _read, each_its_own(_section))
+KIND = Kind(
+    "peaks by length (lengths --table)",
+    lambda content: "usable_bytes" in content and isinstance(content.get("cases"), list),
+    _read,
+    each_its_own(_section),
+)
 
 
 def lengths(style: Style, points: Sequence[Length], usable_bytes: int) -> Figure:
     """A line a recipe, a thin one its floor; filled marks fit, hollow do not, a cross is where the need is unknown."""
     figure = style.figure(4.6 if style.narrow else 4.4)
     axes = figure.subplots()
-    recipes = list(dict.fromkeys(point.recipe for point in points))
-    for number, recipe in enumerate(recipes):
-        found = sorted((point for point in points if point.recipe == recipe), key=lambda point: point.tokens)
-        _line(axes, style, number, found, usable_bytes)
+    by_recipe = _by_recipe(points)
+    for look, found in zip(cycle(_LOOKS), by_recipe.values(), strict=False):
+        _line(axes, style, look, found, usable_bytes)
     axes.axhline(usable_bytes / GIB, color=style.theme["limit"], linewidth=1.4, linestyle="--")
     _scales(axes, style, points, usable_bytes)
     axes.set_xlabel("tokens of a sequence" if style.narrow else "tokens of a sequence, doubled at each line")
     axes.set_ylabel("GiB on the card at the peak")
     style.plain(axes, keep=("bottom", "left"), grid="y")
-    _legend(figure, style, recipes, points, usable_bytes)
+    handles = [
+        style.stroke(legend_label(recipe), **look) for look, recipe in zip(cycle(_LOOKS), by_recipe, strict=False)
+    ]
+    mark = {"linestyle": "none", "markeredgecolor": "ink", "markerfacecolor": "paper"}
+    if any(not point.fits and point.peak.device for point in points):
+        handles.append(style.stroke("hollow: does not fit", marker="o", **mark))
+    if any(not point.peak.device for point in points):
+        handles.append(style.stroke("does not fit, need not known", marker="x", **mark))
+    handles.append(style.stroke("thin: the floor", color="ink", linewidth=0.8))
+    text = f"usable on the card: {usable_bytes / GIB:.2f}"
+    handles.append(style.stroke(text, color="limit", linewidth=1.4, linestyle="--"))
+    style.legend(figure, handles, 2 if style.narrow else 4)
     return figure
 
 
-def _line(axes: Axes, style: Style, number: int, found: Sequence[Length], usable_bytes: int) -> None:
-    look = style.look(**_look(number))
+def _line(axes: Axes, style: Style, look: dict[str, Any], found: Sequence[Length], usable_bytes: int) -> None:
+    look = style.look(**look)
     colour, marker = look["color"], look.pop("marker")
     known = [point for point in found if point.peak.device]
-    needs = [point.peak.device / GIB for point in known]
-    axes.plot([point.tokens for point in known], needs, linewidth=1.8, **look)
-    floors = [point.floor_bytes / GIB for point in found]
-    axes.plot([point.tokens for point in found], floors, color=colour, linewidth=0.8)
+    axes.plot([each.tokens for each in known], [each.peak.device / GIB for each in known], linewidth=1.8, **look)
+    floors = [each.floor_bytes / GIB for each in found]
+    axes.plot([each.tokens for each in found], floors, color=colour, linewidth=0.8)
     for point in found:
         mark = style.mark(marker if point.peak.device else "x", colour, colour if point.fits else "paper")
         axes.plot(point.tokens, (point.peak.device or usable_bytes) / GIB, markersize=6, zorder=4, **mark)
@@ -151,8 +170,8 @@ def _scales(axes: Axes, style: Style, points: Sequence[Length], usable_bytes: in
     tokens = sorted({point.tokens for point in points})
     axes.set_xscale("log", base=2)
     low, high = math.floor(math.log2(tokens[0])), math.ceil(math.log2(tokens[-1]))
-    ticks = range(low, high + 1, max(1, (high - low) // (4 if style.narrow else 9)))
-    axes.set_xticks([2.0**power for power in ticks], [_tokens(2**power) for power in ticks])
+    ticks = [2**power for power in range(low, high + 1, max(1, (high - low) // (4 if style.narrow else 9)))]
+    axes.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
     axes.set_xlim(2 ** (low - 0.3), 2 ** (high + 0.3))
     known = [point.peak.device for point in points if point.peak.device]
     needs = [usable_bytes, *known, *(point.floor_bytes for point in points)]
@@ -163,27 +182,3 @@ def _scales(axes: Axes, style: Style, points: Sequence[Length], usable_bytes: in
         doubling(axes, "y", bottom, top)
         axes.set_ylim(2.0**bottom, 2.0 ** (top + 0.1))
     axes.minorticks_off()
-
-
-def _tokens(count: int) -> str:
-    """`2k` for 2048, as lengths are spoken of."""
-    return f"{count // 1024}k" if count >= 1024 else str(count)
-
-
-def _legend(figure: Figure, style: Style, recipes: Sequence[str], points: Sequence[Length], usable_bytes: int) -> None:
-    handles = [style.stroke(legend_label(recipe), **_look(number)) for number, recipe in enumerate(recipes)]
-    mark = {"linestyle": "none", "markeredgecolor": "ink", "markerfacecolor": "paper"}
-    if any(not point.fits and point.peak.device for point in points):
-        handles.append(style.stroke("hollow: does not fit", marker="o", **mark))
-    if any(not point.peak.device for point in points):
-        handles.append(style.stroke("does not fit, need not known", marker="x", **mark))
-    handles.append(style.stroke("thin: the floor", color="ink", linewidth=0.8))
-    text = f"usable on the card: {usable_bytes / GIB:.2f}"
-    handles.append(style.stroke(text, color="limit", linewidth=1.4, linestyle="--"))
-    style.legend(figure, handles, 2 if style.narrow else 4)
-
-
-def _look(number: int) -> dict[str, Any]:
-    """Colour, mark and dashes of a recipe, so that one is enough to tell it by."""
-    found = {"color": SERIES, "marker": _MARKERS, "linestyle": _DASHES}
-    return {name: choices[number % len(choices)] for name, choices in found.items()}

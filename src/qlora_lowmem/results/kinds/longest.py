@@ -21,8 +21,7 @@ class Longest:
     Attributes:
         next_tokens: the shortest length that was seen not to fit; 0 where none was.
         limited_by: `memory`, or `limit` where the longest length asked for fits.
-        floor_bytes: what no method avoids at the longest length (`memory.owners`).
-        host_bytes: page-locked host memory at the longest length.
+        floor_bytes, host_bytes: at that length: what no method avoids (`memory.owners`); page-locked host memory.
     """
 
     recipe: str
@@ -57,11 +56,7 @@ def _next(row: Longest, unknown: str = "not looked further") -> Cell:
 
 
 def write_longest(folder: Path, rows: Sequence[Longest], record: dict[str, Any], changes: Mapping[str, str]) -> None:
-    """Write `longest` as JSON, Markdown and CSV.
-
-    Args:
-        changes: fields of every recipe that were given on the command line.
-    """
+    """Write `longest` as JSON, Markdown and CSV; `changes` are fields of every recipe, from the command line."""
     changed = ", ".join(f"`{name}: {value}`" for name, value in changes.items())
     text = (
         "Tokens of one sample, batch 1, found by running each length (two optimizer steps of one or two "

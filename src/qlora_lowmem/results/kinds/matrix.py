@@ -126,7 +126,7 @@ _COLUMNS: tuple[Column[Case], ...] = (
     Column("batch", lambda case: _batch(case, "x"), page_cell=lambda case: _batch(case, "×")),
     Column("ckpt", lambda case: Cell("yes" if case.gradient_checkpointing else "no"), "checkpointing"),
     Column("loss", lambda case: Cell(case.loss)),
-    *(_phase(name) for name in ("load", "first step", "steady")),
+    *map(_phase, ("load", "first step", "steady")),
     Column("allocated", lambda case: Cell.known_gib(case.peak.allocated)),
     Column("floor", lambda case: Cell.known_gib(case.floor_bytes)),
     Column("x floor", lambda case: Cell.times_floor(case.peak.allocated, case.floor_bytes)),
@@ -219,11 +219,7 @@ def readme_table(cases: Sequence[Case]) -> str:
 
 
 def readme_block(content: dict[str, Any]) -> str:
-    """Table and provenance of a `matrix.json`, as they stand in the README.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
+    """Table and provenance of a `matrix.json`, as in the README. Raises ValueError: what is wrong with it."""
     record = content["environment"]
     return (
         f"Granite-4.0-H-1B on `{record['device']}`, peaks in GiB. {FLOOR_TEXT}\n\n"

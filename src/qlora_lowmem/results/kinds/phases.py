@@ -29,10 +29,9 @@ class PhaseBytes:
 
     Attributes:
         phase: one of `memory.profile.PHASES`.
-        peak: if memory ran out, until there.
-        device_budget: what the card may hold.
-        allocated_budget: what tensors may take; None where nobody set one.
-        floor: what no method of training the recipe avoids, the same in every phase; 0 where no step ended.
+        peak: in bytes; if memory ran out, until there.
+        device_budget, allocated_budget: what the card may hold; what tensors may take, None where nobody set that.
+        floor: what no method of training the recipe avoids; 0 where no step ended.
         out_of_memory: torch's message if memory ran out in this phase, else empty.
     """
 
@@ -56,6 +55,13 @@ class PhaseBytes:
         return bool(self.over or self.out_of_memory)
 
     @property
+    def verdict(self) -> Cell:
+        """In words."""
+        if self.fails:
+            return Cell("out of memory" if self.out_of_memory else f"over: {' and '.join(self.over)}", tone="bad")
+        return Cell("within budget", tone="good")
+
+    @property
     def end(self) -> int:
         """Where its bar or its mark ends, whichever is further."""
         return max(self.peak.device, self.allocated_budget or 0)
@@ -71,11 +77,9 @@ def phase_bytes(
     """The phases of a profile beside their budgets, in bytes and in the order of a run's life.
 
     Args:
-        device_budget: what the card may hold in every phase.
-        allocated_budgets: what tensors may take, by phase; None where nobody set budgets.
+        allocated_budgets: by phase; None where nobody set budgets.
         out_of_memory: torch's message by the phase in which memory ran out. A phase that has no readings gets zeros; a
             moment that is no phase (between two of them) counts to the last phase with readings.
-        floor: what no method of training the recipe avoids; 0 where no step ended.
     """
     peaks = dict(phases)
     messages = {}
@@ -93,13 +97,14 @@ def phase_bytes(
 
 Lives = Mapping[str, Sequence[PhaseBytes]]  # the phases of each recipe, in the order of PHASES
 
-_PHASE, _BUDGET = "phase", "budget"
+_EDGED: dict[str, Any] = {"edgecolor": "edge", "linewidth": 0.6}
+_STRIPED: dict[str, Any] = {"facecolor": "bad", "edgecolor": "paper", "linewidth": 0, "hatch": "///"}
 _Row = tuple[str, PhaseBytes]  # a recipe and one of its phases
 _COLUMNS: tuple[Column[_Row], ...] = (
     Column("recipe", lambda row: Cell(row[0])),
-    Column(_PHASE, lambda row: Cell(row[1].phase)),
+    Column("phase", lambda row: Cell(row[1].phase)),
     Column("allocated", lambda row: Cell.gib(row[1].peak.allocated)),
-    Column(_BUDGET, lambda row: Cell.known_gib(row[1].allocated_budget), "allocated budget"),
+    Column("budget", lambda row: Cell.known_gib(row[1].allocated_budget), "allocated budget"),
     Column("reserved", lambda row: Cell.gib(row[1].peak.reserved)),
     Column("on the card", lambda row: Cell.gib(row[1].peak.device)),
     Column("budget on the card", lambda row: Cell.gib(row[1].device_budget), "card budget"),
@@ -159,9 +164,7 @@ def phases_content(lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
 def write_phases(folder: Path, lives: Lives, record: dict[str, Any], about: str) -> None:
     """Write `phases` as JSON, Markdown and CSV; `about` says what ran."""
     rows = _rows(lives)
-    ran_out = "\n".join(
-        f"- {recipe}, {each.phase}: {each.out_of_memory}" for recipe, each in rows if each.out_of_memory
-    )
+    ran_out = "\n".join(f"- {name}, {each.phase}: {each.out_of_memory}" for name, each in rows if each.out_of_memory)
     parts = [
         f"{about} Reserved does not fall within a process: the allocator keeps what it has.",
         markdown_of(_COLUMNS, rows, text_columns=2),
@@ -227,7 +230,7 @@ def tables_of(lives: Lives) -> tuple[Table, ...]:
     floors = page_table("What tensors take at most, beside the floor, in GiB", _FLOOR_COLUMNS, _highest(lives))
     columns: tuple[Column[_Row], ...] = (
         Column("recipe", lambda row: Cell(row[0])),
-        Column(_PHASE, lambda row: Cell(row[1].phase, tone="bad")),
+        Column("phase", lambda row: Cell(row[1].phase, tone="bad")),
         Column("torch says", lambda row: Cell(row[1].out_of_memory)),
     )
     ran_out = [row for row in _rows(lives) if row[1].out_of_memory]
@@ -236,7 +239,8 @@ def tables_of(lives: Lives) -> tuple[Table, ...]:
 
 def _summary(lives: Lives, *, whole: bool) -> str:
     """What failed; the first phase in which the card holds most; what has no figures, as after memory ended a run."""
-    rows, there = _rows(lives), {(recipe, each.phase) for recipe, each in _rows(lives)}
+    rows = _rows(lives)
+    there = {(recipe, each.phase) for recipe, each in rows}
     ran_out = [f"{each.phase} of {recipe}" for recipe, each in rows if each.out_of_memory]
     over = [f"{each.phase} of {recipe}" for recipe, each in rows if each.over]
     tops = [(recipe, max(life, key=lambda each: each.peak.device)) for recipe, life in lives.items()]
@@ -255,51 +259,34 @@ def _summary(lives: Lives, *, whole: bool) -> str:
 def _table(recipe: str, life: Sequence[PhaseBytes]) -> Table:
     """Without a column of budgets where nobody set one for what tensors take."""
     budgets = any(each.allocated_budget is not None for each in life)
-    columns = [column for column in _COLUMNS[1:] if budgets or column.heading != _BUDGET]
+    columns = [column for column in _COLUMNS[1:] if budgets or column.heading != "budget"]
     rows = [(recipe, each) for each in life]
-    return page_table(f"Peaks of {recipe} in GiB by phase", [*columns, Column("verdict", _verdict)], rows)
-
-
-def _verdict(row: _Row) -> Cell:
-    _, each = row
-    if each.out_of_memory:
-        return Cell("out of memory", tone="bad")
-    return Cell(f"over: {' and '.join(each.over)}", tone="bad") if each.over else Cell("within budget", tone="good")
+    columns.append(Column("verdict", lambda row: row[1].verdict))
+    return page_table(f"Peaks of {recipe} in GiB by phase", columns, rows)
 
 
 def phases(style: Style, lives: Lives) -> Figure:
-    """A row a phase: allocated within reserved within what the card holds; what fails is striped.
-
-    Args:
-        lives: the phases of each recipe; at least one recipe, each with at least one phase.
-    """
-    there = {each.phase for _, each in _rows(lives)}
-    names = [name for name in PHASES if name in there]
+    """A row a phase: allocated within reserved within what the card holds; what fails is striped. None may be empty."""
+    found = [each for _, each in _rows(lives)]
+    names = [name for name in PHASES if any(each.phase == name for each in found)]
     columns = 1 if style.narrow or len(lives) == 1 else 2
     lines = -(-len(lives) // columns)
     rows = style.row_height * len(names)
     figure = style.figure(lines * (rows + 0.7) + (1.4 if style.narrow else 0.7))
     panels = list(figure.subplots(lines, columns, squeeze=False, gridspec_kw={"hspace": 0.06}).flat)
-    for number, (recipe, found) in enumerate(lives.items()):
-        panel = panels[number]
+    # Room for the words behind the longest bar.
+    words = 0.44 if any(each.out_of_memory for each in found) else 0.3 if any(each.over for each in found) else 0.2
+    room = 1 + words if style.narrow or columns == 2 else 1 + words / 2
+    end = max(max(each.device_budget for each in found) * 1.04, max(each.end for each in found) * room) / GIB
+    for number, (panel, (recipe, life)) in enumerate(zip(panels, lives.items(), strict=False)):
         panel.set_title(legend_label(recipe), loc="left", fontsize=9, fontweight="bold")
-        _panel(panel, style, names, found, _scale_end(lives, style, columns))
+        _panel(panel, style, names, life, end)
         if number % columns and not style.narrow:
             panel.tick_params(axis="y", labelleft=False)
     for panel in panels[len(lives) :]:  # the last line may have room left
         panel.set_axis_off()
-    _legend(figure, style, lives)
+    _legend(figure, style, found)
     return figure
-
-
-def _scale_end(lives: Lives, style: Style, columns: int) -> float:
-    """The end of the scale in GiB, with room for the words behind the longest bar."""
-    found = [each for _, each in _rows(lives)]
-    largest = max(each.end for each in found) / GIB
-    budget = max(each.device_budget for each in found) / GIB
-    words = 0.44 if any(each.out_of_memory for each in found) else 0.3 if any(each.over for each in found) else 0.2
-    room = 1 + words if style.narrow or columns == 2 else 1 + words / 2
-    return max(budget * 1.04, largest * room)
 
 
 def _panel(axes: Axes, style: Style, names: Sequence[str], found: Sequence[PhaseBytes], end: float) -> None:
@@ -321,15 +308,14 @@ def _panel(axes: Axes, style: Style, names: Sequence[str], found: Sequence[Phase
 
 
 def _row(axes: Axes, style: Style, place: float, height: float, found: PhaseBytes) -> None:
+    peak, over = found.peak, "on the card" in found.over or found.out_of_memory
     layers = (
-        (found.peak.device, "context", "on the card" in found.over or bool(found.out_of_memory)),
-        (found.peak.reserved, "slack", False),
-        (found.peak.allocated, "bar", "allocated" in found.over),
+        (peak.device, "context", over),
+        (peak.reserved, "slack", False),
+        (peak.allocated, "bar", "allocated" in found.over),
     )
-    for count, role, over in layers:  # each covers the one before
-        look = {"facecolor": "bad", "edgecolor": "paper", "linewidth": 0, "hatch": "///"}
-        if not over:
-            look = {"facecolor": role, "edgecolor": "edge", "linewidth": 0.6}
+    for count, role, striped in layers:  # each covers the one before
+        look = _STRIPED if striped else {"facecolor": role, **_EDGED}
         axes.barh(place, count / GIB, height=height, **style.look(**look))
     if found.allocated_budget is not None:
         for colour, width in (("paper", 3.6), ("limit", 1.8)):
@@ -338,23 +324,22 @@ def _row(axes: Axes, style: Style, place: float, height: float, found: PhaseByte
     style.words(axes, f"{found.peak.device / GIB:.3f}{failed}", found.end / GIB, place, zorder=4)
 
 
-def _legend(figure: Figure, style: Style, lives: Lives) -> None:
-    found, edge = [each for _, each in _rows(lives)], {"edgecolor": "edge", "linewidth": 0.6}
+def _legend(figure: Figure, style: Style, found: Sequence[PhaseBytes]) -> None:
     budgets = sorted({each.device_budget for each in found})
     text = f"budget on the card: {', '.join(f'{budget / GIB:.2f}' for budget in budgets)}"
-    over, ran_out = any(each.over for each in found), any(each.out_of_memory for each in found)
-    reasons = [reason for reason, there in (("over budget", over), ("out of memory", ran_out)) if there]
-    handles = [style.patch("allocated", facecolor="bar", **edge)]
+    reasons = ["over budget"] if any(each.over for each in found) else []
+    reasons += ["out of memory"] if any(each.out_of_memory for each in found) else []
+    handles = [style.patch("allocated", facecolor="bar", **_EDGED)]
     if any(each.allocated_budget is not None for each in found):
         mark = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 1.8}
         handles.append(style.stroke("budget of allocated", color="limit", **mark))
     handles += [
-        style.patch("reserved", facecolor="slack", **edge),
-        style.patch("on the card", facecolor="context", **edge),
+        style.patch("reserved", facecolor="slack", **_EDGED),
+        style.patch("on the card", facecolor="context", **_EDGED),
         style.stroke(text, color="limit", linewidth=1.4, linestyle="--"),
     ]
     if reasons:
         label = "striped: fails" if style.narrow and len(reasons) > 1 else f"striped: {' or '.join(reasons)}"
-        handles.append(style.patch(label, facecolor="bad", edgecolor="paper", linewidth=0, hatch="///"))
+        handles.append(style.patch(label, **_STRIPED))
     columns = 2 if style.narrow else len(handles) if len(handles) < 6 else 3
     style.legend(figure, handles, columns, columnspacing=1.0, handlelength=1.6)

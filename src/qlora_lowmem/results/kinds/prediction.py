@@ -58,6 +58,11 @@ class Figure:
         """Whether the error is at most that; in integers, so that the limit itself is within."""
         return abs(self.predicted_bytes - self.measured_bytes) * 100 <= percent * self.measured_bytes
 
+    @property
+    def tone(self) -> str:
+        """Of its cell."""
+        return "" if self.limit is None else "good" if self.within(self.limit) else "bad"
+
     def __str__(self) -> str:
         limit = "" if self.limit is None else f", and the limit is {self.limit} %"
         return (
@@ -87,7 +92,7 @@ def compare(recipe: str, predicted: MemoryProfile, measured: MemoryProfile) -> l
 
 def misses(figures: Iterable[Figure]) -> list[Figure]:
     """Whole-run readings that are outside of `LIMITS`."""
-    return [figure for figure in figures if figure.limit is not None and not figure.within(figure.limit)]
+    return [figure for figure in figures if figure.tone == "bad"]
 
 
 def write_prediction(
@@ -96,7 +101,6 @@ def write_prediction(
     """Write `prediction.json`, `.md` and `.csv` into `folder`.
 
     Args:
-        record: provenance of the measured figures.
         context: where the virtual card's context and properties come from.
         not_compared: recipes without a comparison, and why.
 
@@ -124,33 +128,22 @@ def write_prediction(
         "Peaks in GiB: **predicted** on a virtual card with the properties of the measured one, **measured** on the "
         f"card itself, the same recipe and versions. {context}"
     )
-    table = markdown_table(_HEADERS, _cells(figures), text_columns=2)
+    headings = [f"{reading} {what}" for reading in READINGS for what in ("predicted", "measured", "error")]
+    lines: dict[tuple[str, str], list[str]] = {}
+    for figure in figures:  # in the order of READINGS within a phase
+        cells = lines.setdefault((figure.recipe, figure.phase), [figure.recipe, figure.phase])
+        cells += [gib(figure.predicted_bytes), gib(figure.measured_bytes), f"{figure.error:+.2%}"]
+    table = markdown_table(("recipe", "phase", *headings), list(lines.values()), text_columns=2)
     parts = [text, _summary(figures), table, *((f"Not compared:{left_out}",) if left_out else ())]
     markdown = markdown_page(f"Predicted and measured on {record['device']}", parts, record)
     content = {"environment": record, "context": context, "figures": rows, "not_compared": not_compared}
     write_result(folder, "prediction", content, markdown, rows)
 
 
-_HEADERS = (
-    "recipe",
-    "phase",
-    *(f"{reading} {what}" for reading in READINGS for what in ("predicted", "measured", "error")),
-)
-
-
-def _cells(figures: Sequence[Figure]) -> list[list[str]]:
-    rows: dict[tuple[str, str], list[str]] = {}
-    for figure in figures:  # in the order of READINGS within a phase
-        cells = rows.setdefault((figure.recipe, figure.phase), [figure.recipe, figure.phase])
-        cells += [gib(figure.predicted_bytes), gib(figure.measured_bytes), f"{figure.error:+.2%}"]
-    return list(rows.values())
-
-
 def _summary(figures: Sequence[Figure]) -> str:
     lines = []
     for reading in READINGS:
-        errors = [abs(f.error) for f in figures if f.phase == WHOLE_RUN and f.reading == reading]
-        if errors:
+        if errors := [abs(f.error) for f in figures if f.phase == WHOLE_RUN and f.reading == reading]:
             limit = f", limit {LIMITS[reading]} %" if reading in LIMITS else ""
             lines.append(f"{reading}: median {statistics.median(errors):.2%}, worst {max(errors):.2%}{limit}")
     return f"Errors of the whole run over {len({f.recipe for f in figures})} recipes: {'; '.join(lines)}."
@@ -174,7 +167,6 @@ def _read(content: Mapping[str, Any]) -> _File:
 
 
 def _section(provenance: Provenance, data: _File) -> Section:
-    device = provenance.device
     whole = [figure for figure in data.figures if figure.phase == WHOLE_RUN]
     judged = [figure for figure in whole if figure.limit is not None]
     within = len(judged) - len(misses(judged))
@@ -190,7 +182,8 @@ def _section(provenance: Provenance, data: _File) -> Section:
     return Section(
         name="prediction",
         title="Predicted against measured",
-        text=f"Each recipe on {device} (measured) and on a virtual card with its properties (virtual). {data.context}",
+        text=f"Each recipe on {provenance.device} (measured) and on a virtual card with its properties (virtual). "
+        f"{data.context}",
         charts=(chart,),
         tables=(Table("Not compared", ("recipe", "why"), left_out),) if left_out else (),
         highlights=((f"{worst.error:+.2%}", "the worst prediction of a whole run's peak"),),
@@ -203,13 +196,9 @@ _COLUMNS: tuple[Column[Figure], ...] = (
     Column("reading", lambda figure: Cell(figure.reading)),
     Column("predicted", lambda figure: Cell.gib(figure.predicted_bytes)),
     Column("measured", lambda figure: Cell.gib(figure.measured_bytes)),
-    Column("error", lambda figure: Cell.ratio(f"{figure.error:+.2%}", figure.error, _tone(figure))),
+    Column("error", lambda figure: Cell.ratio(f"{figure.error:+.2%}", figure.error, figure.tone)),
     Column("limit", lambda figure: Cell("-" if figure.limit is None else f"{figure.limit} %")),
 )
-
-
-def _tone(figure: Figure) -> str:
-    return "" if figure.limit is None else "good" if figure.within(figure.limit) else "bad"
 
 
 KIND = Kind(
@@ -221,11 +210,7 @@ KIND = Kind(
 
 
 def prediction(style: Style, figures: Sequence[Figure]) -> Drawn:
-    """Two panels, side by side or one above the other.
-
-    Args:
-        figures: readings of whole runs, at least one.
-    """
+    """Two panels, side by side or one above the other, of readings of whole runs, at least one."""
     recipes = list(dict.fromkeys(figure.recipe for figure in figures))
     rows = style.row_height * len(recipes)
     figure, scatter, errors = two_panels(style, rows, rows + 5.2 if style.narrow else max(rows + 1.4, 4.0))
@@ -263,9 +248,8 @@ def percent_axis(axes: Axes) -> None:
 
 def equals(axes: Axes, style: Style, sizes: Sequence[float]) -> None:
     """Two logarithmic scales, each with room for all sizes in GiB, and the line on which both are equal."""
-    found = [size for size in sizes if size]
-    low, high = math.floor(math.log2(min(found))), math.ceil(math.log2(max(found)))
-    high = max(high, low + 1)
+    low = math.floor(math.log2(min(sizes)))
+    high = max(math.ceil(math.log2(max(sizes))), low + 1)
     ends = (2.0**low, 2.0**high)
     axes.plot(ends, ends, color=style.theme["edge"], linewidth=1, linestyle="--")
     doubling(axes, "x", low, high)
@@ -281,9 +265,8 @@ def equals(axes: Axes, style: Style, sizes: Sequence[float]) -> None:
 def _errors(axes: Axes, style: Style, figures: Sequence[Figure], recipes: Sequence[str]) -> None:
     places, _ = style.name_rows(axes, recipes)
     place_of = dict(zip(recipes, places, strict=True))
-    for limit in set(LIMITS.values()):
-        for side in (-limit, limit):
-            axes.axvline(side, color=style.theme["limit"], linewidth=1, linestyle=(0, (4, 3)))
+    for side in (side for limit in set(LIMITS.values()) for side in (-limit, limit)):
+        axes.axvline(side, color=style.theme["limit"], linewidth=1, linestyle=(0, (4, 3)))
     axes.axvline(0, color=style.theme["edge"], linewidth=1)
     for figure in figures:
         axes.plot(100 * figure.error, place_of[figure.recipe], markersize=6, **style.mark(*_MARKS[figure.reading]))

@@ -27,7 +27,6 @@ class Published:
     """One figure that others measured, and the plan's, in bytes.
 
     Attributes:
-        source: who published it.
         measures: a key of `FIGURES`; or `out of memory`, of a card that was too small: `measured_bytes` is its memory.
         explained_bytes: what the measured program holds and a recipe's run does not.
         agrees_with_its_rounding: whether the plan is within the rounding of a figure that was published rounded, or out
@@ -92,15 +91,11 @@ def _section(_provenance: Provenance, rows: tuple[Published, ...]) -> Section:
         lambda style: published(style, points),
         tuple(_table(group, [row for row in rows if row.source == group]) for group in groups),
     )
-    allocated = [point for point in points if point.measures == "allocated"]
-    highlights: tuple[tuple[str, str], ...] = ()
-    if allocated:
+    highlights = []
+    if allocated := [point for point in points if point.measures == "allocated"]:
         left, error = _worst(allocated)
-        text = (
-            f"the worst error of {len(allocated)} allocated peaks that others published, with what is explained; "
-            f"without, {error:.1%}"
-        )
-        highlights = ((f"{left:.1%}", text),)
+        text = f"the worst error of {len(allocated)} allocated peaks that others published, with what is explained"
+        highlights.append((f"{left:.1%}", f"{text}; without, {error:.1%}"))
     return Section(
         name="published",
         title="Predicted against measured: what others published",
@@ -110,7 +105,7 @@ def _section(_provenance: Provenance, rows: tuple[Published, ...]) -> Section:
         "error that is left with them. What a source's are, and where its figures stand, is said in results/reality.md "
         "and bench/reality/README.md.",
         charts=(chart,),
-        highlights=highlights,
+        highlights=tuple(highlights),
         quoted="published figures of real cards, by " + "; ".join(groups),
     )
 
@@ -122,18 +117,15 @@ def _worst(points: Sequence[Published]) -> tuple[float, float]:
 
 def _summary(rows: Sequence[Published]) -> str:
     points = [row for row in rows if row.is_peak]
-    explained = [point for point in points if point.explained_bytes]
     texts = [f"{len(points)} published figures against the plan's; on the dashed line both are equal."]
-    if explained:
-        texts.append(f"For {len(explained)} of them a part of the difference is explained: the filled marks have it.")
+    if explained := sum(point.explained_bytes > 0 for point in points):
+        texts.append(f"For {explained} of them a part of the difference is explained: the filled marks have it.")
     for name, (words, *_) in FIGURES.items():
-        found = [point for point in points if point.measures == name]
-        if found:
+        if found := [point for point in points if point.measures == name]:
             left, error = _worst(found)
             with_it = f", {left:.1%} with what is explained" if any(point.explained_bytes for point in found) else ""
             texts.append(f"Worst error of {len(found)} ({words}): {error:.1%}{with_it}.")
-    rounded = [row.agrees_with_its_rounding for row in rows if row.agrees_with_its_rounding is not None]
-    if rounded:
+    if rounded := [row.agrees_with_its_rounding for row in rows if row.agrees_with_its_rounding is not None]:
         texts.append(
             f"{sum(rounded)} of {len(rounded)} figures that were published rounded, or as out of memory, agree with "
             "the plan as such."
@@ -156,31 +148,25 @@ _COLUMNS: tuple[Column[Published], ...] = (
     ),
     Column("unexplained", lambda row: _percent(row.left if row.is_peak else None)),
 )
-_AGREES = Column[Published]("as published", lambda row: _agrees(row.agrees_with_its_rounding))
-_PROGRAM = Column[Published]("the program itself", lambda row: _percent(row.program_error))
+_AGREES = {None: Cell("-"), True: Cell("agrees", tone="good"), False: Cell("does not agree", tone="bad")}
+_WHERE_THERE: tuple[Column[Published], ...] = (
+    Column("as published", lambda row: _AGREES[row.agrees_with_its_rounding]),
+    Column("the program itself", lambda row: _percent(row.program_error)),
+)
 _CARD = Column[Published]("virtual card", lambda row: Cell(row.virtual_card))
 _VERSIONS = Column[Published]("versions", lambda row: Cell(row.measured_versions or "not stated"))
 
 
 def _table(source: str, rows: Sequence[Published]) -> Table:
-    """With columns only for what some row has."""
+    there = [column for column in _WHERE_THERE if any(column.cell(row).text != "-" for row in rows)]
     versions = len({row.measured_versions for row in rows}) > 1
-    agrees = any(row.agrees_with_its_rounding is not None for row in rows)
-    program = any(row.program_bytes is not None for row in rows)
-    shown = ((_AGREES, agrees), (_PROGRAM, program), (_CARD, True), (_VERSIONS, versions))
-    columns = [*_COLUMNS, *(column for column, there in shown if there)]
     said = "" if versions else f" Versions: {rows[0].measured_versions or 'not stated'}."
+    columns = [*_COLUMNS, *there, _CARD, *((_VERSIONS,) if versions else ())]
     return page_table(f"{source}, GiB.{said}", columns, rows)
 
 
 def _percent(share: float | None) -> Cell:
     return Cell("-") if share is None else Cell.ratio(f"{share:+.2%}", share)
-
-
-def _agrees(agrees: bool | None) -> Cell:
-    if agrees is None:
-        return Cell("-")
-    return Cell("agrees", tone="good") if agrees else Cell("does not agree", tone="bad")
 
 
 KIND = Kind(
@@ -192,11 +178,7 @@ KIND = Kind(
 
 
 def published(style: Style, points: Sequence[Published]) -> Figure:
-    """Two panels, side by side or one above the other; hollow is the plan, filled the plan with what is explained.
-
-    Args:
-        points: at least one.
-    """
+    """Two panels of one point at least; hollow is the plan, filled the plan with what is explained."""
     sources = list(dict.fromkeys(point.source for point in points))
     rows = 1.2 * style.row_height * sum(_tall(points, source) for source in sources)
     figure, scatter, errors = two_panels(style, rows, rows + 5.6 if style.narrow else max(rows + 1.6, 4.2))
@@ -212,7 +194,14 @@ def published(style: Style, points: Sequence[Published]) -> Figure:
         if point.explained_bytes:
             _mark(scatter, style, point, x, explained, filled=True)
     _errors(errors, style, points, sources)
-    _legend(figure, style, points)
+    handles = [
+        style.stroke(text, linestyle="none", marker=marker, color=role, markerfacecolor="none")
+        for name, (text, marker, role) in FIGURES.items()
+        if any(point.measures == name for point in points)
+    ]
+    if any(point.explained_bytes for point in points):
+        handles.append(style.stroke("filled: with what is explained", linestyle="none", marker="o", color="ink"))
+    style.legend(figure, handles, 2 if style.narrow else len(handles), columnspacing=1.2)
     return figure
 
 
@@ -226,12 +215,12 @@ def _errors(axes: Axes, style: Style, points: Sequence[Published], sources: Sequ
     top, middles = 0.0, []
     for source in sources:
         found = [point for point in points if point.source == source]
-        tall = _tall(points, source)
         if style.narrow:
             style.name_at(axes, source, top + 0.14)
-        first, last = top + (0.42 if style.narrow else 0.15), top + tall - 0.15
+        first = top + (0.42 if style.narrow else 0.15)
+        top += _tall(points, source)
+        last = top - 0.15
         middles.append((first + last) / 2)
-        top += tall
         for number, point in enumerate(found):  # one below the other, in the file's order
             y = first + (last - first) * (number + 0.5) / len(found)
             if point.explained_bytes:
@@ -253,15 +242,3 @@ def _errors(axes: Axes, style: Style, points: Sequence[Published], sources: Sequ
 def _tall(points: Sequence[Published], source: str) -> float:
     """How many rows a source takes: an eighth of one for each of its figures, one at least."""
     return max(1.0, sum(point.source == source for point in points) / 8)
-
-
-def _legend(figure: Figure, style: Style, points: Sequence[Published]) -> None:
-    there = {point.measures for point in points}
-    handles = [
-        style.stroke(text, linestyle="none", marker=marker, color=role, markerfacecolor="none")
-        for name, (text, marker, role) in FIGURES.items()
-        if name in there
-    ]
-    if any(point.explained_bytes for point in points):
-        handles.append(style.stroke("filled: with what is explained", linestyle="none", marker="o", color="ink"))
-    style.legend(figure, handles, 2 if style.narrow else len(handles), columnspacing=1.2)

@@ -12,10 +12,6 @@ from qlora_lowmem.results.reading import PhasePeak, Rows, read_as
 from qlora_lowmem.results.tables import FLOOR_TEXT, usable_bytes
 
 
-def _recognises(content: Mapping[str, Any]) -> bool:
-    return isinstance(content.get("recipe"), dict) and isinstance(content.get("phases"), list)
-
-
 @dataclass(frozen=True)
 class _Failure:
     phase: str
@@ -42,10 +38,9 @@ def _read(content: Mapping[str, Any]) -> tuple[str, tuple[PhaseBytes, ...]]:
     if not ran_out and file.floor_bytes is None:
         raise ValueError("floor_bytes is missing")
     peaks = {each.name: Peak(each.allocated, each.reserved, each.device) for each in file.phases}
+    floor = 0 if ran_out else file.floor_bytes or 0
     name = file.recipe.get("name")
-    return name if isinstance(name, str) else "", phase_bytes(
-        peaks, budget, out_of_memory=ran_out, floor=0 if ran_out else file.floor_bytes or 0
-    )
+    return name if isinstance(name, str) else "", phase_bytes(peaks, budget, out_of_memory=ran_out, floor=floor)
 
 
 def _section(runs: Sequence[tuple[str, tuple[PhaseBytes, ...]]]) -> Section:
@@ -60,4 +55,9 @@ def _section(runs: Sequence[tuple[str, tuple[PhaseBytes, ...]]]) -> Section:
     )
 
 
-KIND = Kind("a training run (train --json)", _recognises, _read, together(_section))
+KIND = Kind(
+    "a training run (train --json)",
+    lambda content: isinstance(content.get("recipe"), dict) and isinstance(content.get("phases"), list),
+    _read,
+    together(_section),
+)

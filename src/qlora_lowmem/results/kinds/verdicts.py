@@ -21,10 +21,8 @@ class Key:
     """What two runs must have in common for their bytes to be comparable.
 
     Attributes:
-        device: the card's name.
         provenance: `virtual` or `measured`.
-        torch: with its build tag, `2.14.1+cu130`.
-        cuda: the version that torch was built for, `13.0`.
+        torch, cuda: with its build tag, `2.14.1+cu130`; the version that it was built for, `13.0`.
         transformers, peft, trl, bitsandbytes: versions, or `not installed`.
         allocator: options of the caching allocator.
         recipe: the recipe's hash; empty for a test, whose code is what is under test.
@@ -97,12 +95,9 @@ class Row:
 
     Attributes:
         case: the recipe's name, or the test's node id.
-        file: the file that states it, from the project's root on, for annotations.
+        file: the file that states it, from the project's root on.
         verdict: a name of `verdicts.Name`, `WITHIN BUDGET` or `OVER BUDGET`.
-        record: what it used; None if it came to nothing.
-        baseline: what it is held against, if there is any.
-        budget: its limit, if it has one.
-        fails: whether the test failed for it.
+        record, baseline, budget: what it used, None if it came to nothing; what it is held against, if there is any.
         message: the failure or the advice, rendered.
         artefacts: files that a failing run left: its attribution, its snapshot.
     """
@@ -125,9 +120,8 @@ class Row:
     @property
     def judged(self) -> int:
         """Bytes of the figure that is judged: the budget's, else what is allocated; 0 where it came to nothing."""
-        if self.record is None:
-            return 0
-        return self.budget.used(self.record) if self.budget else self.record.allocated
+        of = self.budget.of if self.budget else "allocated"
+        return getattr(self.record, of) if self.record else 0
 
     @property
     def held_against(self) -> int | None:
@@ -136,19 +130,15 @@ class Row:
 
     def properties(self) -> list[tuple[str, object]]:
         """For JUnit, bytes as integers."""
-        found: list[tuple[str, object]] = [("vram_verdict", self.verdict)]
+        found: dict[str, object] = {"vram_verdict": self.verdict}
         if self.record is not None:
-            found += [
-                ("vram_card", self.record.key.device),
-                ("vram_allocated_bytes", self.record.allocated),
-                ("vram_reserved_bytes", self.record.reserved),
-                ("vram_device_bytes", self.record.device),
-            ]
+            found["vram_card"] = self.record.key.device
+            found |= {f"vram_{figure}_bytes": getattr(self.record, figure) for figure in FIGURES}
         if self.baseline is not None:
-            found.append(("vram_baseline_allocated_bytes", self.baseline.allocated))
+            found["vram_baseline_allocated_bytes"] = self.baseline.allocated
         if self.budget is not None:
-            found.append(("vram_limit_bytes", self.budget.limit))
-        return found
+            found["vram_limit_bytes"] = self.budget.limit
+        return list(found.items())
 
 
 def _mib(count: int | None) -> Cell:
@@ -219,24 +209,19 @@ KIND = Kind("verdicts (pytest --vram-report)", has_rows("cases", "verdict"), _re
 
 
 def verdicts(style: Style, rows: Sequence[Row]) -> Figure:
-    """A bar a case with a mark where its baseline or limit is; what fails is striped and says so.
-
-    Args:
-        rows: those with a record.
-    """
+    """A bar a case, of those with a record, a mark at its baseline or limit; what fails is striped and says so."""
     figure = style.figure(style.row_height * len(rows) + (1.2 if style.narrow else 0.8))
     axes = figure.subplots()
     places, height = style.name_rows(axes, [row.name for row in rows])
-    for place, row in zip(places, rows, strict=True):
-        look = style.look(
-            facecolor="bad" if row.fails else "bar", edgecolor="paper", hatch="///" if row.fails else None
-        )
+    ends = [max(row.judged, row.held_against or 0) / MIB for row in rows]
+    for place, row, end in zip(places, rows, ends, strict=True):
+        facecolor, hatch, fails = ("bad", "///", ", fails") if row.fails else ("bar", None, "")
+        look = style.look(facecolor=facecolor, edgecolor="paper", hatch=hatch)
         axes.barh(place, row.judged / MIB, height=height, linewidth=0, **look)
         if row.held_against is not None:
             style.tick(axes, row.held_against / MIB, place, height / 2 + 0.08, "floor")
-        words = f"{format_bytes(row.judged)}{', fails' if row.fails else ''}"
-        style.words(axes, words, max(row.judged, row.held_against or 0) / MIB, place)
-    largest = max((max(row.judged, row.held_against or 0) for row in rows), default=MIB) / MIB
+        style.words(axes, f"{format_bytes(row.judged)}{fails}", end, place)
+    largest = max(ends, default=1)
     axes.set_xlim(0, largest * (1.5 if style.narrow else 1.2))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=4 if style.narrow else 8)

@@ -26,12 +26,7 @@ from qlora_lowmem.units import GIB
 
 @dataclass(frozen=True)
 class Step:
-    """One idea more than the step before.
-
-    Attributes:
-        idea: what changed, in the recipe's words.
-        peak_allocated_bytes, peak_device_bytes, floor_bytes: of the recipe with it.
-    """
+    """One idea more than the step before, in the recipe's words, and the peaks and the floor of the recipe with it."""
 
     idea: str
     peak_allocated_bytes: Count
@@ -43,15 +38,18 @@ _Row = tuple[Step, int | None]  # with what its idea saved; None for the first
 _COLUMNS: tuple[Column[_Row], ...] = (
     Column("idea", lambda row: Cell(row[0].idea)),
     Column("allocated", lambda row: Cell.gib(row[0].peak_allocated_bytes)),
-    Column("saves", lambda row: Cell.gib(row[1] or 0), page_cell=lambda row: _saved(row[1])),
+    Column(
+        "saves",
+        lambda row: Cell.gib(row[1] or 0),
+        page_cell=lambda row: Cell("-") if row[1] is None else Cell.gib(row[1]),
+    ),
     Column("on the card", lambda row: Cell.gib(row[0].peak_device_bytes)),
     Column("floor", lambda row: Cell.gib(row[0].floor_bytes)),
     Column("x floor", lambda row: Cell.times_floor(row[0].peak_allocated_bytes, row[0].floor_bytes)),
 )
 
 
-def _saved(count: int | None) -> Cell:
-    return Cell("-") if count is None else Cell.gib(count)
+_TITLE = "From the baseline to lean"
 
 
 def _rows(steps: Sequence[Step]) -> list[_Row]:
@@ -66,7 +64,6 @@ def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any])
         "Granite-4.0-H-1B, peaks in GiB, one idea more a row; a negative saving is what training more layers costs. "
         f"{FLOOR_TEXT}"
     )
-    title, table = "From the baseline to lean", markdown_of(_COLUMNS, rows)
     cases = [
         {
             "idea": step.idea,
@@ -77,13 +74,11 @@ def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any])
         }
         for step, saved in rows
     ]
-    parts, head = (
-        (text, table, "![waterfall](waterfall.svg)"),
-        {name: record[name] for name in ("device", "provenance")},
-    )
-    write_rows(folder, "waterfall", cases, record, title=title, parts=parts, head=head)
-    usable = usable_bytes(str(record["device"]))
-    save(lambda style: waterfall(style, steps, usable), title, folder / "waterfall.svg", folder / "waterfall.png")
+    parts = (text, markdown_of(_COLUMNS, rows), "![waterfall](waterfall.svg)")
+    head = {name: record[name] for name in ("device", "provenance")}
+    write_rows(folder, "waterfall", cases, record, title=_TITLE, parts=parts, head=head)
+    usable = usable_bytes(record["device"])
+    save(lambda style: waterfall(style, steps, usable), _TITLE, folder / "waterfall.svg", folder / "waterfall.png")
 
 
 def _read(content: Mapping[str, Any]) -> tuple[Step, ...]:
@@ -102,8 +97,8 @@ def _section(provenance: Provenance, steps: tuple[Step, ...]) -> Section:
         f"The allocated peak goes from {gib(first.peak_allocated_bytes)} GiB ({first.idea}) to "
         f"{gib(last.peak_allocated_bytes)} GiB ({last.idea}) in {len(steps) - 1} steps, {times:.1f} times less."
     )
-    fitting = next((step for step in steps if usable is not None and step.peak_device_bytes <= usable), None)
-    if fitting is not None and usable is not None:
+    fitting = next((step for step in steps if usable and step.peak_device_bytes <= usable), None)
+    if fitting and usable:
         summary += (
             f" With {fitting.idea} it holds {gib(fitting.peak_device_bytes)} GiB on the card, CUDA context included, "
             f"and fits into the {gib(usable)} GiB that a job can use there."
@@ -118,7 +113,7 @@ def _section(provenance: Provenance, steps: tuple[Step, ...]) -> Section:
     peaks = " → ".join(f"{step.peak_allocated_bytes / GIB:.2f}" for step in (first, last))
     return Section(
         name="waterfall",
-        title="From the baseline to lean",
+        title=_TITLE,
         text="One idea more a row. A bar's first part is what is left allocated at the peak, its second what the idea "
         f"saved. {FLOOR_TEXT} The ring is what the card holds, with the allocator's slack and the CUDA context.",
         charts=(chart,),
@@ -130,11 +125,7 @@ KIND = Kind("a waterfall (pytest bench/test_lean.py)", has_rows("cases", "idea")
 
 
 def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> Figure:
-    """A bar a step on a logarithmic scale.
-
-    Args:
-        usable_bytes: what a job can count on on the card; None where that is not known.
-    """
+    """A bar a step on a logarithmic scale, and what a job can count on on the card, where that is known."""
     figure = style.figure(style.row_height * len(steps) + (1.75 if style.narrow else 1.2))
     axes = figure.subplots()
     places, height = style.name_rows(axes, [step.idea for step in steps])
@@ -145,13 +136,13 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
         before = step.peak_allocated_bytes
     axes.set_xlabel("peak, GiB, logarithmic scale")
     style.plain(axes, grid="x")
-    ring = {"marker": "o", "markerfacecolor": "paper", "markeredgecolor": "ink"}
+    ring = {"linestyle": "none", "marker": "o", "markerfacecolor": "paper", "markeredgecolor": "ink"}
     handles = [
         style.patch("allocated", color="bar"),
         style.patch("saved by this idea", color="saved"),
         style.patch("cost of this idea", color="bad"),
         style.stroke("floor", color="floor", linewidth=2.5),
-        style.stroke("on the card, with context", linestyle="none", **ring),
+        style.stroke("on the card, with context", **ring),
     ]
     if usable_bytes is not None:
         axes.axvline(usable_bytes / GIB, color=style.theme["limit"], linewidth=1.2, linestyle="--", zorder=0.9)
@@ -162,12 +153,11 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
 
 
 def _row(axes: Axes, style: Style, place: float, height: float, step: Step, before: int, start: float) -> None:
-    colours, peak = style.theme, step.peak_allocated_bytes / GIB
+    peak = step.peak_allocated_bytes / GIB
     previous = before / GIB if before else peak
     low, high = sorted((peak, previous))
-    axes.barh(place, low - start, left=start, height=height, color=colours["bar"], linewidth=0)
-    change = colours["saved"] if previous > peak else colours["bad"]
-    axes.barh(place, high - low, left=low, height=height, color=change, linewidth=0)
+    for left, right, role in ((start, low, "bar"), (low, high, "saved" if previous > peak else "bad")):
+        axes.barh(place, right - left, left=left, height=height, color=style.theme[role], linewidth=0)
     style.tick(axes, step.floor_bytes / GIB, place, height / 2 + 0.04, "floor")
     ring = style.mark("o", "ink", "paper", 1.0)
     axes.plot(step.peak_device_bytes / GIB, place, markersize=5.5, linestyle="none", **ring)
@@ -179,8 +169,8 @@ def _row(axes: Axes, style: Style, place: float, height: float, step: Step, befo
 
 def _scale(axes: Axes, style: Style, steps: Sequence[Step]) -> float:
     """Ticks at powers of two, from one that leaves something of the shortest bar. Returns it, in GiB."""
-    smallest = min(count for step in steps for count in (step.floor_bytes, step.peak_allocated_bytes))
-    largest = max(count for step in steps for count in (step.peak_allocated_bytes, step.peak_device_bytes))
+    smallest = min(min(step.floor_bytes, step.peak_allocated_bytes) for step in steps)
+    largest = max(max(step.peak_allocated_bytes, step.peak_device_bytes) for step in steps)
     low, high = math.floor(math.log2(smallest / GIB) - 0.2), math.ceil(math.log2(largest / GIB))
     doubling(axes, "x", low, high, max(1, (high - low) // 8))
     # Room for the figures behind the longest bar: a part of the scale's length.
