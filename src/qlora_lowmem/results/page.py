@@ -131,8 +131,9 @@ def save_charts(folder: Path, sections: Sequence[Section], note: Callable[[], ob
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for chart in (chart for section in named(sections) for chart in section.charts):
-        written += [folder / f"{chart.name}{suffix}" for suffix in (".svg", ".png")]
-        save(chart.draw, chart.title, *written[-2:])
+        paths = [folder / f"{chart.name}{suffix}" for suffix in (".svg", ".png")]
+        save(chart.draw, chart.title, *paths)
+        written += paths
         note()
     return written
 

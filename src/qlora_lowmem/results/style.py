@@ -45,9 +45,8 @@ class Style:
         """An empty figure of that many inches in height."""
         from matplotlib.figure import Figure
 
-        return Figure(
-            figsize=(3.7 if self.narrow else 8.6, height), layout="constrained", facecolor=self.theme["paper"]
-        )
+        size = (3.7 if self.narrow else 8.6, height)
+        return Figure(figsize=size, layout="constrained", facecolor=self.theme["paper"])
 
     @property
     def row_height(self) -> float:
@@ -55,10 +54,7 @@ class Style:
         return 0.4 if self.narrow else 0.34
 
     def name_rows(self, axes: Axes, names: Sequence[str]) -> tuple[list[float], float]:
-        """Name the rows of a horizontal chart, from the top: beside the bars, or above them where that has no room.
-
-        Returns the centre of each row's bar, and the bars' height.
-        """
+        """Name rows from the top, beside their bars or, where that has no room, above; the bars' centres and height."""
         count = len(names)
         axes.set_ylim(count - 0.4, -0.6)
         if not self.narrow:
@@ -134,26 +130,23 @@ def drawing(style: Style) -> Iterator[None]:
     from matplotlib.rcsetup import cycler
 
     ink, edge = style.theme["ink"], style.theme["edge"]
-    inked = (
-        "axes.labelcolor",
-        "legend.labelcolor",
-        "lines.color",
-        "text.color",
-        "xtick.labelcolor",
-        "ytick.labelcolor",
-    )
-    settings: Any = {  # the type of its keys is a list of all of them
-        **dict.fromkeys(inked, ink),
-        **dict.fromkeys(("axes.edgecolor", "hatch.color", "xtick.color", "ytick.color"), edge),
-        **dict.fromkeys(("axes.labelsize", "font.size"), 9),
-        **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), SMALL),
-        **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 3),
+    settings: Any = {f"{part}.labelcolor": ink for part in ("axes", "legend", "xtick", "ytick")}
+    for ticks in ("xtick", "ytick"):
+        settings |= {f"{ticks}.color": edge, f"{ticks}.labelsize": SMALL, f"{ticks}.major.size": 3}
+    settings |= {
+        "axes.edgecolor": edge,
         "axes.facecolor": "none",
+        "axes.labelsize": 9,
         "axes.prop_cycle": cycler(color=[ink]),  # what has no colour of its own
         "font.family": ["DejaVu Sans"],
+        "font.size": 9,
+        "hatch.color": edge,
         "hatch.linewidth": 0.6,
+        "legend.fontsize": SMALL,
+        "lines.color": ink,
         "svg.fonttype": "none",
         "svg.hashsalt": "qlora_lowmem",
+        "text.color": ink,
         "text.parse_math": False,  # names are names, dollars in them included
     }
     with mpl.rc_context(settings), warnings.catch_warnings():

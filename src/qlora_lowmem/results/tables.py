@@ -186,10 +186,7 @@ def write_rows(
     parts: Sequence[str],
     head: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a result whose rows, dataclasses or plain data, are each a case of the JSON and a line of the CSV.
-
-    `parts` are paragraphs and tables of the Markdown, `head` is what the JSON has before its cases.
-    """
+    """Write rows, dataclasses or dicts: cases of the JSON, behind `head`, and lines of the CSV; `parts` is Markdown."""
     cases = [row if isinstance(row, dict) else plain_row(row) for row in rows]
     content = {"environment": record, **(head or {}), "cases": cases}
     write_result(folder, name, content, markdown_page(title, parts, record), cases)

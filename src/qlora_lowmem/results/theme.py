@@ -50,9 +50,8 @@ def _luminance(colour: str) -> float:
 
 def _theme(which: int) -> Theme:
     colours = {role: pair[which] for role, pair in _DATA["colours"].items()}
-    inks = {}
-    for role in (group.role for group in GROUPS):
-        inks[f"on-{role}"] = max(_BLACK, _WHITE, key=partial(contrast, colours[role]))
+    roles = [group.role for group in GROUPS]
+    inks = {f"on-{role}": max(_BLACK, _WHITE, key=partial(contrast, colours[role])) for role in roles}
     return Theme(MappingProxyType(colours | inks))
 
 

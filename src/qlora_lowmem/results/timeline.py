@@ -46,7 +46,7 @@ def moments(name: str, line: Timeline) -> Table:
 def summary(line: Timeline) -> str:
     """From where to where it goes, and where its peak is."""
     sums = [sum(row) for row in line.bytes]
-    top = max(range(len(sums)), key=sums.__getitem__)
+    top = sums.index(max(sums))
     return (
         f"Allocated bytes over the allocations and frees of the micro-batch in which the peak comes: from "
         f"{gib(sums[0])} GiB to a peak of {gib(sums[top])} GiB at event {line.events[top]:,} of {line.events[-1]:,}"
@@ -76,7 +76,7 @@ def draw_timeline(axes: Axes, style: Style, line: Timeline) -> None:
         layer_of.set_gid(f"{CRISP}-{number}")
     axes.set_ylim(0, max(sums) / GIB * 1.2)
     axes.set_xlim(edges[0], edges[-1])
-    peak = max(range(len(sums)), key=sums.__getitem__)
+    peak = sums.index(max(sums))
     event, height = line.events[peak], sums[peak] / GIB
     axes.plot(event, height, marker="v", color=style.theme["ink"], markersize=6, clip_on=False)
     late = event - line.events[0] > 0.6 * (line.events[-1] - line.events[0])

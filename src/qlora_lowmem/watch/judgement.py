@@ -1,10 +1,10 @@
 """What the readings mean: headroom, whether the wall is near, whether the driver spills into system memory.
 
-**Spilling.** On Linux `cudaMalloc` fails when the card is full; nothing of it goes to system memory. NVIDIA's driver
-for Windows, which WSL uses too, goes on in system memory since 536.40, "when running close to maxing out GPU memory"
-(https://nvidia.custhelp.com/app/answers/detail/a_id/5490), and does not say so. A process's memory is unknown to NVML
-there (nvmlProcessInfo_t: "Under WDDM, NVML_VALUE_NOT_AVAILABLE is always reported"), so two figures are compared that
-are known: what PyTorch's allocator has reserved, and what the card holds in all.
+**Spilling.** On Linux `cudaMalloc` fails when the card is full. NVIDIA's driver for Windows, which WSL uses too, goes
+on in system memory since 536.40, "when running close to maxing out GPU memory"
+(https://nvidia.custhelp.com/app/answers/detail/a_id/5490), and does not say so. NVML knows no process's memory there
+(nvmlProcessInfo_t: "Under WDDM, NVML_VALUE_NOT_AVAILABLE is always reported"), so what PyTorch's allocator has reserved
+is compared with what the card holds in all.
 
 - What is reserved beyond all that the card holds cannot be on the card: a lower bound.
 - From the reading on in which the card is full (`FULL_SHARE`), what the reserved bytes grew by more than the card's
@@ -105,10 +105,9 @@ def notices(now: Reading, spilled: Spill, system: System, warn: str | int) -> tu
         found.append(Notice("spill", text))
     if near := [room for room in rooms(now) if room.used >= parse_memory_limit(warn, room.limit)]:
         found.append(Notice("wall", _near_wall(near[0], now.job, system)))
-    age = now.time - now.job.time if now.job is not None else 0.0
-    if now.running and now.job is not None and now.job.phase != "ended" and age > STALE_SECONDS:
+    if now.running and now.job is not None and now.job.phase != "ended" and now.time - now.job.time > STALE_SECONDS:
         why = "it loads, a micro-step takes that long, or it hangs"
-        found.append(Notice("stale", f"the job's own figures are {age:.0f} s old: {why}"))
+        found.append(Notice("stale", f"the job's own figures are {now.time - now.job.time:.0f} s old: {why}"))
     return tuple(found)
 
 
@@ -117,9 +116,9 @@ def _near_wall(room: Room, job: LiveMemory | None, system: System) -> str:
     text = f"{room.name} is {share:.1f} % full: {format_bytes(room.used)} of {format_bytes(room.limit)}"
     if job is not None and job.reserved > job.allocated:
         text += f", {format_bytes(job.reserved - job.allocated)} of it PyTorch's cache, which it frees first"
-    if room.name == CARD and system != "linux":
-        return f"{text}. Beyond it Windows' driver goes on in system memory"
-    return f"{text}. Beyond it the job fails with an out-of-memory error"
+    goes_on = room.name == CARD and system != "linux"
+    beyond = "Windows' driver goes on in system memory" if goes_on else "the job fails with an out-of-memory error"
+    return f"{text}. Beyond it {beyond}"
 
 
 @dataclass(frozen=True)

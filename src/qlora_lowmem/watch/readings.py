@@ -23,8 +23,8 @@ class CardReading:
     """A card as NVML sees it, in bytes.
 
     Attributes:
-        processes: pid to its bytes on this card. Under Windows and WSL NVML knows no process's memory, and in a
-            container it may know other pids than ours; None is a process whose memory it does not tell.
+        processes: pid to its bytes on this card; None is a process whose memory NVML does not tell, as under Windows
+            and WSL. In a container it may know other pids than ours.
     """
 
     name: str
@@ -96,11 +96,7 @@ class Nvml:
 
 def card_of(pid: int) -> int:
     """The number of the first GPU that has the process; 0 where none tells of it. Raises UsageError: no driver."""
-    first = Nvml(0)
-    for number in range(first.count):
-        if pid in (first if number == 0 else Nvml(number)).read().processes:
-            return number
-    return 0
+    return next((number for number in range(Nvml(0).count) if pid in Nvml(number).read().processes), 0)
 
 
 def is_running(pid: int, started: float | None = None) -> bool:

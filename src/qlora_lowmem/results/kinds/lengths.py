@@ -17,13 +17,9 @@ from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_
 from qlora_lowmem.results.theme import SERIES
 from qlora_lowmem.units import GIB
 
-_MARKERS = ("o", "s", "D", "^", "v", "P")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))
 # Colour, mark and dashes of a recipe, so that one is enough to tell it by.
-_LOOKS: list[dict[str, Any]] = [
-    {"color": color, "marker": marker, "linestyle": dashes}
-    for color, marker, dashes in zip(SERIES, _MARKERS, _DASHES, strict=True)
-]
+_LOOKS = [{"color": c, "marker": m, "linestyle": d} for c, m, d in zip(SERIES, "osD^vP", _DASHES, strict=True)]
 _LOGARITHMIC_FROM = 6  # where the largest is that many times the smallest
 
 
@@ -167,9 +163,9 @@ def _line(axes: Axes, style: Style, look: dict[str, Any], found: Sequence[Length
 
 
 def _scales(axes: Axes, style: Style, points: Sequence[Length], usable_bytes: int) -> None:
-    tokens = sorted({point.tokens for point in points})
     axes.set_xscale("log", base=2)
-    low, high = math.floor(math.log2(tokens[0])), math.ceil(math.log2(tokens[-1]))
+    tokens = [point.tokens for point in points]
+    low, high = math.floor(math.log2(min(tokens))), math.ceil(math.log2(max(tokens)))
     ticks = [2**power for power in range(low, high + 1, max(1, (high - low) // (4 if style.narrow else 9)))]
     axes.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
     axes.set_xlim(2 ** (low - 0.3), 2 ** (high + 0.3))

@@ -37,7 +37,7 @@ class Longest:
 _COLUMNS: tuple[Column[Longest], ...] = (
     Column("recipe", lambda row: Cell(row.recipe)),
     Column("longest that trains", lambda row: Cell.count(row.tokens), "longest"),
-    Column("does not fit", lambda row: _next(row, "(not looked further)"), "", lambda row: _next(row)),
+    Column("does not fit", lambda row: _next(row, "(not looked further)"), page_cell=lambda row: _next(row)),
     Column("allocated", lambda row: Cell.known_gib(row.peak.allocated), "allocated GiB"),
     Column("floor", lambda row: Cell.known_gib(row.floor_bytes), "floor GiB"),
     Column("x floor", lambda row: Cell.times_floor(row.peak.allocated, row.floor_bytes)),

@@ -10,16 +10,7 @@ from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.reading import Cases, one_of, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, legend_label, note
-from qlora_lowmem.results.tables import (
-    FLOOR_TEXT,
-    Cell,
-    Column,
-    Table,
-    gib,
-    markdown_of,
-    page_table,
-    write_rows,
-)
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, Table, gib, markdown_of, page_table, write_rows
 from qlora_lowmem.units import GIB
 
 
@@ -260,9 +251,8 @@ def _table(recipe: str, life: Sequence[PhaseBytes]) -> Table:
     """Without a column of budgets where nobody set one for what tensors take."""
     budgets = any(each.allocated_budget is not None for each in life)
     columns = [column for column in _COLUMNS[1:] if budgets or column.heading != "budget"]
-    rows = [(recipe, each) for each in life]
     columns.append(Column("verdict", lambda row: row[1].verdict))
-    return page_table(f"Peaks of {recipe} in GiB by phase", columns, rows)
+    return page_table(f"Peaks of {recipe} in GiB by phase", columns, _rows({recipe: life}))
 
 
 def phases(style: Style, lives: Lives) -> Figure:

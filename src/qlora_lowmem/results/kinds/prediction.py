@@ -13,16 +13,7 @@ from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_it
 from qlora_lowmem.results.reading import Rows, one_of, read_as
 from qlora_lowmem.results.style import SMALL, Axes, Style, doubling
 from qlora_lowmem.results.style import Figure as Drawn
-from qlora_lowmem.results.tables import (
-    Cell,
-    Column,
-    Table,
-    gib,
-    markdown_page,
-    markdown_table,
-    page_table,
-    write_result,
-)
+from qlora_lowmem.results.tables import Cell, Column, gib, markdown_page, markdown_table, page_table, write_result
 from qlora_lowmem.units import GIB
 
 READINGS = ("allocated", "reserved", "device")
@@ -178,18 +169,22 @@ def _section(provenance: Provenance, data: _File) -> Section:
     )
     table = page_table("Peaks in GiB, predicted and measured", _COLUMNS, data.figures)
     chart = Chart("prediction", "Predicted against measured", summary, lambda style: prediction(style, whole), (table,))
-    left_out = tuple((Cell(name), Cell(why)) for name, why in data.not_compared.items())
+    left_out = list(data.not_compared.items())
     return Section(
         name="prediction",
         title="Predicted against measured",
         text=f"Each recipe on {provenance.device} (measured) and on a virtual card with its properties (virtual). "
         f"{data.context}",
         charts=(chart,),
-        tables=(Table("Not compared", ("recipe", "why"), left_out),) if left_out else (),
+        tables=(page_table("Not compared", _LEFT_OUT, left_out),) if left_out else (),
         highlights=((f"{worst.error:+.2%}", "the worst prediction of a whole run's peak"),),
     )
 
 
+_LEFT_OUT: tuple[Column[tuple[str, str]], ...] = (
+    Column("recipe", lambda row: Cell(row[0])),
+    Column("why", lambda row: Cell(row[1])),
+)
 _COLUMNS: tuple[Column[Figure], ...] = (
     Column("recipe", lambda figure: Cell(figure.recipe)),
     Column("phase", lambda figure: Cell(figure.phase)),

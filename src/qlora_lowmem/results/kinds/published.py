@@ -179,8 +179,8 @@ KIND = Kind(
 
 def published(style: Style, points: Sequence[Published]) -> Figure:
     """Two panels of one point at least; hollow is the plan, filled the plan with what is explained."""
-    sources = list(dict.fromkeys(point.source for point in points))
-    rows = 1.2 * style.row_height * sum(_tall(points, source) for source in sources)
+    by_source = {each.source: [point for point in points if point.source == each.source] for each in points}
+    rows = 1.2 * style.row_height * sum(map(_tall, by_source.values()))
     figure, scatter, errors = two_panels(style, rows, rows + 5.6 if style.narrow else max(rows + 1.6, 4.2))
     equals(scatter, style, [size / GIB for point in points for size in (point.plan_bytes, point.measured_bytes)])
     scatter.set_xlabel("measured by others, GiB")
@@ -193,7 +193,7 @@ def published(style: Style, points: Sequence[Published]) -> Figure:
         _mark(scatter, style, point, x, y, filled=False)
         if point.explained_bytes:
             _mark(scatter, style, point, x, explained, filled=True)
-    _errors(errors, style, points, sources)
+    _errors(errors, style, by_source)
     handles = [
         style.stroke(text, linestyle="none", marker=marker, color=role, markerfacecolor="none")
         for name, (text, marker, role) in FIGURES.items()
@@ -210,28 +210,27 @@ def _mark(axes: Axes, style: Style, point: Published, x: float, y: float, filled
     axes.plot(x, y, markersize=4 if filled else 5.5, **style.mark(marker, role, role if filled else "none", 1.2))
 
 
-def _errors(axes: Axes, style: Style, points: Sequence[Published], sources: Sequence[str]) -> None:
+def _errors(axes: Axes, style: Style, by_source: Mapping[str, Sequence[Published]]) -> None:
     axes.axvline(0, color=style.theme["edge"], linewidth=1, linestyle="--")
-    top, middles = 0.0, []
-    for source in sources:
-        found = [point for point in points if point.source == source]
+    top, middles, errors = 0.0, [], [0.0]
+    for source, found in by_source.items():
         if style.narrow:
             style.name_at(axes, source, top + 0.14)
         first = top + (0.42 if style.narrow else 0.15)
-        top += _tall(points, source)
+        top += _tall(found)
         last = top - 0.15
         middles.append((first + last) / 2)
         for number, point in enumerate(found):  # one below the other, in the file's order
+            ends = [100 * point.error, 100 * point.left]
+            errors += ends
             y = first + (last - first) * (number + 0.5) / len(found)
             if point.explained_bytes:
-                ends = [100 * point.error, 100 * point.left]
                 axes.plot(ends, [y, y], color=style.theme["grid"], linewidth=0.8, zorder=1)
                 _mark(axes, style, point, 100 * point.left, y, filled=True)
             _mark(axes, style, point, 100 * point.error, y, filled=False)
     axes.set_ylim(top, -0.1)
-    axes.set_yticks([] if style.narrow else middles, [] if style.narrow else [short(source) for source in sources])
+    axes.set_yticks([] if style.narrow else middles, [] if style.narrow else [short(source) for source in by_source])
     axes.tick_params(axis="y", length=0, labelsize=9)
-    errors = [0.0, *(100 * error for point in points for error in (point.error, point.left))]
     room = 0.06 * (max(errors) - min(errors)) + 0.5
     axes.set_xlim(min(errors) - room, max(errors) + room)
     percent_axis(axes)
@@ -239,6 +238,6 @@ def _errors(axes: Axes, style: Style, points: Sequence[Published], sources: Sequ
     style.plain(axes, grid="x")
 
 
-def _tall(points: Sequence[Published], source: str) -> float:
+def _tall(found: Sequence[Published]) -> float:
     """How many rows a source takes: an eighth of one for each of its figures, one at least."""
-    return max(1.0, sum(point.source == source for point in points) / 8)
+    return max(1.0, len(found) / 8)

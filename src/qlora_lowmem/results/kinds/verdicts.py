@@ -145,10 +145,6 @@ def _mib(count: int | None) -> Cell:
     return Cell("-") if count is None else Cell(f"{count / MIB:,.1f}", count)
 
 
-def _used(row: Row, figure: PeakFigure) -> Cell:
-    return _mib(None if row.record is None else getattr(row.record, figure))
-
-
 def _difference(row: Row) -> Cell:
     if row.held_against is None or row.record is None:
         return Cell("-")
@@ -156,16 +152,15 @@ def _difference(row: Row) -> Cell:
     return Cell(format_signed(change), change)
 
 
-_CASE: Column[Row] = Column("case", lambda row: Cell(row.case))
-_VERDICT: Column[Row] = Column("verdict", lambda row: Cell(row.verdict, tone="bad" if row.fails else "good"))
+_MESSAGE = Column[Row]("message", lambda row: Cell(row.message))
 _COLUMNS: tuple[Column[Row], ...] = (
-    _CASE,
-    _VERDICT,
-    Column("allocated MiB", lambda row: _used(row, "allocated"), "allocated"),
+    Column("case", lambda row: Cell(row.case)),
+    Column("verdict", lambda row: Cell(row.verdict, tone="bad" if row.fails else "good")),
+    Column("allocated MiB", lambda row: _mib(row.record.allocated if row.record else None), "allocated"),
     Column("held against MiB", lambda row: _mib(row.held_against), "held against"),
     Column("difference", _difference),
-    Column("reserved MiB", lambda row: _used(row, "reserved"), "reserved"),
-    Column("on the card MiB", lambda row: _used(row, "device"), "on the card"),
+    Column("reserved MiB", lambda row: _mib(row.record.reserved if row.record else None), "reserved"),
+    Column("on the card MiB", lambda row: _mib(row.record.device if row.record else None), "on the card"),
 )
 
 
@@ -186,14 +181,14 @@ def _read(content: Mapping[str, Any]) -> tuple[Row, ...]:
 
 def _section(_provenance: Provenance, rows: tuple[Row, ...]) -> Section:
     failing = [row for row in rows if row.fails]
-    head = f"{len(failing)} of {len(rows)} cases fail" if failing else f"All {len(rows)} cases hold"
-    names = f": {', '.join(row.case for row in failing)}" if failing else ""
+    summary = f"All {len(rows)} cases hold."
+    if failing:
+        summary = f"{len(failing)} of {len(rows)} cases fail: {', '.join(row.case for row in failing)}."
     held = [row for row in rows if row.record]
     table = page_table("Peaks in MiB, and what they are held against", _COLUMNS, rows)
-    chart = Chart("verdicts", "What each case used", f"{head}{names}.", lambda style: verdicts(style, held), (table,))
+    chart = Chart("verdicts", "What each case used", summary, lambda style: verdicts(style, held), (table,))
     told = [row for row in rows if row.message]
-    message: Column[Row] = Column("message", lambda row: Cell(row.message))
-    messages = page_table("What the gate says of them", (_CASE, _VERDICT, message), told)
+    messages = page_table("What the gate says of them", (*_COLUMNS[:2], _MESSAGE), told)
     return Section(
         name="verdicts",
         title="Verdicts of the gate",

@@ -11,16 +11,7 @@ from qlora_lowmem.files import Count
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, doubling, save
-from qlora_lowmem.results.tables import (
-    FLOOR_TEXT,
-    Cell,
-    Column,
-    gib,
-    markdown_of,
-    page_table,
-    usable_bytes,
-    write_rows,
-)
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_of, page_table, usable_bytes, write_rows
 from qlora_lowmem.units import GIB
 
 
@@ -130,10 +121,8 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
     axes = figure.subplots()
     places, height = style.name_rows(axes, [step.idea for step in steps])
     start = _scale(axes, style, steps)
-    before = 0
-    for place, step in zip(places, steps, strict=True):
-        _row(axes, style, place, height, step, before, start)
-        before = step.peak_allocated_bytes
+    for place, row in zip(places, _rows(steps), strict=True):
+        _draw(axes, style, place, height, row, start)
     axes.set_xlabel("peak, GiB, logarithmic scale")
     style.plain(axes, grid="x")
     ring = {"linestyle": "none", "marker": "o", "markerfacecolor": "paper", "markeredgecolor": "ink"}
@@ -152,19 +141,17 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
     return figure
 
 
-def _row(axes: Axes, style: Style, place: float, height: float, step: Step, before: int, start: float) -> None:
-    peak = step.peak_allocated_bytes / GIB
-    previous = before / GIB if before else peak
+def _draw(axes: Axes, style: Style, place: float, height: float, row: _Row, start: float) -> None:
+    step, saved = row
+    peak, previous = step.peak_allocated_bytes / GIB, (step.peak_allocated_bytes + (saved or 0)) / GIB
     low, high = sorted((peak, previous))
     for left, right, role in ((start, low, "bar"), (low, high, "saved" if previous > peak else "bad")):
         axes.barh(place, right - left, left=left, height=height, color=style.theme[role], linewidth=0)
     style.tick(axes, step.floor_bytes / GIB, place, height / 2 + 0.04, "floor")
     ring = style.mark("o", "ink", "paper", 1.0)
     axes.plot(step.peak_device_bytes / GIB, place, markersize=5.5, linestyle="none", **ring)
-    words = f"{peak:.3f}"
-    if before:
-        words += f" ({'−' if peak < previous else '+'}{abs(peak - previous):.3f})"
-    style.row_words(axes, words, max(high, step.peak_device_bytes / GIB), place, 7)
+    change = "" if saved is None else f" ({'−' if saved > 0 else '+'}{abs(saved) / GIB:.3f})"
+    style.row_words(axes, f"{peak:.3f}{change}", max(high, step.peak_device_bytes / GIB), place, 7)
 
 
 def _scale(axes: Axes, style: Style, steps: Sequence[Step]) -> float:
