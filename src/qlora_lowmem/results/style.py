@@ -36,7 +36,7 @@ _COMMAND = re.compile(r"([MLCQz])([-0-9.e\s]*)")
 
 @dataclass(frozen=True)
 class Style:
-    """A theme and a width, for a phone or not: about what the page shows at, so that a point of text stays one."""
+    """A theme and a width, 3.7 inches if narrow, else 8.6: about as on the page, so that a point of text stays one."""
 
     theme: Theme = LIGHT
     narrow: bool = False

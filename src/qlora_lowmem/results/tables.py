@@ -79,7 +79,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Column(Generic[_Row]):
-    """A column of a table, in Markdown and, where that is another there, on a page."""
+    """A column of a table: its heading and its cells in Markdown, and on a page where they are others there."""
 
     heading: str
     cell: Callable[[_Row], Cell]

@@ -256,7 +256,7 @@ def _table(recipe: str, life: Sequence[PhaseBytes]) -> Table:
 
 
 def phases(style: Style, lives: Lives) -> Figure:
-    """A row a phase: allocated within reserved within what the card holds; what fails is striped. None may be empty."""
+    """A row a phase: allocated within reserved within what the card holds; what fails is striped. No life is empty."""
     found = [each for _, each in _rows(lives)]
     names = [name for name in PHASES if any(each.phase == name for each in found)]
     columns = 1 if style.narrow or len(lives) == 1 else 2
