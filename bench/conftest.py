@@ -1,5 +1,6 @@
 """The matrix: every recipe of bench/recipes/ but the demo, run once on the device of this session."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,11 +35,13 @@ PROOFS = {
     "plan": "ten (model, card) pairs planned, and each proposal run again",
 }
 
+TABLES = "outputs/results"  # not where the recorded ones are: a run leaves the tree as it was
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what the benchmark has beyond the gate's own options."""
     group = parser.getgroup("gpu memory")
-    group.addoption("--results", metavar="DIR", default="results", help="where tables are written (default: results)")
+    group.addoption("--results", metavar="DIR", default=TABLES, help=f"where tables are written (default: {TABLES})")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,12 +72,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 _LEFT_OUT = pytest.StashKey[list[str]]()
 _PRINTED = pytest.StashKey[list[str]]()
+_TABLES = pytest.StashKey[tuple[Path, float]]()  # where they are written, and since when
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what tests asked for, and say what was left out and how it is run."""
+    """Print what tests asked for, say where tables were written, what was left out and how it is run."""
     for text in config.stash.get(_PRINTED, []):
         terminalreporter.write_line(f"\n{text}\n")
+    folder, since = config.stash.get(_TABLES, (Path(TABLES), time.time()))
+    for path in sorted(folder.rglob("*.md")):
+        if path.stat().st_mtime >= since:
+            terminalreporter.write_line(f"written: {path}, and beside it as JSON and CSV")
     for name in config.stash.get(_LEFT_OUT, []):
         terminalreporter.write_line(f"left out, for it takes minutes: pytest bench/{name}.py")
 
@@ -88,7 +96,9 @@ def on_gpu(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def results_folder(request: pytest.FixtureRequest) -> Path:
     """Where tables are written."""
-    return Path(request.config.getoption("results"))
+    folder = Path(request.config.getoption("results"))
+    request.config.stash[_TABLES] = folder, time.time()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -128,16 +138,18 @@ def matrix(
     runner: Runner,
     recipes: list[Recipe],
     results_folder: Path,
+    printed_at_the_end: list[str],
     on_gpu: bool,
     vram_gate: GateSession,  # noqa: ARG001 - makes its tests the gate's, which refuses reruns of them
 ) -> Iterator[Matrix]:
-    """The results, all started at once; the tables are written at the end, whatever the verdicts."""
+    """The results, all started at once; the tables are written and printed at the end, whatever the verdicts."""
     matrix = {recipe.name: runner.submit(recipe) for recipe in recipes}
     yield matrix
     results = [each.result() for each in matrix.values()]
     device = results[0].card
     driver = driver_version() if on_gpu else None
-    write_matrix(results_folder / device, results, provenance_record(device, results[0].provenance, driver))
+    record = provenance_record(device, results[0].provenance, driver)
+    printed_at_the_end.append(f"{device}:\n\n{write_matrix(results_folder / device, results, record)}")
 
 
 @pytest.fixture

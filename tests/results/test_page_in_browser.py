@@ -36,7 +36,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     program = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     driver = shutil.which("chromedriver")
     if program is None or driver is None:
-        reason = "no Chromium with its driver on this machine: apt-get install chromium chromium-driver"
+        reason = "no Chromium with its driver on this machine: apt-get install chromium-driver"
         if os.environ.get("QLORA_LOWMEM_BROWSER") == "required":
             pytest.fail(reason)
         pytest.skip(reason)

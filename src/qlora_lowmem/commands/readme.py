@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
         content, text = json.loads(source.read_text(encoding="utf-8")), readme.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(
-            f"{error.filename}: {error.strerror}; run pytest bench/ first, in the project's root"
+            f"{error.filename}: {error.strerror}; run pytest bench/ --results results first, in the project's root"
         ) from None
     if not _BLOCK.search(text):
         raise UsageError(f"{readme} has no <!-- matrix --> ... <!-- /matrix -->; put the markers where the table goes")

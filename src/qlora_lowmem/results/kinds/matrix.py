@@ -159,8 +159,8 @@ def _where_known(column: Column[Case]) -> Column[Case]:
     return replace(column, cell=lambda case: column.cell(case) if case.peak.device else Cell(""))
 
 
-def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, Any], name: str = "matrix") -> None:
-    """Write the table of `results` under `folder` as JSON, Markdown and CSV, with its provenance."""
+def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, Any], name: str = "matrix") -> str:
+    """Write the table of `results` under `folder` as JSON, Markdown and CSV, with its provenance; returns it, short."""
     cases = [_case(result) for result in results]
     text = (
         "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
@@ -173,6 +173,7 @@ def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, 
     whole = [row | {"phases": [asdict(each) for each in case.phases]} for row, case in zip(rows, cases, strict=True)]
     content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": whole}
     write_result(folder, name, content, markdown, rows)
+    return readme_table(cases)
 
 
 def _read(content: Mapping[str, Any]) -> tuple[Case, ...]:
