@@ -29,9 +29,8 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def lean(hidden: Tensor, weight: Tensor, labels: Tensor, tile_bytes: int, head=None, entropy: bool = False):
-    trained = weight if weight.requires_grad else None
     options = HeadOptions(SCALE, tile_bytes, entropy)
-    return token_log_probs(hidden, labels, head or DenseHead(weight), lambda rows: rows * 1, options, trained)
+    return token_log_probs(hidden, labels, head or DenseHead(weight), lambda rows: rows * 1, options)
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 211 * 4 * 7, 10**9])

@@ -6,25 +6,22 @@ scaled.
 """
 
 import functools
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from qlora_lowmem.lean.decoder import head_of, patch, score
+from qlora_lowmem.lean.decoder import head_of, patch
 from qlora_lowmem.lean.embeddings import check_quantisable, quantise_embeddings
-from qlora_lowmem.lean.families import TILED_FAMILIES, why_not_tiles
-from qlora_lowmem.lean.layers import GRANITE, LLAMA, Family
+from qlora_lowmem.lean.families import TILED_FAMILIES, Family, why_not_tiles
+from qlora_lowmem.lean.layers import window_of
 from qlora_lowmem.lean.linear4bit import patch_linear_4bit
-from qlora_lowmem.lean.loss import HeadOptions
 from qlora_lowmem.lean.norms import rms_norms_of
 from qlora_lowmem.lean.options import Idea, LeanOptions, LeanReport, RefusedOptionError
 from qlora_lowmem.lean.scan_triton import choose_scan, refused_triton, why_never_triton
 
 _OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
-_BUILT_LIKE = {"granite": GRANITE, "llama": LLAMA}
 _FAMILIES = {each.causal_class: each for each in TILED_FAMILIES.values()}
 
 __all__ = ["apply_lean", "foresee_lean", "quantise_embeddings"]
@@ -62,7 +59,7 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
         mixers = _mamba_mixers(causal)
         kind, scan = choose_scan(options.scan, mixers[0]) if mixers else ("plain", "")
         patch(causal, family, replace(options, scan=kind))
-        ideas = [*_ideas_of_tiles(causal, family, options, scan), *ideas]
+        ideas = [*_ideas_of_tiles(causal, options, scan), *ideas]
         general = [_checkpointing(causal, options)]  # for the calls that take the model's own forward
     else:
         general = _general_ideas(causal, options)
@@ -100,7 +97,7 @@ def foresee_lean(model: nn.Module, options: LeanOptions | None = None, device: s
     never = why_never_triton(mixers[0], device) if mixers and options.scan == "triton" else None
     if never is not None:
         raise refused_triton(never)
-    return LeanReport(type(causal).__name__, tuple(_ideas_of_tiles(causal, family, options, "chosen on the device")))
+    return LeanReport(type(causal).__name__, tuple(_ideas_of_tiles(causal, options, "chosen on the device")))
 
 
 def _causal_language_model(model: nn.Module) -> Any:
@@ -119,7 +116,7 @@ def _family_of(causal: Any) -> tuple[Family | None, str]:
     if known is None:
         return None, f"layers in tiles are known for {', '.join(_FAMILIES)}, not for {name}"
     refusal = why_not_tiles(known, causal.config.to_dict())
-    return (_BUILT_LIKE[known.built_like], "") if refusal is None else (None, refusal)
+    return (known, "") if refusal is None else (None, refusal)
 
 
 def _mamba_mixers(causal: Any) -> list[Any]:
@@ -127,12 +124,12 @@ def _mamba_mixers(causal: Any) -> list[Any]:
     return [mixer for mixer in mixers if mixer is not None]
 
 
-def _ideas_of_tiles(causal: Any, family: Family, options: LeanOptions, scan: str) -> list[Idea]:
+def _ideas_of_tiles(causal: Any, options: LeanOptions, scan: str) -> list[Idea]:
     """What to say of a model in tiles; an idea that it has no layer for is not spoken of unless it was asked for."""
     layers, scans, head = len(causal.model.layers), len(_mamba_mixers(causal)), head_of(causal.lm_head)
     length = options.tile_length or "by the sequence 512 to 2,048"
     plain = "packed samples, caches and masks of one's own take the model's own forward"
-    window = family.window(causal.config)
+    window = window_of(causal.config)
     if window is not None:
         plain += f", and so does what is longer than its window of {window:,}"
     loss = (
@@ -182,16 +179,9 @@ def _checkpointing(model: Any, options: LeanOptions) -> tuple[Idea, Callable[[],
 
 def _loss(causal: Any, options: LeanOptions) -> tuple[Idea, Callable[[], None]]:
     """The loss by tiles, wherever labels are given and the model only scales its logits."""
-
-    def switch_on() -> None:
-        scaling = getattr(causal.config, "logits_scaling", None)
-        head_options = HeadOptions(1.0 if scaling is None else 1 / scaling, options.loss_tile_bytes)
-        forward = functools.partial(_loss_forward, plain=causal.forward, options=head_options)
-        causal.forward = types.MethodType(functools.wraps(type(causal).forward)(forward), causal)
-
     refusal = _why_not_loss(causal)
     detail = refusal or f"logits in tiles of at most {options.loss_tile_bytes} bytes"
-    return Idea("loss", refusal is None, detail), switch_on
+    return Idea("loss", refusal is None, detail), functools.partial(patch, causal, None, options)
 
 
 def _why_not_loss(causal: Any) -> str | None:
@@ -208,30 +198,3 @@ def _why_not_loss(causal: Any) -> str | None:
     if getattr(config, "logits_scaling", None) is not None and "granite" not in config.model_type:
         return f"logits_scaling of model type {config.model_type!r} may multiply or divide"
     return None
-
-
-def _loss_forward(
-    self: Any,
-    *args: Any,
-    plain: Callable[..., Any],
-    options: HeadOptions,
-    labels: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    fused_lm_head: bool = False,
-    **kwargs: Any,
-) -> Any:
-    head = head_of(self.get_output_embeddings())
-    unlabelled = labels is None and shift_labels is None
-    if unlabelled or head is None or kwargs.get("output_router_logits") or kwargs.get("past_key_values") is not None:
-        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
-        return plain(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
-    output = getattr(self, self.base_model_prefix)(*args, **kwargs | {"use_cache": False, "return_dict": True})
-    options = replace(options, entropy=fused_lm_head)
-    hidden = output.last_hidden_state
-    scored = score(hidden, labels, shift_labels, num_items_in_batch, head, lambda rows: rows * 1, options)
-    if fused_lm_head:
-        return scored.fused_output()
-    output["loss"] = scored.loss
-    return output

@@ -8,44 +8,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+_PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+
 
 @dataclass(frozen=True)
-class TiledFamily:
-    """Models whose layers run in tiles.
+class Family:
+    """Models whose layers run in tiles. The defaults are Llama's, and those of its relatives.
 
     Attributes:
         causal_class: their class in transformers.
-        built_like: whose layers theirs are like: `granite` or `llama`.
+        backbone_output, causal_output: classes in the model's own module that its forwards return.
+        plain_keywords: keywords whose calls take the decoder's own forward. Llama's packed samples are told apart by
+            their positions, which are given in no other case: the model's own masks keep them.
+        silu: what in tiles computes with SiLU.
     """
 
     causal_class: str
-    built_like: str
+    backbone_output: str = "BaseModelOutputWithPast"
+    causal_output: str = "CausalLMOutputWithPast"
+    plain_keywords: tuple[str, ...] = ("position_ids", *_PACKED)
+    silu: str = "the feed-forward part in tiles is a SwiGLU"
 
+
+_HYBRID = ("MoeModelOutputWithPast", "MoeCausalLMOutputWithPast", _PACKED, "the convolution in tiles applies SiLU")
 
 # By `model_type`, as `config.json` names it.
 TILED_FAMILIES = {
-    "granitemoehybrid": TiledFamily("GraniteMoeHybridForCausalLM", "granite"),
-    "granite": TiledFamily("GraniteForCausalLM", "llama"),
-    "llama": TiledFamily("LlamaForCausalLM", "llama"),
-    "mistral": TiledFamily("MistralForCausalLM", "llama"),
-    "qwen2": TiledFamily("Qwen2ForCausalLM", "llama"),
-    "qwen3": TiledFamily("Qwen3ForCausalLM", "llama"),
-    "smollm3": TiledFamily("SmolLM3ForCausalLM", "llama"),
-}
-_NEEDS_SILU = {
-    "granite": "the convolution in tiles applies SiLU",
-    "llama": "the feed-forward part in tiles is a SwiGLU",
+    "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", *_HYBRID),
+    "granite": Family("GraniteForCausalLM"),
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "smollm3": Family("SmolLM3ForCausalLM"),
 }
 
 
-def why_not_tiles(family: TiledFamily, config: Mapping[str, Any]) -> str | None:
+def why_not_tiles(family: Family, config: Mapping[str, Any]) -> str | None:
     """What in a model's configuration (`config.json`, or a configuration's `to_dict`) its layers in tiles do not know.
 
     What a file leaves out is what transformers takes then: SiLU, and no dropout.
     """
     activation, dropout = config.get("hidden_act", "silu"), config.get("attention_dropout")
     if activation != "silu":
-        return f"hidden_act={activation!r}: {_NEEDS_SILU[family.built_like]}"
+        return f"hidden_act={activation!r}: {family.silu}"
     if dropout:
         return f"attention_dropout={dropout}: attention by blocks of keys has no dropout; set it to 0"
     return None

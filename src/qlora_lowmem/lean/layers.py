@@ -4,8 +4,7 @@ Projections are called as the modules that they are, so that PEFT's LoRA and bit
 semantics.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,28 +33,6 @@ class SequenceInputs:
     sin: Tensor | None
 
 
-def _no_window(config: Any) -> None:
-    del config
-
-
-@dataclass(frozen=True)
-class Family:
-    """Models whose decoders are built alike.
-
-    Attributes:
-        tiled_layer: a decoder layer of theirs as a `TiledLayer`, for one forward.
-        backbone_output, causal_output: classes in the model's own module that its forwards return.
-        plain_keywords: keywords whose calls take the decoder's own forward.
-        window: tokens that the narrowest of a model's layers sees, by its config; None where all see everything.
-    """
-
-    tiled_layer: Callable[[Any, SequenceInputs, LeanOptions], TiledLayer]
-    backbone_output: str
-    causal_output: str
-    plain_keywords: tuple[str, ...]
-    window: Callable[[Any], int | None] = _no_window
-
-
 def trainable(*modules: nn.Module | None) -> list[Tensor]:
     """Parameters of the modules that are trained."""
     return [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
@@ -68,25 +45,14 @@ class DecoderLayer:
         layer: transformers' own.
         inputs: of this forward.
         mixer: the module between the first norm and the first residual.
-        feed_forward: what stands between the second norm and the second residual, of (batch, tile, hidden).
-        feed_forward_modules: those that it calls.
     """
 
-    def __init__(
-        self,
-        layer: Any,
-        inputs: SequenceInputs,
-        mixer: nn.Module,
-        feed_forward: Callable[[Tensor], Tensor],
-        feed_forward_modules: Sequence[nn.Module | None],
-    ) -> None:
-        self.layer, self.inputs = layer, inputs
-        self._feed_forward = feed_forward
+    def __init__(self, layer: Any, inputs: SequenceInputs, mixer: Any) -> None:
+        self.layer, self.inputs, self.mixer = layer, inputs, mixer
         self._residual_multiplier = getattr(layer, "residual_multiplier", 1.0)
+        feed_forward = (getattr(layer, name, None) for name in ("mlp", "shared_mlp", "block_sparse_moe"))
         self.mixer_parameters: Sequence[Tensor] = trainable(layer.input_layernorm, mixer)
-        self.feed_forward_parameters: Sequence[Tensor] = trainable(
-            layer.post_attention_layernorm, *feed_forward_modules
-        )
+        self.feed_forward_parameters: Sequence[Tensor] = trainable(layer.post_attention_layernorm, *feed_forward)
 
     def residual(self, x: Tensor, update: Tensor) -> Tensor:
         """x plus the update. One rounding, and no tensor for the product."""
@@ -98,23 +64,30 @@ class DecoderLayer:
         return rms_norm(x, norm.weight, norm.variance_epsilon)
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        """As `TiledLayer` says."""
         norm = self.layer.post_attention_layernorm
-        return self.residual(h, self._feed_forward(rms_norm(h, norm.weight, norm.variance_epsilon)))
+        return self.residual(h, _update(self.layer, rms_norm(h, norm.weight, norm.variance_epsilon)))
+
+
+def _update(layer: Any, x: Tensor) -> Tensor:
+    """What stands between the second norm and the second residual."""
+    mlp = getattr(layer, "mlp", None)
+    if mlp is not None:
+        return mlp.down_proj(swiglu_of(mlp.gate_proj(x), mlp.up_proj(x)))  # type: ignore[no-any-return]
+    mlp = layer.shared_mlp
+    update: Tensor = mlp.output_linear(swiglu(mlp.input_linear(x)))
+    return layer.block_sparse_moe(x) + update if layer.has_experts else update
 
 
 class AttentionLayer(DecoderLayer):
     """Causal attention to everything before. No carry: tiles share the keys and values of the whole sequence."""
 
     def begin(self, x: Tensor) -> tuple[KeyValues, Carry]:
-        """As `TiledLayer` says."""
-        return KeyValues(x.shape[1], self.layer.self_attn.scaling, self.inputs.valid), ()
+        return KeyValues(x.shape[1], self.mixer.scaling, self.inputs.valid), ()
 
     def _heads(self, name: str, normed: Tensor) -> Tensor:
         """(batch, tile, heads, head_dim) of the projection `name`, normed where the family norms heads (Qwen 3)."""
-        attention = self.layer.self_attn
-        heads: Tensor = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
-        norm = getattr(attention, f"{name}_norm", None)
+        heads: Tensor = getattr(self.mixer, f"{name}_proj")(normed).unflatten(-1, (-1, self.mixer.head_dim))
+        norm = getattr(self.mixer, f"{name}_norm", None)
         return heads if norm is None else rms_norm(heads, norm.weight, norm.variance_epsilon)
 
     def _keys_values(self, normed: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -123,67 +96,22 @@ class AttentionLayer(DecoderLayer):
     def _rotated(self, x: Tensor, start: int) -> Tensor:
         cos, sin = self.inputs.cos, self.inputs.sin
         # SmolLM 3 rotates in some of its layers only.
-        if cos is None or sin is None or not getattr(self.layer.self_attn, "use_rope", True):
+        if cos is None or sin is None or not getattr(self.mixer, "use_rope", True):
             return x
         span = slice(start, start + x.shape[1])
         return rotate(x, cos[:, span], sin[:, span])
 
     def mix(self, x: Tensor, start: int, shared: KeyValues, carry: Carry) -> tuple[Tensor, Carry]:
-        """As `TiledLayer` says."""
         normed = self.normed(x)
         k, v = self._keys_values(normed, start)
         q = self._rotated(self._heads("q", normed), start)
         shared.write(start, k.detach(), v.detach())
         out = shared.attend(start, q, k, v).flatten(2)
-        return self.residual(x, self.layer.self_attn.o_proj(out)), carry
+        return self.residual(x, self.mixer.o_proj(out)), carry
 
     def advance(self, x: Tensor, start: int, shared: KeyValues, carry: Carry) -> Carry:
-        """As `TiledLayer` says."""
         shared.write(start, *self._keys_values(self.normed(x), start))
         return carry
-
-
-def _swiglu_feed_forward(mlp: Any, x: Tensor) -> Tensor:
-    update: Tensor = mlp.down_proj(swiglu_of(mlp.gate_proj(x), mlp.up_proj(x)))
-    return update
-
-
-def _llama_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> TiledLayer:
-    del options
-    return AttentionLayer(
-        layer, inputs, layer.self_attn, functools.partial(_swiglu_feed_forward, layer.mlp), (layer.mlp,)
-    )
-
-
-def _llama_window(config: Any) -> int | None:
-    # Mistral has one window for all layers where its config names no types; the others list a type a layer.
-    types = getattr(config, "layer_types", None)
-    slides = types is None or "sliding_attention" in types
-    return getattr(config, "sliding_window", None) if slides else None
-
-
-# Llama and the families built as it is: causal attention and a SwiGLU, each after an RMSNorm. Mirrors
-# `LlamaDecoderLayer.forward`, `LlamaModel.forward` and `LlamaForCausalLM.forward`. What its relatives add is read from
-# their modules: biases (Qwen 2), norms of heads (Qwen 3), layers without rotation (SmolLM 3), multipliers (Granite).
-# Packed samples are told apart by their positions, which are given in no other case: the model's own masks keep them.
-LLAMA = Family(
-    _llama_layer,
-    backbone_output="BaseModelOutputWithPast",
-    causal_output="CausalLMOutputWithPast",
-    window=_llama_window,
-    plain_keywords=("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),
-)
-
-
-def _granite_feed_forward(layer: Any, x: Tensor) -> Tensor:
-    mlp = layer.shared_mlp
-    update: Tensor = mlp.output_linear(swiglu(mlp.input_linear(x)))
-    return layer.block_sparse_moe(x) + update if layer.has_experts else update
-
-
-def _granite_feed_forward_of(layer: Any) -> tuple[Callable[[Tensor], Tensor], tuple[nn.Module | None, ...]]:
-    """What stands between the second norm and the second residual, and the modules that it calls."""
-    return functools.partial(_granite_feed_forward, layer), (layer.shared_mlp, layer.block_sparse_moe)
 
 
 class MambaLayer(DecoderLayer):
@@ -191,13 +119,13 @@ class MambaLayer(DecoderLayer):
     head_dim, d_state)."""
 
     def __init__(self, layer: Any, inputs: SequenceInputs, options: LeanOptions) -> None:
-        super().__init__(layer, inputs, layer.mamba, *_granite_feed_forward_of(layer))
+        super().__init__(layer, inputs, layer.mamba)
         low, high = layer.mamba.time_step_limit
         self.scan_options = ScanOptions(options.scan_chunk_length, (float(low), float(high)))
         self.scan: Any = scan_triton if options.scan == "triton" else scan
 
     def begin(self, x: Tensor) -> tuple[None, Carry]:
-        mixer, batch = self.layer.mamba, x.shape[0]
+        mixer, batch = self.mixer, x.shape[0]
         tail = x.new_zeros(batch, mixer.conv_kernel_size - 1, mixer.conv_dim)
         state = torch.zeros(
             batch, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size, dtype=torch.float32, device=x.device
@@ -206,7 +134,7 @@ class MambaLayer(DecoderLayer):
 
     def _scan_inputs(self, x: Tensor, start: int, carry: Carry) -> tuple[Tensor, ScanInputs, Tensor]:
         """gate, the scan's inputs, and the next tail."""
-        mixer, (tail, state) = self.layer.mamba, carry
+        mixer, (tail, state) = self.mixer, carry
         valid = self.inputs.valid
         mask = None if valid is None else valid[:, start : start + x.shape[1], None]
         x = self.normed(x)
@@ -231,13 +159,12 @@ class MambaLayer(DecoderLayer):
 
     def mix(self, x: Tensor, start: int, shared: Any, carry: Carry) -> tuple[Tensor, Carry]:
         del shared
-        mixer = self.layer.mamba
         gate, inputs, tail = self._scan_inputs(x, start, carry)
         y, state = self.scan.mamba2_scan(inputs, self.scan_options)
-        norm = mixer.norm
+        norm = self.mixer.norm
         # The projection receives what it receives in the plain model: the residual stream's dtype.
         y = gated_rms_norm(y.flatten(2), gate, norm.weight, norm.variance_epsilon, norm.group_size, x.dtype)
-        return self.residual(x, mixer.out_proj(y)), (tail, state)
+        return self.residual(x, self.mixer.out_proj(y)), (tail, state)
 
     def advance(self, x: Tensor, start: int, shared: Any, carry: Carry) -> Carry:
         del shared
@@ -245,17 +172,21 @@ class MambaLayer(DecoderLayer):
         return tail, self.scan.advance_state(inputs, self.scan_options)
 
 
-def _granite_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> TiledLayer:
-    if layer.mamba is not None:
+def tiled_layer(layer: Any, inputs: SequenceInputs, options: LeanOptions) -> TiledLayer:
+    """A decoder layer of transformers' as one that runs in tiles, for one forward.
+
+    Mirrors `LlamaDecoderLayer.forward` and `GraniteMoeHybridDecoderLayer.forward`. What Llama's relatives add is read
+    from their modules: biases (Qwen 2), norms of heads (Qwen 3), layers without rotation (SmolLM 3), multipliers
+    (Granite).
+    """
+    if getattr(layer, "mamba", None) is not None:
         return MambaLayer(layer, inputs, options)
-    return AttentionLayer(layer, inputs, layer.self_attn, *_granite_feed_forward_of(layer))
+    return AttentionLayer(layer, inputs, layer.self_attn)
 
 
-# Granite 4.0 hybrids and their dense siblings. Mirrors `GraniteMoeHybridDecoderLayer.forward`,
-# `GraniteMoeHybridModel.forward` and `GraniteMoeHybridForCausalLM.forward`.
-GRANITE = Family(
-    _granite_layer,
-    backbone_output="MoeModelOutputWithPast",
-    causal_output="MoeCausalLMOutputWithPast",
-    plain_keywords=("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"),
-)
+def window_of(config: Any) -> int | None:
+    """Tokens that the narrowest of a model's layers sees; None where all see everything."""
+    # Mistral has one window for all layers where its config names no types; the others list a type a layer.
+    types = getattr(config, "layer_types", None)
+    slides = types is None or "sliding_attention" in types
+    return getattr(config, "sliding_window", None) if slides else None

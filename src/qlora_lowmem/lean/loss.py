@@ -71,7 +71,6 @@ def token_log_probs(
     head: Head,
     norm: Callable[[Tensor], Tensor],
     options: HeadOptions,
-    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each label, without the logits. Zero where the label is -100.
 
@@ -80,18 +79,18 @@ def token_log_probs(
     Args:
         hidden: (batch, seq, hidden), before the final norm.
         labels: (batch, seq), already shifted: what each position is to predict.
-        head: the output embedding.
+        head: the output embedding. The weight of a `DenseHead` receives a gradient where it is trained.
         norm: the final norm, with frozen parameters (pass normed rows and `lambda x: x` where it is trained).
         options: scale, tile size, entropy.
-        weight: the head's (vocabulary, hidden) parameter, where it is trained; it then receives a gradient.
 
     Returns:
         log_probs, entropies (zero unless asked for; no gradient) and is_top1 (bool), each (batch, seq).
     """
-    gradient = torch.is_grad_enabled() and (hidden.requires_grad or (weight is not None and weight.requires_grad))
-    return _TokenLogProbs.apply(  # type: ignore[no-any-return]
-        hidden, weight, labels, head, norm, options, gradient
-    )
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    weight = head.weight if isinstance(head, DenseHead) and head.weight.requires_grad else None
+    scorer = _Scorer(head, norm, options, dtype)
+    return _TokenLogProbs.apply(hidden, weight, labels, scorer, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -101,27 +100,20 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor | None,
         labels: Tensor,
-        head: Head,
-        norm: Callable[[Tensor], Tensor],
-        options: HeadOptions,
+        scorer: "_Scorer",
         gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # the rest of a prompt costs nothing
         log_probs = torch.zeros(targets.shape, dtype=torch.float32, device=device)
         entropies, is_top1 = torch.zeros_like(log_probs), torch.zeros_like(targets, dtype=torch.bool)
         wants_hidden = gradient and hidden.requires_grad
         row_gradients = torch.zeros_like(rows) if wants_hidden else None
-        wants_weight = gradient and weight is not None and weight.requires_grad
-        if wants_weight and weight is not None:
-            # A trained head: its gradient needs the loss's scale, so it is recomputed tile by tile in backward.
-            ctx.weight_call = (rows, targets, scored, head, norm, options, dtype)
+        # A trained head's gradient needs the loss's scale, so it is recomputed tile by tile in backward.
+        ctx.weight_call = (scorer, rows, targets, scored) if gradient and weight is not None else None
         with torch.autocast(device.type, enabled=False):
-            for index in scored.split(options.tile_length(head.vocabulary, dtype)):
-                tile = _Tile(rows[index], targets[index], head, norm, options, dtype, wants_hidden)
+            for index, tile in scorer.tiles(rows, targets, scored, wants_hidden):
                 log_probs[index] = tile.log_probs
                 is_top1[index] = tile.is_top1
                 if tile.entropies is not None:
@@ -130,40 +122,43 @@ class _TokenLogProbs(torch.autograd.Function):
                     row_gradients[index] = tile.row_gradient()
                 del tile
         ctx.row_gradients, ctx.shape = row_gradients, hidden.shape
-        ctx.wants_weight = wants_weight
         ctx.mark_non_differentiable(entropies, is_top1)
         return log_probs.view(labels.shape), entropies.view(labels.shape), is_top1.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad_weight = None
-        if ctx.wants_weight:
+        grad_hidden = grad_weight = None
+        if ctx.weight_call is not None:
             grad_weight = _weight_gradient(grad.reshape(-1), *ctx.weight_call)
-        grad_hidden = None
         if ctx.row_gradients is not None:
             # In place: a second backward through the same graph would find scaled rows, so they are taken.
             grad_hidden, ctx.row_gradients = ctx.row_gradients, None
             grad_hidden = grad_hidden.mul_(grad.reshape(-1, 1)).view(ctx.shape)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    head: Head
+    norm: Callable[[Tensor], Tensor]
+    options: HeadOptions
+    dtype: torch.dtype  # of the products
+
+    def tiles(self, rows: Tensor, targets: Tensor, scored: Tensor, gradient: bool) -> Iterator[tuple[Tensor, "_Tile"]]:
+        """Tiles of the `scored` positions. To have one at a time, delete each before the next is asked for."""
+        for index in scored.split(self.options.tile_length(self.head.vocabulary, self.dtype)):
+            yield index, _Tile(self, rows[index], targets[index], gradient)
 
 
 class _Tile:
     """Some scored tokens: their logits, and what is computed from them while they exist."""
 
-    def __init__(
-        self,
-        rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        norm: Callable[[Tensor], Tensor],
-        options: HeadOptions,
-        dtype: torch.dtype,
-        gradient: bool,
-    ) -> None:
+    def __init__(self, scorer: _Scorer, rows: Tensor, targets: Tensor, gradient: bool) -> None:
+        head, options, dtype = scorer.head, scorer.options, scorer.dtype
         self.head, self.targets, self.scale, self.dtype = head, targets, options.logit_scale, dtype
         with torch.set_grad_enabled(gradient):
             self.rows = rows.detach().requires_grad_(gradient)
-            self.normed = norm(self.rows)
+            self.normed = scorer.norm(self.rows)
         self.inputs = self.normed.detach().to(dtype)
         self.logits = logits = self.inputs.new_empty(len(rows), head.vocabulary)
         for part, weight in head.tiles(dtype):
@@ -205,19 +200,9 @@ class _Tile:
         return torch.autograd.grad(self.normed, self.rows, total.to(self.normed.dtype))[0]
 
 
-def _weight_gradient(
-    grad: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    scored: Tensor,
-    head: Head,
-    norm: Callable[[Tensor], Tensor],
-    options: HeadOptions,
-    dtype: torch.dtype,
-) -> Tensor:
+def _weight_gradient(grad: Tensor, scorer: _Scorer, rows: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
     """(vocabulary, hidden), summed over tiles in fp32."""
-    total = torch.zeros(head.vocabulary, rows.shape[-1], dtype=torch.float32, device=rows.device)
-    for index in scored.split(options.tile_length(head.vocabulary, dtype)):
-        tile = _Tile(rows[index], targets[index], head, norm, options, dtype, gradient=False)
-        total += (tile.logit_gradient() * grad[index, None].to(dtype)).t() @ tile.inputs
-    return total.to(dtype)
+    total = torch.zeros(scorer.head.vocabulary, rows.shape[-1], dtype=torch.float32, device=rows.device)
+    for index, tile in scorer.tiles(rows, targets, scored, gradient=False):
+        total += (tile.logit_gradient() * grad[index, None].to(scorer.dtype)).t() @ tile.inputs
+    return total.to(scorer.dtype)

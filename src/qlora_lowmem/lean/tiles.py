@@ -12,7 +12,7 @@ the mixer's graph is walked: the two never exist together at their largest.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +44,11 @@ class TiledLayer(Protocol):
         """The feed-forward part with its residual, token by token."""
 
 
+def spans(start: int, stop: int, step: int) -> list[slice]:
+    """[start, stop) in slices of `step`, of which the last may be shorter."""
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
 @dataclass(frozen=True)
 class TilePlan:
     """Tile lengths in tokens, and the seed that a layer's dropout is replayed from (None: there is no dropout)."""
@@ -53,24 +58,22 @@ class TilePlan:
     seed: int | None = None
 
     def tiles(self, seq: int) -> list[slice]:
-        return [slice(s, min(s + self.tile_length, seq)) for s in range(0, seq, self.tile_length)]
+        return spans(0, seq, self.tile_length)
 
     def feed_forward_tiles(self, tile: slice) -> list[slice]:
         """Tiles of the feed-forward part within a tile, in positions of the sequence."""
-        step = self.feed_forward_tile_length
-        return [slice(s, min(s + step, tile.stop)) for s in range(tile.start, tile.stop, step)]
+        return spans(tile.start, tile.stop, self.feed_forward_tile_length)
 
-    def random(self, start: int, part: int, device: torch.device) -> Any:
+    @contextmanager
+    def random(self, start: int, part: int, device: torch.device) -> Iterator[None]:
         """Random numbers that depend on the layer's seed, the tile and the part of the layer, not on the order of
         tiles: backward walks them in reverse and must drop the same elements."""
-        return nullcontext() if self.seed is None else _seeded(self.seed + 2 * start + part, device)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+        if self.seed is None:
+            yield
+            return
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed + 2 * start + part)
+            yield
 
 
 def forward_in_tiles(layer: TiledLayer, x: Tensor, out: Tensor, plan: TilePlan) -> None:
@@ -144,8 +147,6 @@ def backward_in_tiles(layer: TiledLayer, x: Tensor, grad: Tensor, plan: TilePlan
         if not wants_mixer:
             continue
         sinks = [*([tile_x] if wants_x else []), *(carry if carried else ()), *layer.mixer_parameters]
-        if not sinks:
-            continue
         ends = [(t, g) for t, g in zip(next_carry, grad_carry, strict=True) if g is not None and t.requires_grad]
         outputs, gradients = [h, *(t for t, _ in ends)], [grad[:, tile], *(g for _, g in ends)]
         del h, next_carry, ends
