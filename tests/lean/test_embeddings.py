@@ -3,7 +3,9 @@
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qlora_lowmem.lean import RefusedOptionError, quantise_embeddings
 from qlora_lowmem.lean.embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
 
 from .conftest import relative
@@ -53,5 +55,10 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 @pytest.mark.parametrize(("bits", "width", "message"), [(5, 64, "quantised_embeddings=5"), (4, 63, "even")])
 def test_bad_input(bits: int, width: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        QuantisedTable(torch.zeros(4, width), bits)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=4, hidden_size=width, num_hidden_layers=1, num_attention_heads=1, tie_word_embeddings=True
+        )
+    )
+    with pytest.raises(RefusedOptionError, match=message):
+        quantise_embeddings(model, bits)

@@ -21,11 +21,15 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
+from qlora_lowmem.lean.tiles import spans
+
 # Keys that one call of the flash backward takes: 2 x 2,048 x 12 x 128 x 2 bytes = 12 MiB of expanded dK and dV.
 _FLASH_KEYS = 2048
 # Keys of one plain block: 12 heads x 512 queries x 256 keys x 4 bytes = 6 MiB a temporary, of which three live at once.
 _PLAIN_KEYS = 256
 _TINY = torch.finfo(torch.float32).tiny
+
+_Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class KeyValues:
@@ -37,23 +41,19 @@ class KeyValues:
         valid: (batch, seq) bool, False where a token is padding, or None.
     """
 
-    # (batch, seq, kv_heads, head_dim) in memory is what the flash kernel reads; it is passed transposed. Made by the
-    # first write, which knows the dtype.
+    # (batch, seq, kv_heads, head_dim) in memory is what the flash kernel reads; it is passed transposed. Each is made
+    # when it is first written, which tells the dtype.
     keys: Tensor
     values: Tensor
+    grad_keys: Tensor
+    grad_values: Tensor
 
     def __init__(self, seq: int, scale: float, valid: Tensor | None = None) -> None:
-        self.seq = seq
-        self._written = False
-        self.grad_keys: Tensor | None = None
-        self.grad_values: Tensor | None = None
-        self.scale = scale
-        self.valid = valid
+        self.seq, self.scale, self.valid = seq, scale, valid
 
     def write(self, start: int, k: Tensor, v: Tensor) -> None:
         """Set rows from `start`; k and v (batch, tile, kv_heads, head_dim)."""
-        if not self._written:
-            self._written = True
+        if not hasattr(self, "keys"):
             self.keys = k.new_empty(k.shape[0], self.seq, *k.shape[2:])
             self.values = torch.empty_like(self.keys)
         self.keys[:, start : start + k.shape[1]] = k
@@ -66,69 +66,60 @@ class KeyValues:
         what this tile and the tiles after it contribute.
 
         Args:
-            start: position of the tile.
             q: (batch, tile, heads, head_dim).
-            k: (batch, tile, kv_heads, head_dim): the tile's own keys, as the graph knows them.
-            v: as k.
+            k, v: (batch, tile, kv_heads, head_dim): the tile's own, as the graph knows them.
 
         Returns:
             (batch, tile, heads, head_dim) in q's dtype.
         """
         return _Attend.apply(q, k, v, self, start)  # type: ignore[no-any-return]
 
-    def blocks(self, start: int, stop: int, keys: int) -> list[tuple[int, int]]:
-        """Blocks of at most `keys` keys that a tile [start, stop) attends to, its own last."""
-        past = [(first, min(first + keys, start)) for first in range(0, start, keys)]
-        return [*past, (start, stop)]
+    def blocks(self, tile: slice, keys: int) -> "list[_Block]":
+        """Blocks of at most `keys` keys that a tile attends to, its own last."""
+        past = [_Block(self, span, causal=False) for span in spans(0, tile.start, keys)]
+        return [*past, _Block(self, tile, causal=True)]
 
     def accumulate(self, span: slice, grad_k: Tensor, grad_v: Tensor) -> None:
-        if self.grad_keys is None or self.grad_values is None:
+        """Add the gradients of a block's keys and values, (batch, kv_heads, keys, head_dim)."""
+        if not hasattr(self, "grad_keys"):
             self.grad_keys = torch.zeros_like(self.keys, dtype=torch.float32)
             self.grad_values = torch.zeros_like(self.values, dtype=torch.float32)
         self.grad_keys[:, span] += grad_k.transpose(1, 2)
         self.grad_values[:, span] += grad_v.transpose(1, 2)
-
-    def take_gradients(self, span: slice) -> tuple[Tensor, Tensor]:
-        assert self.grad_keys is not None
-        assert self.grad_values is not None
-        return self.grad_keys[:, span], self.grad_values[:, span]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, start: int) -> Tensor:
         del k, v  # they are in the cache; as arguments they only receive gradients
-        stop = start + q.shape[1]
+        tile = slice(start, start + q.shape[1])
         with torch.autocast(q.device.type, enabled=False):
             heads_first = q.transpose(1, 2)
             flash = _can_use_flash(heads_first, cache)
-            merged: tuple[Tensor, Tensor, Tensor] | None = None
+            merged: _Triple | None = None
             # The flash forward needs no memory that grows with the keys: one call for all of the past.
-            for first, last in cache.blocks(start, stop, max(start, 1) if flash else _PLAIN_KEYS):
-                block = _Block(cache, first, last, causal_from=start)
+            for block in cache.blocks(tile, max(start, 1) if flash else _PLAIN_KEYS):
                 part = block.flash_forward(heads_first) if flash else block.plain_forward(heads_first)
                 merged = part if merged is None else _merge(merged, part)
         assert merged is not None
         out = merged[0].to(q.dtype).transpose(1, 2)
         ctx.save_for_backward(q, out, *merged[1:])
-        ctx.cache, ctx.start, ctx.flash = cache, start, flash
+        ctx.cache, ctx.tile, ctx.flash = cache, tile, flash
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, out, largest, total = ctx.saved_tensors
-        cache, start = ctx.cache, ctx.start
-        stop = start + q.shape[1]
+        cache, tile = ctx.cache, ctx.tile
         with torch.autocast(q.device.type, enabled=False):
             heads_first, out, grad_out = q.transpose(1, 2), out.transpose(1, 2), grad_out.transpose(1, 2)
             grad_q = torch.zeros_like(heads_first, dtype=torch.float32)
-            for first, last in cache.blocks(start, stop, _FLASH_KEYS if ctx.flash else _PLAIN_KEYS):
-                block = _Block(cache, first, last, causal_from=start)
+            for block in cache.blocks(tile, _FLASH_KEYS if ctx.flash else _PLAIN_KEYS):
                 backward = block.flash_backward if ctx.flash else block.plain_backward
                 part, grad_k, grad_v = backward(heads_first, out, largest, total, grad_out)
                 grad_q += part
-                cache.accumulate(slice(first, last), grad_k, grad_v)
-        grad_k, grad_v = cache.take_gradients(slice(start, stop))
+                cache.accumulate(block.span, grad_k, grad_v)
+        grad_k, grad_v = cache.grad_keys[:, tile], cache.grad_values[:, tile]
         return grad_q.transpose(1, 2).to(q.dtype), grad_k.to(q.dtype), grad_v.to(q.dtype), None, None
 
 
@@ -140,7 +131,7 @@ def _can_use_flash(q: Tensor, cache: KeyValues) -> bool:
     return q.shape[-1] % 8 == 0 and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
 
 
-def _merge(one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(one: _Triple, other: _Triple) -> _Triple:
     """Outputs (b, h, l, d), largest scores and sums of exponentials (b, h, l) over two disjoint sets of keys, as over
     both. The LSE is log(total) + largest; kept apart, because rounding their sum (2e-6 at 40) is an error of every
     weight of the row."""
@@ -155,22 +146,20 @@ def _merge(one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tens
 class _Block:
     """A block of keys seen by a tile of queries. q, out and gradients are (batch, heads, tile, head_dim)."""
 
-    def __init__(self, cache: KeyValues, first: int, last: int, causal_from: int) -> None:
-        self.k = cache.keys[:, first:last].transpose(1, 2)
-        self.v = cache.values[:, first:last].transpose(1, 2)
-        self.valid = None if cache.valid is None else cache.valid[:, first:last]
-        self.scale = cache.scale
-        self.causal = first == causal_from  # the tile's own keys; all earlier ones are visible to every query
+    def __init__(self, cache: KeyValues, span: slice, causal: bool) -> None:
+        self.k = cache.keys[:, span].transpose(1, 2)
+        self.v = cache.values[:, span].transpose(1, 2)
+        self.valid = None if cache.valid is None else cache.valid[:, span]
+        self.span, self.scale = span, cache.scale
+        self.causal = causal  # the tile's own keys; all earlier ones are visible to every query
 
-    def flash_forward(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def flash_forward(self, q: Tensor) -> _Triple:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, self.k, self.v, 0.0, self.causal, False, scale=self.scale
         )
         return out, lse, torch.ones_like(lse)
 
-    def flash_backward(
-        self, q: Tensor, out: Tensor, largest: Tensor, total: Tensor, grad_out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def flash_backward(self, q: Tensor, out: Tensor, largest: Tensor, total: Tensor, grad_out: Tensor) -> _Triple:
         lse = total.log().add_(largest)
         no_seed = torch.empty(0, dtype=torch.uint64, device=q.device)  # dropout is 0: it is not read
         sizes = (None, None, q.shape[2], self.k.shape[2])
@@ -195,7 +184,7 @@ class _Block:
             by_query.masked_fill_(~self.valid[:, None, None, None, :], float("-inf"))
         return scores
 
-    def plain_forward(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def plain_forward(self, q: Tensor) -> _Triple:
         scores = self._scores(q)
         largest = scores.amax(-1, keepdim=True)
         weights = self._exponentials(scores, largest)
@@ -207,9 +196,7 @@ class _Block:
         weights = scores.sub_(largest).exp_()
         return weights if self.valid is None else weights.nan_to_num_(0.0)  # a query that sees no key
 
-    def plain_backward(
-        self, q: Tensor, out: Tensor, largest: Tensor, total: Tensor, grad_out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def plain_backward(self, q: Tensor, out: Tensor, largest: Tensor, total: Tensor, grad_out: Tensor) -> _Triple:
         """With the weights P: dV = Pᵀ dO, dS = P * (dO Vᵀ - rowsum(dO * O)), dQ = dS K, dK = dSᵀ Q."""
         scores = self._scores(q)
         rows = (*scores.shape[:-1], 1)

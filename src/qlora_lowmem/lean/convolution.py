@@ -23,13 +23,10 @@ def causal_conv_silu(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | Non
     once.
 
     Args:
-        x: (batch, seq, channels), may be a view.
+        x: (batch, seq, channels), may be a view. The result has its shape and dtype, and is contiguous.
         tail: (batch, taps - 1, channels): the inputs before x; zeros at the start of a sequence.
         weight: (channels, taps).
         bias: (channels,) or None.
-
-    Returns:
-        (batch, seq, channels) in x's dtype, contiguous.
     """
     return _CausalConvSiLU.apply(x, tail, weight, bias)  # type: ignore[no-any-return]
 
@@ -43,17 +40,17 @@ def next_tail(x: Tensor, tail: Tensor) -> Tensor:
     return torch.cat([tail[:, x.shape[1] :], x], 1)
 
 
-def _window(x: Tensor, tail: Tensor, start: int, stop: int) -> Tensor:
-    """Rows [start - taps + 1, stop) of x in fp32, where rows before 0 come from the tail."""
-    rows = tail.shape[1]
-    first = start - rows
+def _window(x: Tensor, tail: Tensor, block: slice) -> Tensor:
+    """The block's rows of x in fp32, after the taps - 1 rows before it; those before 0 come from the tail."""
+    first = block.start - tail.shape[1]
     if first >= 0:
-        return x[:, first:stop].float()
-    return torch.cat([tail[:, first + rows :], x[:, :stop]], 1).float()
+        return x[:, first : block.stop].float()
+    return torch.cat([tail[:, block.start :], x[:, : block.stop]], 1).float()
 
 
-def _preactivation(window: Tensor, weight: Tensor, bias: Tensor | None, length: int) -> Tensor:
+def _preactivation(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     taps = weight.shape[1]
+    length = window.shape[1] - taps + 1
     out = window[:, taps - 1 :] * weight[:, taps - 1]
     for tap in range(taps - 1):
         out.addcmul_(window[:, tap : tap + length], weight[:, tap])
@@ -66,11 +63,9 @@ class _CausalConvSiLU(torch.autograd.Function):
         batch, seq, channels = x.shape
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         taps = weight.float()
-        blocks = row_blocks(seq, batch * channels)
-        for start in blocks:
-            stop = min(start + blocks.step, seq)
-            pre = _preactivation(_window(x, tail, start, stop), taps, bias, stop - start)
-            out[:, start:stop] = F.silu(pre, inplace=True)
+        for block in row_blocks(seq, batch * channels):
+            pre = _preactivation(_window(x, tail, block), taps, bias)
+            out[:, block] = F.silu(pre, inplace=True)
         ctx.save_for_backward(x, tail, weight, bias)
         return out
 
@@ -85,13 +80,11 @@ class _CausalConvSiLU(torch.autograd.Function):
         # A block's rows also feed the block after it: what reaches back by `rows` is carried to the block before,
         # and from the first block into the tail. So the blocks are walked from the last.
         reaching_back = torch.zeros(batch, rows, channels, dtype=torch.float32, device=x.device)
-        blocks = row_blocks(seq, batch * channels)
-        for start in reversed(blocks):
-            stop = min(start + blocks.step, seq)
-            length = stop - start
-            window = _window(x, tail, start, stop)
-            pre = _preactivation(window, taps, bias, length)
-            grad = torch.ops.aten.silu_backward(grad_out[:, start:stop].float(), pre)
+        for block in reversed(row_blocks(seq, batch * channels)):
+            length = block.stop - block.start
+            window = _window(x, tail, block)
+            pre = _preactivation(window, taps, bias)
+            grad = torch.ops.aten.silu_backward(grad_out[:, block].float(), pre)
             del pre
             if grad_weight is not None:
                 for tap in range(rows + 1):
@@ -102,7 +95,7 @@ class _CausalConvSiLU(torch.autograd.Function):
             for tap in range(rows + 1):
                 wide[:, tap : tap + length].addcmul_(grad, taps[:, tap])
             wide[:, length:] += reaching_back
-            grad_x[:, start:stop] = wide[:, rows:]
+            grad_x[:, block] = wide[:, rows:]
             reaching_back = wide[:, :rows].clone()
         return (
             grad_x,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lowmem.lean.options import Idea, RefusedOptionError
+from qlora_lowmem.lean.tiles import spans
 
 _BLOCK = 64
 # A dequantised part of the vocabulary: 2,730 words of 1,536 in bf16. In 4 bits the lookup's int32 indices are as much.
@@ -33,10 +34,7 @@ class QuantisedTable(nn.Module):
     """A frozen table (words, width) in `bits` (8 or 4) bits a number, one bf16 scale for 64 numbers of a row.
 
     The table is made on `device`, by default where `weight` is. From a weight in host memory, no more of it than a part
-    is ever on the device.
-
-    Raises:
-        ValueError: bits is neither 8 nor 4, or 4 with an odd width.
+    is ever on the device. With 4 bits the width must be even.
     """
 
     codes: Tensor
@@ -45,11 +43,7 @@ class QuantisedTable(nn.Module):
     def __init__(self, weight: Tensor, bits: int, device: torch.device | None = None) -> None:
         super().__init__()
         words, width = weight.shape
-        if bits not in (4, 8):
-            raise ValueError(f"quantised_embeddings={bits}: allowed are 8 and 4, or None for embeddings as they are")
-        if bits == 4 and width % 2:
-            raise ValueError(f"quantised_embeddings=4 needs an even hidden size, and this model's is {width}; use 8")
-        self.bits, self.words, self.width, self.dtype = bits, words, width, weight.dtype
+        self.bits, self.vocabulary, self.width, self.dtype = bits, words, width, weight.dtype
         self.block = math.gcd(width, _BLOCK)
         device = device or weight.device
         codes = torch.empty(words, width if bits == 8 else width // 2, dtype=torch.uint8, device=device)
@@ -59,10 +53,8 @@ class QuantisedTable(nn.Module):
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
 
-    def _parts(self) -> Iterator[slice]:
-        step = max(1, _TILE_BYTES // (2 * self.width))
-        for start in range(0, self.words, step):
-            yield slice(start, min(start + step, self.words))
+    def _parts(self) -> list[slice]:
+        return spans(0, self.vocabulary, max(1, _TILE_BYTES // (2 * self.width)))
 
     def _quantise(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         blocks = wide.view(len(wide), -1, self.block)
@@ -91,10 +83,6 @@ class QuantisedTable(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """(..., width) for ids (...), in the dtype that the table had."""
         return self.dequantise(self.codes[ids], self.scales[ids], self.dtype)
-
-    @property
-    def vocabulary(self) -> int:
-        return self.words
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Parts of the vocabulary, dequantised: (words, width) in dtype. The `Head` of `loss.py`."""
@@ -132,25 +120,30 @@ def quantise_embeddings(causal: Any, bits: int, device: torch.device | None = No
     Done while a model loads, it saves the 16-bit table: move the weight to host memory and name the `device`.
 
     Raises:
-        RefusedOptionError: embeddings that are trained, untied or adapted; 4 bits of an odd width.
+        RefusedOptionError: bits that are neither 8 nor 4; embeddings that are trained, untied or adapted; 4 bits of an
+            odd width.
     """
     embedding = causal.get_input_embeddings()
     if isinstance(embedding, QuantisedEmbedding) and embedding.table.bits == bits:
-        return _quantised(embedding.table)
-    check_quantisable(causal, bits)
-    if embedding.weight.requires_grad:
-        reason = "the embedding is trained"
-        raise RefusedOptionError("quantised_embeddings", bits, reason, "freeze it (PEFT does) or use None")
-    table = QuantisedTable(embedding.weight, bits, device)
-    causal.set_input_embeddings(QuantisedEmbedding(table))
-    causal.set_output_embeddings(QuantisedHead(table))
-    return _quantised(table)
+        table = embedding.table
+    else:
+        check_quantisable(causal, bits)
+        if embedding.weight.requires_grad:
+            reason = "the embedding is trained"
+            raise RefusedOptionError("quantised_embeddings", bits, reason, "freeze it (PEFT does) or use None")
+        table = QuantisedTable(embedding.weight, bits, device)
+        causal.set_input_embeddings(QuantisedEmbedding(table))
+        causal.set_output_embeddings(QuantisedHead(table))
+    detail = f"{table.vocabulary} x {table.width} in {bits} bits, shared with the LM head"
+    return Idea("quantised_embeddings", True, detail)
 
 
 def check_quantisable(causal: Any, bits: int) -> None:
     """Refuse what `quantise_embeddings` cannot replace; whether it is trained is not asked."""
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
-    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
+    if bits not in (4, 8):
+        reason, advice = "allowed are 8 and 4", "use None for embeddings as they are"
+    elif type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
         kinds = f"{type(embedding).__name__} and {type(head).__name__}"
         reason, advice = f"the embeddings are {kinds}, already quantised or adapted", "leave them as they are"
     elif embedding.weight is not head.weight:
@@ -160,8 +153,3 @@ def check_quantisable(causal: Any, bits: int) -> None:
     else:
         return
     raise RefusedOptionError("quantised_embeddings", bits, reason, advice)
-
-
-def _quantised(table: QuantisedTable) -> Idea:
-    detail = f"{table.words} x {table.width} in {table.bits} bits, shared with the LM head"
-    return Idea("quantised_embeddings", True, detail)

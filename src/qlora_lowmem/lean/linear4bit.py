@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lowmem.lean.options import Idea
+from qlora_lowmem.lean.tiles import spans
 
 # Rows up to which bitsandbytes has kernels that multiply the packed weight and write no other: left to it.
 _FEW_ROWS = 64
@@ -31,15 +32,10 @@ _NESTED_BLOCK = 256  # constants that share one of their own, with double quanti
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight (out_features, in_features) as bitsandbytes packs it: two values a byte, row after row.
+    """A weight (out_features, in_features) as bitsandbytes packs it: two values a byte, row after row."""
 
-    Args:
-        packed: the bytes, in any dtype that they are stored as.
-        state: bitsandbytes' `QuantState`.
-    """
-
-    packed: Tensor
-    state: Any
+    packed: Tensor  # in any dtype that the bytes are stored as
+    state: Any  # bitsandbytes' `QuantState`
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,11 +55,10 @@ class PackedWeight:
         if columns % block:
             length = rows
         data = self._bytes().view(-1)
-        for start in range(0, rows, length):
-            stop = min(start + length, rows)
-            constants = self._constants(start * a_row, math.ceil(stop * columns / block))
-            tile = data[start * columns // 2 : math.ceil(stop * columns / 2)]
-            yield slice(start, stop), self._dequantise(tile, constants, (stop - start, columns), dtype)
+        for span in spans(0, rows, length):
+            constants = self._constants(span.start * a_row, math.ceil(span.stop * columns / block))
+            tile = data[span.start * columns // 2 : math.ceil(span.stop * columns / 2)]
+            yield span, self._dequantise(tile, constants, (span.stop - span.start, columns), dtype)
 
     def column_tiles(self, tile_bytes: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Tiles of whole columns, (out_features, columns) each in dtype; one tile where rows are no whole blocks."""
@@ -76,12 +71,11 @@ class PackedWeight:
         constants = self._constants(0, rows * columns // block).view(rows, -1)
         data = self._bytes().view(rows, -1)
         length = max(tile_bytes // (rows * dtype.itemsize) // block, 1) * block
-        for start in range(0, columns, length):
-            span = slice(start, min(start + length, columns))
+        for span in spans(0, columns, length):
             # bitsandbytes' kernels read both from their first byte on, whatever the strides.
             tile = data[:, span.start // 2 : span.stop // 2].contiguous()
             scales = constants[:, span.start // block : span.stop // block].contiguous()
-            yield span, self._dequantise(tile, scales, (rows, span.stop - start), dtype)
+            yield span, self._dequantise(tile, scales, (rows, span.stop - span.start), dtype)
 
     def _bytes(self) -> Tensor:
         return self.packed.view(-1).view(torch.uint8)
@@ -104,16 +98,8 @@ class PackedWeight:
 
 
 def linear_4bit(x: Tensor, weight: PackedWeight, tile_bytes: int) -> Tensor:
-    """`x @ weight.T`.
-
-    Args:
-        x: (..., in_features), in the dtype of the arithmetic.
-        weight: frozen.
-        tile_bytes: of the dequantised weight that exists at a time.
-
-    Returns:
-        (..., out_features) in x's dtype.
-    """
+    """`x @ weight.T`: (..., in_features) to (..., out_features), in x's dtype. The weight is frozen, and of it no more
+    than `tile_bytes` exist dequantised at a time."""
     return _Linear4bit.apply(x, weight.packed, weight.state, tile_bytes)  # type: ignore[no-any-return]
 
 
@@ -131,9 +117,7 @@ class _Linear4bit(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         weight: PackedWeight = ctx.weight
         rows = grad_out.reshape(-1, grad_out.shape[-1])
         grad_x = rows.new_empty(rows.shape[0], weight.shape[1])
@@ -147,13 +131,14 @@ class _Linear4bit(torch.autograd.Function):
 def patch_linear_4bit(model: nn.Module, tile_bytes: int) -> Idea | None:
     """Give bitsandbytes' 4-bit linear layers, alone or inside PEFT's, a forward that dequantises by tiles.
 
-    Args:
-        tile_bytes: of the dequantised weight that exists at a time; a weight that is no larger stays with bitsandbytes.
-
-    Returns:
-        None where the model has no such layer.
+    A weight of no more than `tile_bytes` stays with bitsandbytes. None where the model has no such layer.
     """
-    layers = list(_layers(model))
+    # Modules that hold a 4-bit weight themselves: PEFT's layers of the same name hold such a module.
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes.")
+    ]
     for layer in layers:
         plain = layer.__dict__.get("_plain_forward") or layer.forward
         layer._plain_forward = plain
@@ -162,13 +147,6 @@ def patch_linear_4bit(model: nn.Module, tile_bytes: int) -> Idea | None:
     if not layers:
         return None
     return Idea("dequantisation", True, f"{len(layers)} 4-bit layers, their weights in tiles of {tile_bytes} bytes")
-
-
-def _layers(model: nn.Module) -> Iterator[Any]:
-    """Modules that hold a 4-bit weight themselves: PEFT's layers of the same name hold such a module."""
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes."):
-            yield module
 
 
 def _forward(self: Any, x: Tensor, *, plain: Callable[[Tensor], Tensor], tile_bytes: int) -> Tensor:

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_lowmem.lean.options import Idea
+from qlora_lowmem.lean.tiles import spans
 
 # One fp32 temporary of a block: 2 MiB is 341 rows of 1536 and 170 rows of 3072. The backward of the gated norm holds
 # about eight of them.
 _TEMPORARY_BYTES = 2 * 2**20
 
 
-def row_blocks(rows: int, width: int) -> range:
-    """Starts of blocks of rows whose fp32 copy, `width` wide, stays below 2 MiB; `.step` is the block's length."""
-    return range(0, rows, max(1, _TEMPORARY_BYTES // (4 * width)))
+def row_blocks(rows: int, width: int) -> list[slice]:
+    """Blocks of rows whose fp32 copy, `width` wide, stays below 2 MiB."""
+    return spans(0, rows, max(1, _TEMPORARY_BYTES // (4 * width)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,13 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Mirrors `GraniteMoeHybridRMSNorm.forward` of transformers (Zhang and Sennrich, "Root Mean Square Layer
     Normalization", 2019, equation 4); the result is rounded once, at the end.
 
-    Args:
-        x: (..., hidden), any floating dtype.
-        weight: (hidden,).
-        eps: added to the mean square.
-
-    Returns:
-        (..., hidden) in the dtype that `weight * x` has.
+    x is (..., hidden) in any floating dtype, weight (hidden,); the result is in the dtype that `weight * x` has.
     """
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
 
@@ -52,9 +47,7 @@ class _RMSNorm(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         out = torch.empty_like(rows, dtype=torch.promote_types(x.dtype, weight.dtype))
         rstd = torch.empty(rows.shape[0], 1, dtype=torch.float32, device=x.device)
-        blocks = row_blocks(*rows.shape)
-        for start in blocks:
-            block = slice(start, start + blocks.step)
+        for block in row_blocks(*rows.shape):
             wide = rows[block].float()
             torch.mean(wide.square(), -1, keepdim=True, out=rstd[block]).add_(eps).rsqrt_()
             out[block] = (wide * rstd[block]).mul_(weight)
@@ -68,9 +61,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, x.shape[-1])
         grad_x = torch.empty_like(rows) if wants_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        blocks = row_blocks(*rows.shape)
-        for start in blocks:
-            block = slice(start, start + blocks.step)
+        for block in row_blocks(*rows.shape):
             normalised, grad = rows[block] * rstd[block], grads[block].float()
             if grad_weight is not None:
                 grad_weight += (grad * normalised).sum(0)
@@ -98,7 +89,6 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_si
         x: (..., width), the scan's output.
         gate: (..., width), may be a view into the input projection's output.
         weight: (width,).
-        eps: added to the mean square.
         group_size: channels per group; divides width.
         dtype: of the result, the output projection's input.
 
@@ -118,9 +108,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         # Batch rows apart, because a gate that is a view into a wider tensor flattens only row by row.
         for x_row, gate_row, out_row in zip(_rows(x), _rows(gate), _rows(out), strict=True):
-            blocks = row_blocks(*x_row.shape)
-            for start in blocks:
-                block = slice(start, start + blocks.step)
+            for block in row_blocks(*x_row.shape):
                 gated = F.silu(gate_row[block].float()).mul_(x_row[block]).view(groups)
                 rstd = gated.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
                 out_row[block] = gated.mul_(rstd).mul_(grouped_weight).flatten(1)
@@ -137,9 +125,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         grad_weight = torch.zeros(groups[1:], device=x.device) if ctx.needs_input_grad[2] else None
         rows = zip(*map(_rows, (x, gate, grad_out, grad_x, grad_gate)), strict=True)
         for x_row, gate_row, grad_row, grad_x_row, grad_gate_row in rows:
-            blocks = row_blocks(*x_row.shape)
-            for start in blocks:
-                block = slice(start, start + blocks.step)
+            for block in row_blocks(*x_row.shape):
                 wide, wide_gate = x_row[block].float(), gate_row[block].float()
                 sigmoid = torch.sigmoid(wide_gate)
                 silu = wide_gate * sigmoid

@@ -5,13 +5,11 @@ For one layer of Granite-4.0-H-1B (48 heads of 64, state 128, one group) and 1,0
 copy of B and of C for each of the 48 heads in fp32, 24 MiB each, and fp32 copies of x. The inputs themselves are
 x 6 MiB, B and C 0.25 MiB each, dt 0.1 MiB in bf16. So:
 
-- forward walks blocks of a few chunks in order and keeps the inputs and the initial state (1.5 MiB in fp32), nothing
-  else;
-- backward walks once forward for the state at each block's start, then walks in reverse and recomputes one block at a
-  time: the working set is four (chunks x chunk x chunk x heads) fp32 tensors;
-- B and C belong to a group of heads, so they are never repeated: what a state contributes to the output is one product
-  (chunk, state) x (state, heads * head_dim) for the whole group;
-- a gradient is computed only where one is asked for: A, D and dt's bias are frozen in QLoRA.
+- forward walks blocks of a few chunks and keeps the inputs and the initial state (1.5 MiB in fp32), nothing else;
+- backward walks forward for the state at each block's start, then in reverse, and recomputes one block at a time: the
+  working set is four (chunks x chunk x chunk x heads) fp32 tensors;
+- B and C belong to a group of heads and are never repeated: what a state contributes to the output is one product
+  (chunk, state) x (state, heads * head_dim) for the whole group.
 
 The chunk's length is free: the result does not depend on it. Work inside a chunk grows with it (chunk x heads
 exponentials a token), work on states falls with it (heads x head_dim x state / chunk numbers a token). At 64 the two
@@ -30,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A GPU gets a quarter of the launches: 4 x 48 x 64 x 64 x 4 bytes = 3 MiB a temporary, and 4 x 1.5 MiB of states.
+from qlora_lowmem.lean.tiles import spans
+
 CHUNKS_TOGETHER = 4
 
 
@@ -43,25 +42,16 @@ class ScanOptions:
 
 
 class ScanInputs(NamedTuple):
-    """What a scan reads.
+    """What a scan reads; x, b and c may be views."""
 
-    Attributes:
-        x: (batch, seq, heads, head_dim), may be a view.
-        dt: (batch, seq, heads), before bias and softplus.
-        a: (heads,), negative, fp32.
-        b, c: (batch, seq, groups, state), may be views.
-        d, dt_bias: (heads,).
-        state: (batch, heads, head_dim, state), fp32: the state before the first token.
-    """
-
-    x: Tensor
-    dt: Tensor
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor
-    dt_bias: Tensor
-    state: Tensor
+    x: Tensor  # (batch, seq, heads, head_dim)
+    dt: Tensor  # (batch, seq, heads), before bias and softplus
+    a: Tensor  # (heads,), negative, fp32
+    b: Tensor  # (batch, seq, groups, state)
+    c: Tensor  # as b
+    d: Tensor  # (heads,)
+    dt_bias: Tensor  # (heads,)
+    state: Tensor  # (batch, heads, head_dim, state), fp32: the state before the first token
 
 
 def mamba2_scan(inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:
@@ -154,18 +144,12 @@ class _Scan(torch.autograd.Function):
         )
 
 
-def _heads_by_group(t: Tensor, groups: int) -> Tensor:
-    """(b, h, l, l) as (b, g, h/g, l, l)."""
-    grouped: Tensor = t.unflatten(1, (groups, -1))
-    return grouped
-
-
 def _output(chunks: "Chunks", states: Tensor, d: Tensor) -> Tensor:
     """y (b, l, h, p) fp32 = decay * (C h0) + M (dt x) + D x, with M = (C Bᵀ) * decay."""
     from_state = chunks.c @ chunks.state_by_group(states).transpose(-1, -2)
     y = chunks.by_head(from_state).float() * chunks.decay_from_start()[..., None]
     mixing = chunks.decay_matrix()
-    _heads_by_group(mixing, chunks.groups).mul_(chunks.scores())
+    mixing.unflatten(1, (chunks.groups, -1)).mul_(chunks.scores())  # (b, g, h/g, l, l)
     weighted = chunks.x * chunks.dt.to(chunks.x.dtype)[..., None]
     y += (mixing.to(chunks.x.dtype) @ weighted.transpose(1, 2)).transpose(1, 2)
     return y.addcmul_(chunks.x, d.to(chunks.x.dtype)[:, None])
@@ -187,14 +171,15 @@ def _backward(
     scores = chunks.scores()
     mixing = chunks.decay_matrix()
     grad_mixing = (grad_heads @ weighted.transpose(1, 2).to(dtype).transpose(-1, -2)).float().mul_(mixing)
-    grad_scores = _heads_by_group(grad_mixing, groups).sum(2).to(dtype)
-    _heads_by_group(mixing, groups).mul_(scores)
+    by_group = (groups, -1)  # (b, h, l, l) as (b, g, h/g, l, l)
+    grad_scores = grad_mixing.unflatten(1, by_group).sum(2).to(dtype)
+    mixing.unflatten(1, by_group).mul_(scores)
     grad_weighted = (mixing.to(dtype).transpose(-1, -2) @ grad_heads).transpose(1, 2).float()
     del mixing, grad_heads
     # dM * M, the exponent's gradient: summed over j for its later end, over i for its earlier one. On the diagonal the
     # two cancel: left out, because with strong decay it is the largest, and its rounding would stay. The sums are
     # doubles (a few thousand numbers), because summed up over the tokens below they cancel again.
-    _heads_by_group(grad_mixing, groups).mul_(scores)
+    grad_mixing.unflatten(1, by_group).mul_(scores)
     grad_exponent = grad_mixing.tril_(-1)
     ends_here, starts_here = (grad_exponent.sum(axis, dtype=torch.float64) for axis in (-1, -2))
     grad_cumulative = (ends_here - starts_here).transpose(1, 2)  # (b, l, h)
@@ -234,8 +219,7 @@ def _backward(
 
 
 def _gradients_of_ends(grad_starts: Tensor, kept: Tensor, count: int, grad_state: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of each chunk's last state (b m, h, p, n), and of the block's first one, from the output's gradient
-    through each chunk's first state, which is overwritten, and from that of the block's last state."""
+    """Gradients of each chunk's last state (b m, h, p, n), and of the block's first one."""
     # A chunk's last state is the next chunk's first one, so a result takes the place of what it was made from.
     ends, kept = grad_starts.view(-1, count, *grad_starts.shape[1:]), kept.unflatten(0, (-1, count))
     for index in reversed(range(count)):
@@ -248,9 +232,8 @@ def _gradients_of_ends(grad_starts: Tensor, kept: Tensor, count: int, grad_state
 def blocks(seq: int, chunk_length: int) -> Iterator[tuple[slice, int]]:
     """Spans of the sequence with the number of equal chunks in each; the rest that fills no chunk comes last."""
     whole = seq - seq % chunk_length
-    for start in range(0, whole, CHUNKS_TOGETHER * chunk_length):
-        stop = min(start + CHUNKS_TOGETHER * chunk_length, whole)
-        yield slice(start, stop), (stop - start) // chunk_length
+    for span in spans(0, whole, CHUNKS_TOGETHER * chunk_length):
+        yield span, (span.stop - span.start) // chunk_length
     if whole < seq:
         yield slice(whole, seq), 1
 
@@ -357,5 +340,4 @@ def chunks_of(dtype: torch.dtype, block: tuple[slice, int], inputs: ScanInputs, 
 def fold(t: Tensor, block: tuple[slice, int]) -> Tensor:
     """(b, seq, ...) to the block's chunks (b m, l, ...)."""
     span, count = block
-    chunks: Tensor = t[:, span].unflatten(1, (count, -1))
-    return chunks.flatten(0, 1)
+    return t[:, span].unflatten(1, (count, -1)).flatten(0, 1)  # type: ignore[no-any-return]

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from qlora_lowmem.lean import scan
 from qlora_lowmem.lean.options import RefusedOptionError, Scan
 from qlora_lowmem.lean.scan import ScanInputs, ScanOptions, product_dtype
+from qlora_lowmem.lean.tiles import spans
 
 SPAN = 128  # tokens computed together: B and C for 48 heads take 1.5 MiB each, the states in backward 3 MiB
 _CHUNK = 64  # tokens of a chunk of the kernels, which offer powers of two
@@ -93,17 +94,13 @@ def advance_state(inputs: ScanInputs, options: ScanOptions) -> Tensor:
         return scan.advance_state(inputs, options)
     dtype, state, inputs = product_dtype(inputs.x), inputs.state, inputs._replace(c=inputs.b)
     with torch.no_grad(), torch.autocast(inputs.x.device.type, enabled=False), _one_configuration():
-        for span in _spans(inputs.x.shape[1]):
+        for span in spans(0, inputs.x.shape[1], SPAN):
             state = _attend(dtype, _part(inputs, span, state), options)[1]
     return state
 
 
 def _stays_plain(x: Tensor) -> bool:
     return x.is_cuda and product_dtype(x) == torch.float32
-
-
-def _spans(seq: int) -> list[slice]:
-    return [slice(start, min(start + SPAN, seq)) for start in range(0, seq, SPAN)]
 
 
 def _part(inputs: ScanInputs, span: slice, state: Tensor) -> ScanInputs:
@@ -142,7 +139,7 @@ class _Scan(torch.autograd.Function):
         ctx.dtype = product_dtype(x)
         y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False), _one_configuration():
-            for span in _spans(x.shape[1]):
+            for span in spans(0, x.shape[1], SPAN):
                 part = _part(inputs, span, state)
                 attended, state = _attend(ctx.dtype, part, options)
                 y[:, span] = attended
@@ -152,8 +149,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ScanInputs(*ctx.saved_tensors)
-        x, dt, a, b, c, d, dt_bias, state = inputs
-        walk = _spans(x.shape[1])
+        x, dt, _, b, c, d, _, state = inputs
+        walk = spans(0, x.shape[1], SPAN)
         states = [state]
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, b, c)]
         with torch.autocast(x.device.type, enabled=False), _one_configuration():
@@ -165,11 +162,10 @@ class _Scan(torch.autograd.Function):
                 parts = (*(t[:, span] for t in (x, dt, b, c)), states.pop())
                 leaves = [t.detach().requires_grad_() for t in parts]
                 with torch.enable_grad():
-                    part_x, part_dt, part_b, part_c, start = leaves
-                    recomputed = ScanInputs(part_x, part_dt, a, part_b, part_c, d, dt_bias, start)
+                    recomputed = inputs._replace(**dict(zip(("x", "dt", "b", "c", "state"), leaves, strict=True)))
                     ends = _attend(ctx.dtype, recomputed, ctx.options)
                 *found, grad_state = torch.autograd.grad(ends, leaves, (grad.to(ctx.dtype), grad_state))
-                del ends, parts, leaves, recomputed, part_x, part_dt, part_b, part_c, start
+                del ends, parts, leaves, recomputed
                 found[0] = torch.addcmul(found[0], grad, d.float()[:, None])
                 for whole, part in zip(grads, found, strict=True):
                     whole[:, span] = part
@@ -178,11 +174,7 @@ class _Scan(torch.autograd.Function):
 
 
 def choose_scan(asked: Scan, mixer: Any) -> tuple[Scan, str]:
-    """`plain` or `triton`, and in words which and why.
-
-    Args:
-        asked: what the options say. `auto` takes Triton wherever it works.
-        mixer: one Mamba-2 mixer of the model, on the device where it will train.
+    """`plain` or `triton`, and in words which and why, for a Mamba-2 mixer on the device where it will train.
 
     Raises:
         RefusedOptionError: `triton` is asked for and cannot be.
@@ -210,9 +202,8 @@ def why_not_triton(mixer: Any) -> str | None:
     try:
         difference = _difference(mixer, device)
     except Exception as error:  # no C compiler for Triton's launcher, a card that it does not know, an API that moved
-        return (
-            f"its kernels do not run here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        )
+        reason, *_ = str(error).splitlines() or [""]
+        return f"its kernels do not run here ({type(error).__name__}: {reason})"
     if not difference <= _TOLERANCE:
         return f"on this card its kernels differ from PyTorch's by {difference:.1e} of the norm"
     return None

@@ -116,7 +116,6 @@ def backward_in_tiles(layer: TiledLayer, x: Tensor, grad: Tensor, plan: TilePlan
     """Gradients of the layer's parameters, mixer first, from the gradient of its output.
 
     Args:
-        layer: as in forward.
         x: (batch, seq, hidden), the layer's input.
         grad: (batch, seq, hidden), the gradient of its output; overwritten tile by tile with that of its input.
         plan: as in forward.
