@@ -50,7 +50,6 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
     """
     options = options or LeanOptions()
     causal = _causal_language_model(model)
-    name = type(causal).__name__
     ideas: list[Idea] = []
     if options.quantised_embeddings is not None:
         ideas.append(quantise_embeddings(causal, options.quantised_embeddings))
@@ -70,7 +69,7 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
     dequantisation = patch_linear_4bit(causal, options.dequantised_tile_bytes)
     if dequantisation is not None:
         ideas.append(dequantisation)
-    return LeanReport(name, tuple(ideas))
+    return LeanReport(type(causal).__name__, tuple(ideas))
 
 
 def foresee_lean(model: nn.Module, options: LeanOptions | None = None, device: str = "cuda") -> LeanReport:

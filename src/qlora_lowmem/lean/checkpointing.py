@@ -15,7 +15,8 @@ and 15 GiB.
   backward the next one is fetched while a layer computes. On the GPU two residual tensors remain of forty.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +43,16 @@ def segment_lengths(layers: int) -> list[int]:
     lengths: list[int] = []
     while sum(lengths) < layers:
         lengths.append(slots - len(lengths))
-    surplus = sum(lengths) - layers  # less than the last segment's length, so the first one can give it
-    lengths[0] -= surplus
+    lengths[0] -= sum(lengths) - layers  # less than the last segment's length, so the first one can give it
     return lengths
+
+
+def _taken(kept: dict[int, Tensor], index: int) -> Tensor:
+    if index not in kept:
+        raise RuntimeError(
+            "a lean layer's checkpoint is freed as backward uses it; run forward again instead of backward twice"
+        )
+    return kept.pop(index)
 
 
 class DeviceStore:
@@ -62,11 +70,7 @@ class DeviceStore:
         Raises:
             RuntimeError: it has been taken, as by a second backward through the same graph.
         """
-        if index not in self._kept:
-            raise RuntimeError(
-                "a lean layer's checkpoint is freed as backward uses it; run forward again instead of backward twice"
-            )
-        return self._kept.pop(index)
+        return _taken(self._kept, index)
 
 
 class HostStore:
@@ -118,11 +122,7 @@ class HostStore:
             self._leaving = None
 
     def _fetch(self, index: int) -> None:
-        if index not in self._host:
-            raise RuntimeError(
-                "a lean layer's checkpoint is freed as backward uses it; run forward again instead of backward twice"
-            )
-        pinned = self._host.pop(index)
+        pinned = _taken(self._host, index)
         with torch.cuda.device(self._stream.device):
             x = torch.empty(pinned.shape, dtype=pinned.dtype, device=self._stream.device)
             # The memory may have been freed by kernels that still run: the copy waits for them.
@@ -142,30 +142,26 @@ class _Segment:
     store: DeviceStore | HostStore
     keeps_inner: bool
     owns_gradient: bool
-    autocast: tuple[bool, torch.dtype]
+    autocast: Callable[[], torch.autocast]
     inner: list[Tensor] = field(default_factory=list)
 
 
 def run_layers(
     layers: Sequence[TiledLayer], x: Tensor, plans: Sequence[TilePlan], checkpointing: str, owns_gradient: bool
 ) -> Tensor:
-    """A stack of layers over x (batch, seq, hidden), in tiles, with checkpoints as `checkpointing` says.
+    """A stack of layers, with a plan for each, over x (batch, seq, hidden), in tiles; the result has x's shape.
 
     Args:
-        layers: first to last.
-        x: input of the first.
-        plans: one a layer.
         checkpointing: `layer`, `segments` or `host`.
         owns_gradient: that nobody else holds the gradient of the result, so that backward may write into it.
-
-    Returns:
-        (batch, seq, hidden).
     """
     lengths = segment_lengths(len(layers)) if checkpointing == "segments" else [1] * len(layers)
     # Host memory is another place only on a GPU; on a CPU a checkpoint already is there.
     store = HostStore(x.device, len(lengths)) if checkpointing == "host" and x.is_cuda else DeviceStore()
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    # Casts of adapters to autocast's dtype are not cached: 17 MiB for fp32 adapters, and made without gradients.
+    autocast = functools.partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)
     start = 0
     for index, length in enumerate(lengths):
         part = slice(start, start + length)
@@ -191,9 +187,7 @@ class _RunSegment(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, segment: _Segment, *parameters: Tensor) -> Tensor:
         del parameters  # they only receive gradients
         ctx.segment = segment
-        # Casts of adapters to autocast's dtype are not cached: 17 MiB for fp32 adapters, and made without gradients.
-        enabled, dtype = segment.autocast
-        with torch.autocast(x.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+        with segment.autocast():
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
             for position, (layer, plan) in enumerate(zip(segment.layers, segment.plans, strict=True)):
                 if position and segment.keeps_inner:
@@ -208,8 +202,7 @@ class _RunSegment(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         segment: _Segment = ctx.segment
         x = segment.store.take(segment.index)
-        enabled, dtype = segment.autocast
-        with torch.autocast(x.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+        with segment.autocast():
             inputs = [x, *segment.inner] if segment.keeps_inner else _inputs_again(segment, x)
             segment.inner.clear()
             del x

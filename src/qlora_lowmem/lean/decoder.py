@@ -1,8 +1,7 @@
 """A causal language model whose decoder layers run in tiles, from its inputs to what its forward returns.
 
-This file and `layers.py` are the only ones that know transformers' decoders, and they know them by what the model
-brings: the classes that a model's own `forward` would return are looked up in the module that its class comes from.
-What TRL's trainer reads of its fused LM head is made here too.
+This file and `layers.py` are the only ones that know transformers' decoders. What TRL's trainer reads of its fused LM
+head is made here too.
 """
 
 import functools
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_outputs
 from transformers.masking_utils import create_recurrent_attention_mask
 
 from qlora_lowmem.lean.checkpointing import run_layers
@@ -24,11 +24,6 @@ from qlora_lowmem.lean.loss import IGNORE_INDEX, DenseHead, Head, HeadOptions, t
 from qlora_lowmem.lean.norms import rms_norm
 from qlora_lowmem.lean.options import LeanOptions
 from qlora_lowmem.lean.tiles import TilePlan
-
-
-def _modeling(module: nn.Module) -> Any:
-    """The module of transformers that a model's class comes from."""
-    return sys.modules[type(module).__module__]
 
 
 @dataclass
@@ -123,7 +118,7 @@ def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._lean.plain_forward(*args, **kwargs)
     hidden = _decode(self, *args, owns_gradient=False, **kwargs)
     normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
-    return getattr(_modeling(self), self._lean.family.backbone_output)(last_hidden_state=normed)
+    return getattr(modeling_outputs, self._lean.family.backbone_output)(last_hidden_state=normed)
 
 
 def _causal_forward(
@@ -160,7 +155,8 @@ def _own_hidden(causal: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Callabl
 
 def _tiled_hidden(causal: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Tensor], Any]:
     """Hidden states, the norm that they still need, and the output that the loss belongs into."""
-    backbone, output = causal.model, getattr(_modeling(causal), causal._lean.family.causal_output)()
+    backbone = causal.model
+    output = getattr(modeling_outputs, causal._lean.family.causal_output)()
     if _sees_less(causal, *args, **kwargs):
         plain = backbone._lean.plain_forward(*args, **kwargs | {"use_cache": False})
         return plain.last_hidden_state, _as_is, output

@@ -17,7 +17,7 @@ class Family:
 
     Attributes:
         causal_class: their class in transformers.
-        backbone_output, causal_output: classes in the model's own module that its forwards return.
+        backbone_output, causal_output: classes of transformers' `modeling_outputs` that their forwards return.
         plain_keywords: keywords whose calls take the decoder's own forward. Llama's packed samples are told apart by
             their positions, which are given in no other case: the model's own masks keep them.
         silu: what in tiles computes with SiLU.

@@ -23,13 +23,10 @@ from qlora_lowmem.lean.tiles import Carry, TiledLayer
 
 @dataclass(frozen=True)
 class SequenceInputs:
-    """What all layers of one forward see.
+    """What all layers of one forward see."""
 
-    valid is (batch, seq) bool or None without padding; cos and sin are (1 or batch, seq, head_dim) or None.
-    """
-
-    valid: Tensor | None
-    cos: Tensor | None
+    valid: Tensor | None  # (batch, seq) bool; None without padding
+    cos: Tensor | None  # (1 or batch, seq, head_dim)
     sin: Tensor | None
 
 
@@ -41,10 +38,7 @@ def trainable(*modules: nn.Module | None) -> list[Tensor]:
 class DecoderLayer:
     """A pre-norm decoder layer: the norms, the residuals and the feed-forward half, which all layers share.
 
-    Args:
-        layer: transformers' own.
-        inputs: of this forward.
-        mixer: the module between the first norm and the first residual.
+    `layer` is transformers' own, `mixer` its module between the first norm and the first residual.
     """
 
     def __init__(self, layer: Any, inputs: SequenceInputs, mixer: Any) -> None:
@@ -127,10 +121,8 @@ class MambaLayer(DecoderLayer):
     def begin(self, x: Tensor) -> tuple[None, Carry]:
         mixer, batch = self.mixer, x.shape[0]
         tail = x.new_zeros(batch, mixer.conv_kernel_size - 1, mixer.conv_dim)
-        state = torch.zeros(
-            batch, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size, dtype=torch.float32, device=x.device
-        )
-        return None, (tail, state)
+        states = (batch, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+        return None, (tail, x.new_zeros(states, dtype=torch.float32))
 
     def _scan_inputs(self, x: Tensor, start: int, carry: Carry) -> tuple[Tensor, ScanInputs, Tensor]:
         """gate, the scan's inputs, and the next tail."""

@@ -1,6 +1,6 @@
 """What can be switched on, and what a model took of it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 _SHORT_TILE, _LONG_TILE, _FEED_FORWARD_TILE = 512, 2048, 1024
@@ -86,7 +86,7 @@ class LeanReport:
     """What `apply_lean` did to a model."""
 
     model_class: str
-    ideas: tuple[Idea, ...] = field(default_factory=tuple)
+    ideas: tuple[Idea, ...]
 
     @property
     def applied(self) -> tuple[str, ...]:

@@ -15,11 +15,7 @@ from torch.nn import functional as F
 def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` with `gate, up = gate_up.chunk(2, -1)` (Shazeer, "GLU Variants Improve Transformer", 2020).
 
-    Args:
-        gate_up: (..., 2 m).
-
-    Returns:
-        (..., m) in the same dtype. The arithmetic is PyTorch's own in that dtype: bit by bit the plain one.
+    (..., 2 m) to (..., m) in the same dtype. The arithmetic is PyTorch's own in that dtype: bit by bit the plain one.
     """
     return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
 
