@@ -29,13 +29,10 @@ from qlora_lowmem.models.trusted import damaged_file
 from qlora_lowmem.recipe import Recipe
 
 
-def bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The recipe's quantisation as transformers takes it.
-
-    `llm_int8_skip_modules` stays unset: a list there *replaces* transformers' own, which keeps the LM head in 16 bits.
-    """
+def _bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if not recipe.quantization.load_in_4bit:
         return None
+    # No `llm_int8_skip_modules`: a list there *replaces* transformers' own, which keeps the LM head in 16 bits.
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.quantization.quant_type,
@@ -45,12 +42,7 @@ def bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBy
     )
 
 
-def load_config(recipe: Recipe, source: ModelSource) -> Any:
-    """The model's configuration, without a byte of weights.
-
-    Raises:
-        UsageError: the hub cannot be reached, or transformers does not know the architecture.
-    """
+def _load_config(recipe: Recipe, source: ModelSource) -> Any:
     if source.architecture is None or (source.folder is not None and recipe.base.weights == "pretrained"):
         location = str(source.gguf.parent if source.gguf else source.folder or source.hub_id)
         options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
@@ -71,10 +63,10 @@ def skeleton(recipe: Recipe, source: ModelSource, dtype: torch.dtype | None = No
         dtype: what random weights will be in (default: bf16).
 
     Raises:
-        UsageError: as `load_config`.
+        UsageError: the hub cannot be reached, or transformers does not know the architecture.
     """
     base = recipe.base
-    return meta_model(load_config(recipe, source), dtype or torch.bfloat16, base.attention, base.trust_remote_code)
+    return meta_model(_load_config(recipe, source), dtype or torch.bfloat16, base.attention, base.trust_remote_code)
 
 
 def load_base(
@@ -93,19 +85,35 @@ def load_base(
         UsageError: weights that cannot be found; embeddings that cannot be quantised.
         torch.cuda.OutOfMemoryError: it does not fit.
     """
-    quantization = bitsandbytes_config(recipe, dtype)
     bits = EMBEDDING_BITS[recipe.lean.quantised_embeddings]
     if recipe.base.weights == "random":
         assert source.architecture is not None  # resolve_model refuses random weights without one
+        quantization = _bitsandbytes_config(recipe, dtype)
         with lean_refusals(recipe):
-            made = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits, on_meta)
-        _keep_weights_as_they_are(made)
-        return made
+            model = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits, on_meta)
+    else:
+        model = _pretrained(recipe, source, dtype, device)
+        if bits is not None:
+            embedding: Any = model.get_input_embeddings()
+            embedding.weight.requires_grad_(False)
+            # So that it is never on the device beside its quantised self.
+            embedding.weight.data = embedding.weight.data.cpu()
+            with lean_refusals(recipe):
+                quantise_embeddings(model, bits, device)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with AVX512-BF16, `Linear4bit.forward` without gradients packs 4-bit weights anew, in place and
+            # less precisely (bitsandbytes/nn/modules.py), and training would go on from those.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _pretrained(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             _location(source),
             revision=recipe.base.revision,
-            quantization_config=quantization,
+            quantization_config=_bitsandbytes_config(recipe, dtype),
             dtype=dtype,
             device_map={"": device},
             attn_implementation=recipe.base.attention,
@@ -115,26 +123,7 @@ def load_base(
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(recipe, source, error) from error
     assert_on_device(model, device)
-    _keep_weights_as_they_are(model)
-    if bits is not None:
-        embedding: Any = model.get_input_embeddings()
-        embedding.weight.requires_grad_(False)
-        # So that it is never on the device beside its quantised self.
-        embedding.weight.data = embedding.weight.data.cpu()
-        with lean_refusals(recipe):
-            quantise_embeddings(model, bits, device)
     return model
-
-
-def _keep_weights_as_they_are(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew, in place and less precisely, when a CPU evaluates.
-
-    On CPUs with AVX512-BF16 `Linear4bit.forward` does so without gradients (bitsandbytes/nn/modules.py), and training
-    would go on from those.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def weights_folder(recipe: Recipe, source: ModelSource) -> Path:
@@ -210,10 +199,10 @@ def _cannot_load(recipe: Recipe, source: ModelSource, error: Exception) -> Usage
     if damage is not None:
         path, why = damage
         # In the hub's cache a file is a link to its content, which would be linked again.
-        path, again = (path, "copy it again from its source") if source.folder else (path.resolve(), "remove that file")
+        path = path if source.folder else path.resolve()
+        again = "copy it again from its source" if source.folder else "remove that file, and it is fetched again"
         return UsageError(
             f"base.model: {recipe.base.model!r} has a damaged file: {str(path)!r} ({why}). To repair it, {again}"
-            f"{'' if source.folder else ', and it is fetched again'}"
         )
     if source.folder is not None:
         return UsageError(

@@ -135,9 +135,6 @@ def untied_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-_BF16_BYTES = 2
-
-
 def write_zero_checkpoint(architecture: dict[str, Any], folder: Path) -> None:
     """Make `folder` with config, tokenizer and bf16 weights of `architecture` (the content of a `config.json`).
 
@@ -148,7 +145,7 @@ def write_zero_checkpoint(architecture: dict[str, Any], folder: Path) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in untied_weights(model).items():
-        begin, end = end, end + _BF16_BYTES * tensor.numel()
+        begin, end = end, end + torch.bfloat16.itemsize * tensor.numel()
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

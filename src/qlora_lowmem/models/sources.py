@@ -86,8 +86,7 @@ def source_of(recipe: Recipe, *, weights: str | None = None) -> ModelSource:
     Raises:
         UsageError: as `resolve_model`.
     """
-    base = recipe.base
-    return resolve_model(base.model, weights or base.weights, base.revision)
+    return resolve_model(recipe.base.model, weights or recipe.base.weights, recipe.base.revision)
 
 
 def resolve_model(model: str, weights: str, revision: str | None = None) -> ModelSource:
@@ -112,8 +111,7 @@ def resolve_model(model: str, weights: str, revision: str | None = None) -> Mode
     short = next((name for name, hub_id in _HUB_IDS.items() if model.lower() in (name, hub_id.lower())), None)
     if short is not None:
         return _known(model, short, weights)
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_local:
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:  # no hub id
         close = difflib.get_close_matches(model.lower(), known_architectures(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UsageError(
@@ -128,11 +126,7 @@ def resolve_model(model: str, weights: str, revision: str | None = None) -> Mode
 
 
 def _configuration_folder(hub_id: str, revision: str | None) -> Path:
-    """A folder that holds the `config.json` of a model on the hub; fetched unless it was before.
-
-    Raises:
-        UsageError: it cannot be fetched.
-    """
+    """A folder that holds the `config.json` of a model on the hub; fetched unless it was before."""
     from huggingface_hub import hf_hub_download
 
     try:

@@ -26,15 +26,10 @@ _QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin")
 
 @dataclass(frozen=True)
 class Targets:
-    """The resolved target modules.
+    """The resolved target modules."""
 
-    Attributes:
-        names: the modules' own names or suffixes (`q_proj`), as `peft.LoraConfig.target_modules` takes them.
-        modules: full names of every module that gets an adapter.
-    """
-
-    names: tuple[str, ...]
-    modules: tuple[str, ...]
+    names: tuple[str, ...]  # own names or suffixes (`q_proj`), as `peft.LoraConfig.target_modules` takes them
+    modules: tuple[str, ...]  # full names of every module that gets an adapter
 
 
 def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targets:
@@ -47,9 +42,7 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
         UsageError: a name or preset that matches nothing (PEFT would ignore it silently), listing what would match;
             the LM head, which TRL's fused loss reads directly, past any adapter.
     """
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != ""
-    }
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     head = next((name for name, module in linears.items() if module is model.get_output_embeddings()), None)
     linears.pop(head or "", None)
     by_leaf = Counter(name.rpartition(".")[2] for name in linears)
