@@ -66,11 +66,7 @@ class HeadOptions:
 
 
 def token_log_probs(
-    hidden: Tensor,
-    labels: Tensor,
-    head: Head,
-    norm: Callable[[Tensor], Tensor],
-    options: HeadOptions,
+    hidden: Tensor, labels: Tensor, head: Head, norm: Callable[[Tensor], Tensor], options: HeadOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each label, without the logits. Zero where the label is -100.
 
@@ -96,12 +92,7 @@ def token_log_probs(
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | None,
-        labels: Tensor,
-        scorer: "_Scorer",
-        gradient: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor | None, labels: Tensor, scorer: "_Scorer", gradient: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device
         rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)

@@ -9,7 +9,8 @@ x 6 MiB, B and C 0.25 MiB each, dt 0.1 MiB in bf16. So:
 - backward walks forward for the state at each block's start, then in reverse, and recomputes one block at a time: the
   working set is four (chunks x chunk x chunk x heads) fp32 tensors;
 - B and C belong to a group of heads and are never repeated: what a state contributes to the output is one product
-  (chunk, state) x (state, heads * head_dim) for the whole group.
+  (chunk, state) x (state, heads * head_dim) for the whole group;
+- a gradient is computed only where one is asked for: A, D and dt's bias are frozen in QLoRA.
 
 The chunk's length is free: the result does not depend on it. Work inside a chunk grows with it (chunk x heads
 exponentials a token), work on states falls with it (heads x head_dim x state / chunk numbers a token). At 64 the two
