@@ -1,9 +1,10 @@
 """Quantised tables: error, rows, and bad input."""
 
+from types import SimpleNamespace
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_lowmem.lean import RefusedOptionError, quantise_embeddings
 from qlora_lowmem.lean.embeddings import QuantisedEmbedding, QuantisedHead, QuantisedTable
@@ -55,10 +56,8 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 @pytest.mark.parametrize(("bits", "width", "message"), [(5, 64, "quantised_embeddings=5"), (4, 63, "even")])
 def test_bad_input(bits: int, width: int, message: str) -> None:
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=4, hidden_size=width, num_hidden_layers=1, num_attention_heads=1, tie_word_embeddings=True
-        )
-    )
+    embedding, head = torch.nn.Embedding(4, width), torch.nn.Linear(width, 4, bias=False)
+    head.weight = embedding.weight
+    model = SimpleNamespace(get_input_embeddings=lambda: embedding, get_output_embeddings=lambda: head)
     with pytest.raises(RefusedOptionError, match=message):
         quantise_embeddings(model, bits)
