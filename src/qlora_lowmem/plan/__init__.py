@@ -5,5 +5,4 @@ ladder.py   from the fastest recipe to the leanest
 answers.py  what a plan says
 pair.py     one (recipe, card) pair planned
 screen.py   an answer for a terminal
-__main__.py the command
 """

@@ -134,7 +134,7 @@ def need_of(run: RecipeRun, *, fits: bool) -> Need:
     return Need(run.peak.allocated, run.peak.reserved, run.peak.device, run.floor_bytes, host, learn, fits)
 
 
-def limit_of(found: Maximum, step: int, last: LimitedBy) -> Limit:
+def limit_of(found: Maximum[RecipeRun], step: int, last: LimitedBy) -> Limit:
     """What a search came to; `last` says what set its limit."""
     return Limit(found.value, found.next_value, step, "memory" if found.next_value else last)
 

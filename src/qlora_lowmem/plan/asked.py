@@ -4,6 +4,7 @@ Of its model counts what memory depends on: the shapes, never the values, of its
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import UsageError
@@ -45,16 +46,15 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     Raises:
         UsageError: no such model; a model on the hub whose configuration cannot be fetched.
     """
-    planned = replace_fields(recipe, {"data": SYNTHETIC, "device": "virtual"})
+    changes: dict[str, Any] = {"data": SYNTHETIC, "device": "virtual"}
     base = recipe.base
     if base.weights == "random" or not (base.model.lower().endswith(".gguf") or base.trust_remote_code):
-        source = source_of(recipe, weights="random")
-        planned = replace_fields(planned, {"weights": "random"})
-        if source.hub_id is not None and source.folder is not None:  # fetched now, and not again by each run
-            planned = replace_fields(planned, {"model": str(source.folder), "revision": None})
-    else:
-        source = source_of(recipe)
-    return PlannedModel(planned, recipe, source.context_length, takes_tiles(source.text_config))
+        changes["weights"] = "random"
+    source = source_of(recipe, weights=changes.get("weights"))
+    if "weights" in changes and source.hub_id is not None and source.folder is not None:
+        changes |= {"model": str(source.folder), "revision": None}  # fetched now, and not again by each run
+    tiles = takes_tiles(source.text_config)
+    return PlannedModel(replace_fields(recipe, changes), recipe, source.context_length, tiles)
 
 
 def runs_in_tiles(recipe: Recipe) -> bool:

@@ -32,7 +32,6 @@ _FASTEST: dict[str, Any] = {
     "quantised_embeddings": "none",
 }
 _MOVES = {move.name: move for move in moves(Recipe(), tiles=True)}
-_CHECKPOINTING = _MOVES["checkpointing"].sets
 # What the parts of a rung's name set: moves, and how they are made here. What `auto` takes for the scan depends on
 # whether Triton kernels are installed; `plain` holds the same bytes on every machine, and a proposal has only tens of
 # MiB of room.
@@ -40,7 +39,7 @@ _PARTS = {name: move.sets for name, move in _MOVES.items()} | {
     "fastest": {},
     "tiles": {**_MOVES["tiles"].sets, "checkpoints": "layer", "loss_tile_bytes": 2**24, "scan": "plain"},
     "segments": {"checkpoints": "segments"},
-    "offloading": {**_CHECKPOINTING, **_MOVES["offloading"].sets},
+    "offloading": {**_MOVES["checkpointing"].sets, **_MOVES["offloading"].sets},
 }
 # Set by rungs but no part of what they are: a person's own value on the command line is taken instead.
 _YIELDS = frozenset({"scan"})

@@ -3,9 +3,8 @@
 import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -21,13 +20,12 @@ Note = Callable[[int, bool], None]
 Run = TypeVar("Run")
 
 
-@dataclass(frozen=True)
-class Maximum:
+class Maximum(NamedTuple, Generic[Run]):
     """The largest that fits or 0, the smallest that was run and does not fit or 0, and the run at `value`."""
 
     value: int
     next_value: int
-    run: RecipeRun | None
+    run: Run | None
 
 
 def room_left(run: RecipeRun, card: virtual_gpu.Card, name: str) -> int:
@@ -52,13 +50,13 @@ def maximum_that_fits(
     note: Note,
     known: Mapping[int, int] = MappingProxyType({}),
     near: int | None = None,
-) -> Maximum:
+) -> Maximum[RecipeRun]:
     """`largest_that_fits` of the field `leaf`, the recipe's steps run on the card.
 
     Raises:
         QloraLowmemError: a run fails for another reason than memory.
     """
-    found = largest_that_fits(
+    return largest_that_fits(
         lambda number: submit(replace_field(recipe, leaf, number), card),
         lambda run: room_left(run, card, recipe.name),
         start=int(getattr(recipe.batch, leaf)),
@@ -68,7 +66,6 @@ def maximum_that_fits(
         known=known,
         near=near,
     )
-    return Maximum(*found)
 
 
 def longest(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, *, limit: int, step: int) -> Longest:
@@ -100,7 +97,7 @@ def largest_that_fits(
     note: Note,
     known: Mapping[int, int] = MappingProxyType({}),
     near: int | None = None,
-) -> tuple[int, int, Run | None]:
+) -> Maximum[Run]:
     """The largest multiple of `step` up to `limit` at which `probe` leaves room, taking need to grow with the number.
 
     Need is nearly a line, so two numbers whose need is known say where it will run out: the multiple below and the one
@@ -113,9 +110,6 @@ def largest_that_fits(
         note: told each number that was run, and whether it fits.
         known: room at numbers, of this step or not, that is known beforehand.
         near: where to look first, after the start.
-
-    Returns:
-        (the largest that fits or 0, the smallest seen not to fit or 0, the run at the largest).
     """
     rooms = dict(known)
     seen: dict[int, bool] = {}
@@ -136,7 +130,7 @@ def largest_that_fits(
             elif good < number < bad:
                 good, best = number, run
         tries = _next_tries(rooms, good, bad, step, open_ended=bad not in seen, stalled=2 * (bad - good) > before)
-    return good, bad if bad in seen else 0, best
+    return Maximum(good, bad if bad in seen else 0, best)
 
 
 def _first_tries(rooms: Mapping[int, int], start: int, bad: int, step: int, near: int | None) -> list[int]:

@@ -150,7 +150,7 @@ class Planner:
         if not fits or wanted < self._limit:
             found = self._maximum(recipe, "max_seq_length", self._limit, step, self._known(run, wanted))
         if fits and found.value < wanted and (found.next_value == 0 or wanted < found.next_value):
-            found = replace(found, value=wanted, run=here)
+            found = Maximum(wanted, found.next_value, here)
         return limit_of(found, self._pair.step, self._last), found.run
 
     def _known(self, run: RecipeRun, number: int) -> dict[int, int]:
@@ -163,7 +163,7 @@ class Planner:
 
     def _maximum(
         self, recipe: Recipe, leaf: str, limit: int, step: int, known: Mapping[int, int], near: int | None = None
-    ) -> Maximum:
+    ) -> Maximum[RecipeRun]:
         def note(value: int, fits: bool) -> None:
             self._note(f"{leaf} {value:,} {'fits' if fits else 'does not fit'}")
 

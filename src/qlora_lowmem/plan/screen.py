@@ -207,6 +207,9 @@ def cells(plan: Plan) -> dict[str, str]:
     found, need, longest = plan.proposal, plan.need, plan.longest
     if found is not None:
         need, longest = found.need, found.longest
+    following = ""
+    if longest is not None:
+        following = f"{longest.next_value:,}" if longest.next_value else _ENDS[longest.limited_by]
     return {
         "recipe or model": plan.subject,
         "card": plan.card,
@@ -219,14 +222,8 @@ def cells(plan: Plan) -> dict[str, str]:
         "floor GiB": known_gib(need.floor_bytes) if need is not None else "",
         "x floor": times_floor(need.allocated_bytes, need.floor_bytes) if need is not None else "",
         "longest": f"{longest.value:,}" if longest is not None else "",
-        "next": _next(longest),
+        "next": following,
     }
-
-
-def _next(longest: Limit | None) -> str:
-    if longest is None:
-        return ""
-    return f"{longest.next_value:,}" if longest.next_value else _ENDS[longest.limited_by]
 
 
 def plans_table(plans: Sequence[Plan]) -> str:

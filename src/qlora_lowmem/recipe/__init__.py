@@ -69,9 +69,9 @@ def field_values(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-# What says where and how often, not what is trained or what it needs.
 # Fields that came after figures had been recorded, with what recipes meant before: there they leave the hash as it was.
 _CAME_LATER = {("data", "template"): "auto"}
+# What says where and how often, not what is trained or what it needs.
 _OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
 
 

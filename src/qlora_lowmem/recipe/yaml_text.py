@@ -190,16 +190,10 @@ def commented_yaml(recipe: Recipe, title: Sequence[str]) -> str:
     for section in SECTIONS:
         lines += ["", f"{section}:"]
         for name in _fields(section):
-            setting = f"  {name}: {_one_line(plain[section][name])}"
-            lines.append(f"{setting:<{_COMMENT_AT}} # {_comment(field_specs()[name].memory)}")
+            value = yaml.safe_dump(plain[section][name], default_flow_style=True, width=10**6, allow_unicode=True)
+            setting = f"  {name}: {value.strip().removesuffix('...').strip()}"
+            effect = field_specs()[name].memory
+            if effect.split(":")[0] == "none":
+                effect = f"no effect on memory{effect.removeprefix('none')}"
+            lines.append(f"{setting:<{_COMMENT_AT}} # {effect}")
     return "\n".join(lines) + "\n"
-
-
-def _comment(memory: str) -> str:
-    """A field's effect on memory, as it reads beside its value."""
-    return f"no effect on memory{memory.removeprefix('none')}" if memory.split(":")[0] == "none" else memory
-
-
-def _one_line(value: object) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.strip().removesuffix("...").strip()

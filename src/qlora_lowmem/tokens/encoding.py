@@ -68,7 +68,12 @@ class Encoder:
     def _scored(self, messages: list[dict[str, Any]], tools: Any, context: list[int]) -> Encoded:
         """The conversation with the loss that the marking says; with `prefixes`, none on the turns in `context`."""
         if self._marking.method == "marks":
-            return self._marked(messages, tools)
+            found = self._template(messages, tools, return_assistant_tokens_mask=True)
+            ids, mask = list(found["input_ids"]), found["assistant_masks"]
+            if 1 not in mask:
+                reason = "the model's chat template marks no word of it as the assistant's"
+                raise FaultySampleError("chat template", reason)
+            return Encoded(ids, [token if marked else NO_LOSS for token, marked in zip(ids, mask, strict=True)])
         ids = self._rendered(messages, tools)
         if self._marking.method == "all":
             return Encoded(ids, ids)
@@ -99,13 +104,6 @@ class Encoder:
                 "mark the assistant's words; end the sample there, or set data.train_on to 'all'",
             )
         return start, end
-
-    def _marked(self, messages: list[dict[str, Any]], tools: Any) -> Encoded:
-        found = self._template(messages, tools, return_assistant_tokens_mask=True)
-        ids, mask = list(found["input_ids"]), found["assistant_masks"]
-        if 1 not in mask:
-            raise FaultySampleError("chat template", "the model's chat template marks no word of it as the assistant's")
-        return Encoded(ids, [token if marked else NO_LOSS for token, marked in zip(ids, mask, strict=True)])
 
     def _ended(self, text: str) -> str:
         end = str(self._tokenizer.eos_token or "")
