@@ -1,9 +1,8 @@
 """Tables: a Parquet file, or a data set of the hub through the package `datasets`.
 
 Columns of one format are read, the others are named in the report. pyarrow and datasets are imported when a table is
-opened, and not before. A data set that is JSON Lines is read as such, line by
-line: `load_dataset` (5.2) turns every text of a block of 10 MB into its JSON source, quotation marks and all, where one
-line of the block has a number or a list in its place.
+opened, and not before. A data set that is JSON Lines is read line by line: `load_dataset` (5.2) turns every text of a
+block of 10 MB into its JSON source, quotation marks and all, where one line of it has a number or a list in its place.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,9 +82,7 @@ def open_hub(name: str, split: str) -> Reader:
 
 
 class _HubLines(Reader):
-    """A split, or slices of one (`train[:10%]`), whose files are JSON Lines; rows are numbered over all of them, blank
-    lines left out.
-    """
+    """A split, or slices of one (`train[:10%]`), in JSON Lines; rows are numbered over all files, blank lines out."""
 
     def __init__(self, paths: Sequence[str], split: str) -> None:
         import datasets

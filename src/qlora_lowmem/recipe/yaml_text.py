@@ -79,8 +79,10 @@ def _text_of(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
-        place = f"{path}, line {raw[: fault.start].count(10) + 1}"
-        raise UsageError(f"{place}: byte {raw[fault.start]:#04x} is not UTF-8; save the file as UTF-8") from None
+        line = raw[: fault.start].count(b"\n") + 1
+        raise UsageError(
+            f"{path}, line {line}: byte {raw[fault.start]:#04x} is not UTF-8; save the file as UTF-8"
+        ) from None
 
 
 def _recipes_near(path: Path) -> str:
