@@ -2,7 +2,9 @@
 
 import json
 import os
+import pathlib
 import pickle
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -99,6 +101,16 @@ def test_a_sharded_checkpoint_is_taken_and_its_index_may_not_run_code(tmp_path: 
     with pytest.raises(UsageError, match="cannot be read"):
         check_checkpoint(tmp_path / "checkpoint-1")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_sharded_checkpoint_of_python_3_13_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index names the class of paths by the module that it moved to there."""
+    monkeypatch.setitem(sys.modules, "pathlib._local", pathlib)
+    monkeypatch.setattr(pathlib.PosixPath, "__module__", "pathlib._local")
+    shards = tmp_path / "checkpoint-1" / "pytorch_model_fsdp_0"
+    dcp.save({"model": {"weight": torch.ones(4)}}, checkpoint_id=shards, no_dist=True)
+    assert b"pathlib._local" in (shards / ".metadata").read_bytes()
+    check_checkpoint(tmp_path / "checkpoint-1")
 
 
 def test_a_pickled_adapter_is_refused(checkpoint: Path) -> None:

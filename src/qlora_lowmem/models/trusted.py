@@ -40,6 +40,7 @@ _IN_AN_INDEX = {
     ),
     "collections": ("OrderedDict",),
     "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),  # where Python 3.13 has it
 }
 
 
