@@ -76,6 +76,16 @@ def words_of(name: str) -> list[str]:
     return [sys.executable, *([sys.argv[0]] if first == SCRIPT else []), *rest]
 
 
+def share_cores(device: str) -> None:
+    """Let OpenMP's threads sleep while they wait, where this process computes on a CPU and nobody said otherwise.
+
+    Threads that spin take the cores from other work and from each other: beside a busy process, a step took 250 s, and
+    19 s like this. OpenMP reads it as torch is imported, so it must be said before.
+    """
+    if device == "cpu":
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def provenance_record(device: str, provenance: str, driver: str | None = None) -> dict[str, object]:
     """All that a table needs to be believed or repeated, as plain data.
 

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.data import check_data
-from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.environment import provenance_record, share_cores
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
         if value < 1:
             raise UsageError(f"{flag}: {value} is too few; give 1 or more")
     recipe, folder = _recipe_of(options)
+    share_cores(recipe.run.device)
     checked = check_data(options.data, recipe.data.train_on, quiet=options.quiet) if options.data else None
     adapter = _adapter_of(folder)
 

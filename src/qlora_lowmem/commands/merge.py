@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from qlora_lowmem.commands.frame import add_json_argument, check_json_target, check_new_folder, write_json
-from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.environment import provenance_record, share_cores
 from qlora_lowmem.errors import EXIT_OK
 from qlora_lowmem.recipe import recipe_hash
 from qlora_lowmem.results.tables import phase_table
@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     folder, to = Path(options.run), check_new_folder("--to", options.to)
     check_json_target(options.json, coming=to)
     recipe = recipe_of_run(folder)
+    share_cores(options.device)
 
     from qlora_lowmem.run.merge import merge_run
 

@@ -16,7 +16,7 @@ import msgspec
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, check_json_target, write_json
-from qlora_lowmem.environment import processes
+from qlora_lowmem.environment import processes, share_cores
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, recipe_from_dict
 from qlora_lowmem.run.preflight import inputs_of
@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.flush()
         os._exit(code)  # on a virtual card; Python's own cleaning up of a million objects would be for nothing
     recipe = load_recipe(options.config, overrides_from(options))
+    share_cores(recipe.run.device)
     makes_folder = recipe.run.device != "virtual" and not options.dry_run
     check_json_target(options.json, coming=Path(recipe.run.output_dir) if makes_folder else None)
     inputs = inputs_of(recipe, quiet=options.quiet)
