@@ -74,7 +74,7 @@ def test_random_weights_of_a_model_on_the_hub_are_asked_for_by_its_revision(
     assert source.architecture == json.loads((tiny_hybrid / "config.json").read_text())
     assert resolve_model(asked.base.model, "pretrained", "v2").architecture is None
     checked = preflight(inputs_of(replace_fields(asked, {"weights": "random"})))
-    assert min(len(checked.targets.modules), checked.trainable_parameters) > 0
+    assert min(len(checked.adapted.modules), checked.adapted.parameters) > 0
     assert takes_tiles(resolve_model(asked.base.model, "random", "v2").text_config)
     assert fetched == ["v2"] * 3
 

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import peft
 import torch
 from transformers import PreTrainedModel
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean import LeanOptions, LeanReport, RefusedOptionError
+from qlora_lowmem.models.adapters import becomes_experts
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.checks import allowed, field_specs
 from qlora_lowmem.recipe.sections import TARGET_PRESETS
@@ -30,24 +32,30 @@ class Targets:
 
     names: tuple[str, ...]  # own names or suffixes (`q_proj`), as `peft.LoraConfig.target_modules` takes them
     modules: tuple[str, ...]  # full names of every module that gets an adapter
+    notes: tuple[str, ...] = ()  # what a person should know of them
 
 
 def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targets:
     """Resolve a preset or a list of names against `model` (on any device, `meta` included).
 
     `attention` is every Linear directly inside an attention block; `attention-qv` its query and value projections;
-    `all-linear` every Linear but the LM head. Experts and routers that transformers keeps as plain parameters are none.
+    `all-linear` every Linear but the LM head. Experts and routers that transformers keeps as plain parameters are none,
+    nor are Linear modules whose names PEFT takes for those.
 
     Raises:
         UsageError: a name or preset that matches nothing (PEFT would ignore it silently), listing what would match;
+            a name that PEFT takes for a mixture's experts;
             the LM head, which TRL's fused loss reads directly, past any adapter.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     head = next((name for name, module in linears.items() if module is model.get_output_embeddings()), None)
     linears.pop(head or "", None)
+    taken = {leaf for leaf in {name.rpartition(".")[2] for name in linears} if becomes_experts(model, leaf)}
+    linears = {name: module for name, module in linears.items() if name.rpartition(".")[2] not in taken}
     by_leaf = Counter(name.rpartition(".")[2] for name in linears)
     wanted = _preset(asked, linears) if isinstance(asked, str) else tuple(asked)
     for name in wanted:
+        _refuse_experts(model, name, by_leaf)
         if head is not None and name == head.rpartition(".")[2]:
             raise UsageError(
                 f"lora.target_modules: {name!r} is the LM head. The fused loss multiplies by its weight directly, so "
@@ -61,7 +69,25 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
                 f"silently.{hint} These match: {_listing(by_leaf)}; or a preset: {', '.join(TARGET_PRESETS)}"
             )
     modules = tuple(name for name in linears if _matches(name, wanted))
-    return Targets(names=tuple(sorted(set(wanted))), modules=modules)
+    return Targets(tuple(sorted(set(wanted))), modules, _left_out(asked, taken))
+
+
+def _refuse_experts(model: PreTrainedModel, name: str, by_leaf: Counter[str]) -> None:
+    if becomes_experts(model, name):
+        raise UsageError(
+            f"lora.target_modules: PEFT {peft.__version__} takes {name!r} of a {model.config.model_type} for its "
+            "experts and would adapt all of them, as parameters, and no Linear of that name; whoever loads the adapter "
+            f"would have it read so too. Remove it; these would match: {_listing(by_leaf)}"
+        )
+
+
+def _left_out(asked: str | Iterable[str], taken: Iterable[str]) -> tuple[str, ...]:
+    if asked not in TARGET_PRESETS or not taken:
+        return ()
+    return (
+        f"lora.target_modules: {asked} leaves out {', '.join(sorted(taken))}, names that PEFT {peft.__version__} takes "
+        "for the experts of this family",
+    )
 
 
 def _preset(asked: str, linears: Iterable[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from qlora_lowmem.lean import LeanReport
 from qlora_lowmem.memory.owners import Floor, floor_of
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.memory.recorder import Recorder
+from qlora_lowmem.models.adapters import Adapted
 from qlora_lowmem.run.job import Job, PhaseCallback, apply_memory_limit, build_job, device_of, start_recorder
 from qlora_lowmem.run.out_of_memory import raise_if_out_of_memory
 from qlora_lowmem.run.preflight import Inputs, preflight, tokenised
@@ -139,6 +140,7 @@ def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: "
     profile = recorder.profile() if recorder is not None else None
     profiles = [] if profile is None else gather_object([profile]) if processes() > 1 else [profile]
     tokens = int(next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), 0))
+    adapted = Adapted.of(job.model)
     return Outcome(
         profile=profile,
         losses=tuple(float(entry["loss"]) for entry in history if "loss" in entry),
@@ -148,8 +150,8 @@ def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: "
         tokens=tokens,
         new_tokens=tokens - job.trainer.tokens_before,
         seconds=seconds,
-        trainable_parameters=sum(p.numel() for p in job.model.parameters() if p.requires_grad),
-        adapted_modules=len(job.checked.targets.modules),
+        trainable_parameters=adapted.parameters,
+        adapted_modules=len(adapted.modules),
         floor=floor_of(job.model, job.trainer.optimizer, batch.batch_size * batch.max_seq_length * hidden),
         profiles=tuple(profiles),
         attribution=attribution.finish(profile) if attribution is not None and profile is not None else None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
@@ -18,6 +18,7 @@ from qlora_lowmem.environment import local_rank, processes
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
+from qlora_lowmem.models.adapters import lora_config
 from qlora_lowmem.models.loading import Precision, assert_on_device, load_base
 from qlora_lowmem.models.targets import lean_options, lean_refusals
 from qlora_lowmem.recipe import Recipe
@@ -135,16 +136,7 @@ def build_job(
         samples = steps * batch.batch_size * batch.gradient_accumulation_steps * processes()
         data = synthetic_data(recipe, vocabulary, with_held_out(samples, recipe.data.eval_fraction))
     trained_on, evaluated_on = hold_out(data.dataset, recipe.data.eval_fraction, recipe.schedule.seed)
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            r=recipe.lora.lora_r,
-            lora_alpha=recipe.lora.lora_alpha,
-            lora_dropout=recipe.lora.lora_dropout,
-            target_modules=list(checked.targets.names),
-            task_type="CAUSAL_LM",
-        ),
-    )
+    adapted: Any = get_peft_model(model, lora_config(recipe, checked.targets.names))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL warns of choices that the recipe states on purpose
         trainer = LowMemTrainer(

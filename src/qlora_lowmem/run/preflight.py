@@ -4,11 +4,12 @@ First what needs no heavy library (`inputs_of`), then what does (`preflight`, `c
 milliseconds where it can be. What was found on the way is kept, and nothing of it is made again.
 """
 
+import functools
 import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.data import CheckedData, check_data
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qlora_lowmem.lean import LeanReport
+    from qlora_lowmem.models.adapters import Adapted
     from qlora_lowmem.models.loading import Precision
     from qlora_lowmem.models.targets import Targets
     from qlora_lowmem.tokens.dataset import TrainingData
@@ -69,11 +71,12 @@ class Preflight:
     lean: "LeanReport | None"
     tokenizer: "PreTrainedTokenizerBase"
 
-    @property
-    def trainable_parameters(self) -> int:
-        """Of all adapters: A is (r, in_features), B is (out_features, r)."""
-        adapted: list[Any] = [self.skeleton.get_submodule(name) for name in self.targets.modules]
-        return sum(self.inputs.recipe.lora.lora_r * (each.in_features + each.out_features) for each in adapted)
+    @functools.cached_property
+    def adapted(self) -> "Adapted":
+        """What will be trained, counted on the adapted model: on the meta device, before weights are read."""
+        from qlora_lowmem.models.adapters import foresee_adapters, lora_config
+
+        return foresee_adapters(self.skeleton, lora_config(self.inputs.recipe, self.targets.names))
 
 
 def inputs_of(recipe: Recipe, *, quiet: bool = True) -> Inputs:

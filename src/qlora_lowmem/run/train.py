@@ -40,10 +40,11 @@ def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
     quiet_libraries(bars=not quiet)
     recipe, samples = inputs.recipe, inputs.samples
     checked = preflight(inputs)
-    modules, parameters = len(checked.targets.modules), checked.trainable_parameters
+    modules, parameters = len(checked.adapted.modules), checked.adapted.parameters
     content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "dry_run": True}
     content |= {"adapted_modules": modules, "trainable_parameters": parameters}
     lines = [f"would train {parameters:,} parameters in adapters of {modules} modules"]
+    lines += [f"note: {text}" for text in checked.targets.notes]
     if checked.lean is not None:
         content["lean"] = checked.lean.to_dict()
         lines += [f"note: {text}" for text in what_is_left_out(checked.lean)]
@@ -183,16 +184,18 @@ def _held(recipe: Recipe) -> Iterator[Path | None]:
 
 def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
     """What is about to be trained, and the first sample as the model sees it."""
+    from qlora_lowmem.models.adapters import Adapted
     from qlora_lowmem.models.targets import what_is_left_out
     from qlora_lowmem.run.summary import data_lines
     from qlora_lowmem.tokens.dataset import show_sample
 
+    say(*(f"note: {text}" for text in job.checked.targets.notes))
     if job.lean is not None:
         say(*(f"note: {text}" for text in what_is_left_out(job.lean)))
     if quiet:
         return
-    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    say(f"training {trained:,} parameters in adapters of {len(job.checked.targets.modules)} modules")
+    adapted = Adapted.of(job.model)
+    say(f"training {adapted.parameters:,} parameters in adapters of {len(adapted.modules)} modules")
     if job.lean is not None:
         say(f"lean: {', '.join(job.lean.applied) or 'nothing'}")
     if inputs.samples is not None:
