@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a GPU, without --gpu; leave the proofs out unless the command names their file or marker."""
     for item in items:
-        if item.get_closest_marker("gpu") and not config.getoption("gpu"):
+        if item.get_closest_marker("gpu") and not config.getoption("vram_gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a real GPU: pytest bench/ --gpu"))
     named = {Path(argument.partition("::")[0]).name for argument in config.args}
     expression = config.getoption("markexpr") or ""
@@ -76,21 +76,21 @@ _TABLES = pytest.StashKey[tuple[Path, float]]()  # where they are written, and s
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what tests asked for, say where tables were written, what was left out and how it is run."""
+    """Say what was left out and how it is run; print what tests asked for, and where tables were written."""
+    for name in config.stash.get(_LEFT_OUT, []):
+        terminalreporter.write_line(f"left out, for it takes minutes: pytest bench/{name}.py")
     for text in config.stash.get(_PRINTED, []):
         terminalreporter.write_line(f"\n{text}\n")
     folder, since = config.stash.get(_TABLES, (Path(TABLES), time.time()))
     for path in sorted(folder.rglob("*.md")):
         if path.stat().st_mtime >= since:
-            terminalreporter.write_line(f"written: {path}, and beside it as JSON and CSV")
-    for name in config.stash.get(_LEFT_OUT, []):
-        terminalreporter.write_line(f"left out, for it takes minutes: pytest bench/{name}.py")
+            terminalreporter.write_line(f"written: {path} (and .json, .csv)")
 
 
 @pytest.fixture(scope="session")
 def on_gpu(request: pytest.FixtureRequest) -> bool:
     """Whether figures are measured on a real GPU."""
-    return bool(request.config.getoption("gpu"))
+    return bool(request.config.getoption("vram_gpu"))
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +123,7 @@ def runner(request: pytest.FixtureRequest, on_gpu: bool) -> Runner:
         except UsageError as error:
             pytest.exit(str(error), returncode=EXIT_USAGE)
         return GpuRunner(request.config.getoption("vram_cap"))
-    card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD)
+    card = virtual_gpu.get_card(request.config.getoption("vram_card") or DEFAULT_CARD)
     return VirtualRunner(request.getfixturevalue("virtual_server"), card)
 
 

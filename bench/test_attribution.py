@@ -22,7 +22,7 @@ def runs(request: pytest.FixtureRequest, on_gpu: bool) -> dict[str, "Future[Reci
     """Each recipe's run with attribution, on a card of the default kind with room for it."""
     if on_gpu:
         pytest.skip("measured attribution: python -m qlora_lowmem.explain --config RECIPE --device cuda")
-    card = roomy(virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD))
+    card = roomy(virtual_gpu.get_card(request.config.getoption("vram_card") or DEFAULT_CARD))
     server = request.getfixturevalue("virtual_server")
     return {
         name: submit_recipe(server, load_recipe(RECIPES / f"{name}.yaml"), card, attribute=True) for name in EXPLAINED

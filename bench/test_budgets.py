@@ -35,6 +35,5 @@ def test_budget(matrix: Matrix, name: str) -> None:
         ("device", result.profile.peak.device),
     ):
         limit = parse_bytes(budget[what])
-        assert peak <= limit, (
-            f"{name}: {what} {format_bytes(peak)} is {format_bytes(peak - limit)} over its budget of {budget[what]}"
-        )
+        sizes = (format_bytes(each, budget[what]) for each in (peak, peak - limit))
+        assert peak <= limit, f"{name}: {what} {' is '.join(sizes)} over its budget of {budget[what]}"

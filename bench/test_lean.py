@@ -55,7 +55,7 @@ def runs(
     """Each step's run, on a card of the default kind with room for the baseline."""
     if on_gpu:
         pytest.skip("the ladder is virtual; lean.yaml is measured by pytest bench/test_budgets.py --gpu")
-    card = virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD)
+    card = virtual_gpu.get_card(request.config.getoption("vram_card") or DEFAULT_CARD)
     server = request.getfixturevalue("virtual_server")
     running = {idea: submit_recipe(server, recipe, roomy(card)) for idea, recipe in ladder()}
     yield running

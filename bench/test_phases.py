@@ -13,7 +13,7 @@ from qlora_lowmem.plan.questions import Life, live
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.phases import write_phases
-from qlora_lowmem.units import parse_bytes
+from qlora_lowmem.units import format_bytes, parse_bytes
 
 pytestmark = pytest.mark.phases
 CARD = virtual_gpu.get_card("rtx-4050-laptop-6gb")
@@ -50,7 +50,8 @@ def _write(folder: Path, lives: dict[str, Life]) -> None:
 def test_a_phase_stays_under_its_budget(lives: dict[str, Life], name: str, phase: str) -> None:
     assert not lives[name].out_of_memory
     peak = _peak(lives[name], phase)
-    assert peak.allocated <= parse_bytes(BUDGETS[name][phase])
+    budget = BUDGETS[name][phase]
+    assert peak.allocated <= parse_bytes(budget), f"{format_bytes(peak.allocated, budget)} is over {budget}"
     assert peak.device <= ON_THE_CARD
 
 

@@ -77,7 +77,7 @@ def comparisons(
     from witness.step import bear_witness  # brings torch and all of its company: not for those who leave this out
 
     server: virtual_gpu.Server = request.getfixturevalue("virtual_server")
-    card = roomy(virtual_gpu.get_card(request.config.getoption("card") or DEFAULT_CARD))
+    card = roomy(virtual_gpu.get_card(request.config.getoption("vram_card") or DEFAULT_CARD))
     workspaces = 2 * WORKSPACE_BYTES[card.compute_capability < (9, 0)]
     recipes = [each for each in recipes if each.name in WITNESSED]
     runs = {each.name: _submit(server, "steady_counters", each, card) for each in recipes}

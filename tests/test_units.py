@@ -37,6 +37,13 @@ def test_what_is_no_size_is_refused(text: str | int) -> None:
         parse_bytes(text)
 
 
+def test_a_size_beside_one_that_somebody_wrote_is_in_its_unit() -> None:
+    assert format_bytes(6_200_000_000, "6 GB") == "6.200 GB"
+    assert format_bytes(6_200_000_000, "6GiB") == "5.774 GiB"
+    assert format_bytes(64, "6 GB") == "64 B"
+    assert format_bytes(2**30, "1000") == format_bytes(2**30) == "1.000 GiB"
+
+
 @given(number=st.integers(0, 10**6), unit=st.sampled_from(sorted(FACTORS)), space=st.sampled_from(["", " "]))
 def test_a_whole_number_of_units_is_exact_in_any_case(number: int, unit: str, space: str) -> None:
     for written in (unit, unit.lower(), unit.upper()):

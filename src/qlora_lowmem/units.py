@@ -51,14 +51,23 @@ def parse_memory_limit(limit: str | int, total_bytes: int) -> int:
     return int(total_bytes * Fraction(digits) / 100)
 
 
-def format_bytes(count: int) -> str:
-    """A count of bytes as a person reads it: `"1.473 GiB"`, `"8.1 MiB"`, `"512 B"`."""
+def format_bytes(count: int, like: str = "") -> str:
+    """A count of bytes as a person reads it: `"1.473 GiB"`, `"8.1 MiB"`, `"512 B"`.
+
+    Beside a size that somebody wrote (`like`) it is in that one's unit, unless it would round to nothing there.
+    """
+    written = _SIZE.fullmatch(like)
+    factor = _FACTORS.get(written[2].upper(), 1) if written else 1
+    if written and factor > 1:
+        text = f"{count / factor:.{3 if factor >= 1000**3 else 1}f}"
+        if float(text) or not count:
+            return f"{text} {written[2]}"
     for unit, size, digits in (("GiB", GIB, 3), ("MiB", MIB, 1), ("KiB", KIB, 1)):
         if abs(count) >= size:
             return f"{count / size:.{digits}f} {unit}"
     return f"{count} B"
 
 
-def format_signed(count: int) -> str:
-    """A difference in bytes: `"+3.0 MiB"`, `"-512 B"`, `"0 B"`."""
-    return f"+{format_bytes(count)}" if count > 0 else format_bytes(count)
+def format_signed(count: int, like: str = "") -> str:
+    """A difference in bytes: `"+3.0 MiB"`, `"-512 B"`, `"0 B"`; `like` as of `format_bytes`."""
+    return f"+{format_bytes(count, like)}" if count > 0 else format_bytes(count, like)

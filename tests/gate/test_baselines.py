@@ -190,7 +190,7 @@ def test_read_only_folder(path: Path, monkeypatch: pytest.MonkeyPatch, error: OS
         raise error
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(BaselineError, match=r"cannot be written: .*Nothing was changed.*--baselines DIR"):
+    with pytest.raises(BaselineError, match=r"cannot be written: .*Nothing was changed.*--vram-baselines DIR"):
         record_baselines(path, {"a": record(9)})
     assert path.read_bytes() == before
 

@@ -38,9 +38,9 @@ def test_a_budget_that_cannot_be_read_stops_collection(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--gpu", "-n", "2"), "measures one job at a time"),
-        (("--gpu", "--card", "t4-16gb"), "give one"),
-        (("--record", "test_it.py"), "is a path"),
+        (("--vram-gpu", "-n", "2"), "measures one job at a time"),
+        (("--vram-gpu", "--vram-card", "t4-16gb"), "give one"),
+        (("--vram-record", "test_it.py"), "is a path"),
         (("--vram-budget", "1 Gigs"), "unknown unit"),
         (("-o", "vram_card=rtx"), "vram_card"),
         (("-o", "vram_tolerance_relative=half"), "is not a share"),
@@ -76,7 +76,7 @@ def test_corrupt_baselines_are_one_clear_error(pytester: pytest.Pytester, run_he
     folder.mkdir()
     (folder / "rtx-4050-laptop-6gb.json").write_text("{")
     (pytester.path / "test_it.py").write_text("import pytest\n@pytest.mark.vram_budget('1 GB')\ndef test_it(): pass\n")
-    run = run_here("--baselines=peaks", "--record")
+    run = run_here("--vram-baselines=peaks", "--vram-record")
     assert run.returncode == 1
     assert "the baselines are not valid JSON" in run.stdout
     assert "Traceback" not in run.stdout

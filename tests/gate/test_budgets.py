@@ -110,7 +110,7 @@ def test_fresh_folder_with_pip_install(tmp_path: Path) -> None:
     assert grown.returncode == 1
     failure = grown.stdout
     assert "GPU memory over budget: test_model.py::test_step" in failure
-    assert re.search(r"allocated 816\.7 MiB, limit 700\.0 MiB: 116\.7 MiB over", failure), failure
+    assert re.search(r"allocated 816\.7 MiB, limit 700 MiB: 116\.7 MiB over", failure), failure
     assert "since it last passed (656.6 MiB allocated)" in failure
     assert re.search(r"\+128\.\d MiB +layers\.4 +new", failure), failure
     assert re.search(r"optimizer state .* test_model\.py:\d+ test_step", failure), failure
@@ -175,23 +175,23 @@ def test_defaults_from_the_ini_file_and_the_command_line(
         "import pytest, torch\n@pytest.mark.vram_budget\ndef test_it():\n    torch.empty(2**21, device='cuda')\n"
     )
     by_ini = run_here()
-    assert "limit 1.0 MiB" in by_ini.stdout
+    assert "limit 1 MiB" in by_ini.stdout
     assert "on t4-16gb" in by_ini.stdout
-    by_flags = run_here("--vram-budget", "7MiB", "--card", "rtx-4050-laptop-6gb")
-    assert "limit 7.0 MiB" in by_flags.stdout
+    by_flags = run_here("--vram-budget", "7MiB", "--vram-card", "rtx-4050-laptop-6gb")
+    assert "limit 7MiB" in by_flags.stdout
     assert "on rtx-4050-laptop-6gb" in by_flags.stdout
 
 
 def test_record_compare_and_refuse(pytester: pytest.Pytester, run_here: Callable[..., Run]) -> None:
-    """--record writes baselines of a passing run; a byte more is then a regression; a failing run writes nothing."""
+    """Baselines of a passing run are recorded; a byte more is then a regression; a failing run writes nothing."""
     tmp_path = pytester.path
     test = tmp_path / "test_it.py"
     body = (
         "import pytest, torch\n@pytest.mark.vram_budget('1 GB')\ndef test_it():\n    torch.empty({}, device='cuda')\n"
     )
     test.write_text(body.format("2**20"))
-    flags = ("--baselines", "peaks")
-    recorded = run_here(*flags, "--record")
+    flags = ("--vram-baselines", "peaks")
+    recorded = run_here(*flags, "--vram-record")
     assert recorded.returncode == 0, recorded.stdout
     file = tmp_path / "peaks" / "rtx-4050-laptop-6gb.json"
     assert f"recorded in {file}" in recorded.stdout
@@ -209,23 +209,23 @@ def test_record_compare_and_refuse(pytester: pytest.Pytester, run_here: Callable
     snapshot = pickle.loads(Path(kept[2]).read_bytes())
     assert snapshot["segments"], "what torch's memory viewer opens"
     assert any(event["action"] == "alloc" for event in snapshot["device_traces"][0])
-    assert run_here(*flags, "--report-only").returncode == 0
+    assert run_here(*flags, "--vram-report-only").returncode == 0
     assert file.read_bytes() == before
 
     test.write_text(body.format("2**18"))
     improved = run_here(*flags)
     assert improved.returncode == 0
     assert "IMPROVED" in improved.stdout
-    assert "pytest --record=" in improved.stdout
+    assert "pytest --vram-record=" in improved.stdout
 
     test.write_text(body.format("2**18") + "def test_other(): assert False\n")
-    failing = run_here(*flags, "--record")
+    failing = run_here(*flags, "--vram-record")
     assert "no baseline was written: the run did not pass" in failing.stdout
     assert file.read_bytes() == before
-    named = run_here(*flags, "test_it.py::test_it", "--record=test_it")
+    named = run_here(*flags, "test_it.py::test_it", "--vram-record=test_it")
     assert named.returncode == 0
     assert file.read_bytes() != before
-    unknown = run_here(*flags, "test_it.py::test_it", "--record=nothing")
+    unknown = run_here(*flags, "test_it.py::test_it", "--vram-record=nothing")
     assert unknown.returncode == 1
     assert "no case of the name nothing ran" in unknown.stdout
 
@@ -236,8 +236,8 @@ def test_xdist_gives_the_same_bytes(pytester: pytest.Pytester, run_here: Callabl
         "import pytest, torch\n@pytest.mark.parametrize('n', range(2))\n@pytest.mark.vram_budget('1 GB')\n"
         "def test_it(n):\n    torch.empty(2**20 * (n + 1), device='cuda')\n"
     )
-    alone = run_here("--baselines=peaks", "--record")
-    together = run_pytest(tmp_path, *FEW_PLUGINS, "--baselines=other", "--record", "-n", "2")
+    alone = run_here("--vram-baselines=peaks", "--vram-record")
+    together = run_pytest(tmp_path, *FEW_PLUGINS, "--vram-baselines=other", "--vram-record", "-n", "2")
     assert (alone.returncode, together.returncode) == (0, 0), together.stdout
     name = "rtx-4050-laptop-6gb.json"
     assert (tmp_path / "peaks" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
@@ -248,18 +248,18 @@ def test_ten_runs_give_the_same_bytes(pytester: pytest.Pytester, run_here: Calla
     (pytester.path / "test_model.py").write_text(TEST)
     files = set()
     for number in range(10):
-        assert run_here(f"--baselines=peaks-{number}", "--record").returncode == 0
+        assert run_here(f"--vram-baselines=peaks-{number}", "--vram-record").returncode == 0
         files.add((pytester.path / f"peaks-{number}" / "rtx-4050-laptop-6gb.json").read_bytes())
     assert len(files) == 1
 
 
 def test_on_the_gpu_of_this_machine(tmp_path: Path) -> None:
-    """`--gpu` measures in the process itself. The machine is a virtual one here: for pytest it is the real thing."""
+    """`--vram-gpu` measures in the process itself. The machine is virtual here: for pytest it is the real thing."""
     limits = MANY[MANY.index("def test_at_the_limit") : MANY.index("def test_fails")]
     marker = '@pytest.mark.vram_budget("64 MiB")\n'
     (tmp_path / "test_model.py").write_text(TEST)
     (tmp_path / "test_limits.py").write_text("import pytest, torch\n" + limits.replace("def test", f"{marker}def test"))
-    command = [sys.executable, "-m", "pytest", "-p", "qlora_lowmem.gate.plugin", *FEW_PLUGINS, "--gpu", "-rA"]
+    command = [sys.executable, "-m", "pytest", "-p", "qlora_lowmem.gate.plugin", *FEW_PLUGINS, "--vram-gpu", "-rA"]
     with (tmp_path / "output").open("w") as output:
         card = virtual_gpu.get_card("rtx-4050-laptop-6gb")
         virtual_gpu.run(command, card, cwd=tmp_path, stdout=output, timeout=120)
@@ -282,7 +282,7 @@ def test_all_constants_of_4bit_weights_are_named(pytester: pytest.Pytester, run_
         "    x = torch.ones(4096, 1024, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
         "    layer(x).sum().backward()\n"
     )
-    recorded = run_here("--baselines", "peaks", "--record")
+    recorded = run_here("--vram-baselines", "peaks", "--vram-record")
     assert recorded.returncode == 0, recorded.stdout
     (case,) = json.loads((pytester.path / "peaks" / "rtx-4050-laptop-6gb.json").read_text())["cases"].values()
     blocks = 1024 * 4096 // 64

@@ -10,9 +10,9 @@ import yaml
 
 from gate.examples import KEY, record
 from helpers import ROOT
-from qlora_lowmem.gate.budget import over_budget
+from qlora_lowmem.gate.budget import budget_of, over_budget
 from qlora_lowmem.gate.report import annotations, summary, trend, write_report
-from qlora_lowmem.results.kinds.verdicts import Budget, Row
+from qlora_lowmem.results.kinds.verdicts import Budget, Row, verdicts_table
 
 RECORD = {
     "provenance": "virtual",
@@ -70,6 +70,14 @@ def test_a_budget_without_attribution_still_says_the_sizes() -> None:
     bare = dataclasses.replace(record(7), kinds={}, modules={}, lines={})
     text = over_budget("t.py::c", Budget(4, "allocated", KEY.device), bare).render()
     assert "allocated 7 B, limit 4 B: 3 B over (7 - 4 = 3 bytes)" in text
+
+
+def test_a_budget_is_shown_in_the_unit_in_which_it_was_given() -> None:
+    over = dataclasses.replace(record(6_200_000_000), kinds={}, modules={}, lines={})
+    budget = budget_of(("6 GB",), {}, None, "t4-16gb")
+    assert "allocated 6.200 GB, limit 6 GB: 0.200 GB over (" in over_budget("t.py::c", budget, over).render()
+    table = verdicts_table([Row("t.py::c", "t.py", "OVER BUDGET", over, None, budget, True, "over")])
+    assert "|               6 GB |    +0.200 GB |" in table
 
 
 @pytest.mark.parametrize("name", ["ci.yml", "nightly-gpu.yml"])

@@ -25,6 +25,10 @@ def test_of_a_project_with_names_like_ours(matrix, runner):
 """
 
 
+# What a project may well call options of its own.
+NAMES = ("--results", "--gpu", "--card", "--record", "--baselines", "--report-only", "--across-versions")
+
+
 def collect(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -35,7 +39,8 @@ def collect(*options: str) -> subprocess.CompletedProcess[str]:
     [
         (("--card", "rtx-4050"), "rtx-4050-laptop-6gb"),
         (("--gpu", "--card", "t4-16gb"), "give one"),
-        (("--vram-cap", "6GB"), "add --gpu"),
+        (("--vram-gpu", "--vram-card", "t4-16gb"), "give one"),
+        (("--vram-cap", "6GB"), "add --vram-gpu"),
         (("--gpu", "--vram-cap", "6 Gigs"), "unknown unit"),
     ],
 )
@@ -55,7 +60,9 @@ def test_every_recipe_is_in_the_matrix() -> None:
 
 def test_a_project_keeps_its_own_markers_fixtures_and_options(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: ours\n    flaky: ours\n")
-    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--results')\n")
+    options = [f"    parser.addoption('{name}')\n" for name in NAMES]
+    (tmp_path / "conftest.py").write_text("".join(["def pytest_addoption(parser):\n", *options]))
     (tmp_path / "test_own.py").write_text(OWN)
-    run = run_pytest(tmp_path, *FEW_PLUGINS, "--strict-markers", "--results=mine", "-q")
+    given = [f"{name}=mine" for name in NAMES]
+    run = run_pytest(tmp_path, *FEW_PLUGINS, "--strict-markers", *given, "-q")
     assert "1 passed" in run.stdout, run.stdout + run.stderr

@@ -48,7 +48,7 @@ def test_reserved_has_a_looser_gate() -> None:
 def test_new_and_missing_say_what_to_do() -> None:
     new = compare("case", None, record(), EXACT)
     assert (new.name, new.fails) == ("NEW", False)
-    assert "--record=case" in new.render()
+    assert "--vram-record=case" in new.render()
     gone = missing("case", record())
     assert gone.fails
     assert "no case of that name ran" in gone.render()
@@ -60,7 +60,7 @@ def test_not_comparable_names_the_key(field: str) -> None:
     assert verdict.name == "NOT COMPARABLE"
     assert verdict.fails
     assert f"{field}: {getattr(KEY, field)} in the baseline, other now" in verdict.render()
-    assert "--record" in verdict.render()
+    assert "--vram-record" in verdict.render()
 
 
 def test_across_versions_compares_versions_and_nothing_else() -> None:

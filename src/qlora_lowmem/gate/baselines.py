@@ -24,7 +24,7 @@ from qlora_lowmem.results.kinds.verdicts import Record
 
 SCHEMA = 1
 _LOCK_SECONDS = 30.0
-_RESTORE = "Restore it (git checkout -- {path}), or delete it and record every case again (pytest --record ...)"
+_RESTORE = "Restore it (git checkout -- {path}), or delete it and record every case again (pytest --vram-record ...)"
 
 
 class BaselineError(UsageError):
@@ -64,7 +64,8 @@ def read_baselines(path: Path) -> dict[str, Record]:
 
 def _read_case(path: Path, name: str, case: Any) -> Record:
     again = (
-        f"Restore it (git checkout -- {path}), or take its block out and record it again: pytest --record={name} ..."
+        f"Restore it (git checkout -- {path}), or take its block out and record it again: "
+        f"pytest --vram-record={name} ..."
     )
     if not isinstance(case, dict):
         raise BaselineError(f"{path}: case {name!r} is not an object. {again}")
@@ -103,7 +104,7 @@ def record_baselines(path: Path, records: Mapping[str, Record], *, forget: Colle
     except OSError as error:
         raise BaselineError(
             f"{path}: the baselines cannot be written: {error}. Nothing was changed. Make the folder writable, or "
-            "record into another one with --baselines DIR"
+            "record into another one with --vram-baselines DIR"
         ) from None
 
 

@@ -41,7 +41,8 @@ def budget_of(
     of = options.get("of", "allocated")
     if of not in FIGURES:
         raise ValueError(f"vram_budget: of={of!r} is not one of {', '.join(FIGURES)}")
-    return Budget(parse_bytes(limit), of, virtual_gpu.get_card(options.get("card", default_card)).name)
+    card = virtual_gpu.get_card(options.get("card", default_card)).name
+    return Budget(parse_bytes(limit), of, card, limit.strip() if isinstance(limit, str) else "")
 
 
 def over_budget(
@@ -58,12 +59,12 @@ def over_budget(
         reference: what it used when it was within its budget, if that is known.
         reference_name: `its baseline` or `it last passed`.
     """
-    key, used, limit = record.key, budget.used(record), budget.limit
+    key, used, limit, given = record.key, budget.used(record), budget.limit, budget.given
     where = f"; the peak comes in {attribution.moment}" if attribution is not None else ""
     parts = [
         f"GPU memory over budget: {case}\n"
-        f"  {budget.of} {format_bytes(used)}, limit {format_bytes(limit)}: "
-        f"{format_bytes(used - limit)} over ({used:,} - {limit:,} = {used - limit:,} bytes)\n"
+        f"  {budget.of} {format_bytes(used, given)}, limit {budget.shown()}: "
+        f"{format_bytes(used - limit, given)} over ({used:,} - {limit:,} = {used - limit:,} bytes)\n"
         f"  on {key.device} ({key.provenance}){where}"
     ]
     if reference is not None:

@@ -1,4 +1,4 @@
-"""Measure budgeted tests in the process that runs them: a worker on a virtual card, or this one with --gpu."""
+"""Measure budgeted tests in the process that runs them: a worker on a virtual card, or this one with --vram-gpu."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The pytest plugin: budgets on GPU memory, on a virtual card or, with --gpu, a real one.
+"""The pytest plugin: budgets on GPU memory, on a virtual card or, with --vram-gpu, a real one.
 
 It is an entry point, so every pytest run on a machine with this package loads it: the gate itself is imported with the
 first test that it judges.
@@ -21,8 +21,8 @@ _INI = (
     ("vram_budget", "limit of a vram_budget marker without one, as in 6 GB"),
     ("vram_card", f"virtual card of a vram_budget marker without one (default: {DEFAULT_CARD})"),
     ("vram_baselines", "folder of recorded peaks (default: bench/baselines)"),
-    ("vram_tolerance", "with --gpu: allowed growth over a baseline, as in 2 MiB (default)"),
-    ("vram_tolerance_relative", "with --gpu: allowed growth as a share, as in 0.005 (default); the larger holds"),
+    ("vram_tolerance", "with --vram-gpu: allowed growth over a baseline, as in 2 MiB (default)"),
+    ("vram_tolerance_relative", "with --vram-gpu: allowed growth as a share, as in 0.005 (default); the larger holds"),
     ("vram_reserved_tolerance", "allowed growth of reserved bytes over a baseline, as in 64 MiB (default)"),
 )
 _SIZES = ("vram_budget", "vram_tolerance", "vram_reserved_tolerance")
@@ -30,22 +30,26 @@ _SIZES = ("vram_budget", "vram_tolerance", "vram_reserved_tolerance")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the benchmark and the gate."""
-    group = parser.getgroup("gpu memory", "memory of training jobs, on a virtual card unless --gpu is given")
-    group.addoption("--gpu", action="store_true", help="run on the real GPU of this machine: figures are measured")
-    group.addoption("--card", metavar="NAME", help=f"the virtual card (default: vram_card, or {DEFAULT_CARD})")
-    group.addoption("--vram-cap", metavar="SIZE", help="with --gpu: cap the allocator, as in --vram-cap 6GB")
+    group = parser.getgroup("gpu memory", "memory of training jobs, on a virtual card unless --vram-gpu is given")
+    group.addoption("--vram-gpu", action="store_true", help="run on the real GPU of this machine: figures are measured")
+    group.addoption("--vram-card", metavar="NAME", help=f"the virtual card (default: vram_card, or {DEFAULT_CARD})")
+    group.addoption("--vram-cap", metavar="SIZE", help="with --vram-gpu: cap the allocator, as in --vram-cap 6GB")
     group.addoption("--vram-budget", metavar="SIZE", help="limit of a vram_budget marker without one")
-    group.addoption("--baselines", metavar="DIR", help="folder of recorded peaks (default: vram_baselines)")
+    group.addoption("--vram-baselines", metavar="DIR", help="folder of recorded peaks (default: vram_baselines)")
     group.addoption(
-        "--record",
+        "--vram-record",
         metavar="CASE",
         action="append",
         nargs="?",
         const="",
-        help="write the baselines of a passing run: every case that runs, or --record=CASE (repeat for more)",
+        help="write the baselines of a passing run: every case that runs, or --vram-record=CASE (again for more)",
     )
-    group.addoption("--report-only", action="store_true", help="baselines are compared and reported, and fail nothing")
-    group.addoption("--across-versions", action="store_true", help="compare with baselines of other package versions")
+    group.addoption(
+        "--vram-report-only", action="store_true", help="baselines are compared and reported, and fail nothing"
+    )
+    group.addoption(
+        "--vram-across-versions", action="store_true", help="compare with baselines of other package versions"
+    )
     group.addoption("--vram-report", metavar="DIR", help="write gate.json, trend.json, summary.md and a chart there")
     for name, text in _INI:
         parser.addini(name, text)
@@ -97,8 +101,8 @@ class Judge:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """A budgeted test runs in a process on its virtual card, or with --gpu here."""
-        if not _has_budget(item) or self._config.getoption("gpu"):
+        """A budgeted test runs in a process on its virtual card, or with --vram-gpu here."""
+        if not _has_budget(item) or self._config.getoption("vram_gpu"):
             return None
         self.session.run(item)
         return True
@@ -112,7 +116,7 @@ class Judge:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Write baselines and reports."""
-        needed = self._began or self._config.getoption("record")
+        needed = self._began or self._config.getoption("vram_record")
         if needed and self.session.finish(exitstatus) and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -136,13 +140,15 @@ def _check_options(config: pytest.Config) -> None:
     """Raises:
     pytest.UsageError: options that are wrong or contradict each other.
     """
-    gpu, card, cap = (config.getoption(name) for name in ("gpu", "card", "vram_cap"))
+    gpu, card, cap = (config.getoption(name) for name in ("vram_gpu", "vram_card", "vram_cap"))
     if gpu and card is not None:
-        raise pytest.UsageError(f"--card {card} names a virtual card, and --gpu runs on the real one: give one")
+        raise pytest.UsageError(
+            f"--vram-card {card} names a virtual card, and --vram-gpu runs on the real one: give one"
+        )
     if cap is not None and not gpu:
-        raise pytest.UsageError(f"--vram-cap {cap} caps a real GPU: add --gpu, or choose a smaller --card")
+        raise pytest.UsageError(f"--vram-cap {cap} caps a real GPU: add --vram-gpu, or choose a smaller --vram-card")
     checks: list[tuple[str, Callable[[str], object], str | None]] = [
-        ("--card", _card, card),
+        ("--vram-card", _card, card),
         ("vram_card", _card, None if card else config.getini("vram_card")),
         ("--vram-cap", _size, cap),
         ("--vram-budget", _size, config.getoption("vram_budget")),
@@ -157,14 +163,14 @@ def _check_options(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{name}: {error}") from None
     if gpu and (getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput")):
         raise pytest.UsageError(
-            "--gpu measures one job at a time, and pytest-xdist (-n) runs several: leave -n out, or leave --gpu out "
+            "--vram-gpu measures one job at a time, and pytest-xdist (-n) runs several: leave -n or --vram-gpu out "
             "(a virtual card is deterministic, however many run)"
         )
-    for name in config.getoption("record") or ():
+    for name in config.getoption("vram_record") or ():
         if name and "::" not in name and Path(name).exists():
             raise pytest.UsageError(
-                f"--record {name}: {name} is a path, and --record took it for a case's name. Put --record last, or "
-                "write --record=CASE"
+                f"--vram-record {name}: {name} is a path, and was taken for a case's name. Put --vram-record last, or "
+                "write --vram-record=CASE"
             )
 
 

@@ -40,9 +40,9 @@ class GateSession:
         self._config = config
         self._option: Callable[[str], Any] = config.getoption
         self._ini: Callable[[str], str] = config.getini
-        self._card: str = self._option("card") or self._ini("vram_card") or default_card
-        self._on_gpu = bool(self._option("gpu"))
-        self._names: list[str] = self._option("record") or []
+        self._card: str = self._option("vram_card") or self._ini("vram_card") or default_card
+        self._on_gpu = bool(self._option("vram_gpu"))
+        self._names: list[str] = self._option("vram_record") or []
         self._rows: list[Row] = []
         self._read: dict[str, dict[str, Record]] = {}
         self._server: virtual_gpu.Server | None = None
@@ -120,7 +120,7 @@ class GateSession:
 
     def check_complete(self, item: pytest.Item, device: str, cases: Collection[str]) -> None:
         """Fail if the device's baselines have a recipe that is none of `cases`; tests' own are not looked at."""
-        fails = not self._option("report_only") and "" not in self._names
+        fails = not self._option("vram_report_only") and "" not in self._names
         for name, baseline in sorted(self._baselines(device).items()):
             if name not in cases and "::" not in name:
                 message = missing(name, baseline).render()
@@ -144,7 +144,9 @@ class GateSession:
             return False
         rows, failed = sorted(self._rows, key=lambda row: row.case), False
         if self._names and exit_status != pytest.ExitCode.OK:
-            self.lines = ["no baseline was written: the run did not pass, and --record writes those of a passing run"]
+            self.lines = [
+                "no baseline was written: the run did not pass, and --vram-record writes those of a passing run"
+            ]
         elif self._names:
             try:
                 self._record(rows)
@@ -162,7 +164,7 @@ class GateSession:
         if unknown or not chosen:
             ran = ", ".join(row.case for row in rows) or "none"
             name = ", ".join(unknown) or "given"
-            raise BaselineError(f"--record: no case of the name {name} ran. Cases that ran: {ran}")
+            raise BaselineError(f"--vram-record: no case of the name {name} ran. Cases that ran: {ran}")
         gone = {row.case for row in rows if row.verdict == "MISSING"} if "" in self._names else set()
         for device in sorted({record.key.device for record in chosen.values()}):
             records = {case: record for case, record in chosen.items() if record.key.device == device}
@@ -182,8 +184,8 @@ class GateSession:
             last_pass=msgspec.convert(kept, Record) if kept else None,
             gate=self._gate(),
             recording=self._recording(name),
-            across_versions=bool(self._option("across_versions")),
-            report_only=bool(self._option("report_only")),
+            across_versions=bool(self._option("vram_across_versions")),
+            report_only=bool(self._option("vram_report_only")),
             artefacts=str(self._artefacts()),
         )
 
@@ -198,7 +200,7 @@ class GateSession:
 
     @property
     def _folder(self) -> Path:
-        given: str | None = self._option("baselines")
+        given: str | None = self._option("vram_baselines")
         if given:
             return self._config.invocation_params.dir / given
         return self._config.rootpath / (self._ini("vram_baselines") or "bench/baselines")
@@ -220,7 +222,7 @@ class GateSession:
 
 
 def _means(name: str, case: str) -> bool:
-    """Whether `--record=name` means the case: all of it, a test by its last part, or any if empty."""
+    """Whether `--vram-record=name` means the case: all of it, a test by its last part, or any if empty."""
     return not name or case == name or case.endswith(f"::{name}")
 
 

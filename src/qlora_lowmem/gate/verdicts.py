@@ -68,7 +68,7 @@ def compare(
     case: str, baseline: Record | None, measured: Record, gate: Gate, *, across_versions: bool = False
 ) -> Verdict:
     """The verdict on a run; with `across_versions` also against a baseline of other package versions."""
-    record_it = f"pytest --record={case} ... writes"
+    record_it = f"pytest --vram-record={case} ... writes"
     if baseline is None:
         size = format_bytes(measured.allocated)
         return Verdict("NEW", f"{case}: NEW: {size} allocated, no baseline for it. {record_it} one.")
@@ -111,11 +111,11 @@ def _not_comparable(
     if changed.kinds and measured.allocated != baseline.allocated:
         found += f"\n\n{changed.render()}"
     advice = (
-        "Install the baseline's versions to gate; or --across-versions to hold these against it all the same;\n"
-        "or record them: pytest --record ... Which package did it: python -m qlora_lowmem.gate.bisect --help"
+        "Install the baseline's versions to gate; or --vram-across-versions to hold these against it all the same;\n"
+        "or record them: pytest --vram-record ... Which package did it: python -m qlora_lowmem.gate.bisect --help"
     )
     if not set(keys) <= set(VERSION_FIELDS):
-        advice = f"Record it as it is now: pytest --record={case} ..."
+        advice = f"Record it as it is now: pytest --vram-record={case} ..."
     return Verdict("NOT COMPARABLE", found, advice=advice)
 
 
@@ -124,5 +124,5 @@ def missing(case: str, baseline: Record) -> Verdict:
     return Verdict(
         "MISSING",
         f"{case}: MISSING: its baseline has {format_bytes(baseline.allocated)}, and no case of that name "
-        "ran. Bring it back, or take its baseline out: pytest --record ... with every case.",
+        "ran. Bring it back, or take its baseline out: pytest --vram-record ... with every case.",
     )

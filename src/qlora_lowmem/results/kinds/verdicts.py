@@ -77,16 +77,22 @@ class Budget:
         limit: in bytes.
         of: which figure: what tensors take (`allocated`), what torch took from the card for them (`reserved`), or
             that with the CUDA context (`device`).
-        card: the virtual card that it runs on; not used with --gpu.
+        card: the virtual card that it runs on; not used with --vram-gpu.
+        given: the limit as somebody wrote it, `6 GB`; empty where that was a number of bytes.
     """
 
     limit: int
     of: PeakFigure
     card: str
+    given: str = ""
 
     def used(self, record: Record) -> int:
         """The figure that it is for, in bytes."""
         return int(getattr(record, self.of))
+
+    def shown(self) -> str:
+        """The limit, in the unit in which it was given."""
+        return self.given or format_bytes(self.limit)
 
 
 @dataclass(frozen=True)
@@ -145,11 +151,15 @@ def _mib(count: int | None) -> Cell:
     return Cell("-") if count is None else Cell(f"{count / MIB:,.1f}", count)
 
 
+def _held_against(row: Row) -> Cell:
+    return Cell(row.budget.shown(), row.budget.limit) if row.budget else _mib(row.held_against)
+
+
 def _difference(row: Row) -> Cell:
     if row.held_against is None or row.record is None:
         return Cell("-")
     change = row.judged - row.held_against
-    return Cell(format_signed(change), change)
+    return Cell(format_signed(change, row.budget.given if row.budget else ""), change)
 
 
 _MESSAGE = Column[Row]("message", lambda row: Cell(row.message))
@@ -157,7 +167,7 @@ _COLUMNS: tuple[Column[Row], ...] = (
     Column("case", lambda row: Cell(row.case)),
     Column("verdict", lambda row: Cell(row.verdict, tone="bad" if row.fails else "good")),
     Column("allocated MiB", lambda row: _mib(row.record.allocated if row.record else None), "allocated"),
-    Column("held against MiB", lambda row: _mib(row.held_against), "held against"),
+    Column("held against MiB", _held_against, "held against"),
     Column("difference", _difference),
     Column("reserved MiB", lambda row: _mib(row.record.reserved if row.record else None), "reserved"),
     Column("on the card MiB", lambda row: _mib(row.record.device if row.record else None), "on the card"),
