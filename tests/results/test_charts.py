@@ -11,34 +11,34 @@ from hypothesis import strategies as st
 
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.memory.profile import Peak
-from qlora_lowmem.results import style, theme, timeline
+from qlora_lowmem.results import style, timeline
 from qlora_lowmem.results.kinds import attribution, families, lengths, phases, verdicts, waterfall
 from results.examples import STEPS
 from results.examples import attribution as example
 
 
-@pytest.mark.parametrize("found", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
-def test_text_and_lines_stand_out(found: theme.Theme) -> None:
+@pytest.mark.parametrize("found", [style.LIGHT, style.DARK], ids=["light", "dark"])
+def test_text_and_lines_stand_out(found: style.Theme) -> None:
     """4.5 for text, 3 for lines and marks, as WCAG 2.2 AA asks for."""
     for ground in (found["paper"], found["ground"]):
         for role in ("ink", "muted", "limit", "good", "bad", "link"):
-            assert theme.contrast(found[role], ground) >= 4.5, (role, ground)
-        assert theme.contrast(found["focus"], ground) >= 3
-    for role in (*theme.SERIES, "bar", "edge"):
-        assert theme.contrast(found[role], found["paper"]) >= 3, role
-    for group in theme.GROUPS:
-        assert theme.contrast(found[f"on-{group.role}"], found[group.role]) >= 4.5, group.role
+            assert style.contrast(found[role], ground) >= 4.5, (role, ground)
+        assert style.contrast(found["focus"], ground) >= 3
+    for role in (*style.SERIES, "bar", "edge"):
+        assert style.contrast(found[role], found["paper"]) >= 3, role
+    for group in style.GROUPS:
+        assert style.contrast(found[f"on-{group.role}"], found[group.role]) >= 4.5, group.role
 
 
 def test_contrast_is_that_of_wcag() -> None:
-    assert theme.contrast("#000000", "#ffffff") == pytest.approx(21)
-    assert theme.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
+    assert style.contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert style.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
 
 
 def test_every_kind_has_one_colour() -> None:
-    kinds = [kind for group in theme.GROUPS for kind in group.kinds]
+    kinds = [kind for group in style.GROUPS for kind in group.kinds]
     assert sorted(kinds) == sorted(KINDS)
-    assert len(set(theme.ROLE_OF)) == len(theme.LIGHT.colours) == len(theme.DARK.colours)
+    assert len(set(style.ROLE_OF)) == len(style.LIGHT.colours) == len(style.DARK.colours)
 
 
 steps = st.lists(st.tuples(st.integers(-40, 40), st.integers(-40, 40)), min_size=2, max_size=40)
@@ -112,19 +112,19 @@ def phase(name: str, device: int = 2**32) -> phases.PhaseBytes:
 )
 def test_drawings_hold_whatever_they_are_given(draw: style.Drawing, narrow: bool) -> None:
     """One step, one point, odd names, nothing at all: a drawing with colours by role comes out, twice the same."""
-    text = style.svg_text(draw, style.Style(theme.TOKENS, narrow))
+    text = style.svg_text(draw, style.Style(style.TOKENS, narrow))
     found = style.inline(text, "p", "a <name>", "d")
     assert 'aria-label="a &lt;name&gt;"' in found
     assert "var(--ink)" in found
     assert "#0a00" not in found
-    assert found == style.inline(style.svg_text(draw, style.Style(theme.TOKENS, narrow)), "p", "a <name>", "d")
+    assert found == style.inline(style.svg_text(draw, style.Style(style.TOKENS, narrow)), "p", "a <name>", "d")
 
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_phase_without_figures_keeps_its_row(narrow: bool) -> None:
     """In each recipe's panel stand the phases that any has, in the order of a run's life, and what the card holds."""
     lives = {"a": [phase("save"), phase("load")], "b": [phase("resume", 7 * 2**30)]}
-    look = style.Style(theme.LIGHT, narrow)
+    look = style.Style(style.LIGHT, narrow)
     text = style.svg_text(lambda found: phases.phases(found, lives), look)
     root = ET.fromstring(text)
     words = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]

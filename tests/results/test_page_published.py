@@ -10,7 +10,7 @@ from bs4 import BeautifulSoup
 
 from helpers import ROOT
 from qlora_lowmem.commands.frame import run_command
-from qlora_lowmem.results import style, theme
+from qlora_lowmem.results import style
 from qlora_lowmem.results.kinds import Section, published
 from qlora_lowmem.results.page import sections_of
 from qlora_lowmem.results.tables import Cell
@@ -97,7 +97,7 @@ def test_it_is_said_that_others_measured(soup: BeautifulSoup, tmp_path: Path) ->
 def test_one_figure_is_drawn(narrow: bool, explained: int) -> None:
     name = "_$\\frac{" + "b" * 300
     point = published.Published(name, "a run", "a card", "allocated", 2**32, "", 2**32, explained, None, None)
-    text = style.svg_text(lambda look: published.published(look, [point]), style.Style(theme.LIGHT, narrow))
+    text = style.svg_text(lambda look: published.published(look, [point]), style.Style(style.LIGHT, narrow))
     words = {element.text for element in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}text")}
     assert {"measured by others, GiB", "dashed: equal", "allocated"} <= words
     assert ("filled: with what is explained" in words) == bool(explained)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field, replace_fields
+from qlora_lowmem.run.imports import heavy_imports
 
 Answer = TypeVar("Answer")
 
@@ -78,9 +80,22 @@ def roomy(card: virtual_gpu.Card) -> virtual_gpu.Card:
     return card.with_memory(_ROOM_FOR_EVERYTHING)
 
 
+def import_what_runs_need() -> None:
+    """In the process that runs are forked from: the heavy libraries, with no more than a run needs, the worker, and
+    what each run would import or work out by itself.
+    """
+    with heavy_imports():
+        for name in ("datasets", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion"):
+            import_module(name)
+        import_module("transformers.integrations.bitsandbytes")
+        import_module("qlora_lowmem.plan.worker")
+        # Compiles the patterns of every model's names, and keeps them.
+        import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
+
+
 def recipe_server(max_workers: int = 2) -> virtual_gpu.Server:
     """A server of virtual runs with everything imported that a recipe needs."""
-    return virtual_gpu.Server(preload=["qlora_lowmem.plan.preload"], max_workers=max_workers)
+    return virtual_gpu.Server(preload=[f"{__name__}:import_what_runs_need"], max_workers=max_workers)
 
 
 def submit_recipe(

@@ -33,8 +33,7 @@ from qlora_lowmem.results.kinds import (
     waterfall,
 )
 from qlora_lowmem.results.reading import read_json
-from qlora_lowmem.results.style import Style, inline, save, svg_text
-from qlora_lowmem.results.theme import DARK, LIGHT, TOKENS, css_variables
+from qlora_lowmem.results.style import DARK, LIGHT, TOKENS, Style, css_variables, inline, save, svg_text
 
 _HERE = Path(__file__).parent
 

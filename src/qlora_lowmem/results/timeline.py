@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_lowmem.memory.attribution import Timeline, chosen_events
-from qlora_lowmem.results.style import CRISP, SMALL, Axes, Figure, Style, note
+from qlora_lowmem.results.style import CRISP, GROUPS, SMALL, Axes, Figure, Group, Style, note
 from qlora_lowmem.results.tables import Cell, Table, gib
-from qlora_lowmem.results.theme import GROUPS, Group
 from qlora_lowmem.units import GIB
 
 _POINTS = {False: 400, True: 150}  # by narrow: about one to a column of pixels or two

@@ -85,6 +85,9 @@ class Server:
 
     Where the machine cannot host a virtual GPU, futures fail with VirtualGPUUnavailable.
 
+    Args:
+        preload: modules, or `package.module:function` for a function of one that is called to import more.
+
     Raises:
         ValueError: `max_workers` is less than 1.
     """

@@ -14,7 +14,7 @@ from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.results import timeline
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, provenance_of, together
 from qlora_lowmem.results.reading import read_as
-from qlora_lowmem.results.style import SMALL, Axes, Figure, Style, note, save
+from qlora_lowmem.results.style import GROUPS, SMALL, Axes, Figure, Style, note, save
 from qlora_lowmem.results.tables import (
     Cell,
     Column,
@@ -26,7 +26,6 @@ from qlora_lowmem.results.tables import (
     times_floor,
     write_result,
 )
-from qlora_lowmem.results.theme import GROUPS
 from qlora_lowmem.results.timeline import draw_timeline, group_bytes, group_fill, group_legend
 from qlora_lowmem.units import GIB, MIB, format_bytes
 

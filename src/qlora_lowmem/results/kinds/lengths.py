@@ -12,9 +12,8 @@ from qlora_lowmem.files import Count
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own
 from qlora_lowmem.results.reading import Cases, read_as
-from qlora_lowmem.results.style import Axes, Figure, Style, doubling, legend_label
+from qlora_lowmem.results.style import SERIES, Axes, Figure, Style, doubling, legend_label
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_of, page_table, write_rows
-from qlora_lowmem.results.theme import SERIES
 from qlora_lowmem.units import GIB
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))

@@ -56,7 +56,10 @@ def _preload(modules: list[str]) -> None:
     torch.set_num_threads(1)
     with _answering_without_cuda(torch):
         for name in modules:
-            importlib.import_module(name)
+            module, _, function = name.partition(":")
+            imported = importlib.import_module(module)
+            if function:
+                getattr(imported, function)()
             if torch.cuda.is_initialized():
                 raise RuntimeError(
                     f"importing {name} initialises CUDA, and a forked job could not use it any more; "
