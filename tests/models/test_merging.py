@@ -66,9 +66,10 @@ def test_merged_tile_by_tile_and_shard_by_shard(base: Path, tmp_path: Path, monk
         assert torch.allclose(merged[name].float(), expected, rtol=2**-8, atol=1e-7), name
 
 
-def test_it_loads_without_peft_and_says_the_same(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+def test_it_loads_without_peft_and_says_the_same(base: Path, tmp_path: Path, rank_stabilised: bool) -> None:
     run, to = tmp_path / "run", tmp_path / "merged"
-    trained(base, run)
+    trained(base, run, use_rslora=rank_stabilised)
     assert main(["--run", str(run), "--to", str(to), "--dtype", "fp16", "--device", "cpu", "--quiet"]) == 0
     plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     merged: Any = AutoModelForCausalLM.from_pretrained(to)
@@ -90,8 +91,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_what_cannot_be_merged_is_said(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, to = tmp_path / "run", tmp_path / "merged"
     assert "there is no folder" in refused(capsys, "--run", str(run), "--to", str(to))
-    recipe = trained(base, run, use_rslora=True)
-    assert "use_rslora is True; only plain LoRA" in refused(capsys, "--run", str(run), "--to", str(to))
+    recipe = trained(base, run, rank_pattern={"q_proj": 2})
+    assert "rank_pattern is {'q_proj': 2}; only plain LoRA" in refused(capsys, "--run", str(run), "--to", str(to))
     trained(base, run)
     to.mkdir()
     (to / "file").write_text("mine")

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.random_weights import config_from, meta_model
 from qlora_lowmem.models.sources import architecture
-from qlora_lowmem.models.targets import resolve_targets
+from qlora_lowmem.models.targets import resolve_targets, targets_of
+from qlora_lowmem.recipe.sections import Lora
 
 
 def model(name: str) -> PreTrainedModel:
@@ -54,3 +56,39 @@ def test_a_name_that_matches_nothing_lists_what_would(name: str) -> None:
 def test_the_lm_head_is_refused_with_the_reason() -> None:
     with pytest.raises(UsageError, match="would never train"):
         resolve_targets(model("granite-4.0-350m"), ("lm_head",))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        (Lora(target_modules=r".*\.layers\.(5|15)\.self_attn\.[qv]_proj"), 4),
+        (Lora(target_modules="attention", exclude_modules=("o_proj",)), 4 * 3),
+        (Lora(target_modules="attention", exclude_modules=("layers.5", "mamba")), 3 * 4),
+        (Lora(target_modules="all-linear", exclude_modules=r".*\.(mamba|shared_mlp)\..*"), 4 * 4),
+        (Lora(target_modules=("q_proj", "in_proj"), exclude_modules=("in_proj", "v_proj")), 4),
+    ],
+)
+def test_expressions_and_exclusions_are_what_peft_adapts(chosen: Lora, count: int) -> None:
+    hybrid = model("granite-4.0-h-1b")
+    targets = targets_of(hybrid, chosen)
+    assert len(targets.modules) == count
+    adapted = get_peft_model(hybrid, LoraConfig(target_modules=list(targets.names)))
+    found = {
+        name.removeprefix("base_model.model.") for name, each in adapted.named_modules() if hasattr(each, "lora_A")
+    }
+    assert found == set(targets.modules)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (Lora(target_modules="q_proj.*"), "lora.target_modules: 'q_proj.*' matches no module"),
+        (Lora(exclude_modules=("q_proj", "layers.99")), "lora.exclude_modules: 'layers.99' matches no module"),
+        (Lora(exclude_modules=("ayers.5",)), "their paths look like model.layers.0."),
+        (Lora(target_modules=("q_proj",), exclude_modules=r".*_proj"), "excludes all 4 modules that target_modules"),
+    ],
+)
+def test_what_matches_nothing_or_leaves_nothing_is_refused(chosen: Lora, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        targets_of(model("granite-4.0-h-1b"), chosen)
+    assert said in str(caught.value)

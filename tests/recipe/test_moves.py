@@ -54,8 +54,9 @@ def test_only_models_in_tiles_get_moves_of_tiles() -> None:
 
 def test_which_fields_may_differ_between_two_starts_of_a_run() -> None:
     kept = {leaf for leaf in field_specs() if keeps_training(leaf, same_samples=False)}
-    assert {"lean", "attention", "max_memory", "pin_memory", "gradient_release"} <= kept
+    assert {"lean", "attention", "max_memory", "pin_memory", "gradient_release", "eval_data"} <= kept
     assert not kept & {"learning_rate", "lora_r", "quantised_embeddings", "max_seq_length", "batch_size", "seed"}
+    assert not kept & {"use_rslora", "exclude_modules", "warmup_ratio", "neftune_noise_alpha", "template"}
     assert {leaf for leaf in field_specs() if keeps_training(leaf, same_samples=True)} - kept == {
         "batch_size",
         "gradient_accumulation_steps",

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from qlora_lowmem.commands.frame import CommandParser
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
-from qlora_lowmem.recipe import SECTIONS, Recipe, recipe_fields, recipe_hash
+from qlora_lowmem.recipe import CAME_LATER, SECTIONS, Recipe, recipe_fields, recipe_hash
 from qlora_lowmem.recipe.checks import field_specs
-from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, recipe_from_dict, replace_field
 from qlora_lowmem.recipe.sections import Memory
 from qlora_lowmem.units import GIB
 
@@ -60,6 +60,23 @@ BAD_RECIPES = [
     ("lora:\n  target_modules: [q_proj, q_proj]", "lora.target_modules", "q_proj twice", "remove the second"),
     ("lora:\n  target_modules: [attention, x]", "lora.target_modules", "mixes the preset", "or modules only"),
     ("lora:\n  target_modules: [[q], [v]]", "lora.target_modules", "not a single value", "write `target_modules"),
+    (
+        "lora:\n  target_modules: '.*[q_proj'",
+        "lora.target_modules = '.*[q_proj'",
+        "is not a regular expression (",
+        "or a regular expression",
+    ),
+    (
+        "lora:\n  exclude_modules: attention",
+        "lora.exclude_modules = attention",
+        "is not a regular expression",
+        "write a list: [attention]",
+    ),
+    ("lora:\n  exclude_modules: []", "lora.exclude_modules = []", "excludes nothing", "the default (null)"),
+    ("lora:\n  exclude_modules: [0]", "lora.exclude_modules", "holds 0", "names look like q_proj"),
+    ("optimizer:\n  warmup_ratio: 1", "optimizer.warmup_ratio = 1", "out of range", "at least 0 and below 1"),
+    ("data:\n  eval_data: held.csv", "data.eval_data = held.csv", "is neither JSON Lines", "a .jsonl or .parquet file"),
+    ("data:\n  neftune_noise_alpha: -5", "data.neftune_noise_alpha = -5", "out of range", "at most 1000"),
     ("lora:\n  target_modules: 3", "lora.target_modules = 3", "is not a list", "a list such as"),
     ("batch:\n  max_seq_length: 0", "batch.max_seq_length = 0", "out of range", "an integer at least 2"),
     ("batch:\n  packing: 'yes'", "batch.packing = 'yes'", "is not true or false", "without quotes"),
@@ -124,6 +141,10 @@ CONTRADICTIONS = [
     ({"compute_dtype": "fp16", "adapter_dtype": "bf16"}, "loss scaling", "set adapter_dtype to fp32"),
     ({"warmup_steps": "9", "max_steps": "8"}, "longer than the run of 8", "set warmup_steps to 8 or less"),
     ({"warmup_steps": "9", "lr_scheduler": "constant"}, "has no warm-up", "constant_with_warmup"),
+    ({"warmup_steps": "2", "warmup_ratio": "0.1"}, "how long the warm-up is", "set warmup_ratio to 0, or warmup_steps"),
+    ({"warmup_ratio": "0.1", "lr_scheduler": "constant"}, "has no warm-up", "constant_with_warmup"),
+    ({"eval_fraction": "0.1", "eval_data": "held.jsonl"}, "what is evaluated on", "set eval_fraction to 0"),
+    ({"eval_data": "synthetic", "data": "here.jsonl"}, "show nothing that was learned", "name a file"),
     ({"revision": "main", "model": "./here"}, "this model is on disk", "remove revision"),
     ({"weights": "random", "model": "a.gguf"}, "a GGUF file is its weights", "set weights to pretrained"),
     ({"device": "cpu", "max_memory": "5 GiB"}, "the cap is one of GPU memory", 'set max_memory to "100%"'),
@@ -147,7 +168,8 @@ def test_a_contradiction_names_both_fields(tmp_path: Path, overrides: dict[str, 
     message = refusal(write(tmp_path, "lora:\n  lora_r: 8\n"), overrides)
     for leaf, value in overrides.items():
         spec = field_specs()[leaf]
-        shown = value if value.isdigit() or value in ("true", "false") else repr(value)
+        plain = value.replace(".", "").isdigit() or value in ("true", "false")
+        shown = value if plain else repr(value)
         assert f"{spec.path} = {shown} ({spec.flag})" in message
     assert "contradict each other: " in message
     assert why in message
@@ -234,6 +256,12 @@ def test_a_bad_argument_is_refused(arguments: list[str], named: str, advice: str
         (["--target-modules", "attention-qv"], "target_modules", "attention-qv"),
         (["--target-modules", "q_proj"], "target_modules", ("q_proj",)),
         (["--target-modules", "q_proj, mamba.in_proj"], "target_modules", ("q_proj", "mamba.in_proj")),
+        (["--target-modules", r".*[0-3]\.q_proj"], "target_modules", r".*[0-3]\.q_proj"),
+        (["--exclude-modules", "layers.0,lm_head"], "exclude_modules", ("layers.0", "lm_head")),
+        (["--exclude-modules", r".*\.[0-9]{1,2}\..*"], "exclude_modules", r".*\.[0-9]{1,2}\..*"),
+        (["--exclude-modules", "none"], "exclude_modules", None),
+        (["--eval-data", "held.jsonl"], "eval_data", "held.jsonl"),
+        (["--warmup-ratio", "0.03"], "warmup_ratio", 0.03),
         (["--max-memory", "5368709120"], "max_memory", 5 * GIB),
         (["--max-memory", "5.5 GiB"], "max_memory", "5.5 GiB"),
         (["--data", "here.jsonl"], "data", "here.jsonl"),
@@ -280,7 +308,9 @@ def test_an_unquoted_yaml_truth_and_a_byte_order_mark_are_accepted(tmp_path: Pat
 
 
 def test_name_output_folder_and_data_follow_the_file(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, "data:\n  data: sub/../train.jsonl\n", "first.yaml"))
+    content = "data:\n  data: sub/../train.jsonl\n  eval_data: held.parquet\n"
+    recipe = load_recipe(write(tmp_path, content, "first.yaml"))
+    assert recipe.data.eval_data == str(tmp_path / "held.parquet")
     assert recipe.name == "first"
     assert recipe.run.output_dir == "outputs/first"
     assert recipe.data.data == str(tmp_path / "train.jsonl")
@@ -339,7 +369,15 @@ def test_the_memory_limit_in_bytes(limit: str | int, total: int, count: int) -> 
 
 
 # Fields some of whose values contradict what another field says by default.
-NEED_ANOTHER_FIELD = ("warmup_steps", "eval_steps", "device", "adapter_dtype", "lean", "quantised_embeddings")
+NEED_ANOTHER_FIELD = (
+    "warmup_steps",
+    "warmup_ratio",
+    "eval_steps",
+    "device",
+    "adapter_dtype",
+    "lean",
+    "quantised_embeddings",
+)
 NEED_ANOTHER_FIELD += ("optimizer_state_dtype", "gradient_release")
 
 
@@ -376,6 +414,20 @@ def test_the_hash_is_of_the_job_not_of_its_place() -> None:
         assert recipe_hash(replace_field(recipe, leaf, value)) != recipe_hash(recipe), leaf
     assert len(recipe_hash(recipe)) == 12
     assert int(recipe_hash(recipe), 16) >= 0
+
+
+def test_a_field_that_came_later_leaves_the_hash_as_it_was_where_it_changes_nothing() -> None:
+    recipe = load_recipe(RECIPES / "demo.yaml")
+    assert recipe_hash(recipe) == "234782204e5a", "as in results recorded before these fields came"
+    later = {"template": "none", "use_rslora": True, "exclude_modules": ("q_proj",), "warmup_ratio": 0.1}
+    for leaf, value in {**later, "eval_data": "held.jsonl", "neftune_noise_alpha": 5.0}.items():
+        changed = replace_field(recipe, leaf, value)
+        assert recipe_hash(changed) != recipe_hash(recipe), leaf
+        assert recipe_from_dict(changed.to_dict()) == changed
+    old = recipe.to_dict()
+    for section, leaf in CAME_LATER:
+        del old[section][leaf]
+    assert recipe_from_dict(old) == recipe
 
 
 def test_recipe_and_data_load_without_torch() -> None:

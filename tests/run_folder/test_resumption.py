@@ -47,6 +47,10 @@ def test_what_a_killed_run_was_writing_is_removed(tiny_recipe: Make) -> None:
         ("learning_rate", 1e-3, "optimizer.learning_rate was 0.0002"),
         ("batch_size", 2, "batch.batch_size was 1"),
         ("eval_fraction", 0.5, "data.eval_fraction was 0.0"),
+        ("use_rslora", True, "lora.use_rslora was False"),
+        ("exclude_modules", ("q_proj",), "lora.exclude_modules was None"),
+        ("warmup_ratio", 0.5, "optimizer.warmup_ratio was 0.0"),
+        ("neftune_noise_alpha", 5.0, "data.neftune_noise_alpha was 0.0"),
         ("quantised_embeddings", "8bit", "lean.quantised_embeddings was 'none'"),
         ("optimizer_state_dtype", "bf16", "optimizer.optimizer_state_dtype was 'auto'"),
     ],
@@ -58,9 +62,16 @@ def test_another_training_is_refused(tiny_recipe: Make, leaf: str, value: object
     assert said in str(caught.value)
 
 
+def test_back_to_what_a_field_that_came_later_is_by_default_is_another_training_too(tiny_recipe: Make) -> None:
+    recipe = begun(tiny_recipe("run", use_rslora=True))
+    with pytest.raises(UsageError, match=r"lora\.use_rslora was True"):
+        checkpoint_to_resume(replace_field(recipe, "use_rslora", False))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"eval_data": "held.jsonl"},
         {"gradient_checkpointing": False},
         {"loss": "full", "attention": "eager"},
         {"lean": True, "checkpoints": "host"},

@@ -43,6 +43,7 @@ def lora_config(recipe: Recipe, names: Iterable[str]) -> LoraConfig:
     return LoraConfig(
         r=recipe.lora.lora_r,
         lora_alpha=recipe.lora.lora_alpha,
+        use_rslora=recipe.lora.use_rslora,
         lora_dropout=recipe.lora.lora_dropout,
         target_modules=list(names),
         task_type="CAUSAL_LM",

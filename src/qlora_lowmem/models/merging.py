@@ -30,7 +30,6 @@ _BASE_ADVICE = "Fetch or copy the base model's file again"
 _PLAIN = {
     "peft_type": "LORA",
     "use_dora": False,
-    "use_rslora": False,
     "lora_bias": False,
     "bias": "none",
     "fan_in_fan_out": False,
@@ -58,7 +57,8 @@ class Adapter:
         config_file, weights_file = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
         config = read_json(config_file, _ADAPTER_ADVICE)
         with reading(config_file, _ADAPTER_ADVICE):
-            scale = config["lora_alpha"] / config["r"]
+            # peft/tuners/lora/layer.py, `LoraLayer.update_layer`; rsLoRA: Kalajdzievski 2023, section 3.
+            scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
         for name, plain in _PLAIN.items():
             if config.get(name, plain) != plain:
                 raise UsageError(

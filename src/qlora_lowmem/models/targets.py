@@ -4,8 +4,9 @@ Names and presets of modules are resolved against those that the architecture re
 """
 
 import difflib
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from qlora_lowmem.lean import LeanOptions, LeanReport, RefusedOptionError
 from qlora_lowmem.models.adapters import becomes_experts
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.checks import allowed, field_specs
-from qlora_lowmem.recipe.sections import TARGET_PRESETS
+from qlora_lowmem.recipe.sections import TARGET_PRESETS, Lora
 
 # How attention blocks are called in transformers' models; their Linear children are the attention projections.
 _ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
@@ -166,6 +167,47 @@ def lean_options(recipe: Recipe) -> LeanOptions:
         dequantised_tile_bytes=recipe.lean.dequantised_tile_bytes,
         quantised_embeddings=EMBEDDING_BITS[recipe.lean.quantised_embeddings],
     )
+
+
+def targets_of(model: PreTrainedModel, lora: Lora) -> Targets:
+    """The modules that get an adapter: those that the recipe targets, less its exclusions.
+
+    A regular expression matches whole paths of modules, as PEFT's does; an excluded name takes all inside it along.
+
+    Raises:
+        UsageError: as `resolve_targets`; what matches no module; exclusions that leave none.
+    """
+    asked, excluded = lora.target_modules, lora.exclude_modules
+    linears = resolve_targets(model, "all-linear").modules
+    if isinstance(asked, tuple) or asked in TARGET_PRESETS:
+        found = resolve_targets(model, asked)
+    else:
+        matched = tuple(_matched("target_modules", asked, asked, linears))
+        found = Targets(matched, matched)
+    if excluded is None:
+        return found
+    names = (
+        {excluded: excluded} if isinstance(excluded, str) else {n: rf"(.*\.)?{re.escape(n)}(\..*)?" for n in excluded}
+    )
+    out = {each for name, pattern in names.items() for each in _matched("exclude_modules", name, pattern, linears)}
+    left = tuple(name for name in found.modules if name not in out)
+    if not left:
+        raise UsageError(
+            f"lora.exclude_modules: {excluded!r} excludes all {len(found.modules)} modules that target_modules "
+            f"{asked!r} adapts, and nothing would train. Exclude fewer"
+        )
+    return Targets(left, left)
+
+
+def _matched(leaf: str, shown: str, pattern: str, linears: Sequence[str]) -> list[str]:
+    """The modules whose whole path `pattern` matches; raises `UsageError` where there is none."""
+    matched = [name for name in linears if re.fullmatch(pattern, name)]
+    if not matched:
+        shapes = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".0", name) for name in linears)
+        raise UsageError(
+            f"lora.{leaf}: {shown!r} matches no module that can be adapted; their paths look like {', '.join(shapes)}"
+        )
+    return matched
 
 
 @contextmanager

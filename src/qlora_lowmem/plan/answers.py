@@ -155,10 +155,11 @@ def recipe_file(pair: Pair, plan: Plan, target: Path) -> str | None:
         f"{format_bytes(need.device_bytes)} of {usable} usable at {length:,} tokens, the CUDA context in it (virtual).",
         f"{record['command']}, {record['date']}, commit {record['commit']}",
     ]
-    data, output_dir = recipe.data.data, recipe.run.output_dir
-    if data != SYNTHETIC and not is_hub_data(data):
-        data = os.path.relpath(data, target.parent)
+    output_dir = recipe.run.output_dir
+    named = {"data": recipe.data.data, "eval_data": recipe.data.eval_data}
+    files = {leaf: name for leaf, name in named.items() if name not in (None, SYNTHETIC) and not is_hub_data(str(name))}
+    moved_to: dict[str, Any] = {leaf: os.path.relpath(str(name), target.parent) for leaf, name in files.items()}
     if output_dir == Run().output_dir.replace("{name}", recipe.name):
         output_dir = Run().output_dir
-    moved = replace(recipe, data=replace(recipe.data, data=data), run=replace(recipe.run, output_dir=output_dir))
+    moved = replace(recipe, data=replace(recipe.data, **moved_to), run=replace(recipe.run, output_dir=output_dir))
     return commented_yaml(moved, title)

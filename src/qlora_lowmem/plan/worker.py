@@ -170,7 +170,7 @@ def _lived(recipe: Recipe, model: Path) -> Recipe:
         assert architecture is not None
         write_zero_checkpoint(architecture, model)
     changes: dict[str, Any] = {"weights": "pretrained", "model": str(model), "revision": None, "data": "synthetic"}
-    changes |= {"max_steps": 2, "warmup_steps": 0, "eval_fraction": 0.2, "eval_steps": 1}
+    changes |= {"max_steps": 2, "warmup_steps": 0, "eval_fraction": 0.2, "eval_data": None, "eval_steps": 1}
     changes |= {"save_steps": 1, "save_total_limit": 2, "device": "virtual"}
     return replace_fields(recipe, changes)
 

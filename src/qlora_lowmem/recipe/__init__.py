@@ -40,8 +40,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as a YAML or JSON file holds them."""
         plain: dict[str, Any] = dataclasses.asdict(self)
-        if isinstance(self.lora.target_modules, tuple):
-            plain["lora"]["target_modules"] = list(self.lora.target_modules)
+        plain["lora"] = {
+            leaf: list(value) if isinstance(value, tuple) else value for leaf, value in plain["lora"].items()
+        }
         return plain
 
     def to_yaml(self) -> str:
@@ -70,7 +71,14 @@ def field_values(recipe: Recipe) -> dict[str, Any]:
 
 
 # Fields that came after figures had been recorded, with what recipes meant before: there they leave the hash as it was.
-_CAME_LATER = {("data", "template"): "auto"}
+CAME_LATER: dict[tuple[str, str], Any] = {
+    ("data", "template"): "auto",
+    ("lora", "use_rslora"): False,
+    ("lora", "exclude_modules"): None,
+    ("optimizer", "warmup_ratio"): 0.0,
+    ("data", "eval_data"): None,
+    ("data", "neftune_noise_alpha"): 0.0,
+}
 # What says where and how often, not what is trained or what it needs.
 _OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
 
@@ -84,11 +92,13 @@ def hashed_fields(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
     kept = {section: dict(values) for section, values in plain.items() if section not in ("name", "run")}
     for leaf in _OUTSIDE_THE_HASH:
         kept["schedule"].pop(leaf, None)
-    for (section, leaf), before in _CAME_LATER.items():
+    for (section, leaf), before in CAME_LATER.items():
         if kept[section].get(leaf) == before:
-            del kept[section][leaf]
-    data = kept["data"]["data"]
-    kept["data"]["data"] = data if is_hub_data(data) else PurePath(data).name
+            kept[section].pop(leaf, None)
+    for leaf in ("data", "eval_data"):
+        named = kept["data"].get(leaf)
+        if named is not None and not is_hub_data(named):
+            kept["data"][leaf] = PurePath(named).name
     return kept
 
 

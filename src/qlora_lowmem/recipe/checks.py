@@ -18,8 +18,10 @@ from qlora_lowmem.units import MIB, parse_memory_limit
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")  # what a regular expression has, and no module's name
 _NAME = re.compile(r"(?!\.)[^/\\{}\x00-\x1f]+")
 _CONTROL = re.compile(r"[\x00-\x1f]")
+_NAME_LISTS = ("modules", "exclusions")
 _BOOLEANS = {"true": True, "false": False}
 _LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "min": ("at least", operator.ge),
@@ -112,7 +114,7 @@ def parse_text(spec: FieldSpec, text: str) -> Any:
         value = int(text[:40])  # beyond any limit already; int() itself refuses thousands of digits
     elif spec.kind in ("int", "float", "memory"):
         value = _number(text)
-    elif spec.kind == "modules" and text not in TARGET_PRESETS and _near_preset(text) is None:
+    elif spec.kind in _NAME_LISTS and not (_PATTERN.search(text) or (spec.kind == "modules" and _is_preset(text))):
         value = [name.strip() for name in text.split(",")]
     return check_value(spec, value)
 
@@ -143,7 +145,9 @@ def allowed(spec: FieldSpec) -> str:
         "str": "text",
         "choice": "one of " + ", ".join(spec.choices),
         "name": "a name without slashes or braces",
-        "modules": f"one of {', '.join(TARGET_PRESETS)}, or a list such as [q_proj, v_proj]",
+        "modules": f"one of {', '.join(TARGET_PRESETS)}, a list such as [q_proj, v_proj], or a regular expression such "
+        r"as '.*\.layers\.[0-7]\..*_proj'",
+        "exclusions": r"a list such as [down_proj, layers.0], or a regular expression such as '.*\.layers\.[0-7]\..*'",
         "memory": '"N%" with N above 0 and up to 100, a size such as "5.5 GiB", or a number of bytes',
         "data": f"the path of a .jsonl or .parquet file, a hub id (owner/name or owner/name:split), or {SYNTHETIC}",
         "path": "a folder, in which {name} stands for the recipe's name",
@@ -209,21 +213,40 @@ def _check_name(spec: FieldSpec, value: Any) -> str:
 
 
 def _check_modules(spec: FieldSpec, value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        if value in TARGET_PRESETS:
-            return value
+    if value in TARGET_PRESETS:
+        return str(value)
+    if isinstance(value, str) and not _PATTERN.search(value):
         near = _near_preset(value)
         listed = f"; for modules of that name write a list: [{value}]" if _MODULE.fullmatch(value) else ""
         advice = f"did you mean {near}?" if near else f"write {allowed(spec)}{listed}"
         raise InvalidValueError(f"is not a preset; {advice}")
-    if not isinstance(value, list | tuple):
-        raise InvalidValueError(f"is not a list of module names; {_advice(spec)}")
-    if not value:
-        raise InvalidValueError(f"is an empty list, which would train nothing; {_advice(spec)}")
-    for name in value:
+    for name in value if isinstance(value, list | tuple) else ():
         if name in TARGET_PRESETS:
             advice = f"write target_modules: {name}, or modules only"
             raise InvalidValueError(f"mixes the preset {name} into a list; {advice}")
+    return _check_names(spec, value, "would train nothing")
+
+
+def _check_exclusions(spec: FieldSpec, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and not _PATTERN.search(value):
+        listed = f"; for modules of that name write a list: [{value}]" if _MODULE.fullmatch(value) else ""
+        raise InvalidValueError(f"is not a regular expression; write {allowed(spec)}{listed}")
+    return _check_names(spec, value, "excludes nothing")
+
+
+def _check_names(spec: FieldSpec, value: Any, empty: str) -> str | tuple[str, ...]:
+    """Names of modules as a tuple, or a regular expression; `empty` says what a list without a name does."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as fault:
+            raise InvalidValueError(f"is not a regular expression ({fault}); {_advice(spec)}") from None
+        return value
+    if not isinstance(value, list | tuple):
+        raise InvalidValueError(f"is not a list of module names; {_advice(spec)}")
+    if not value:
+        raise InvalidValueError(f"is an empty list, which {empty}; {_advice(spec)}")
+    for name in value:
         if not isinstance(name, str) or not _MODULE.fullmatch(name):
             advice = "names look like q_proj or mamba.in_proj"
             raise InvalidValueError(f"holds {name!r}, which is not a module name; {advice}")
@@ -231,6 +254,11 @@ def _check_modules(spec: FieldSpec, value: Any) -> str | tuple[str, ...]:
     if twice:
         raise InvalidValueError(f"names {', '.join(twice)} twice; remove the second")
     return tuple(value)
+
+
+def _is_preset(text: str) -> bool:
+    """As it is, or misspelt."""
+    return text in TARGET_PRESETS or _near_preset(text) is not None
 
 
 def _near_preset(text: str) -> str | None:
@@ -278,6 +306,7 @@ _CHECKS: dict[str, Callable[[FieldSpec, Any], Any]] = {
     "choice": _check_choice,
     "name": _check_name,
     "modules": _check_modules,
+    "exclusions": _check_exclusions,
     "memory": _check_memory,
     "data": _check_data,
     "path": _check_path,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe import SYNTHETIC, Recipe
 
 # (whether it is so, the fields that disagree, why and what to change)
 Row = tuple[object, tuple[str, ...], str]
@@ -16,6 +16,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """
     base, memory, lean, optimizer = recipe.base, recipe.memory, recipe.lean, recipe.optimizer
     name, released, warmup = optimizer.optimizer, optimizer.gradient_release, optimizer.warmup_steps
+    share, held_out, own = optimizer.warmup_ratio, recipe.data.eval_fraction, recipe.data.eval_data
     steps, half = recipe.schedule.max_steps, recipe.quantization.compute_dtype == "fp16"
     too_long = warm_up_beyond(warmup, steps) if steps is not None else None
     gguf = base.model.lower().endswith(".gguf")
@@ -38,11 +39,18 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
          "fp16 arithmetic needs loss scaling, which looks at all gradients before a step; set compute_dtype to bf16 "
          "or fp32, or gradient_release to false"),
         (too_long is not None, ("warmup_steps", "max_steps"), f"{too_long}, or raise max_steps"),
+        (warmup and share, ("warmup_steps", "warmup_ratio"),
+         "both say how long the warm-up is; set warmup_ratio to 0, or warmup_steps to 0"),
+        (share and optimizer.lr_scheduler == "constant", ("lr_scheduler", "warmup_ratio"),
+         "a constant learning rate has no warm-up; set lr_scheduler to constant_with_warmup, or warmup_ratio to 0"),
         (warmup and optimizer.lr_scheduler == "constant", ("lr_scheduler", "warmup_steps"),
          "a constant learning rate has no warm-up; set lr_scheduler to constant_with_warmup, or warmup_steps to 0"),
-        (recipe.schedule.eval_steps is not None and not recipe.data.eval_fraction, ("eval_steps", "eval_fraction"),
-         "there is nothing to evaluate on; set eval_fraction above 0 (0.05 holds out one sample in twenty), or "
-         "eval_steps to null"),
+        (recipe.schedule.eval_steps is not None and not held_out and own is None, ("eval_steps", "eval_fraction"),
+         "there is nothing to evaluate on; set eval_fraction above 0 (0.05 holds out one sample in twenty), eval_data "
+         "to a file, or eval_steps to null"),
+        (own == SYNTHETIC, ("eval_data", "data"), "synthetic samples show nothing that was learned; name a file"),
+        (held_out and own is not None, ("eval_fraction", "eval_data"),
+         "both say what is evaluated on; set eval_fraction to 0, or eval_data to null"),
         (base.revision is not None and (gguf or base.model.startswith((".", "/", "~"))), ("revision", "model"),
          "a revision belongs to a model on the hub, and this model is on disk; remove revision, or name a hub id"),
         (base.weights == "random" and gguf, ("weights", "model"),

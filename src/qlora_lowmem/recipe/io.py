@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.recipe import SECTIONS, Recipe, field_values
+from qlora_lowmem.recipe import CAME_LATER, SECTIONS, Recipe, field_values
 from qlora_lowmem.recipe.checks import (
     FieldSpec,
     InvalidValueError,
@@ -48,7 +48,15 @@ _OTHER_NAMES = {
     "eval_fraction": ("test_size", "validation_split"),
 }
 _OURS = {other: leaf for leaf, others in _OTHER_NAMES.items() for other in others}
-_METAVARS = {"int": "N", "float": "X", "memory": "SIZE", "modules": "NAMES", "data": "FILE", "path": "DIR"}
+_METAVARS = {
+    "int": "N",
+    "float": "X",
+    "memory": "SIZE",
+    "modules": "NAMES",
+    "exclusions": "NAMES",
+    "data": "FILE",
+    "path": "DIR",
+}
 
 
 @dataclass
@@ -89,9 +97,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     path = Path(path)
     draft = _Draft()
     _take_entries(draft, read_recipe(path))
-    data = draft.values.get("data", SYNTHETIC)
-    if data != SYNTHETIC and not is_hub_data(data):
-        draft.values["data"] = os.path.normpath(path.parent / Path(data).expanduser())
+    for leaf in ("data", "eval_data"):
+        data = draft.values.get(leaf) or SYNTHETIC
+        if data != SYNTHETIC and not is_hub_data(data):
+            draft.values[leaf] = os.path.normpath(path.parent / Path(data).expanduser())
     _take_overrides(draft, overrides or {})
     _keep_output_inside(draft)
     if "name" not in draft.values and "name" not in draft.faulty:
@@ -100,10 +109,15 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
 
 
 def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
-    """The inverse of `Recipe.to_dict`, checked (`UsageError`): a recipe that crossed a process or a JSON file."""
+    """The inverse of `Recipe.to_dict`, checked (`UsageError`): a recipe that crossed a process or a JSON file.
+
+    What was written before a field came has none of it, and what it meant then.
+    """
     draft = _Draft()
     for name, spec in field_specs().items():
-        value = content[spec.section][name] if spec.section else content[name]
+        group = content[spec.section] if spec.section else content
+        later = (spec.section, name) in CAME_LATER and name not in group
+        value = CAME_LATER[spec.section, name] if later else group[name]
         draft.take(name, "recipe", check_value, tuple(value) if isinstance(value, list) else value)
     return _finish(draft, "recipe")
 

@@ -20,6 +20,8 @@ _MEMORY_ONLY = {
     "lean", "tile_length", "scan_chunk_length", "scan", "checkpoints", "loss_tile_bytes", "dequantised_tile_bytes",
     "dataloader_workers", "pin_memory", "gradient_release",
 }  # fmt: skip
+# What is looked at on the way, and never trained on.
+_LOOKED_AT = {"eval_data"}
 _BATCH = {"batch_size", "gradient_accumulation_steps"}
 
 
@@ -143,4 +145,4 @@ def keeps_training(leaf: str, *, same_samples: bool) -> bool:
 
     With as many samples a step as before, its batch may be put together in another way.
     """
-    return leaf in _MEMORY_ONLY or (same_samples and leaf in _BATCH)
+    return leaf in _MEMORY_ONLY | _LOOKED_AT or (same_samples and leaf in _BATCH)

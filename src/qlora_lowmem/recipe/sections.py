@@ -17,7 +17,7 @@ _HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.\
 TARGET_PRESETS = ("attention", "attention-qv", "all-linear")
 _STEPS: dict[str, Any] = {"min": 1, "max": 2**31 - 1}
 
-Kind = Literal["auto", "name", "modules", "memory", "data", "path"]
+Kind = Literal["auto", "name", "modules", "exclusions", "memory", "data", "path"]
 
 
 def knob(default: Any, help: str, memory: str = "none", *, kind: Kind = "auto", **limits: float) -> Any:
@@ -96,6 +96,9 @@ class Lora:
         max=4096,
     )
     lora_alpha: int = knob(16, "scale of the adapters: alpha / r multiplies their output", min=1, max=1_000_000)
+    use_rslora: bool = knob(
+        False, "scale by alpha / sqrt(r) instead (rsLoRA), which keeps high ranks learning", "none: a factor"
+    )
     lora_dropout: float = knob(
         0.0,
         "dropout on the adapters' input",
@@ -105,9 +108,17 @@ class Lora:
     )
     target_modules: str | tuple[str, ...] = knob(
         "attention",
-        "adapted layers: attention (q, k, v, o), attention-qv, all-linear, or a list of module names",
+        "adapted layers: attention (q, k, v, o), attention-qv, all-linear, a list of module names, or a regular "
+        "expression of whole module paths",
         "each adapted layer keeps its input for backward, and adds its adapter's gradients and optimizer state",
         kind="modules",
+    )
+    exclude_modules: str | tuple[str, ...] | None = knob(
+        None,
+        "layers that target_modules would adapt and that get no adapter: a list of names, each with all inside it, or "
+        "a regular expression of whole module paths",
+        "a layer without an adapter keeps no input for one, and adds neither gradients nor optimizer state",
+        kind="exclusions",
     )
     adapter_dtype: Literal["auto", "bf16", "fp32"] = knob(
         "auto",
@@ -258,6 +269,9 @@ class Optimizer:
         "linear", "course of the learning rate"
     )
     warmup_steps: int = knob(0, "optimizer steps until the peak learning rate", min=0, max=2**31 - 1)
+    warmup_ratio: float = knob(
+        0.0, "the same as a share of the run's optimizer steps, rounded up; 0 leaves it to warmup_steps", min=0, below=1
+    )
 
 
 @dataclass(frozen=True)
@@ -277,7 +291,8 @@ class Schedule:
     save_total_limit: int = knob(2, "checkpoints kept", "none on the GPU; disk only", min=1, max=1_000_000)
     eval_steps: int | None = knob(
         None,
-        "optimizer steps between two evaluations, where eval_fraction holds samples out; null evaluates at the end",
+        "optimizer steps between two evaluations, where eval_fraction or eval_data has samples for them; null "
+        "evaluates at the end",
         "none: an evaluation takes less than a step",
         **_STEPS,
     )
@@ -319,6 +334,20 @@ class Data:
         "an evaluation holds one batch, no gradients and never the full logits",
         min=0,
         below=1,
+    )
+    eval_data: str | None = knob(
+        None,
+        "data of the same kinds for the evaluation loss, instead of a share held out; beside synthetic data, none",
+        "an evaluation holds one batch, no gradients and never the full logits",
+        kind="data",
+    )
+    neftune_noise_alpha: float = knob(
+        0.0,
+        "noise on the embedded samples while training (NEFTune): uniform within alpha / sqrt(tokens x hidden size) of "
+        "each value; 0 adds none",
+        "one (batch, seq, hidden) tensor for a moment",
+        min=0,
+        max=1000,
     )
 
 

@@ -46,6 +46,7 @@ class Outcome:
         profiles: peaks of every process, one a card, in the order of their ranks.
         attribution: the steady step's peak by kind, where it was asked for.
         data: what tokenising came to; None for synthetic samples.
+        evaluation_data: the same of `eval_data`.
         lean: what of the section `lean` the model took, and what not; None where it was not asked for.
     """
 
@@ -63,6 +64,7 @@ class Outcome:
     profiles: tuple[MemoryProfile, ...] = ()
     attribution: "Attribution | None" = None
     data: TokenReport | None = None
+    evaluation_data: TokenReport | None = None
     lean: LeanReport | None = None
 
 
@@ -156,5 +158,6 @@ def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: "
         profiles=tuple(profiles),
         attribution=attribution.finish(profile) if attribution is not None and profile is not None else None,
         data=job.data.report,
+        evaluation_data=job.data.evaluation.report if job.data.evaluation is not None else None,
         lean=job.lean,
     )

@@ -136,12 +136,13 @@ def build_job(
         samples = steps * batch.batch_size * batch.gradient_accumulation_steps * processes()
         data = synthetic_data(recipe, vocabulary, with_held_out(samples, recipe.data.eval_fraction))
     trained_on, evaluated_on = hold_out(data.dataset, recipe.data.eval_fraction, recipe.schedule.seed)
+    evaluated_on = data.evaluation.dataset if data.evaluation is not None else evaluated_on
     adapted: Any = get_peft_model(model, lora_config(recipe, checked.targets.names))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL warns of choices that the recipe states on purpose
         trainer = LowMemTrainer(
             model=adapted,
-            args=training_arguments(checked, precision, output_dir, save=save),
+            args=training_arguments(checked, precision, output_dir, save=save, evaluate=evaluated_on is not None),
             train_dataset=trained_on,
             eval_dataset=evaluated_on,
             processing_class=checked.tokenizer,
@@ -161,7 +162,9 @@ def build_job(
     return Job(checked, adapted, trainer, lean, data)
 
 
-def training_arguments(checked: Preflight, precision: Precision, output_dir: Path, *, save: bool) -> SFTConfig:
+def training_arguments(
+    checked: Preflight, precision: Precision, output_dir: Path, *, save: bool, evaluate: bool
+) -> SFTConfig:
     """The recipe in TRL's words. Every argument that bears on memory is named, since TRL's defaults hide some."""
     recipe, on_cpu = checked.inputs.recipe, checked.inputs.device_type == "cpu"
     # Lean layers keep their own checkpoints; transformers' would wrap another around each.
@@ -181,7 +184,8 @@ def training_arguments(checked: Preflight, precision: Precision, output_dir: Pat
         weight_decay=recipe.optimizer.weight_decay,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         lr_scheduler_type=recipe.optimizer.lr_scheduler,
-        warmup_steps=recipe.optimizer.warmup_steps,
+        warmup_steps=recipe.optimizer.warmup_steps or recipe.optimizer.warmup_ratio,  # a share where it is below 1
+        neftune_noise_alpha=recipe.data.neftune_noise_alpha or None,
         max_steps=recipe.schedule.max_steps or -1,
         num_train_epochs=recipe.schedule.num_epochs,
         seed=recipe.schedule.seed,
@@ -191,7 +195,7 @@ def training_arguments(checked: Preflight, precision: Precision, output_dir: Pat
         save_steps=recipe.schedule.save_steps,
         save_total_limit=recipe.schedule.save_total_limit,
         # One batch of a step's size at a time, its loss alone: TRL's fused head then builds no logits.
-        eval_strategy="steps" if recipe.data.eval_fraction else "no",
+        eval_strategy="steps" if evaluate else "no",
         eval_steps=recipe.schedule.eval_steps or _NEVER,
         per_device_eval_batch_size=recipe.batch.batch_size,
         prediction_loss_only=True,

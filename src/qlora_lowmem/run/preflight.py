@@ -7,7 +7,10 @@ milliseconds where it can be. What was found on the way is kept, and nothing of 
 import functools
 import importlib.util
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,12 +43,14 @@ class Inputs:
     Attributes:
         source: where its model leads.
         samples: its data, each sample checked; None for synthetic ones.
+        evaluation: the same of `eval_data`, where samples are evaluated on that are not of `samples`.
         card: the virtual card that it names; None on another device.
     """
 
     recipe: Recipe
     source: ModelSource
     samples: CheckedData | None = None
+    evaluation: CheckedData | None = None
     card: virtual_gpu.Card | None = None
 
     @property
@@ -87,9 +92,13 @@ def inputs_of(recipe: Recipe, *, quiet: bool = True) -> Inputs:
     """
     data = recipe.data
     samples = None if data.data == SYNTHETIC else check_data(data.data, data.train_on, quiet=quiet)
+    evaluation = None
+    if samples is not None and data.eval_data is not None:
+        with _of_evaluation():
+            evaluation = check_data(data.eval_data, data.train_on, quiet=quiet)
     source = source_of(recipe)
     check_logger(recipe.run.report_to)
-    return Inputs(recipe, source, samples, recipe_card(recipe) if recipe.run.device == "virtual" else None)
+    return Inputs(recipe, source, samples, evaluation, recipe_card(recipe) if recipe.run.device == "virtual" else None)
 
 
 def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from: Path | None = None) -> Preflight:
@@ -105,7 +114,7 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
     """
     from qlora_lowmem.lean import foresee_lean
     from qlora_lowmem.models.loading import choose_precision, load_tokenizer, skeleton
-    from qlora_lowmem.models.targets import lean_options, lean_refusals, resolve_targets, why_not_packed
+    from qlora_lowmem.models.targets import lean_options, lean_refusals, targets_of, why_not_packed
     from qlora_lowmem.models.trusted import check_checkpoint
 
     recipe, source = inputs.recipe, inputs.source
@@ -117,12 +126,22 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
     reason = why_not_packed(model.config) if recipe.batch.packing else None
     if reason is not None:
         raise UsageError(f"batch.packing: true, and {recipe.base.model!r} cannot: {reason}. Set batch.packing to false")
-    targets = resolve_targets(model, recipe.lora.target_modules)
+    targets = targets_of(model, recipe.lora)
     with lean_refusals(recipe):
         lean = foresee_lean(model, lean_options(recipe), inputs.device_type) if recipe.lean.lean else None
     if resume_from is not None:
         check_checkpoint(resume_from)
     return Preflight(inputs, precision, model, targets, lean, load_tokenizer(recipe, source))
+
+
+@contextmanager
+def _of_evaluation() -> Iterator[None]:
+    """What is said of data here is said of those that are evaluated on."""
+    try:
+        yield
+    except UsageError as error:
+        said = re.sub(r"\bdata\.data\b", "data.eval_data", str(error))
+        raise UsageError(re.sub(r"(?<=\s)--data\b", "--eval-data", said)) from error
 
 
 def count_tokens_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenReport, tuple[str, ...]]":
@@ -140,6 +159,14 @@ def count_tokens_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenRep
     return tokens, notes
 
 
+def count_evaluation_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenReport, tuple[str, ...]]":
+    """As `count_tokens_of`, of the samples that are evaluated on."""
+    from qlora_lowmem.tokens.dataset import all_of, count_tokens
+
+    with _of_evaluation():
+        return count_tokens(all_of(checked.inputs.recipe), samples, checked.tokenizer)
+
+
 def tokenised(checked: Preflight, output_dir: Path | None) -> "TrainingData | None":
     """The samples as the trainer takes them; None for synthetic ones, which are made of the model's vocabulary.
 
@@ -149,14 +176,18 @@ def tokenised(checked: Preflight, output_dir: Path | None) -> "TrainingData | No
     Raises:
         UsageError: as `count_tokens_of`, or they cannot be written.
     """
-    from qlora_lowmem.tokens.dataset import training_data
+    from qlora_lowmem.tokens.dataset import EVALUATION_FOLDER, all_of, training_data
 
-    recipe, samples = checked.inputs.recipe, checked.inputs.samples
+    recipe, samples, evaluation = checked.inputs.recipe, checked.inputs.samples, checked.inputs.evaluation
     if samples is None:
         return None
     data = training_data(recipe, samples, checked.tokenizer, output_dir)
     _check_warm_up(recipe, len(data.dataset))
-    return data
+    if evaluation is None:
+        return data
+    with _of_evaluation():
+        looked_at = training_data(all_of(recipe), evaluation, checked.tokenizer, output_dir, EVALUATION_FOLDER)
+    return replace(data, evaluation=looked_at)
 
 
 def recipe_card(recipe: Recipe) -> virtual_gpu.Card:

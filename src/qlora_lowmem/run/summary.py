@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from qlora_lowmem.tokens.store import TokenReport
 
 
-def data_lines(recipe: Recipe, samples: CheckedData, tokens: "TokenReport", notes: Sequence[str]) -> Iterator[str]:
-    """What is trained on, what was found in the data, and what is cut of them."""
-    yield f"data: {samples.report.line}"
+def data_lines(
+    recipe: Recipe, samples: CheckedData, tokens: "TokenReport", notes: Sequence[str], of: str = "data"
+) -> Iterator[str]:
+    """What is trained or evaluated on, what was found in the data, and what is cut of them."""
+    yield f"{of}: {samples.report.line}"
     yield from (f"note: {note}" for note in samples.report.notes)
     yield from tokens.lines(recipe.batch.max_seq_length, samples.report.unit)
     yield from (f"note: {note}" for note in notes)

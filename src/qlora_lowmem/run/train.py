@@ -18,7 +18,7 @@ from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.moves import Change
 from qlora_lowmem.run.imports import heavy_imports
-from qlora_lowmem.run.preflight import Inputs, count_tokens_of, preflight
+from qlora_lowmem.run.preflight import Inputs, count_evaluation_of, count_tokens_of, preflight
 
 # What a run that is out of memory changes, if anything, before it starts again.
 NextChange = Callable[[Recipe], Change | None]
@@ -54,6 +54,10 @@ def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
         tokens, notes = count_tokens_of(checked, samples)
         lines += data_lines(recipe, samples, tokens, notes)
         content["data"] = data_summary(samples, tokens)
+    if inputs.evaluation is not None:
+        tokens, notes = count_evaluation_of(checked, inputs.evaluation)
+        lines += data_lines(recipe, inputs.evaluation, tokens, notes, of="evaluation")
+        content["evaluation_data"] = data_summary(inputs.evaluation, tokens)
     return content, lines
 
 
@@ -120,6 +124,8 @@ def train_here(
         content = summary_of(recipe, outcome.profile, outcome)
         if inputs.samples is not None and outcome.data is not None:
             content["data"] = data_summary(inputs.samples, outcome.data)
+        if inputs.evaluation is not None and outcome.evaluation_data is not None:
+            content["evaluation_data"] = data_summary(inputs.evaluation, outcome.evaluation_data)
         if real:
             write_model_card(output_dir, inputs, outcome, str(content["device"]))
             content["adapter"] = recipe.run.output_dir
@@ -200,6 +206,9 @@ def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
         say(f"lean: {', '.join(job.lean.applied) or 'nothing'}")
     if inputs.samples is not None:
         say(*data_lines(inputs.recipe, inputs.samples, job.data.report, job.data.notes))
+        if inputs.evaluation is not None:
+            found = job.data.evaluation
+            say(*data_lines(inputs.recipe, inputs.evaluation, found.report, found.notes, of="evaluation"))
         say("the first sample as the model sees it, the loss on what is between [[ and ]]:")
         say(show_sample(job.trainer.train_dataset, job.trainer.processing_class))
 

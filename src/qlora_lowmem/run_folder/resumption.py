@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.recipe import Recipe, hashed_fields
+from qlora_lowmem.recipe import CAME_LATER, Recipe, hashed_fields
 from qlora_lowmem.recipe.moves import keeps_training
 from qlora_lowmem.run_folder.checkpoints import STAGING, Found, newest_complete
 from qlora_lowmem.run_folder.ownership import RECIPE_FILE, Marker, refuse_foreign
@@ -121,12 +121,15 @@ def changes_between(
     def samples_a_step(plain: dict[str, Any], processes: int) -> int:
         return int(plain["batch"]["batch_size"]) * int(plain["batch"]["gradient_accumulation_steps"]) * processes
 
+    def value(fields: dict[str, dict[str, Any]], section: str, leaf: str) -> Any:
+        return fields[section].get(leaf, CAME_LATER.get((section, leaf)))
+
     now, earlier = hashed_fields(recipe.to_dict()), hashed_fields(before)
     changes = [
-        Change(section, leaf, earlier.get(section, {}).get(leaf), value)
-        for section, values in now.items()
-        for leaf, value in values.items()
-        if earlier.get(section, {}).get(leaf) != value
+        Change(section, leaf, value(earlier, section, leaf), value(now, section, leaf))
+        for section in now
+        for leaf in {**now[section], **earlier[section]}
+        if value(earlier, section, leaf) != value(now, section, leaf)
     ]
     if processes[0] != processes[1]:
         changes.append(Change("", "the number of processes", *processes))

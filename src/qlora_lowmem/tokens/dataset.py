@@ -28,11 +28,12 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import writing
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.io import replace_fields
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded, Encoder
 from qlora_lowmem.tokens.store import TokenReport, TokenTally, open_tokens, write_tokens
 from qlora_lowmem.tokens.templates import check_templates, choose_marking, end_tokens
 
-TOKENS_FOLDER = "tokenised"
+TOKENS_FOLDER, EVALUATION_FOLDER = "tokenised", "tokenised-evaluation"
 _LOCK = ".lock"
 _OURS = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.[0-9]+")  # whole; being written by the process of that number
 
@@ -45,16 +46,20 @@ class TrainingData:
         report: what tokenising came to; None for synthetic samples.
         notes: what a person should know though it stops nothing.
         folder: where the tokens lie; None for synthetic samples.
+        evaluation: what is evaluated on, where that is data of its own.
     """
 
     dataset: Dataset
     report: TokenReport | None = None
     notes: tuple[str, ...] = ()
     folder: Path | None = None
+    evaluation: "TrainingData | None" = None
     _scratch: Any = field(default=None, repr=False)  # a temporary folder lives as long as what is read from it
 
     def discard(self) -> None:
         """Remove the tokens from disk: the run is complete and nobody resumes it."""
+        if self.evaluation is not None:
+            self.evaluation.discard()
         if self.folder is not None:
             _remove_ours(self.folder.parent)
             with contextlib.suppress(OSError):  # holds what is not ours
@@ -72,7 +77,11 @@ def synthetic_data(recipe: Recipe, vocabulary: int, samples: int) -> TrainingDat
 
 
 def training_data(
-    recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase, output_dir: Path | None
+    recipe: Recipe,
+    checked: CheckedData,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path | None,
+    within: str = TOKENS_FOLDER,
 ) -> TrainingData:
     """Tokenise checked samples into `output_dir`, or take what an interrupted run of the same data left there.
 
@@ -80,6 +89,7 @@ def training_data(
 
     Args:
         output_dir: the run's folder; None for a temporary one.
+        within: the folder in it.
 
     Raises:
         UsageError: data that do not go with the chat template, or of which nothing is left to learn.
@@ -88,7 +98,7 @@ def training_data(
     place = Path(output_dir or tempfile.gettempdir())
     with writing("the tokenised data", place):
         scratch = None if output_dir else tempfile.TemporaryDirectory(prefix="qlora_lowmem-")
-        parent = Path(scratch.name) if scratch else place / TOKENS_FOLDER
+        parent = Path(scratch.name) if scratch else place / within
         folder = parent / work.key()
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / _LOCK):  # of several processes, one writes
@@ -97,7 +107,12 @@ def training_data(
                 write_tokens(folder, work.seen(), work.tally(), checked.report.samples)
     dataset, report = open_tokens(folder)
     _check_not_empty(recipe, report)
-    return TrainingData(_packed(recipe, dataset), report, work.notes, folder, scratch)
+    return TrainingData(_packed(recipe, dataset), report, work.notes, folder, _scratch=scratch)
+
+
+def all_of(recipe: Recipe) -> Recipe:
+    """`recipe` as one that sees all of its samples, as an evaluation does of its own."""
+    return replace_fields(recipe, {"max_steps": None})
 
 
 def _remove_ours(parent: Path) -> None:
