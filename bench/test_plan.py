@@ -18,9 +18,10 @@ from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
 from qlora_lowmem.plan.ladder import ladder
 from qlora_lowmem.plan.maximum import room_left
-from qlora_lowmem.plan.pair import Pair, sweep
+from qlora_lowmem.plan.pair import Pair
 from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, roomy, submit_recipe, two_steps
 from qlora_lowmem.plan.screen import Again, write_plans
+from qlora_lowmem.plan.sweep import sweep
 from qlora_lowmem.recipe import Recipe, field_values
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
 from qlora_lowmem.recipe.moves import changes_of, keeps_training
@@ -55,7 +56,7 @@ class Sweep:
 
 
 def asked_pairs() -> list[Pair]:
-    """What `plan --model MODEL --card CARD --seq N` asks."""
+    """What `plan --model MODEL --card CARD` asks, with a length of their own in place of 2,048 tokens."""
     pairs = []
     for model, card, wanted in ASKED:
         start = {"name": model, "model": model, "target_modules": "all-linear", "max_seq_length": wanted}

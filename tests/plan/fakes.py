@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.plan.kept_runs import Question, Tally
 from qlora_lowmem.plan.recipe_runs import RecipeRun
@@ -37,25 +38,32 @@ class FakeRuns:
     need: Callable[[Recipe], int] = need_of_tokens
     asked: list[Recipe] = field(default_factory=list)
     failure: str | None = None
+    cards: list[virtual_gpu.Card] = field(default_factory=list)
+    without: tuple[str, ...] = ()
 
     def submit(
         self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally, question: Question = "run"
     ) -> "Future[RecipeRun]":
-        """The formula's need, or out of memory where the card has less."""
-        del question
+        """The formula's need, or out of memory where the card has less; fails where `without` has the question."""
         tally.asked += 1
         self.asked.append(recipe)
+        self.cards.append(card)
         needed = self.need(recipe)
         peak = Peak(needed, needed, min(needed, card.total_bytes))
         profile = MemoryProfile(card.name, "virtual", card.total_bytes, 0, {"steady": peak})
         message = "CUDA out of memory." if needed > card.total_bytes else None
-        run = RecipeRun(None if self.failure else profile, message, failure=self.failure, trainable_parameters=1000)
+        failure = "no such answer" if question in self.without else self.failure
+        run = RecipeRun(None if failure else profile, message, failure=failure, trainable_parameters=1000)
         return _done(run)
 
     def count_flops(self, recipe: Recipe, card: virtual_gpu.Card, tally: Tally) -> "Future[int]":
         """Half as many again where layers run forward twice."""
         del card
         tally.asked += 1
+        if "flops" in self.without:
+            failed: Future[Any] = Future()
+            failed.set_exception(QloraLowmemError("counting FLOPs failed: CUDA out of memory."))
+            return failed
         return _done(3 if recipe.memory.gradient_checkpointing else 2)
 
 

@@ -68,13 +68,39 @@ def test_the_length_is_asked_as_here_or_as_in_the_other_commands(flag: str, caps
     ("limit", "said"),
     [
         ([], "tiles, host, 40,000 tokens; longest sequence 40,000 tokens (no longer one was tried"),
-        (["--limit", "131072"], "tiles, host, 65,792 tokens; longest sequence 65,792 tokens (66,048 does not"),
+        (["--limit", "131072"], "tiles, host, 40,000 tokens; longest sequence 65,792 tokens (66,048 does not"),
     ],
 )
 def test_the_limit_follows_what_is_wanted(limit: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--model", "llama-3.2-3b", "--card", "rtx-3060-laptop-6gb", "--seq", "40000", *limit]
     assert main(asked) == EXIT_OK
     assert f"Proposed: {said}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize(
+    "said", [["--attention", "eager"], ["--loss", "full"], ["--expandable-segments", "false"], ["--lean", "false"]]
+)
+def test_a_field_on_the_command_line_empties_no_search(said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "granite-4.0-350m", "--card", "t4-16gb", *said]) == EXIT_OK
+    assert "Proposed: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_wanted_length_is_written_with_its_margin_and_the_longest_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "mine.yaml"
+    asked = ["--model", "granite-4.0-h-1b", "--card", "rtx-3060-laptop-6gb", "--write", str(target)]
+    assert main([*asked, "--seq", "2000"]) == EXIT_OK
+    assert load_recipe(target).batch.max_seq_length == 2000
+    room = "That leaves 2.082 GiB of room; the longest sequence that fits is 4,096 tokens."
+    assert room in " ".join(target.read_text().replace("#", " ").split())
+    out = capsys.readouterr().out
+    assert "granite-4.0-h-1b on rtx-3060-laptop-6gb: fits at 2,000 tokens, with 2.082 GiB of room. (virtual)" in out
+    assert "Proposed: checkpointing, 2,000 tokens; longest sequence 4,096 tokens (4,352 does not fit)." in out
+    assert main([*asked, "--force"]) == EXIT_OK
+    assert load_recipe(target).batch.max_seq_length == 4096
 
 
 @pytest.mark.usefixtures("workers")

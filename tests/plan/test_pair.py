@@ -31,8 +31,9 @@ def plan(
     limit: int = 32_768,
     step: int = 256,
     full: bool = True,
+    keeps_length: bool = False,
 ) -> Plan:
-    pair = Pair(planned_model(recipe), card, recipe.name, given, limit, step, full)
+    pair = Pair(planned_model(recipe), card, recipe.name, given, limit, step, full, keeps_length=keeps_length)
     return Planner(pair, runs or FakeRuns()).plan()  # type: ignore[arg-type]
 
 
@@ -169,6 +170,91 @@ def test_where_nothing_fits_at_all_there_is_no_proposal() -> None:
     assert asked.longest.value == 0
     assert asked.need is not None
     assert asked.need.device_bytes == 7000 * MIB
+
+
+def test_every_rung_is_told_with_its_longest_sequence_and_its_cost() -> None:
+    runs = FakeRuns()
+    found = plan(MODEL, runs, given=False)
+    assert found.proposal is not None
+    rungs = {rung.name: recipe for rung, recipe in ladder(MODEL, tiles=True)}
+    assert [reach.rung for reach in found.reaches] == list(rungs)[:4], "beyond them none goes further than the limit"
+    for reach in found.reaches:
+        longest = reach.longest
+        assert need_of_tokens(replace_field(rungs[reach.rung], "max_seq_length", longest.value)) <= CARD.usable_bytes
+        if longest.next_value:
+            longer = replace_field(rungs[reach.rung], "max_seq_length", longest.next_value)
+            assert need_of_tokens(longer) > CARD.usable_bytes
+            assert longest.next_value - longest.value == 256
+    assert found.reaches[1].longest == found.proposal.longest
+    assert (found.reaches[-1].longest.value, found.reaches[-1].longest.limited_by) == (32_768, "limit")
+    assert [reach.flops_ratio for reach in found.reaches] == [1, 1.5, 1.5, 1.5]
+    shallow = FakeRuns()
+    assert plan(MODEL, shallow, given=False, full=False).reaches == ()
+    assert len(runs.asked) < len(shallow.asked) + 20
+
+
+def test_where_even_the_leanest_is_short_every_rung_is_told() -> None:
+    found = plan(MODEL, FakeRuns(lambda recipe: 4000 * MIB + need_of_tokens(recipe)), given=False)
+    assert [reach.longest.value for reach in found.reaches] == [0, 0, 512, 1024, 2048, 4096, 5376]
+
+
+def test_a_length_that_was_asked_for_is_proposed_with_the_longest_beside_it() -> None:
+    found = plan(MODEL, given=False, keeps_length=True)
+    longest = plan(MODEL, given=False).proposal
+    assert found.proposal is not None
+    assert longest is not None
+    assert found.proposal.recipe.batch.max_seq_length == 2048
+    assert found.proposal.need.device_bytes == need_of_tokens(
+        replace_fields(MODEL, {"gradient_checkpointing": True, "loss": "fused"})
+    )
+    assert found.proposal.longest == longest.longest
+    assert longest.recipe.batch.max_seq_length == longest.longest.value > 2048
+
+
+def test_what_nothing_reaches_is_told_with_what_it_would_need() -> None:
+    for given_recipe in (False, True):
+        found = plan(MODEL, FakeRuns(lambda recipe: 4000 * MIB + MIB * recipe.batch.max_seq_length), given=given_recipe)
+        assert found.shortfall is not None
+        assert found.shortfall.rung == "tiles, host, 4-bit embeddings, 8-bit AdamW"
+        assert found.shortfall.need.device_bytes == (4000 + 2048) * MIB
+        assert not found.shortfall.need.fits
+    assert plan(MODEL, given=False).shortfall is None
+
+
+def test_what_is_asked_beside_an_answer_ends_none() -> None:
+    broken = FakeRuns(without=("flops", "attributed run"))
+    found = plan(MODEL, broken, given=False)
+    assert found.fits
+    assert found.proposal is not None
+    assert found.proposal.flops_ratio is None
+    assert [reach.flops_ratio for reach in found.reaches] == [None] * 4
+    assert found.unanswered == ("counting FLOPs: counting FLOPs failed: CUDA out of memory.",)
+    recipe = plan(load_recipe(RECIPES / "optimised.yaml"), FakeRuns(without=("flops", "counted run")))
+    assert recipe.fits
+    assert recipe.batch is not None
+    assert recipe.knobs == ()
+    assert len(recipe.unanswered) == 1
+    assert recipe.unanswered[0].startswith("single changes: optimised fails with room for everything too")
+
+
+def test_with_room_for_everything_there_is_no_cap_of_the_recipes_own() -> None:
+    runs = FakeRuns()
+    plan(replace_fields(load_recipe(RECIPES / "baseline.yaml"), {"max_memory": "5 GiB"}), runs)
+    caps = {
+        (card.total_bytes > 2**39, recipe.memory.max_memory)
+        for card, recipe in zip(runs.cards, runs.asked, strict=True)
+    }
+    assert caps == {(True, "100%"), (False, "5 GiB")}
+
+
+def test_the_leanest_recipe_that_is_too_long_is_proposed_shorter() -> None:
+    leanest = {"quantised_embeddings": "4bit", "optimizer": "adamw_8bit", "checkpoints": "host", "batch_size": 1}
+    lean = replace_fields(load_recipe(RECIPES / "lean-host.yaml"), leanest | {"max_seq_length": 8192, "scan": "plain"})
+    lean = replace_fields(lean, {"loss_tile_bytes": 2**24, "expandable_segments": True})
+    found = plan(lean, FakeRuns(lambda recipe: 4000 * MIB + MIB * recipe.batch.max_seq_length))
+    assert not found.fits
+    assert found.proposal is not None
+    assert (found.proposal.rung, found.proposal.longest.value) == ("as it is", 1536)
 
 
 def test_the_models_own_length_ends_the_search() -> None:

@@ -62,7 +62,8 @@ def test_the_best_for_a_model_is_written_and_trains(
     again = command("plan", *asked, "--force", **cached)
     assert again.returncode == 0, again.stderr
     assert f"Answered from the cache (all {plan['runs']} runs" in again.stdout
-    assert "fits at 512 tokens" in again.stdout
+    assert "fits at 256 tokens" in again.stdout
+    assert "longest sequence 512 tokens (no longer one was tried" in again.stdout
 
 
 def test_of_a_model_on_the_hub_what_is_written_runs_as_it_is_said(

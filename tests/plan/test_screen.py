@@ -8,7 +8,7 @@ from pathlib import Path
 from helpers import RECIPES
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.plan.advice import Knob
-from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal, Tried
+from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal, Reach, Shortfall, Tried
 from qlora_lowmem.plan.screen import Again, cost, lines, plans_table, row, write_plans
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.units import GIB, MIB
@@ -78,6 +78,9 @@ def test_the_best_for_a_model() -> None:
     plan = replace(FITS, recipe_given=False, need=None, kinds={}, longest=None, batch=None, knobs=(), proposal=LEAN)
     shown = text(plan)
     assert shown.startswith("granite-4.0-h-1b on rtx-3060-laptop-6gb: fits at 131,072 tokens, with 2.000 GiB of room")
+    assert (
+        "Proposed: tiles, 131,072 tokens; longest sequence 131,072 tokens (as long as the model was made for)." in shown
+    )
     assert "base weights, 4-bit" in shown
     assert "lean, checkpoints host" in shown
     assert "expandable segments" in shown
@@ -85,6 +88,35 @@ def test_the_best_for_a_model() -> None:
     assert "nothing fits at the wanted 1,024 tokens" in shorter
     assert "The leanest, at the longest sequence that fits: tiles" in shorter
     assert "No recipe fits rtx-3060-laptop-6gb" in text(replace(plan, fits=False, proposal=None))
+
+
+def test_every_rung_is_a_row() -> None:
+    rungs = (
+        Reach("fastest", "exact; nothing twice", Limit(0, 256, 256, "memory"), 1.0),
+        Reach("tiles, host", "exact", Limit(25_344, 25_600, 256, "memory"), 1.31, 3 * GIB // 2),
+        Reach("8-bit embeddings", "rounded", Limit(32_768, 0, 256, "limit")),
+    )
+    plan = replace(FITS, recipe_given=False, proposal=LEAN, reaches=rungs, unanswered=("the breakdown: no room",))
+    shown = text(plan).splitlines()
+    start = shown.index("longest sequence  from the fastest recipe to the leanest, and what it costs")
+    assert shown[start + 1 : start + 4] == [
+        "            none  fastest: exact; nothing twice; 1.00 x the FLOPs",
+        "   25,344 tokens  tiles, host: exact; 1.31 x the FLOPs; 1.500 GiB of host memory",
+        "   32,768 tokens  8-bit embeddings: rounded (--limit)",
+    ]
+    assert "Not answered: the breakdown: no room" in shown
+
+
+def test_nothing_fits_says_what_it_would_need_and_of_what() -> None:
+    lacking = Shortfall("tiles, host", replace(NEED, device_bytes=7 * GIB, fits=False), KINDS)
+    plan = replace(FITS, recipe_given=False, fits=False, need=None, kinds={}, longest=None, batch=None, knobs=(),
+                   shortfall=lacking)  # fmt: skip
+    shown = text(plan)
+    assert "nothing fits at the wanted 1,024 tokens" in shown
+    assert "No recipe fits rtx-3060-laptop-6gb, however short its sequence." in shown
+    assert "At 1,024 tokens the leanest, tiles, host, would take more than there is.\nNeeds 7.000 GiB of 5.000" in shown
+    assert "base weights, 4-bit" in shown
+    assert row(plan)["peak_device_bytes"] == 7 * GIB
 
 
 def test_an_answer_from_the_cache_says_so() -> None:

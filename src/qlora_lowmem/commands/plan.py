@@ -9,8 +9,11 @@ which single changes save how much for which cost, each of them run. If it does 
 
 With --model: the best recipe that fits. Recipes are tried from the fastest to the leanest: nothing computed twice,
 checkpointing, this project's tiles (or offloading, for models that they do not know), checkpoints in host memory, and
-only then embeddings of fewer bits. The first that fits at the wanted length (--seq) is proposed, at the longest
-sequence that it reaches; the next longer one was run and does not fit. Of a model on the hub, config.json is fetched.
+only then embeddings of fewer bits. The first that fits at the wanted length is proposed: at that length where --seq
+asked for it, else at the longest sequence that it reaches; the next longer one was run and does not fit. Then a table
+of every recipe: how far it reaches, and what it costs. Of a model on the hub, config.json is fetched.
+
+What a field on the command line says, every recipe keeps: --attention eager, --optimizer adamw_8bit, ...
 
 Many recipes, models and cards: every combination, in one table; --full looks into each as deeply as into one, and
 shows that below the table. A model that cannot be planned is a row with its reason. Runs are cached, so that an
@@ -39,8 +42,9 @@ from qlora_lowmem.plan import screen
 from qlora_lowmem.plan.answers import Plan, recipe_file
 from qlora_lowmem.plan.asked import Pair
 from qlora_lowmem.plan.kept_runs import RunCache, Runs
-from qlora_lowmem.plan.pair import Planner, pairs_of, sweep
+from qlora_lowmem.plan.pair import Planner
 from qlora_lowmem.plan.recipe_runs import recipe_server
+from qlora_lowmem.plan.sweep import pairs_of, sweep
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_fields
 from qlora_lowmem.units import format_bytes
@@ -110,14 +114,9 @@ def run(options: argparse.Namespace) -> int:
     )
     if target is not None and len(asked) > 1:
         raise UsageError(f"--write: one file holds one recipe, and this asks for {len(asked)} pairs; name one pair")
-    plans = _answers(asked, options)
-    if target is not None and isinstance(asked[0], Pair):
-        text = recipe_file(asked[0], plans[0], target)
-        if text is None:
-            print(f"{target} is not written: nothing fits", file=sys.stderr)
-        else:
-            target.write_text(text, encoding="utf-8")
-            _say_what_next(target, asked[0].model.recipe, asked[0].model.asked)
+    plans = _answers(asked, options, target)
+    if target is not None and isinstance(asked[0], Pair) and (plans[0].fits or plans[0].proposal is not None):
+        _say_what_next(target, asked[0].model.recipe, asked[0].model.asked)
     device = cards[0].name if len(cards) == 1 else f"{len(cards)} cards"
     content = {"device": device, "provenance": "virtual", "fits": all(plan.fits for plan in plans)}
     content["environment"] = provenance_record(device, "virtual")
@@ -188,7 +187,7 @@ def _cards(options: argparse.Namespace) -> list[virtual_gpu.Card]:
     return cards
 
 
-def _answers(asked: list[Pair | Plan], options: argparse.Namespace) -> list[Plan]:
+def _answers(asked: list[Pair | Plan], options: argparse.Namespace, target: Path | None) -> list[Plan]:
     """The answers in their order, and shown; the screen of one alone grows as they become known."""
     cache = RunCache(None if options.no_cache else cache_folder() / "plan")
     workers = len(os.sched_getaffinity(0))  # a container's or a scheduler's share, not the machine's
@@ -196,7 +195,7 @@ def _answers(asked: list[Pair | Plan], options: argparse.Namespace) -> list[Plan
     pairs = [each for each in asked if isinstance(each, Pair)]
     with recipe_server(workers) as server:
         if len(asked) == 1:
-            return [_answer(pairs[0], server, cache, shown=shown)]
+            return [_answer(pairs[0], server, cache, target, shown=shown)]
         planned = iter(_sweep(pairs, server, cache, workers))
     plans = [next(planned) if isinstance(each, Pair) else each for each in asked]
     if shown:
@@ -204,7 +203,8 @@ def _answers(asked: list[Pair | Plan], options: argparse.Namespace) -> list[Plan
     return plans
 
 
-def _answer(pair: Pair, server: virtual_gpu.Server, cache: RunCache, *, shown: bool) -> Plan:
+def _answer(pair: Pair, server: virtual_gpu.Server, cache: RunCache, target: Path | None, *, shown: bool) -> Plan:
+    """One pair's answer, shown as it becomes known; the recipe is written before what else there is to say."""
     lines: list[str] = []
 
     def say(answer: Plan) -> None:
@@ -214,8 +214,15 @@ def _answer(pair: Pair, server: virtual_gpu.Server, cache: RunCache, *, shown: b
         sys.stdout.flush()
         lines.extend(new)
 
+    def found(answer: Plan) -> None:
+        text = recipe_file(pair, answer, target) if target is not None else None
+        if target is not None:
+            bar.write(f"{target} is {'written' if text else 'not written: nothing fits'}", file=sys.stderr)
+        if target is not None and text is not None:
+            target.write_text(text, encoding="utf-8")
+
     with tqdm(desc="plan", unit="run") as bar:
-        plan = Planner(pair, Runs(server, cache, bar.update), bar.set_postfix_str, say).plan()
+        plan = Planner(pair, Runs(server, cache, bar.update), bar.set_postfix_str, say, found).plan()
         say(plan)
     return plan
 
@@ -238,5 +245,5 @@ def _say_what_next(target: Path, recipe: Recipe, asked: Recipe) -> None:
     # As it was planned: with random weights where those will do, and then there is no tokenizer for a person's data.
     planned = " --weights random" if recipe.base.weights == "random" else ""
     planned += " --data synthetic" if own_data else ""
-    print(f"{target} is written. Train: {train}{'' if own_data else ' --data my.jsonl'}", file=sys.stderr)
+    print(f"Train: {train}{'' if own_data else ' --data my.jsonl'}", file=sys.stderr)
     print(f"Run it whole on the virtual card: {train} --device virtual{planned}", file=sys.stderr)

@@ -65,14 +65,34 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """A rung of the ladder: how far it goes and, where they were asked for, what it costs in FLOPs and host memory."""
+
+    rung: str
+    words: str
+    longest: Limit
+    flops_ratio: float | None = None
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """What the leanest rung would need at the wanted length, where no rung fits there; `kinds` as in `Plan`."""
+
+    rung: str
+    need: Need
+    kinds: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Proposal:
     """The best recipe found.
 
     Attributes:
-        recipe: of the model that the person named, as long as their own recipe where that fits, else the longest.
+        recipe: of the model that the person named, as long as they asked for where that fits, else the longest.
         need, kinds: of that recipe, as in `Plan`.
         reaches_wanted: whether `longest` is at least the wanted length.
-        flops_ratio: FLOPs of a step over those of the fastest rung; None where they were not counted.
+        flops_ratio: FLOPs of a step over those of one that computes nothing twice; None where they were not counted.
     """
 
     rung: str
@@ -98,6 +118,9 @@ class Plan:
         kinds: the bytes of `need` by kind (`memory/kinds.py`), where they were asked for.
         knobs: single changes that save, in the order that `pair.ranked` states.
         proposal: None where the recipe fits as it is, or nothing fits.
+        shortfall: None where something fits at the wanted length.
+        reaches: every rung for a model, up to one that goes as far as lengths are looked at.
+        unanswered: what was asked beside the answer, and why nothing came of it.
         failure: why there is no answer.
         bad_input: that failure is of what was asked, and no run was made.
         runs, cached: how many runs it took, and how many of them the cache had.
@@ -117,6 +140,9 @@ class Plan:
     knobs: tuple[Knob, ...] = ()
     tried: tuple[Tried, ...] = ()
     proposal: Proposal | None = None
+    shortfall: Shortfall | None = None
+    reaches: tuple[Reach, ...] = ()
+    unanswered: tuple[str, ...] = ()
     failure: str | None = None
     bad_input: bool = False
     runs: int = 0
@@ -143,16 +169,19 @@ def recipe_file(pair: Pair, plan: Plan, target: Path) -> str | None:
     """The recipe that fits as the text of `target`, data relative to it, output under its name; None if none fits."""
     found = plan.proposal
     if found is not None:
-        recipe, need, why = found.recipe, found.need, f"{found.rung}: {found.words}"
-    elif plan.fits and plan.need is not None:
-        recipe, need, why = pair.model.as_asked(pair.model.recipe, plan.card), plan.need, "as it is"
+        recipe, need, longest, why = found.recipe, found.need, found.longest, f"{found.rung}: {found.words}"
+    elif plan.fits and plan.need is not None and plan.longest is not None:
+        asked = pair.model.as_asked(pair.model.recipe, plan.card)
+        recipe, need, longest, why = asked, plan.need, plan.longest, "as it is"
     else:
         return None
     record = provenance_record(plan.card, "virtual")
     length, usable = recipe.batch.max_seq_length, format_bytes(plan.usable_bytes)
+    room = format_bytes(plan.usable_bytes - need.device_bytes)
     title = [
         f"{plan.model} on {plan.card}: {why}.",
         f"{format_bytes(need.device_bytes)} of {usable} usable at {length:,} tokens, the CUDA context in it (virtual).",
+        f"That leaves {room} of room; the longest sequence that fits is {longest.value:,} tokens.",
         f"{record['command']}, {record['date']}, commit {record['commit']}",
     ]
     output_dir = recipe.run.output_dir

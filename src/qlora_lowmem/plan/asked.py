@@ -76,6 +76,7 @@ class Pair:
         limit, step: the longest sequence that is tried and what lengths are multiples of, in tokens.
         full: whether the breakdown, the largest batch, single changes and FLOPs are looked into too.
         fixed: fields set on the command line, which no proposal changes.
+        keeps_length: the wanted length was asked for, and is what is proposed where it fits; otherwise the longest is.
     """
 
     model: PlannedModel
@@ -86,3 +87,4 @@ class Pair:
     step: int
     full: bool
     fixed: frozenset[str] = frozenset()
+    keeps_length: bool = False

@@ -1,19 +1,19 @@
-"""A pair planned: a recipe on a card, or the best recipe for a model on a card; and many pairs side by side."""
+"""A pair planned: a recipe on a card, or the best recipe for a model on a card."""
 
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.errors import QloraLowmemError, UsageError
+from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.plan.advice import Knob, candidate_changes, knobs_of
-from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Tried, limit_of, need_of
-from qlora_lowmem.plan.asked import Pair, PlannedModel, planned_model
+from qlora_lowmem.plan.answers import Limit, LimitedBy, Plan, Proposal, Reach, Shortfall, Tried, limit_of, need_of
+from qlora_lowmem.plan.asked import Pair
 from qlora_lowmem.plan.kept_runs import Question, Runs, Tally
-from qlora_lowmem.plan.ladder import Rung, ladder, rungs
+from qlora_lowmem.plan.ladder import AS_IT_IS, Rung, computing_nothing_twice, ladder
 from qlora_lowmem.plan.maximum import Maximum, maximum_that_fits, room_left
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, two_steps
 from qlora_lowmem.recipe import Recipe
@@ -22,9 +22,17 @@ from qlora_lowmem.recipe.moves import Change, CostKind
 
 BATCH_LIMIT = 256
 
+Answer = TypeVar("Answer")
+
 
 class Planner:
-    """Plans one pair. `note` is told what is being looked for, `say` the answer as far as it is known."""
+    """Plans one pair.
+
+    Args:
+        note: told what is being looked for.
+        say: told the answer as far as it is known.
+        found: told the answer once it is known whether something fits and what, before all else that is asked.
+    """
 
     def __init__(
         self,
@@ -32,6 +40,7 @@ class Planner:
         runs: Runs,
         note: Callable[[str], None] = lambda _what: None,
         say: Callable[[Plan], None] = lambda _answer: None,
+        found: Callable[[Plan], None] = lambda _answer: None,
     ) -> None:
         self._pair = pair
         self._recipe = recipe = pair.model.recipe
@@ -45,6 +54,7 @@ class Planner:
         self._tally = Tally()
         self._note = note
         self._tell = say
+        self._found = found
         name = pair.model.asked.base.model
         self.nothing = Plan(pair.subject, name, card.name, card.usable_bytes, pair.recipe_given, wanted)
         self._answer = self.nothing
@@ -61,15 +71,21 @@ class Planner:
             self._of_the_recipe()
         if not self._answer.fits:
             self._climb()
-        found, fits = self._answer.proposal, self._answer.fits
-        if not self._pair.recipe_given:
-            fits = found is not None and found.reaches_wanted
         seconds = time.perf_counter() - started
-        return replace(self._answer, fits=fits, runs=self._tally.asked, cached=self._tally.cached, seconds=seconds)
+        return replace(self._answer, runs=self._tally.asked, cached=self._tally.cached, seconds=seconds)
 
     def _say(self, **known: Any) -> None:
         self._answer = replace(self._answer, **known)
         self._tell(self._answer)
+
+    def _aside(self, what: str, ask: Callable[[], Answer]) -> Answer | None:
+        """What a question beside the answer comes to: one that fails ends no answer, and is told below it."""
+        self._note(what)
+        try:
+            return ask()
+        except QloraLowmemError as error:
+            self._say(unanswered=tuple(dict.fromkeys((*self._answer.unanswered, f"{what}: {error}"))))
+            return None
 
     def _of_the_recipe(self) -> None:
         recipe, card, full = self._recipe, self._card, self._pair.full
@@ -83,61 +99,126 @@ class Planner:
         run = alone.result()
         fits = room_left(run, card, recipe.name) >= 0
         self._say(fits=fits, need=need_of(run, fits=True) if fits else None)
-        with_room = run if run.out_of_memory is None else self._with_room(two_steps(recipe))
+        with_room = run
+        if run.out_of_memory is not None:
+            with_room = self._aside("what it needs", lambda: self._with_room(two_steps(recipe))) or run
         kinds = with_room.attribution.kinds if with_room.attribution else {}
-        self._say(need=need_of(with_room, fits=fits), kinds=kinds)
+        self._say(need=need_of(with_room, fits=fits) if with_room.out_of_memory is None else None, kinds=kinds)
         longest, _ = self._longest(recipe, with_room)
         self._say(longest=longest)
+        if fits:
+            self._found(self._answer)
         if full:
             samples = recipe.batch.batch_size
             # As many tokens take as much memory, nearly.
             near = longest.value * samples // recipe.batch.max_seq_length or None
             known = self._known(with_room, samples)
-            batch = self._maximum(recipe, "batch_size", BATCH_LIMIT, 1, known, near)
-            self._say(batch=limit_of(batch, 1, "limit"))
+            batch = self._aside(
+                "the largest batch",
+                lambda: limit_of(self._maximum(recipe, "batch_size", BATCH_LIMIT, 1, known, near), 1, "limit"),
+            )
+            self._say(batch=batch)
             # Where the card refused nothing, one with more memory is asked for the same.
             base_card = card if fits and not run.refused else self._roomy
             # What was attributed need not be run again to be counted.
             question: Question = "run" if shortened(recipe) == two_steps(recipe) else "counted run"
             base = self._submit(shortened(recipe), base_card, question)
-            self._say(knobs=self._knobs(changes, base, changed))
+            self._say(knobs=self._aside("single changes", lambda: self._knobs(changes, base, changed)) or ())
 
     def _climb(self) -> None:
         """Try the rungs up to the first that fits at the wanted length, and propose the last that was tried."""
-        pair = self._pair
+        pair, wanted = self._pair, self._recipe.batch.max_seq_length
         rungs = ladder(self._recipe, tiles=pair.model.tiles, fixed=pair.fixed, climbing=pair.recipe_given)
-        leanest: tuple[Rung, Recipe, RecipeRun] | None = None
-        for rung, recipe in rungs:
+        for rung, recipe in rungs or [(AS_IT_IS, self._recipe)]:  # the leanest is climbed no further
             self._note(f"rung: {rung.name}")
             run = self._submit(two_steps(recipe), self._card, "probe").result()
             fits = room_left(run, self._card, recipe.name) >= 0
             self._say(tried=(*self._answer.tried, Tried(rung.name, rung.words, fits)))
-            leanest = rung, recipe, run
             if fits:
                 break
-        if leanest is not None:
-            self._answer = replace(self._answer, proposal=self._proposed(*leanest))
+        proposal, longest_run = self._proposed(rung, recipe, run)
+        reaches = proposal is not None and proposal.reaches_wanted
+        self._say(proposal=proposal, fits=reaches and not pair.recipe_given)
+        if not fits and (pair.full or proposal is None):
+            self._say(shortfall=self._aside(f"what {wanted:,} tokens need", lambda: self._lacking(rung, recipe)))
+        self._found(self._answer)
+        if not pair.full:
+            return
+        if proposal is not None:
+            made = replace_field(recipe, "max_seq_length", proposal.recipe.batch.max_seq_length)
+            self._detail(proposal, made)
+        if not pair.recipe_given:
+            self._compare(rungs, proposal, longest_run)
 
-    def _proposed(self, rung: Rung, recipe: Recipe, run: RecipeRun) -> Proposal | None:
-        """`recipe` with what it reaches, `run` being the one at the wanted length; None where nothing of it fits.
+    def _proposed(self, rung: Rung, recipe: Recipe, run: RecipeRun) -> tuple[Proposal | None, RecipeRun | None]:
+        """`recipe` with what it reaches, `run` being the one at the wanted length, and the run at the longest; None
+        where nothing of it fits.
 
-        A person's own recipe keeps its length where that fits. Otherwise the longest is proposed.
+        A person's own recipe keeps its length where that fits, as does a length that was asked for. Otherwise the
+        longest is proposed.
         """
         longest, longest_run = self._longest(recipe, run)
         if longest_run is None:
-            return None
+            return None, None
         reaches = longest.value >= recipe.batch.max_seq_length
-        if not (self._pair.recipe_given and reaches):
+        if not (reaches and (self._pair.recipe_given or self._pair.keeps_length)):
             recipe, run = replace_field(recipe, "max_seq_length", longest.value), longest_run
         proposed = self._pair.model.as_asked(recipe, self._card.name)
-        proposal = Proposal(rung.name, rung.words, proposed, need_of(run, fits=True), longest, reaches)
-        if not self._pair.full:
-            return proposal
-        self._note("the breakdown")
-        attributed = self._submit(two_steps(recipe), self._card, "attributed run").result().attribution
-        kinds = attributed.kinds if attributed else {}
-        fastest = replace_fields(recipe, rungs(tiles=self._pair.model.tiles)[0].fields)
-        return replace(proposal, kinds=kinds, flops_ratio=self._flops_ratio(recipe, fastest))
+        need = need_of(run, fits=True)
+        return Proposal(rung.name, rung.words, proposed, need, longest, reaches), longest_run
+
+    def _detail(self, proposal: Proposal, recipe: Recipe) -> None:
+        """Where the bytes of the proposed `recipe` go, and its FLOPs."""
+        run = self._aside(
+            "the breakdown", lambda: self._submit(two_steps(recipe), self._card, "attributed run").result()
+        )
+        if run is not None and run.attribution is not None:
+            proposal = replace(proposal, kinds=run.attribution.kinds)
+            self._say(proposal=proposal)
+        self._say(proposal=replace(proposal, flops_ratio=self._flops_ratio(recipe, computing_nothing_twice(recipe))))
+
+    def _lacking(self, rung: Rung, recipe: Recipe) -> Shortfall:
+        run = self._with_room(two_steps(recipe))
+        kinds = run.attribution.kinds if run.attribution else {}
+        return Shortfall(rung.name, need_of(run, fits=False), kinds)
+
+    def _compare(
+        self, rungs: Sequence[tuple[Rung, Recipe]], proposal: Proposal | None, longest_run: RecipeRun | None
+    ) -> None:
+        """How far each rung goes and what it costs, up to one that goes as far as lengths are looked at."""
+        pair, wanted = self._pair, self._recipe.batch.max_seq_length
+        known = self._known(longest_run, 0) if longest_run is not None else {}
+        tried = {each.rung: each.fits for each in self._answer.tried}
+        length = pair.step
+        for rung, recipe in rungs:
+            found: tuple[Limit, RecipeRun | None] | None
+            if proposal is not None and rung.name == proposal.rung:
+                found = proposal.longest, longest_run
+            else:  # a leaner one goes further, and what was tried and does not fit is no further looked at
+                end = wanted - 1 if rung.name in tried else self._limit
+                found = self._aside(
+                    f"how far {rung.name} goes", functools.partial(self._furthest, recipe, length, end, known)
+                )
+            if found is None:
+                continue
+            longest, run = found
+            length = max(length, longest.value)
+            # Rounded embeddings and optimizer states multiply as much.
+            exact = replace_fields(recipe, {"max_seq_length": length, "quantised_embeddings": "none"})
+            ratio = self._flops_ratio(exact, computing_nothing_twice(exact))
+            host = run.pinned_host_bytes if run is not None else 0
+            self._say(reaches=(*self._answer.reaches, Reach(rung.name, rung.words, longest, ratio, host)))
+            if longest.limited_by != "memory":
+                break
+
+    def _furthest(
+        self, recipe: Recipe, start: int, end: int, known: Mapping[int, int]
+    ) -> tuple[Limit, RecipeRun | None]:
+        step, first = self._pair.step, replace_field(recipe, "max_seq_length", max(start, 2))
+        found = self._maximum(first, "max_seq_length", end, min(step, end), known)
+        if end < self._limit and not found.next_value:
+            found = found._replace(next_value=end + 1)
+        return limit_of(found, step, self._last), found.run
 
     def _longest(self, recipe: Recipe, run: RecipeRun) -> tuple[Limit, RecipeRun | None]:
         """The longest sequence; the wanted one where no multiple of the step is as long. `run` has the wanted one's
@@ -154,12 +235,12 @@ class Planner:
         return limit_of(found, self._pair.step, self._last), found.run
 
     def _known(self, run: RecipeRun, number: int) -> dict[int, int]:
-        """The room that a whole run left at a number, and the most that there can be: at none lies the floor."""
+        """The room that a whole run left at a number, and the most that there can be: at 0 lies the floor."""
         if run.profile is None or not run.floor_bytes:
             return {}
         usable = self._card.usable_bytes
         floor = run.floor_bytes + run.profile.outside_allocator_bytes
-        return {0: usable - floor, number: usable - run.profile.peak.device}
+        return {number: usable - run.profile.peak.device, 0: usable - floor}
 
     def _maximum(
         self, recipe: Recipe, leaf: str, limit: int, step: int, known: Mapping[int, int], near: int | None = None
@@ -187,11 +268,10 @@ class Planner:
             counted.append(replace(knob, flops_ratio=ratio))
         return ranked(counted)
 
-    def _flops_ratio(self, recipe: Recipe, base: Recipe) -> float:
-        """FLOPs of a step of `recipe` over those of `base`."""
-        self._note("counting FLOPs")
+    def _flops_ratio(self, recipe: Recipe, base: Recipe) -> float | None:
+        """FLOPs of a step of `recipe` over those of `base`; None where they cannot be counted."""
         both = [self._runs.count_flops(each, self._roomy, self._tally) for each in (recipe, base)]
-        return both[0].result() / both[1].result()
+        return self._aside("counting FLOPs", lambda: both[0].result() / both[1].result())
 
     def _with_room(self, recipe: Recipe) -> RecipeRun:
         run = self._submit(recipe, self._roomy, self._fullest).result()
@@ -199,86 +279,11 @@ class Planner:
         return run
 
     def _submit(self, recipe: Recipe, card: virtual_gpu.Card, question: Question = "run") -> "Future[RecipeRun]":
+        if card is self._roomy:  # a recipe's own cap would leave no room there
+            recipe = replace_field(recipe, "max_memory", "100%")
         return self._runs.submit(recipe, card, self._tally, question)
 
 
 def ranked(knobs: Collection[Knob]) -> tuple[Knob, ...]:
     """By cost first: what costs nothing, what is exact but slower, what changes training; in each, the most saved."""
     return tuple(sorted(knobs, key=lambda knob: (get_args(CostKind).index(knob.kind), -knob.saves_bytes)))
-
-
-def pairs_of(
-    recipes: Sequence[Recipe],
-    cards: Sequence[virtual_gpu.Card],
-    *,
-    given: bool,
-    several_models: bool,
-    wanted: int | None,
-    limit: int,
-    step: int,
-    full: bool,
-    fixed: frozenset[str],
-) -> list[Pair | Plan]:
-    """Every combination: a pair to plan or, where its model cannot be planned, the answer that says why.
-
-    Args:
-        given: the recipes are the person's own; a model's alone starts no longer than what the model was made for.
-        several_models: they stand in the recipes, and answers name them too.
-        wanted: the length that was asked for on the command line.
-        limit, step, full, fixed: as in `Pair`.
-
-    Raises:
-        UsageError: no pair can be planned.
-    """
-    asked: list[Pair | Plan] = []
-    reasons: list[str] = []
-    for recipe in recipes:
-        subject = f"{recipe.name}, {recipe.base.model}" if several_models else recipe.name
-        length = recipe.batch.max_seq_length
-        try:
-            model = _planned(recipe, given, wanted)
-        except UsageError as error:
-            reasons.append(str(error))
-            refused = Plan(subject, recipe.base.model, "", 0, given, length, failure=str(error), bad_input=True)
-            asked += [replace(refused, card=card.name, usable_bytes=card.usable_bytes) for card in cards]
-        else:
-            asked += [Pair(model, card, subject, given, limit, step, full, fixed) for card in cards]
-    if len(reasons) == len(recipes):
-        raise UsageError("\n".join(dict.fromkeys(reasons)))
-    return asked
-
-
-def _planned(recipe: Recipe, given: bool, wanted: int | None) -> PlannedModel:
-    model, length = planned_model(recipe), recipe.batch.max_seq_length
-    context = model.context_length or length
-    if context < length and wanted is not None:
-        raise UsageError(f"--seq: {recipe.base.model} was made for {context} tokens at most, not {wanted}")
-    return planned_model(replace_field(recipe, "max_seq_length", context)) if context < length and not given else model
-
-
-def sweep(pairs: Sequence[Pair], runs: Runs, server: virtual_gpu.Server, *, workers: int) -> Iterator[tuple[int, Plan]]:
-    """Each pair's number and answer as it is ready. A pair that fails says why, and the others go on.
-
-    Ended early, it closes the server, so that nothing is waited for; the cache has what was made until then.
-
-    Raises:
-        virtual_gpu.VirtualGPUUnavailable: this machine cannot host a virtual GPU.
-    """
-    pool = ThreadPoolExecutor(workers)
-    try:
-        planned = {pool.submit(_plan, pair, runs): number for number, pair in enumerate(pairs)}
-        for done in as_completed(planned):
-            yield planned[done], done.result()
-    except BaseException:
-        server.close()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _plan(pair: Pair, runs: Runs) -> Plan:
-    planner = Planner(pair, runs)
-    try:
-        return planner.plan()
-    except QloraLowmemError as error:
-        return replace(planner.nothing, failure=str(error))

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.plan.advice import Knob
-from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal
+from qlora_lowmem.plan.answers import Limit, Need, Plan, Proposal, Reach
 from qlora_lowmem.plan.kept_runs import COUNTED_TOKENS
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
@@ -24,6 +24,7 @@ from qlora_lowmem.units import MIB, format_bytes
 
 # Kinds of less than this share of the peak are shown as one.
 _SMALL = 0.01
+_ENDS = {"memory": "", "model": "(model's end)", "limit": "(--limit)"}
 _LIMITS = {"model": "as long as the model was made for", "limit": "no longer one was tried; --limit goes on"}
 
 
@@ -32,6 +33,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _of_the_recipe(plan) if plan.recipe_given else _of_the_model(plan)
     if _ended(plan):
         yield ""
+        yield from (f"Not answered: {reason}" for reason in plan.unanswered)
         yield _effort(plan)
 
 
@@ -46,6 +48,11 @@ def sweep_lines(plans: Sequence[Plan], *, full: bool) -> Iterator[str]:
 
 def _ended(plan: Plan) -> bool:
     return plan.seconds > 0
+
+
+def _searched(plan: Plan) -> bool:
+    """Whether it is known what fits, if anything does."""
+    return plan.proposal is not None or plan.shortfall is not None or _ended(plan)
 
 
 def _of_the_recipe(plan: Plan) -> Iterator[str]:
@@ -66,30 +73,48 @@ def _of_the_recipe(plan: Plan) -> Iterator[str]:
     if not plan.fits and (plan.tried or _ended(plan)):
         yield ""
         yield from _tried(plan)
-        if _ended(plan):
+        if _searched(plan):
             yield from _proposal(plan)
+            yield from _flops(plan)
 
 
 def _of_the_model(plan: Plan) -> Iterator[str]:
     if plan.tried:
         yield f"{plan.model} at {plan.wanted_tokens:,} tokens on {plan.card}, from the fastest recipe to the leanest:"
         yield from _tried(plan)
-    if not _ended(plan):
+    if not _searched(plan):
         return
     if plan.tried:
         yield ""
     found = plan.proposal
     if found is not None and found.reaches_wanted:
         room = plan.usable_bytes - found.need.device_bytes
-        verdict = f"fits at {found.longest.value:,} tokens, with {format_bytes(room)} of room"
+        verdict = f"fits at {found.recipe.batch.max_seq_length:,} tokens, with {format_bytes(room)} of room"
     else:
         verdict = f"nothing fits at the wanted {plan.wanted_tokens:,} tokens"
     yield f"{plan.model} on {plan.card}: {verdict}. (virtual)"
     if found is not None:
         yield _needs(found.need, plan.usable_bytes)
-        yield from _breakdown(found.kinds, found.need)
     yield ""
     yield from _proposal(plan)
+    if found is not None:
+        yield from _breakdown(found.kinds, found.need)
+    yield from _flops(plan)
+    if plan.reaches:
+        yield ""
+        yield "longest sequence  from the fastest recipe to the leanest, and what it costs"
+        yield from map(_reach, plan.reaches)
+
+
+def _reach(reach: Reach) -> str:
+    """A row of the table of rungs."""
+    length = f"{reach.longest.value:,} tokens" if reach.longest.value else "none"
+    said = [f"{length:>16}  {reach.rung}: {reach.words}"]
+    if reach.flops_ratio is not None:
+        said.append(f"{reach.flops_ratio:.2f} x the FLOPs")
+    if reach.host_bytes >= MIB:
+        said.append(f"{format_bytes(reach.host_bytes)} of host memory")
+    return f"{'; '.join(said)} {_ENDS[reach.longest.limited_by]}".rstrip()
 
 
 def _tried(plan: Plan) -> Iterator[str]:
@@ -153,18 +178,30 @@ def cost(knob: Knob, base: Need) -> str:
 
 
 def _proposal(plan: Plan) -> Iterator[str]:
-    found = plan.proposal
+    found, lacking = plan.proposal, plan.shortfall
     if found is None:
         yield f"No recipe fits {plan.card}, however short its sequence."
-        return
+    else:
+        yield from _proposed(found, plan)
+    if lacking is not None:
+        yield f"At {plan.wanted_tokens:,} tokens the leanest, {lacking.rung}, would take more than there is."
+        yield _needs(lacking.need, plan.usable_bytes)
+        yield from _breakdown(lacking.kinds, lacking.need)
+
+
+def _proposed(found: Proposal, plan: Plan) -> Iterator[str]:
     length = found.recipe.batch.max_seq_length
     what = "Proposed" if found.reaches_wanted else "The leanest, at the longest sequence that fits"
     yield f"{what}: {found.rung}, {length:,} tokens; longest sequence {_longest(found.longest)}."
     yield f"  {_settings(found)}"
     if plan.recipe_given:
         yield f"  {_needs(found.need, plan.usable_bytes)}"
-    if found.flops_ratio is not None and found.rung != "fastest":
-        yield f"  A step takes {found.flops_ratio:.2f} x the FLOPs of one that computes nothing twice."
+
+
+def _flops(plan: Plan) -> Iterator[str]:
+    found = plan.proposal
+    if found is not None and found.flops_ratio is not None and found.rung != "fastest":
+        yield f"A step takes {found.flops_ratio:.2f} x the FLOPs of one that computes nothing twice."
 
 
 def _settings(found: Proposal) -> str:
@@ -189,7 +226,9 @@ def _effort(plan: Plan) -> str:
     if plan.runs and plan.cached == plan.runs:
         return f"Answered from the cache (all {plan.runs} runs; --no-cache runs them again)."
     cached = f", {plan.cached} of them from the cache" if plan.cached else ""
-    counted = any(knob.flops_ratio is not None for knob in plan.knobs) or (plan.proposal and plan.proposal.flops_ratio)
+    asked: list[Knob | Reach | Proposal] = [*plan.knobs, *plan.reaches]
+    asked += [plan.proposal] if plan.proposal is not None else []
+    counted = any(each.flops_ratio is not None for each in asked)
     note = f" FLOPs: matrix products of a step of {COUNTED_TOKENS:,} tokens at most, counted." if counted else ""
     return f"{plan.runs} runs{cached}, in {plan.seconds:.0f} s.{note}"
 
@@ -199,14 +238,18 @@ def _table(rows: list[list[str]], headers: list[str]) -> Iterator[str]:
     yield from tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True, colalign=align).splitlines()
 
 
-_ENDS = {"model": "(model's end)", "limit": "(--limit)"}
+def _need(plan: Plan) -> Need | None:
+    """Of what is proposed; else of the recipe as it is, or of the leanest that there is."""
+    if plan.proposal is not None:
+        return plan.proposal.need
+    return plan.need or (plan.shortfall.need if plan.shortfall is not None else None)
 
 
 def cells(plan: Plan) -> dict[str, str]:
     """A row for people: each cell by its column's heading."""
-    found, need, longest = plan.proposal, plan.need, plan.longest
+    found, need, longest = plan.proposal, _need(plan), plan.longest
     if found is not None:
-        need, longest = found.need, found.longest
+        longest = found.longest
     following = ""
     if longest is not None:
         following = f"{longest.next_value:,}" if longest.next_value else _ENDS[longest.limited_by]
@@ -242,9 +285,9 @@ def _markdown(rows: Sequence[dict[str, str]]) -> str:
 
 def row(plan: Plan) -> dict[str, Any]:
     """A row for machines: flat, bytes as integers."""
-    found, need, longest = plan.proposal, plan.need, plan.longest
+    found, need, longest = plan.proposal, _need(plan), plan.longest
     if found is not None:
-        need, longest = found.need, found.longest
+        longest = found.longest
     return {
         "subject": plan.subject,
         "model": plan.model,
