@@ -20,6 +20,7 @@ from qlora_lowmem.lean import LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.adapters import lora_config
 from qlora_lowmem.models.loading import Precision, assert_on_device, load_base
+from qlora_lowmem.models.mixtures import name_experts, router_loss_coefficient
 from qlora_lowmem.models.targets import lean_options, lean_refusals
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.out_of_memory import first_words, whose_memory
@@ -130,6 +131,7 @@ def build_job(
     device, _ = device_of(recipe)
     transformers.set_seed(recipe.schedule.seed)
     model = load_base(recipe, checked.inputs.source, precision.compute, device, checked.skeleton)
+    name_experts(model)
     if data is None:
         vocabulary = int(model.config.get_text_config().vocab_size)
         steps, batch = recipe.schedule.max_steps or 2, recipe.batch
@@ -208,6 +210,5 @@ def training_arguments(
         report_to="none" if virtual_gpu.current_card() else recipe.run.report_to,  # a virtual GPU has no values
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # every adapter is used in every step
-        # Granite hybrids declare a router loss but not `num_experts`, which TRL 1.16 reads: AttributeError.
-        router_aux_loss_coef=0.0 if checked.skeleton.config.model_type == "granitemoehybrid" else None,
+        router_aux_loss_coef=router_loss_coefficient(checked.skeleton),
     )

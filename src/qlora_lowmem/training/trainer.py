@@ -79,13 +79,21 @@ class LowMemTrainer(SFTTrainer):
     ) -> Any:
         """With full logits, the loss of transformers' `Trainer`: (batch, seq, vocabulary) logits, upcast to fp32.
 
-        Evaluation is always by TRL's fused head, or the lean one in its place: a card that trains can evaluate.
+        A mixture's model adds its routers' auxiliary loss whole to every micro-batch; TRL's fused head averages it over
+        those of a step, and so do full logits here. Evaluation is always by the fused head, or the lean one in its
+        place: a card that trains can evaluate.
         """
         if not self._full_logits or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         self._count_tokens(inputs)
         inputs["use_cache"] = False
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        if not self.aux_loss_enabled:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        inputs["output_router_logits"] = True  # wrappers do not ask their configuration
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        loss = loss - (1 - 1 / steps) * self.router_aux_loss_coef * outputs.aux_loss
+        return (loss, outputs) if return_outputs else loss
 
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
         """As TRL's own `compute_loss` does: tokens seen by all processes, padding left out."""
