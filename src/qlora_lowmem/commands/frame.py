@@ -40,6 +40,7 @@ from qlora_lowmem.errors import (
     UsageError,
 )
 from qlora_lowmem.files import json_values, write_whole
+from qlora_lowmem.recipe.other_names import OURS
 
 TRACEBACK_VARIABLE = "QLORA_LOWMEM_TRACEBACK"
 
@@ -54,7 +55,9 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
         for unknown in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
-            near = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1, cutoff=0.6)
+            flags, ours = list(self._option_string_actions), OURS.get(unknown.lstrip("-").replace("-", "_"), "")
+            known = [flag for flag in flags if flag == f"--{ours.replace('_', '-')}"]
+            near = known or difflib.get_close_matches(unknown, flags, n=1, cutoff=0.6)
             message += f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"{self.prog}: {message} ({self.prog} --help lists every flag)")
 

@@ -178,25 +178,25 @@ def targets_of(model: PreTrainedModel, lora: Lora) -> Targets:
         UsageError: as `resolve_targets`; what matches no module; exclusions that leave none.
     """
     asked, excluded = lora.target_modules, lora.exclude_modules
-    linears = resolve_targets(model, "all-linear").modules
-    if isinstance(asked, tuple) or asked in TARGET_PRESETS:
-        found = resolve_targets(model, asked)
-    else:
-        matched = tuple(_matched("target_modules", asked, asked, linears))
-        found = Targets(matched, matched)
-    if excluded is None:
+    named = isinstance(asked, tuple) or asked in TARGET_PRESETS
+    found = resolve_targets(model, asked if named else "all-linear")
+    if named and excluded is None:
         return found
-    names = (
-        {excluded: excluded} if isinstance(excluded, str) else {n: rf"(.*\.)?{re.escape(n)}(\..*)?" for n in excluded}
-    )
-    out = {each for name, pattern in names.items() for each in _matched("exclude_modules", name, pattern, linears)}
-    left = tuple(name for name in found.modules if name not in out)
-    if not left:
+    linears = resolve_targets(model, "all-linear").modules if named else found.modules
+    modules, notes = found.modules, found.notes
+    if not named:
+        modules, notes = tuple(_matched("target_modules", str(asked), str(asked), linears)), ()
+    if excluded is not None:
+        names = excluded if isinstance(excluded, tuple) else ()
+        patterns = {name: rf"(.*\.)?{re.escape(name)}(\..*)?" for name in names} or {str(excluded): str(excluded)}
+        out = {each for name, its in patterns.items() for each in _matched("exclude_modules", name, its, linears)}
+        modules = tuple(name for name in modules if name not in out)
+    if not modules:
         raise UsageError(
-            f"lora.exclude_modules: {excluded!r} excludes all {len(found.modules)} modules that target_modules "
+            f"lora.exclude_modules: {excluded!r} excludes every module that target_modules "
             f"{asked!r} adapts, and nothing would train. Exclude fewer"
         )
-    return Targets(left, left)
+    return Targets(modules, modules, notes)
 
 
 def _matched(leaf: str, shown: str, pattern: str, linears: Sequence[str]) -> list[str]:

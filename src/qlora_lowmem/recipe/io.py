@@ -20,34 +20,10 @@ from qlora_lowmem.recipe.checks import (
     parse_text,
 )
 from qlora_lowmem.recipe.contradictions import contradictions
+from qlora_lowmem.recipe.other_names import INSTEAD, OURS
 from qlora_lowmem.recipe.sections import SYNTHETIC, is_hub_data
 from qlora_lowmem.recipe.yaml_text import Entry, read_recipe
 
-# The names of the same knobs in TRL, transformers, PEFT and bitsandbytes.
-_OTHER_NAMES = {
-    "model": ("model_id", "model_name", "model_name_or_path"),
-    "attention": ("attn_implementation",),
-    "quant_type": ("bnb_4bit_quant_type",),
-    "double_quant": ("bnb_4bit_use_double_quant",),
-    "compute_dtype": ("bnb_4bit_compute_dtype",),
-    "quant_storage": ("bnb_4bit_quant_storage",),
-    "lora_r": ("r", "rank", "lora_rank"),
-    "lora_alpha": ("alpha",),
-    "lora_dropout": ("dropout",),
-    "max_seq_length": ("max_length", "seq_length"),
-    "batch_size": ("per_device_train_batch_size",),
-    "optimizer": ("optim",),
-    "learning_rate": ("lr",),
-    "lr_scheduler": ("lr_scheduler_type",),
-    "num_epochs": ("num_train_epochs", "epochs"),
-    "max_steps": ("steps",),
-    "dataloader_workers": ("dataloader_num_workers",),
-    "pin_memory": ("dataloader_pin_memory",),
-    "data": ("dataset", "train_file"),
-    "output_dir": ("output",),
-    "eval_fraction": ("test_size", "validation_split"),
-}
-_OURS = {other: leaf for leaf, others in _OTHER_NAMES.items() for other in others}
 _METAVARS = {
     "int": "N",
     "float": "X",
@@ -195,7 +171,10 @@ def _unknown_key(key: str, section: str) -> str:
     """What an unknown key most likely meant: the field in its own section, another library's name, a misspelling."""
     specs = field_specs()
     known = [*specs, *SECTIONS] if not section else list(specs)
-    near = key if key in specs else _OURS.get(key) or closest(key, known)
+    near = key if key in specs else OURS.get(key)
+    if near is None and key in INSTEAD:
+        return f"unknown key; {INSTEAD[key]}"
+    near = near or closest(key, known)
     if near is None:
         choices = [name for name, spec in specs.items() if spec.section == section] or list(specs)
         return f"unknown key; remove it. Known here: {', '.join(choices + ([] if section else list(SECTIONS)))}"

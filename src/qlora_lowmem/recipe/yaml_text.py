@@ -140,6 +140,8 @@ def _items(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int, yaml
 
 def _entry(loader: yaml.SafeLoader, section: str, key: str, line: int, node: yaml.Node, fault: str = "") -> Entry:
     shown = _shown_node(node)
+    if key not in field_specs():  # its value is nobody's
+        return Entry(section, key, line, fault=fault)
     try:
         return Entry(section, key, line, _value_of(loader, key, node), shown, fault)
     except ValueError as wrong:
