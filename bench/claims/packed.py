@@ -4,7 +4,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qlora_lowmem.models.random_weights import random_model
+from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.models.targets import why_not_packed
 
@@ -17,7 +17,8 @@ def packed_forward(name: str, length: int, samples: int) -> dict[str, str | None
         if none does.
     """
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = random_model(architecture(name), torch.bfloat16, "sdpa", quantization, torch.device("cuda", 0))
+    on_meta = meta_model(config_from(architecture(name)), torch.bfloat16, "sdpa")
+    model = random_model(on_meta, torch.bfloat16, quantization, torch.device("cuda", 0))
     row = {"input_ids": [0] * length, "seq_lengths": [length // samples] * samples}
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([row])
     tensors = {key: value.to("cuda") if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BitsAndBytesConfig
 
-from qlora_lowmem.models.random_weights import random_model
+from qlora_lowmem.models.random_weights import config_from, meta_model, random_model
 
 
 def peak(
@@ -26,7 +26,8 @@ def peak(
         if nf4
         else None
     )
-    base: Any = random_model(architecture, torch.float16, attention, quantization, torch.device("cuda", 0))
+    on_meta = meta_model(config_from(architecture), torch.float16, attention)
+    base: Any = random_model(on_meta, torch.float16, quantization, torch.device("cuda", 0))
     base.config.use_cache = False
     if nf4:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)

@@ -74,16 +74,17 @@ def test_base_weights_to_train(copy: Path, refused: Check) -> None:
 
 def test_base_weights_to_merge(copy: Path, refused: Check) -> None:
     path = cut(copy / "model" / "model.safetensors")
-    refused(merged(copy), f"'{path}' cannot be read", "Fetch or copy the base model's file again")
-    path.unlink()
-    (copy / "model" / "other.safetensors").touch()
-    refused(merged(copy), f"'{path}' cannot be read (No such file")
+    refused(merged(copy), f"damaged file: '{path}'", "copy it again")
+    path.rename(copy / "model" / "other.safetensors")
+    refused(merged(copy), "damaged file", "other.safetensors")
+    shutil.copy(copy / "out" / "adapter_model.safetensors", copy / "model" / "other.safetensors")
+    refused(merged(copy), f"'{path}' cannot be read (No such file", "Fetch or copy the base model's file again")
 
 
 def test_base_index_to_merge(copy: Path, refused: Check) -> None:
     path = copy / "model" / "model.safetensors.index.json"
     path.write_text('{"weight_map": {')
-    refused(merged(copy), f"'{path}' cannot be read", "it is no JSON")
+    refused(merged(copy), f"damaged file: '{path}'", "it is no JSON")
     path.write_text("{}")
     refused(merged(copy), f"'{path}' cannot be read", "it has no 'weight_map'")
 

@@ -32,7 +32,7 @@ def test_what_costs_no_time_comes_first(tiny_recipe: Make) -> None:
     assert steps(tiny_recipe("run", device="cuda", **options)) == [
         "--expandable-segments true",
         "--loss fused",
-        "--attention sdpa",
+        "--attention auto",
         "--gradient-checkpointing true",
         "--batch-size 2 --gradient-accumulation-steps 4",
         "--batch-size 1 --gradient-accumulation-steps 8",

@@ -87,5 +87,5 @@ def test_the_retreat_starts_again_with_another_knob(tmp_path: Path, command: Com
     run = command("train", *flags, "--quiet", "--json", "-")
     assert run.returncode == 0, run.stderr
     steps = [line for line in run.stderr.splitlines() if line.startswith("retreat: ")]
-    assert steps == ["retreat: --attention sdpa; starting again from the beginning"]
-    assert json.loads(run.stdout)["recipe"]["base"]["attention"] == "sdpa"
+    assert steps == ["retreat: --attention auto; starting again from the beginning"]
+    assert json.loads(run.stdout)["recipe"]["base"]["attention"] == "auto"

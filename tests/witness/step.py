@@ -81,7 +81,7 @@ def _refuse_what_is_not_written(recipe: Recipe) -> None:
         "optimizer.gradient_release": (recipe.optimizer.gradient_release, False),
         "batch.packing": (recipe.batch.packing, False),
         "lean.lean": (recipe.lean.lean, False),
-        "base.attention": (recipe.base.attention, "sdpa"),
+        "base.attention": (recipe.base.attention, "auto"),
     }
     for name, (value, only) in written.items():
         if value != only:

@@ -18,42 +18,56 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.files import cache_folder, whole_folder
 from qlora_lowmem.lean import quantise_embeddings
-from qlora_lowmem.models.random_weights import config_from, meta_model, random_model, stand_in_tokenizer, untied_weights
+from qlora_lowmem.models.random_weights import (
+    config_from,
+    meta_model,
+    random_model,
+    stand_in_tokenizer,
+    untied_weights,
+    with_backbone,
+)
+from qlora_lowmem.models.refusals import cannot_load, cannot_make, check_config, check_weights
 from qlora_lowmem.models.sources import ModelSource
-from qlora_lowmem.models.targets import EMBEDDING_BITS, lean_refusals
-from qlora_lowmem.models.trusted import damaged_file
+from qlora_lowmem.models.targets import EMBEDDING_BITS, READ_PAST, lean_refusals
 from qlora_lowmem.recipe import Recipe
 
 
-def _bitsandbytes_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _bitsandbytes_config(
+    recipe: Recipe, compute_dtype: torch.dtype, model: PreTrainedModel
+) -> BitsAndBytesConfig | None:
     if not recipe.quantization.load_in_4bit:
         return None
-    # No `llm_int8_skip_modules`: a list there *replaces* transformers' own, which keeps the LM head in 16 bits.
+    past = READ_PAST.get(model.config.get_text_config().model_type)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.quantization.quant_type,
         bnb_4bit_use_double_quant=recipe.quantization.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=[*get_keys_to_not_convert(model), *past] if past else None,
         bnb_4bit_quant_storage=torch.bfloat16 if recipe.quantization.quant_storage == "bf16" else torch.uint8,
     )
 
 
 def _load_config(recipe: Recipe, source: ModelSource) -> Any:
-    if source.architecture is None or (source.folder is not None and recipe.base.weights == "pretrained"):
-        location = str(source.gguf.parent if source.gguf else source.folder or source.hub_id)
-        options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
-        try:
-            return AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
-        except (OSError, ValueError) as error:
-            raise _cannot_load(recipe, source, error) from error
-    try:
+    if source.architecture is not None and source.folder is None and source.gguf is None:
         return config_from(source.architecture)
-    except ValueError as error:
-        raise UsageError(f"base.model: transformers does not know this architecture: {error}") from None
+    location = str(source.gguf.parent if source.gguf else source.folder or source.hub_id)
+    options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
+    try:
+        config = AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise cannot_load(recipe, source, error) from error
+    except Exception as error:  # whatever the checks of a model's own configuration class raise
+        raise cannot_make(recipe, "configuration", error) from error
+    check_config(recipe, config)
+    if source.folder is not None:
+        check_weights(recipe, source.folder)
+    return config
 
 
 def skeleton(recipe: Recipe, source: ModelSource, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -63,10 +77,16 @@ def skeleton(recipe: Recipe, source: ModelSource, dtype: torch.dtype | None = No
         dtype: what random weights will be in (default: bf16).
 
     Raises:
-        UsageError: the hub cannot be reached, or transformers does not know the architecture.
+        UsageError: the hub cannot be reached; the model is none that can be fine-tuned; a file of its is damaged;
+            transformers cannot make it so.
     """
-    base = recipe.base
-    return meta_model(_load_config(recipe, source), dtype or torch.bfloat16, base.attention, base.trust_remote_code)
+    base, config = recipe.base, _load_config(recipe, source)
+    try:
+        return meta_model(config, dtype or torch.bfloat16, base.attention, base.trust_remote_code)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the classes of transformers make of a configuration that is not whole
+        raise cannot_make(recipe, config.model_type, error) from error
 
 
 def load_base(
@@ -85,14 +105,14 @@ def load_base(
         UsageError: weights that cannot be found; embeddings that cannot be quantised.
         torch.cuda.OutOfMemoryError: it does not fit.
     """
+    on_meta = on_meta or skeleton(recipe, source, dtype)
+    quantization = _bitsandbytes_config(recipe, dtype, on_meta)
     bits = EMBEDDING_BITS[recipe.lean.quantised_embeddings]
     if recipe.base.weights == "random":
-        assert source.architecture is not None  # resolve_model refuses random weights without one
-        quantization = _bitsandbytes_config(recipe, dtype)
         with lean_refusals(recipe):
-            model = random_model(source.architecture, dtype, recipe.base.attention, quantization, device, bits, on_meta)
+            model = random_model(on_meta, dtype, quantization, device, bits)
     else:
-        model = _pretrained(recipe, source, dtype, device)
+        model = _pretrained(recipe, source, dtype, device, quantization)
         if bits is not None:
             embedding: Any = model.get_input_embeddings()
             embedding.weight.requires_grad_(False)
@@ -108,20 +128,27 @@ def load_base(
     return model
 
 
-def _pretrained(recipe: Recipe, source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _pretrained(
+    recipe: Recipe,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             _location(source),
             revision=recipe.base.revision,
-            quantization_config=_bitsandbytes_config(recipe, dtype),
+            quantization_config=quantization,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=recipe.base.attention,
+            attn_implementation=None if recipe.base.attention == "auto" else recipe.base.attention,
             trust_remote_code=recipe.base.trust_remote_code,
             use_safetensors=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise _cannot_load(recipe, source, error) from error
+        raise cannot_load(recipe, source, error) from error
+    with_backbone(model)
     assert_on_device(model, device)
     return model
 
@@ -138,7 +165,7 @@ def weights_folder(recipe: Recipe, source: ModelSource) -> Path:
         patterns = ["*.safetensors", "*.json"]
         return Path(snapshot_download(_location(source), revision=recipe.base.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise _cannot_load(recipe, source, error) from error
+        raise cannot_load(recipe, source, error) from error
 
 
 def assert_on_device(model: torch.nn.Module, device: torch.device) -> None:
@@ -183,46 +210,7 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
     except (MemoryError, RecursionError, ImportError):
         raise
     except Exception as error:  # tokenizers raises a bare one for a file that is no tokenizer
-        raise _cannot_load(recipe, source, error) from error
-
-
-def _cannot_load(recipe: Recipe, source: ModelSource, error: Exception) -> UsageError:
-    """Why the model or its tokenizer does not load: the damaged file, else the library's words."""
-    if not recipe.base.trust_remote_code and "trust_remote_code" in str(error):
-        return UsageError(
-            f"base.trust_remote_code: false, and {recipe.base.model!r} needs Python code of its own repository. Set it "
-            "to true only if you trust its authors: the code may do anything"
-        )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    folder = source.folder or _fetched(recipe, source)
-    damage = damaged_file(folder) if folder is not None else None
-    if damage is not None:
-        path, why = damage
-        # In the hub's cache a file is a link to its content, which would be linked again.
-        path = path if source.folder else path.resolve()
-        again = "copy it again from its source" if source.folder else "remove that file, and it is fetched again"
-        return UsageError(
-            f"base.model: {recipe.base.model!r} has a damaged file: {str(path)!r} ({why}). To repair it, {again}"
-        )
-    if source.folder is not None:
-        return UsageError(
-            f"base.model: {recipe.base.model!r} could not be loaded from {str(source.folder)!r} ({reason}). Its files "
-            "can be read but are not what they should be: copy the folder again from its source"
-        )
-    return UsageError(
-        f"base.model: {recipe.base.model!r} could not be loaded ({reason}). Check the name and the connection to the "
-        "hub, log in if the model is gated, or give a local folder; for memory alone, set base.weights to 'random'"
-    )
-
-
-def _fetched(recipe: Recipe, source: ModelSource) -> Path | None:
-    """Where a model of the hub lies in the cache, if it does; the hub is not asked."""
-    if source.hub_id is None:
-        return None
-    try:
-        return Path(snapshot_download(source.hub_id, revision=recipe.base.revision, local_files_only=True))
-    except (OSError, ValueError):
-        return None
+        raise cannot_load(recipe, source, error) from error
 
 
 def _location(source: ModelSource) -> str:

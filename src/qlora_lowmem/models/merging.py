@@ -1,21 +1,24 @@
 """An adapter added into its base model's 16-bit weights, a few rows at a time: W + scale * B A, computed in fp32.
 
 On the device lies a tile of one matrix; in host memory, one shard of the result. The base model itself is never
-loaded: its safetensors files are read tensor by tensor.
+loaded: its safetensors files are read tensor by tensor. Weights that bitsandbytes has in 4 bits there are dequantised,
+one matrix at a time.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter, read_json, reading
@@ -24,6 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TILE_BYTES = 32 * 2**20  # of fp32 rows; with their 16-bit source and result, 64 MiB on the device
 _SHARD_BYTES = 2 * 2**30
 _PREFIX = "base_model.model."
+_PACKED = ".quant_state.bitsandbytes__"
 _ADAPTER_ADVICE = "Give the folder of another checkpoint of the run, or train again"
 _BASE_ADVICE = "Fetch or copy the base model's file again"
 # What of a PEFT configuration (peft/tuners/lora/config.py) changes the formula: these must be as LoRA's paper has them.
@@ -32,7 +36,6 @@ _PLAIN = {
     "use_dora": False,
     "lora_bias": False,
     "bias": "none",
-    "fan_in_fan_out": False,
     "rank_pattern": {},
     "alpha_pattern": {},
     "modules_to_save": None,
@@ -75,15 +78,25 @@ class Adapter:
             pairs = {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
         return cls(pairs, scale)
 
+    def of(self, model: torch.nn.Module) -> "Adapter":
+        """For the weights as `model` (on any device) stores them: GPT-2's Conv1D is (in_features, out_features)."""
+        turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        pairs = {name: (b.T, a.T) if name in turned else (a, b) for name, (a, b) in self.pairs.items()}
+        return replace(self, pairs=pairs)
+
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a tensor of the base model is, and how large it will be."""
+    """Where a tensor of the base model is, and how large it will be.
+
+    `state` names what belongs to a weight that bitsandbytes has in 4 bits, by the ends of their names; else empty.
+    """
 
     file: Path
     shape: tuple[int, ...]
     is_float: bool
     bytes: int
+    state: tuple[str, ...] = ()
 
 
 def merged_bytes(base: Path) -> int:
@@ -124,9 +137,9 @@ def _merged(name: str, source: _Source, adapter: Adapter, dtype: torch.dtype, de
     """One tensor of the result, in host memory."""
     with reading(source.file, _BASE_ADVICE), safe_open(source.file, framework="pt") as file:
         if name not in adapter.pairs:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor.to(dtype) if source.is_float else tensor
-        rows = file.get_slice(name)
+            tensor: Tensor = _dequantised(name, source, file, device) if source.state else file.get_tensor(name)
+            return tensor.to(device="cpu", dtype=dtype) if source.is_float else tensor
+        rows: Any = _dequantised(name, source, file, device) if source.state else file.get_slice(name)
         a, b = (half.to(device) for half in adapter.pairs[name])
         result = torch.empty(source.shape, dtype=dtype)
         rows_a_tile = max(1, _TILE_BYTES // (4 * source.shape[1]))
@@ -138,12 +151,29 @@ def _merged(name: str, source: _Source, adapter: Adapter, dtype: torch.dtype, de
     return result
 
 
+def _dequantised(name: str, source: _Source, file: Any, device: torch.device) -> Tensor:
+    """A weight from its 4 bits: its numbers' scales and their table stand beside it (bitsandbytes/functional.py)."""
+    state = {end: file.get_tensor(f"{name}.{end}") for end in source.state}
+    weight: Tensor = dequantize_4bit(file.get_tensor(name).to(device), QuantState.from_dict(state, device))
+    return weight
+
+
 def _sources(base: Path) -> dict[str, _Source]:
-    """Every tensor of the folder's safetensors files; headers only are read."""
+    """Every tensor of the folder's safetensors files; read are headers, and the shapes of what is in 4 bits."""
     found = {}
     for path in _weight_files(base):
         with reading(path, _BASE_ADVICE), safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for name in [each for each in names if _PACKED in each]:
+                weight = name.partition(_PACKED)[0]
+                beside = {each for each in names if each.startswith(f"{weight}.")}
+                shape = tuple(json.loads(bytes(file.get_tensor(name).tolist()))["shape"])
+                state = tuple(each.removeprefix(f"{weight}.") for each in sorted(beside))
+                found[weight] = _Source(path, shape, True, 2 * math.prod(shape), state)
+                names -= beside | {weight}
             for name in file.keys():  # noqa: SIM118
+                if name not in names:
+                    continue
                 part: Any = file.get_slice(name)
                 shape, kind = tuple(part.get_shape()), str(part.get_dtype())
                 is_float = kind in ("F64", "F32", "F16", "BF16")

@@ -6,6 +6,7 @@ reads weights from files, is a header and a hole: no disk, no time, and every by
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_lowmem.lean import quantise_embeddings
@@ -25,10 +27,23 @@ def config_from(architecture: dict[str, Any]) -> Any:
 
 
 def meta_model(config: Any, dtype: torch.dtype, attention: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The modules of a configuration on the meta device: names and shapes, no memory."""
-    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    """The modules of a configuration on the meta device: names and shapes, no memory.
+
+    Args:
+        attention: `auto` is sdpa where transformers has it for the model's class, else eager.
+    """
+    chosen = None if attention == "auto" else attention
+    options = {"dtype": dtype, "attn_implementation": chosen, "trust_remote_code": trust_remote_code}
     with torch.device("meta"), _embeddings_as_they_are():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+    return with_backbone(model)
+
+
+def with_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, whose prefix names its backbone: TRL's fused loss reads it there. Llama 4's names none."""
+    if not hasattr(model, model.base_model_prefix):
+        names = {id(child): name for name, child in model.named_children()}
+        model.base_model_prefix = names.get(id(model.get_decoder()), model.base_model_prefix)
     return model
 
 
@@ -44,27 +59,29 @@ def _embeddings_as_they_are() -> Iterator[None]:
 
 
 def random_model(
-    architecture: dict[str, Any],
+    model: PreTrainedModel,
     dtype: torch.dtype,
-    attention: str,
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
     embedding_bits: int | None = None,
-    on_meta: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Build `architecture` with random weights on `device`, its Linear modules in 4 bits if `quantization` says so.
+    """Give a `meta_model` random weights on `device`, its Linear modules in 4 bits if `quantization` says so.
 
     The same quantizer object of transformers chooses the modules as in `from_pretrained`, so what is in 4 bits
-    here is what is in 4 bits there. With `embedding_bits` (8 or 4), the tied embeddings are quantised before the rest
-    is made. `on_meta` is the architecture's `meta_model`, if it was made before; it becomes the result.
+    here is what is in 4 bits there, and every tensor has the dtype that it has there (`_get_dtype_plan`:
+    modeling_utils.py). With `embedding_bits` (8 or 4), the tied embeddings are quantised before the rest is made.
 
     Raises:
         torch.cuda.OutOfMemoryError: the model does not fit `device`.
     """
-    model = meta_model(config_from(architecture), dtype, attention) if on_meta is None else on_meta
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-        quantizer.preprocess_model(model, device_map={"": device})
+        with local_torch_dtype(dtype):  # biases of 4-bit layers
+            quantizer.preprocess_model(model, device_map={"": device})
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point() and re.search(pattern.replace("*", ".*"), name):
+                tensor.data = tensor.data.to(kept)
     spread = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
     made: dict[int, torch.nn.Parameter] = {}  # a tied weight is made once
     if embedding_bits is not None:
@@ -98,16 +115,15 @@ def _materialise(
 ) -> None:
     """Give one module's own tensors memory on `device`; a 4-bit weight is drawn in `dtype`, packed, and let go."""
     for name, parameter in list(module._parameters.items()):
-        if parameter is None or not parameter.is_meta:
+        if parameter is None or parameter.device.type == device.type:
             continue
         if isinstance(module, Linear4bit) and name == "weight":
             drawn = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device)
             drawn.normal_(std=spread)
             settings = {key: value for key, value in parameter.__dict__.items() if not key.startswith("_is_hf")}
             packed: Any = Params4bit(drawn, requires_grad=False, **settings)
-            module.weight = packed.to(device)
-            marked: Any = module
-            marked._is_hf_initialized = True
+            module.weight = packed = packed.to(device)
+            packed._is_hf_initialized = True
         else:
             if id(parameter) not in made:
                 empty = torch.empty(
@@ -116,8 +132,9 @@ def _materialise(
                 made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
     for name, buffer in list(module._buffers.items()):
-        if buffer is not None and buffer.is_meta:
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        if buffer is not None and buffer.device.type != device.type:
+            empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            module._buffers[name] = empty if buffer.is_meta else buffer.to(device)
 
 
 def stand_in_tokenizer() -> PreTrainedTokenizerBase:
@@ -141,7 +158,8 @@ def write_zero_checkpoint(architecture: dict[str, Any], folder: Path) -> None:
     The file's format: https://huggingface.co/docs/safetensors (eight bytes of length, JSON, data).
     """
     folder.mkdir(parents=True)
-    model = meta_model(config_from(architecture), torch.bfloat16, "sdpa")
+    (folder / "config.json").write_text(json.dumps(architecture, indent=2) + "\n", encoding="utf-8")
+    model = meta_model(AutoConfig.from_pretrained(folder), torch.bfloat16, "auto")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in untied_weights(model).items():
@@ -152,5 +170,4 @@ def write_zero_checkpoint(architecture: dict[str, Any], folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    (folder / "config.json").write_text(json.dumps(architecture, indent=2) + "\n", encoding="utf-8")
     stand_in_tokenizer().save_pretrained(folder)

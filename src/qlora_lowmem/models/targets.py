@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 import peft
 import torch
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as refuse_for_mamba
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean import LeanOptions, LeanReport, RefusedOptionError
@@ -22,8 +24,16 @@ from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.checks import allowed, field_specs
 from qlora_lowmem.recipe.sections import TARGET_PRESETS, Lora
 
-# How attention blocks are called in transformers' models; their Linear children are the attention projections.
+# How attention blocks are called in transformers' models whose class does not end in Attention.
 _ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
+# Linear modules whose weight a model's code takes past the module, by its model type: 4 bits would be read as numbers,
+# and an adapter would never train.
+READ_PAST = {
+    "dots3_note_text": ("weights_proj",),
+    "gemma3n_text": ("prediction_coefs", "correction_coefs"),
+    "longcat_flash": ("classifier",),
+    "mamba": ("dt_proj",),
+}
 _QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin")
 
 
@@ -40,37 +50,39 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
     """Resolve a preset or a list of names against `model` (on any device, `meta` included).
 
     `attention` is every Linear directly inside an attention block; `attention-qv` its query and value projections;
-    `all-linear` every Linear but the LM head. Experts and routers that transformers keeps as plain parameters are none,
-    nor are Linear modules whose names PEFT takes for those.
+    `all-linear` every Linear but the LM head. A Linear is what PEFT adapts as one: GPT-2's Conv1D among them; none are
+    experts and routers that transformers keeps as plain parameters, names that PEFT takes for those, a Linear with a
+    forward of its own, and projections that a Mamba layer multiplies with past any adapter.
 
     Raises:
         UsageError: a name or preset that matches nothing (PEFT would ignore it silently), listing what would match;
             a name that PEFT takes for a mixture's experts;
             the LM head, which TRL's fused loss reads directly, past any adapter.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    head = next((name for name, module in linears.items() if module is model.get_output_embeddings()), None)
-    linears.pop(head or "", None)
-    taken = {leaf for leaf in {name.rpartition(".")[2] for name in linears} if becomes_experts(model, leaf)}
-    linears = {name: module for name, module in linears.items() if name.rpartition(".")[2] not in taken}
-    by_leaf = Counter(name.rpartition(".")[2] for name in linears)
-    wanted = _preset(asked, linears) if isinstance(asked, str) else tuple(asked)
-    for name in wanted:
-        _refuse_experts(model, name, by_leaf)
-        if head is not None and name == head.rpartition(".")[2]:
+    head = model.get_output_embeddings()
+    head_leaf = next((_leaf(name) for name, module in model.named_modules() if module is head), None)
+    linears = [name for name in _adaptable(model) if _leaf(name) != head_leaf]
+    taken = {leaf for leaf in set(map(_leaf, linears)) if becomes_experts(model, leaf)}
+    linears = [name for name in linears if _leaf(name) not in taken]
+    by_leaf = Counter(map(_leaf, linears))
+    if asked in TARGET_PRESETS:
+        modules = _preset(str(asked), model, linears)
+        wanted = tuple(sorted(set(map(_leaf, modules))))
+        if not modules:
+            inside = sorted(set(map(_leaf, _preset("attention", model, linears))))
+            has = f" (its attention has {', '.join(inside)})" if inside else ""
             raise UsageError(
-                f"lora.target_modules: {name!r} is the LM head. The fused loss multiplies by its weight directly, so "
-                f"an adapter there would never train. Remove it; these would match: {_listing(by_leaf)}"
+                f"lora.target_modules: the preset {asked!r} finds nothing in this architecture{has}. Name modules "
+                f"instead; these match: {_listing(by_leaf)}"
             )
-        if not any(_matches(module, (name,)) for module in linears):
-            close = difflib.get_close_matches(name, by_leaf, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UsageError(
-                f"lora.target_modules: {name!r} matches no Linear module of this model, and PEFT would ignore it "
-                f"silently.{hint} These match: {_listing(by_leaf)}; or a preset: {', '.join(TARGET_PRESETS)}"
-            )
-    modules = tuple(name for name in linears if _matches(name, wanted))
-    return Targets(tuple(sorted(set(wanted))), modules, _left_out(asked, taken))
+    else:
+        wanted = (asked,) if isinstance(asked, str) else tuple(sorted(set(asked)))
+        for name in wanted:
+            _refuse_experts(model, name, by_leaf)
+            _check_name(name, head_leaf, linears, by_leaf)
+        modules = [name for name in linears if _matches(name, wanted)]
+    names = [each for name in wanted for each in _precise(name, model, modules)]
+    return Targets(tuple(names), tuple(modules), _left_out(asked, taken))
 
 
 def _refuse_experts(model: PreTrainedModel, name: str, by_leaf: Counter[str]) -> None:
@@ -91,27 +103,63 @@ def _left_out(asked: str | Iterable[str], taken: Iterable[str]) -> tuple[str, ..
     )
 
 
-def _preset(asked: str, linears: Iterable[str]) -> tuple[str, ...]:
-    if asked not in TARGET_PRESETS:
-        return (asked,)
-    paths = [name.rsplit(".", 2) for name in linears]
-    leaves = Counter(path[-1] for path in paths)
-    if asked == "all-linear":
-        return tuple(sorted(leaves))
-    inside = {path[-1] for path in paths if path[-2:-1] and path[-2] in _ATTENTION_BLOCKS}
-    chosen = inside if asked == "attention" else inside & set(_QUERY_AND_VALUE)
-    if not chosen:
-        has = f" (its attention has {', '.join(sorted(inside))})" if inside else ""
+def _adaptable(model: PreTrainedModel) -> Iterator[str]:
+    """Names of the modules that PEFT adapts as a Linear."""
+    lora, plain = peft.LoraConfig(), (torch.nn.Linear.forward, Conv1D.forward)
+    past = READ_PAST.get(model.config.get_text_config().model_type, ())
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and type(module).forward in plain and _leaf(name) not in past:
+            try:
+                refuse_for_mamba(lora, model, _leaf(name))
+            except ValueError:
+                continue
+            yield name
+
+
+def _check_name(name: str, head_leaf: str | None, linears: Iterable[str], by_leaf: Counter[str]) -> None:
+    if name == head_leaf:
         raise UsageError(
-            f"lora.target_modules: the preset {asked!r} finds nothing in this architecture{has}. Name modules instead; "
-            f"these match: {_listing(leaves)}"
+            f"lora.target_modules: {name!r} is the LM head. The fused loss multiplies by its weight directly, so "
+            f"an adapter there would never train. Remove it; these would match: {_listing(by_leaf)}"
         )
-    return tuple(sorted(chosen))
+    if not any(_matches(module, (name,)) for module in linears):
+        close = difflib.get_close_matches(name, by_leaf, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(
+            f"lora.target_modules: {name!r} matches no Linear module of this model that PEFT adapts."
+            f"{hint} These match: {_listing(by_leaf)}; or a preset: {', '.join(TARGET_PRESETS)}"
+        )
+
+
+def _preset(asked: str, model: PreTrainedModel, linears: Iterable[str]) -> list[str]:
+    if asked == "all-linear":
+        return list(linears)
+    inside = [name for name in linears if _is_attention(model, name.rpartition(".")[0])]
+    return [name for name in inside if asked == "attention" or _leaf(name) in _QUERY_AND_VALUE]
+
+
+def _is_attention(model: PreTrainedModel, name: str) -> bool:
+    return _leaf(name) in _ATTENTION_BLOCKS or type(model.get_submodule(name)).__name__.endswith("Attention")
+
+
+def attends(model: PreTrainedModel) -> bool:
+    """Whether it has attention at all."""
+    return any(_is_attention(model, name) for name, _ in model.named_modules())
+
+
+def _precise(name: str, model: PreTrainedModel, chosen: Iterable[str]) -> list[str]:
+    """`name` where PEFT would match it with chosen modules alone; else the full names of those."""
+    matched = {each for each, _ in model.named_modules() if _matches(each, (name,))}
+    return [name] if matched <= set(chosen) else sorted(matched & set(chosen))
 
 
 def _matches(module: str, wanted: Iterable[str]) -> bool:
     """As PEFT matches a list: the full name or a suffix of whole parts."""
     return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _listing(by_leaf: Counter[str]) -> str:

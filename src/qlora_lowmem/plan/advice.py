@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.plan.asked import runs_in_tiles
 from qlora_lowmem.plan.recipe_runs import RecipeRun, recipe_server, roomy, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe
@@ -116,6 +115,6 @@ def advise(recipe: Recipe, card: virtual_gpu.Card, note: Callable[[str], None]) 
         futures = [submit_recipe(server, each, room) for each in (recipe, *(change.recipe for change in changes))]
         base, *runs = [future.result() for future in tqdm(futures, desc="advice", unit="run")]
     if base.profile is None:
-        raise QloraLowmemError(f"the recipe fails on a card with room for everything too: {base.failure}")
+        raise base.fault("the recipe fails on a card with room for everything too")
     needs, knobs = base.profile.peak, knobs_of(base, changes, runs, card)
     return Advice(card.name, needs.allocated, needs.reserved, needs.device, card.usable_bytes, knobs)

@@ -30,7 +30,7 @@ _PLAIN: dict[str, Any] = {
     "quantised_embeddings": "none",
 }
 # What every rung starts from, so far as the person has not said otherwise: what costs nothing is made use of.
-_START: dict[str, Any] = _PLAIN | {"loss": "fused", "attention": "sdpa", "expandable_segments": True}
+_START: dict[str, Any] = _PLAIN | {"loss": "fused", "attention": "auto", "expandable_segments": True}
 _MOVES = {move.name: move for move in moves(Recipe(), tiles=True)}
 # What the parts of a rung are: moves, and how they are made here.
 _PARTS: dict[str, Mapping[str, Any]] = {name: move.sets for name, move in _MOVES.items()} | {

@@ -9,7 +9,6 @@ from typing import Generic, NamedTuple, TypeVar
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.plan.recipe_runs import RecipeRun, shortened, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field
@@ -32,10 +31,11 @@ def room_left(run: RecipeRun, card: virtual_gpu.Card, name: str) -> int:
     """Bytes that `run` left of what a job can count on; negative if it did not fit, -1 if nobody knows by how much.
 
     Raises:
-        QloraLowmemError: the run failed for another reason than memory; `name` says whose it was.
+        QloraLowmemError: the run failed for another reason than memory (a UsageError where its recipe was refused);
+            `name` says whose it was.
     """
     if run.profile is None:
-        raise QloraLowmemError(f"{name} fails on {card.name}: {(run.failure or 'no output').strip().splitlines()[-1]}")
+        raise run.fault(f"{name} fails on {card.name}")
     return -1 if run.out_of_memory or run.stopped else card.usable_bytes - run.profile.peak.device
 
 

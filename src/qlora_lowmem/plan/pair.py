@@ -260,7 +260,7 @@ class Planner:
         by_flags = {" ".join(change.flags): change for change in changes}
         plain = base.result()
         if plain.profile is None:
-            raise QloraLowmemError(f"{self._recipe.name} fails with room for everything too: {plain.failure}")
+            raise plain.fault(f"{self._recipe.name} fails with room for everything too")
         counted = []
         for knob in knobs_of(plain, changes, [future.result() for future in changed], self._card):
             change = by_flags[knob.change]

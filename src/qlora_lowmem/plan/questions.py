@@ -35,8 +35,7 @@ def measure_lengths(
     for name, length, future in tqdm(submitted, desc="lengths", unit="run"):
         run = future.result()
         if run.profile is None or run.out_of_memory is not None:
-            reason = (run.failure or run.out_of_memory or "").strip().splitlines()[-1]
-            raise QloraLowmemError(f"{name} at {length:,} tokens fails: {reason}")
+            raise run.fault(f"{name} at {length:,} tokens fails")
         peak = run.profile.peak
         rows.append(Length(name, length, peak.device <= card.usable_bytes, peak, run.floor_bytes))
     return rows

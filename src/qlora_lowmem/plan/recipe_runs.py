@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.recipe import Recipe
@@ -30,7 +31,8 @@ class RecipeRun:
         profile: the peaks; None if it failed for another reason than memory.
         out_of_memory: torch's message if it ran out, and then `profile` holds the peaks until there.
         phase: the phase in which it ran out.
-        failure: what went wrong otherwise.
+        failure: what went wrong otherwise; of a refused recipe, what a person is told.
+        bad_input: it is the recipe that was refused, or its model.
         trainable_parameters: of the adapters; 0 if it never got so far.
         floor_bytes: what no method of training this recipe avoids; 0 if it never ended a step.
         pinned_host_bytes: the most host memory that was page-locked at once.
@@ -45,6 +47,7 @@ class RecipeRun:
     out_of_memory: str | None = None
     phase: str | None = None
     failure: str | None = None
+    bad_input: bool = False
     trainable_parameters: int = 0
     floor_bytes: int = 0
     pinned_host_bytes: int = 0
@@ -57,6 +60,11 @@ class RecipeRun:
     def peak(self) -> Peak:
         """The highest of all phases; zeros where it failed."""
         return self.profile.peak if self.profile is not None else Peak()
+
+    def fault(self, what: str) -> QloraLowmemError:
+        """What to raise of a run that failed for another reason than memory; `what` begins it, where it is ours."""
+        text = (self.failure or self.out_of_memory or "no output").strip()
+        return UsageError(text) if self.bad_input else QloraLowmemError(f"{what}: {text.splitlines()[-1]}")
 
 
 def two_steps(recipe: Recipe) -> Recipe:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import TrainerCallback
 
+from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.memory.recorder import Recorder
@@ -73,6 +74,8 @@ def _run(content: dict[str, Any], attribute: bool, snapshot: str | None, on_read
         return RecipeRun(error.profile, out_of_memory=error.torch_message, phase=error.phase)
     except _Over as over:
         return RecipeRun(over.profile, stopped=True)
+    except UsageError as error:
+        return RecipeRun(None, failure=str(error), bad_input=True)
     except Exception:  # what a person reads is made of this in the parent
         return RecipeRun(None, failure=traceback.format_exc())
     if recorder is not None and snapshot is not None and outcome.attribution is not None:

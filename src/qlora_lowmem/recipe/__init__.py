@@ -92,6 +92,8 @@ def hashed_fields(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
     kept = {section: dict(values) for section, values in plain.items() if section not in ("name", "run")}
     for leaf in _OUTSIDE_THE_HASH:
         kept["schedule"].pop(leaf, None)
+    if kept["base"]["attention"] == "auto":  # which is sdpa of every model that takes both
+        kept["base"]["attention"] = "sdpa"
     for (section, leaf), before in CAME_LATER.items():
         if kept[section].get(leaf) == before:
             kept[section].pop(leaf, None)

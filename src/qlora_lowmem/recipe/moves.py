@@ -94,7 +94,7 @@ def moves(recipe: Recipe, *, tiles: bool) -> tuple[Move, ...]:
              "none: the allocator grows its segments (Linux only)"),
         Move("fused loss", memory.loss == "full", {"loss": "fused"}, "slower",
              "exact; the logits are computed again in backward", recomputes=True),
-        Move("sdpa", recipe.base.attention == "eager", {"attention": "sdpa"}, "none",
+        Move("sdpa", recipe.base.attention == "eager", {"attention": "auto"}, "none",
              "none: the same sums, their terms not stored"),
         Move("checkpointing", not memory.gradient_checkpointing, {"gradient_checkpointing": True}, "slower",
              "exact; each layer runs forward a second time", recomputes=True),

@@ -49,9 +49,9 @@ class Base:
         "pretrained weights, or random ones of the same shapes (a memory test needs no download)",
         "none: the same shapes take the same bytes",
     )
-    attention: Literal["sdpa", "eager"] = knob(
-        "sdpa",
-        "implementation of attention",
+    attention: Literal["auto", "sdpa", "eager"] = knob(
+        "auto",
+        "implementation of attention; auto is sdpa where transformers has it for the model, else eager",
         "eager stores (batch, heads, seq, seq) scores for backward: quadratic in the sequence; sdpa does not",
     )
     trust_remote_code: bool = knob(False, "run the model repository's own Python code; only for authors you trust")

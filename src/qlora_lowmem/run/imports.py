@@ -43,7 +43,7 @@ def _leave_out_what_no_trial_needs(undone: ExitStack) -> None:
     - `torch._dynamo` and `torch.distributed.tensor` are imported for decorators and for `isinstance` (by transformers,
       accelerate, TRL and PyTorch's own checkpointing): stand-ins answer these.
     - transformers and accelerate ask once whether PyTorch has `torch.distributed`, and import sharding where it has.
-    - transformers asks once whether there is flex attention, which no recipe can choose.
+    - transformers asks whether there is flex attention, which no recipe can choose. Models that come later may ask.
     - bitsandbytes compiles four operators for CPUs as it is imported, and takes them as they are where that fails.
     - transformers reads the 2,300 files of its models twice: what it remembers of their folders is too few.
     """
@@ -66,7 +66,7 @@ def _leave_out_what_no_trial_needs(undone: ExitStack) -> None:
     import transformers.utils
 
     for module in (transformers.utils, transformers.utils.import_utils):
-        module.is_torch_flex_attn_available = lambda: False  # type: ignore[attr-defined]
+        _replace(undone, module, "is_torch_flex_attn_available", lambda: False)
     with ExitStack() as meanwhile:
         _replace(meanwhile, torch, "compile", _refuse)
         import bitsandbytes  # noqa: F401

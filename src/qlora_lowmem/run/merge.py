@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.models import merging
-from qlora_lowmem.models.loading import weights_folder
+from qlora_lowmem.models.loading import skeleton, weights_folder
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.trusted import read_json
 from qlora_lowmem.recipe import Recipe, recipe_hash
@@ -42,8 +42,9 @@ def merge_run(
         raise UsageError(
             "base.weights: the run trained on random weights, which were not kept; there is nothing to merge"
         )
-    adapter = merging.Adapter.read(run)
-    base = weights_folder(recipe, source_of(recipe))
+    source = source_of(recipe)
+    adapter = merging.Adapter.read(run).of(skeleton(recipe, source))
+    base = weights_folder(recipe, source)
     _check_room(to, merging.merged_bytes(base))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     recorder = start_recorder(recipe) if on_gpu else None

@@ -83,6 +83,22 @@ class Preflight:
 
         return foresee_adapters(self.skeleton, lora_config(self.inputs.recipe, self.targets.names))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen for the model, and a person may not expect."""
+        from qlora_lowmem.models.refusals import quantised_by
+        from qlora_lowmem.models.targets import attends
+
+        model, notes = self.skeleton, list(self.targets.notes)
+        if self.inputs.recipe.base.attention == "auto" and attends(model) and not model._supports_sdpa:
+            notes.append(f"attention is eager: transformers has no sdpa for {type(model).__name__}")
+        if quantised_by(model.config) is not None:
+            notes.append(
+                f"the model is in 4 bits already ({quantised_by(model.config)}) and is trained as it is, whatever "
+                "quantization says; merge adds the adapter to what its 4 bits stand for"
+            )
+        return tuple(notes)
+
 
 def inputs_of(recipe: Recipe, *, quiet: bool = True) -> Inputs:
     """Look up what a recipe names. Reads all of its data; imports nothing heavy, but for data in tables.
@@ -126,6 +142,11 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
     reason = why_not_packed(model.config) if recipe.batch.packing else None
     if reason is not None:
         raise UsageError(f"batch.packing: true, and {recipe.base.model!r} cannot: {reason}. Set batch.packing to false")
+    if recipe.memory.gradient_checkpointing and not recipe.lean.lean and not model.supports_gradient_checkpointing:
+        raise UsageError(
+            f"memory.gradient_checkpointing: true, and {recipe.base.model!r} cannot: transformers has none for "
+            f"{type(model).__name__}. Set memory.gradient_checkpointing to false (--no-gradient-checkpointing)"
+        )
     targets = targets_of(model, recipe.lora)
     with lean_refusals(recipe):
         lean = foresee_lean(model, lean_options(recipe), inputs.device_type) if recipe.lean.lean else None

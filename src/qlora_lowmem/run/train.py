@@ -44,7 +44,7 @@ def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
     content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "dry_run": True}
     content |= {"adapted_modules": modules, "trainable_parameters": parameters}
     lines = [f"would train {parameters:,} parameters in adapters of {modules} modules"]
-    lines += [f"note: {text}" for text in checked.targets.notes]
+    lines += [f"note: {text}" for text in checked.notes]
     if checked.lean is not None:
         content["lean"] = checked.lean.to_dict()
         lines += [f"note: {text}" for text in what_is_left_out(checked.lean)]
@@ -195,7 +195,7 @@ def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
     from qlora_lowmem.run.summary import data_lines
     from qlora_lowmem.tokens.dataset import show_sample
 
-    say(*(f"note: {text}" for text in job.checked.targets.notes))
+    say(*(f"note: {text}" for text in job.checked.notes))
     if job.lean is not None:
         say(*(f"note: {text}" for text in what_is_left_out(job.lean)))
     if quiet:
