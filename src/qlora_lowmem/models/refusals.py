@@ -63,7 +63,7 @@ def check_weights(recipe: Recipe, folder: Path) -> None:
     Raises:
         UsageError: names the first file that is damaged.
     """
-    damage = damaged_file(folder, ("*.safetensors", "*.safetensors.index.json"))
+    damage = damaged_file(folder, "*.safetensors", "*.safetensors.index.json")
     if damage is not None:
         raise _damaged(recipe, *damage, "copy it again from its source")
 

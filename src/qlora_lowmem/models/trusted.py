@@ -132,12 +132,12 @@ def _member(owner: Any, name: str) -> Any:
 _UNREADABLE = (OSError, ValueError, RecursionError, SafetensorError)
 
 
-def damaged_file(folder: Path) -> tuple[Path, str] | None:
+def damaged_file(folder: Path, *patterns: str) -> tuple[Path, str] | None:
     """The first file of the folder that is not whole, with the reason; None where all can be read.
 
-    Of weights, the headers are read, which say how long a file is.
+    All are looked at, or those that match a pattern. Of weights, the headers are read, which say how long a file is.
     """
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    for path in sorted(path for each in patterns or ("*.json", "*.safetensors") for path in folder.glob(each)):
         try:
             if path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
