@@ -56,6 +56,37 @@ def test_all_cards_are_every_one_once_beside_what_else_is_asked(monkeypatch: pyt
     assert sorted(cards(monkeypatch, "--card", "t4-16gb", "all")) == sorted(ALL)
 
 
+@pytest.mark.parametrize(
+    ("asked", "name", "usable", "said"),
+    [
+        (
+            ["--card", "12GB"],
+            "12gb",
+            12 * 10**9,
+            "12gb: a generic card, of 11.176 GiB, 10.876 GiB usable; an assumption",
+        ),
+        (["--memory", "12 GB"], "12gb", 12 * 10**9, "12gb: a generic card"),
+        (["--card", "rtx-5070", "--memory", "12GB"], "12gb", 12 * 10**9, "12gb: a generic card"),
+        (["--memory", str(8 * 2**30)], "8589934592b", 8 * 2**30, "a generic card, of 8.000 GiB"),
+        (
+            ["--card", "rtx-3060-12gb", "--memory", "8GiB"],
+            "rtx-3060-12gb@8gib",
+            8 * 2**30,
+            "like rtx-3060-12gb, of 8.0",
+        ),
+    ],
+    ids=str,
+)
+def test_a_card_that_is_not_in_the_table(
+    asked: list[str], name: str, usable: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (card,) = command._cards(parser_of("plan", "plan").parse_args(asked))
+    assert (card.name, card.total_bytes) == (name, usable)
+    assert abs(card.usable_bytes - usable + 322_122_547) < 10**6, "0.3 GiB for a desktop"
+    assert card == virtual_gpu.get_card(card.name), "so its runs, and the recipe that is written, find it by its name"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("workers")
 @pytest.mark.parametrize("flag", ["--seq", "--max-seq-length"])
 def test_the_length_is_asked_as_here_or_as_in_the_other_commands(flag: str, capsys: pytest.CaptureFixture[str]) -> None:

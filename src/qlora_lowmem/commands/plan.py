@@ -47,7 +47,7 @@ from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.plan.sweep import pairs_of, sweep
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_fields
-from qlora_lowmem.units import format_bytes
+from qlora_lowmem.units import format_bytes, parse_bytes
 
 DEFAULT_SEQ = 2048
 DEFAULT_LIMIT = 32768
@@ -66,7 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="hub ids, local folders or known architectures; with --config, in place of the recipes' own",
     )
-    what.add_argument("--card", dest="cards", nargs="+", metavar="NAME", help="cards of the table; all: every one")
+    what.add_argument(
+        "--card",
+        dest="cards",
+        nargs="+",
+        metavar="NAME",
+        help="cards of the table; all: every one; a size such as 12GB: a generic card of that memory",
+    )
+    what.add_argument(
+        "--memory", metavar="SIZE", help="of --card, where it is not the table's; alone or of an unknown card, its size"
+    )
     what.add_argument("--gpu", action="store_true", help="the GPU of this machine, with the memory that is free now")
     what.add_argument(
         "--seq",
@@ -169,22 +178,49 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
 
 
 def _cards(options: argparse.Namespace) -> list[virtual_gpu.Card]:
-    if not options.cards and not options.gpu:
+    memory = _memory(options.memory)
+    asked = options.cards or [memory] * (memory is not None)
+    if not asked and not options.gpu:
         known = ", ".join(card.name for card in virtual_gpu.all_cards())
-        raise UsageError(f"no card: give --card NAME (one of {known}), or --gpu for the one in this machine")
+        raise UsageError(f"no card: give --card NAME (one of {known}, or a size: 12GB), or --gpu for this machine's")
+    if memory is not None and options.gpu:
+        raise UsageError("--memory: --gpu has its own; leave one of them out")
+    table = [card.name for card in virtual_gpu.all_cards()]
     names: list[str] = []
-    for name in options.cards or ():
-        names += [card.name for card in virtual_gpu.all_cards()] if name == "all" else [name]
-    try:
-        cards = [virtual_gpu.get_card(name) for name in dict.fromkeys(names)]
-    except virtual_gpu.UnknownCardError as error:
-        raise UsageError(f"--card: {error}") from None
+    for name in asked:
+        names += table if name == "all" else [name]
+    cards = list(dict.fromkeys(_card(name, memory if options.cards else None) for name in names))
+    for card in cards:
+        if card.name not in table:
+            like = f"like {card.name.partition('@')[0]}" if "@" in card.name else "a generic card"
+            total, usable = format_bytes(card.total_bytes), format_bytes(card.usable_bytes)
+            print(f"{card.name}: {like}, of {total}, {usable} usable; an assumption, measured on none", file=sys.stderr)
     if options.gpu:
         card = card_of_this_machine()
         usable = format_bytes(card.usable_bytes)
         print(f"--gpu: {card.title}, {usable} free now; a virtual {card.name} like it", file=sys.stderr)
         cards.append(card)
     return cards
+
+
+def _memory(size: str | None) -> str | None:
+    if size is None:
+        return None
+    try:
+        parse_bytes(size)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from None
+    return size if size[-1].isalpha() else f"{size}B"
+
+
+def _card(name: str, memory: str | None) -> virtual_gpu.Card:
+    """The card of that name, with `memory` where that is given; a generic one of that memory where nobody knows it."""
+    try:
+        return virtual_gpu.get_card(name if memory is None else f"{name}@{memory}")
+    except virtual_gpu.UnknownCardError as error:
+        if memory is None:
+            raise UsageError(f"--card: {error}") from None
+        return virtual_gpu.get_card(memory)
 
 
 def _answers(asked: list[Pair | Plan], options: argparse.Namespace, target: Path | None) -> list[Plan]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import shutil
 import signal
 import sys
@@ -11,23 +10,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from .account import Report
-from .cards import Card, UnknownCardError, VirtualGPUError, all_cards, card_row, get_card
+from .cards import Card, UnknownCardError, VirtualGPUError, all_cards, card_row, get_card, parse_size
 from .launch import run
 
 _GIB = 2**30
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+)(?:\.(\d+))?\s*([A-Za-z]*)\s*", text)
-    factor = _UNITS.get(match[3].upper()) if match else None
-    if match is None or factor is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 6GB (10^9 each), 5.5GiB (2^30) or bytes")
-    fraction = match[2] or ""
-    # Integers all the way: 5.1GiB must not depend on how 5.1 rounds in binary.
-    return int(match[1]) * factor + int(fraction or 0) * factor // int(10 ** len(fraction))
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

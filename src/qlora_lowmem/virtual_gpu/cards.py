@@ -38,7 +38,10 @@ class UnknownCardError(VirtualGPUError):
         known = {_plain(card): card for card in sorted(_table()["card"])}
         close = [known[match] for match in difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.6)]
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        super().__init__(f"unknown card {name!r}.{hint} Known cards: {', '.join(known.values())}")
+        listed = ", ".join(known.values())
+        super().__init__(
+            f"unknown card {name!r}.{hint} Known cards: {listed}; or a size such as 12GB: a generic card of that memory"
+        )
         self.name = name
 
 
@@ -113,16 +116,51 @@ def all_cards() -> tuple[Card, ...]:
     return tuple(sorted(map(get_card, _table()["card"]), key=lambda card: (card.total_bytes, card.name)))
 
 
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """`6GB` (10^9 each), `5.5GiB` (2^30) or a number of bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+)(?:\.(\d+))?\s*([A-Za-z]*)\s*", text)
+    factor = _UNITS.get(match[3].upper()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size; write 6GB (10^9 each), 5.5GiB (2^30) or bytes")
+    fraction = match[2] or ""
+    # Integers all the way: 5.1GiB must not depend on how 5.1 rounds in binary.
+    return int(match[1]) * factor + int(fraction or 0) * factor // int(10 ** len(fraction))
+
+
 @functools.cache
 def get_card(name: str) -> Card:
-    """The card of that name.
+    """The card of that name: of the table; `rtx-3060-12gb@8GiB`, one of the table with another memory; or `12GB`, a
+    generic card of that memory.
 
     Raises:
         UnknownCardError: there is none.
+        VirtualGPUError: a size that is no card's.
     """
-    if name not in _table()["card"]:
+    if name in _table()["card"]:
+        return _card(name, _table()["card"][name])
+    like, _, size = name.rpartition("@")
+    card = get_card(like) if like else _card("", _table()["generic"])
+    if not size[-1:].isalpha():  # a number alone may be meant as a card's name
         raise UnknownCardError(name)
-    row = dict(_table()["card"][name])
+    try:
+        total = parse_size(size)
+    except ValueError:
+        raise UnknownCardError(name) from None
+    try:
+        return dataclasses.replace(card.with_memory(total), name="".join(name.lower().split()))
+    except ValueError as error:
+        raise VirtualGPUError(f"card {name!r}: {error}") from None
+
+
+def _card(name: str, row: Mapping[str, Any]) -> Card:
+    row = dict(row)
     fields = _table()["architecture"][row.pop("architecture")] | row
     major, minor = fields.pop("compute_capability")
     sources = MappingProxyType(dict(fields.pop("sources")))
