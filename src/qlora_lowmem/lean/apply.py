@@ -102,10 +102,17 @@ def foresee_lean(model: nn.Module, options: LeanOptions | None = None, device: s
 def _causal_language_model(model: nn.Module) -> Any:
     for module in model.modules():
         # PEFT's wrapper is a PeftModelForCausalLM; the model inside is what is meant.
-        if type(module).__name__.endswith("ForCausalLM") and not type(module).__name__.startswith("Peft"):
+        name = type(module).__name__
+        if name.endswith("ForCausalLM") and not name.startswith("Peft"):
             return module
+        if name.endswith("ForConditionalGeneration") and _text_config(module) is not module.config:
+            return module  # a language model with encoders before it
     reason = f"{type(model).__name__} contains no ...ForCausalLM, and lean works on causal language models"
     raise RefusedOptionError("lean", True, reason, "leave the model as it is")
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config()
 
 
 def _family_of(causal: Any) -> tuple[Family | None, str]:
@@ -184,7 +191,7 @@ def _loss(causal: Any, options: LeanOptions) -> tuple[Idea, Callable[[], None]]:
 
 
 def _why_not_loss(causal: Any) -> str | None:
-    config, head = causal.config, causal.get_output_embeddings()
+    config, head = _text_config(causal), causal.get_output_embeddings()
     backbone = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
     if head_of(head) is None:
         return f"the LM head is a {type(head).__name__}, not a plain Linear without bias"

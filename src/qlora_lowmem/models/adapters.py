@@ -7,6 +7,7 @@ loads the adapter later; so such names are no targets here.
 """
 
 import copy
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,14 +39,21 @@ class Adapted:
         return cls(tuple(names), sum(each.numel() for each in model.parameters() if each.requires_grad))
 
 
-def lora_config(recipe: Recipe, names: Iterable[str]) -> LoraConfig:
-    """The section `lora` in PEFT's words; `names` are the resolved target modules."""
+def lora_config(recipe: Recipe, names: Iterable[str], within: str = "") -> LoraConfig:
+    """The section `lora` in PEFT's words.
+
+    Args:
+        names: the resolved target modules.
+        within: the language model's name in a wrapper. PEFT is then given an expression, so that whoever loads the
+            adapter into the whole wrapper adapts nothing else.
+    """
+    inside = rf"{re.escape(within)}\.(.*\.)?({'|'.join(re.escape(name.removeprefix(f'{within}.')) for name in names)})"
     return LoraConfig(
         r=recipe.lora.lora_r,
         lora_alpha=recipe.lora.lora_alpha,
         use_rslora=recipe.lora.use_rslora,
         lora_dropout=recipe.lora.lora_dropout,
-        target_modules=list(names),
+        target_modules=inside if within else list(names),
         task_type="CAUSAL_LM",
     )
 

@@ -23,6 +23,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.files import cache_folder, whole_folder
 from qlora_lowmem.lean import quantise_embeddings
+from qlora_lowmem.models import wrappers
 from qlora_lowmem.models.random_weights import (
     config_from,
     meta_model,
@@ -136,7 +137,7 @@ def _pretrained(
     quantization: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model = wrappers.from_pretrained(
             _location(source),
             revision=recipe.base.revision,
             quantization_config=quantization,

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_lowmem.lean import quantise_embeddings
+from qlora_lowmem.models import wrappers
 
 
 def config_from(architecture: dict[str, Any]) -> Any:
@@ -33,9 +34,9 @@ def meta_model(config: Any, dtype: torch.dtype, attention: str, trust_remote_cod
         attention: `auto` is sdpa where transformers has it for the model's class, else eager.
     """
     chosen = None if attention == "auto" else attention
-    options = {"dtype": dtype, "attn_implementation": chosen, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen, "trust_remote_code": trust_remote_code}
     with torch.device("meta"), _embeddings_as_they_are():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        model = wrappers.from_config(config, **options)
     return with_backbone(model)
 
 

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.sources import ModelSource
 from qlora_lowmem.models.trusted import damaged_file
+from qlora_lowmem.models.wrappers import is_wrapper
 from qlora_lowmem.recipe import Recipe
 
 
@@ -32,7 +33,8 @@ def check_config(recipe: Recipe, config: Any) -> None:
         )
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     encodes = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (encodes or config.is_encoder_decoder)
+    writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or is_wrapper(config)
+    causal = writes and not (encodes or config.is_encoder_decoder)
     if not causal and not own_code:
         classes = ", ".join(config.architectures or ()) or "none"
         raise UsageError(

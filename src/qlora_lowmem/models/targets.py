@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean import LeanOptions, LeanReport, RefusedOptionError
 from qlora_lowmem.models.adapters import becomes_experts
+from qlora_lowmem.models.wrappers import language_model_of
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.checks import allowed, field_specs
 from qlora_lowmem.recipe.sections import TARGET_PRESETS, Lora
@@ -43,6 +44,7 @@ class Targets:
 
     names: tuple[str, ...]  # own names or suffixes (`q_proj`), as `peft.LoraConfig.target_modules` takes them
     modules: tuple[str, ...]  # full names of every module that gets an adapter
+    within: str = ""  # the language model's name in a wrapper, whose other parts may have modules of the same names
     notes: tuple[str, ...] = ()  # what a person should know of them
 
 
@@ -53,6 +55,7 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
     `all-linear` every Linear but the LM head. A Linear is what PEFT adapts as one: GPT-2's Conv1D among them; none are
     experts and routers that transformers keeps as plain parameters, names that PEFT takes for those, a Linear with a
     forward of its own, and projections that a Mamba layer multiplies with past any adapter.
+    Of a wrapper, its language model alone is meant.
 
     Raises:
         UsageError: a name or preset that matches nothing (PEFT would ignore it silently), listing what would match;
@@ -61,7 +64,8 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
     """
     head = model.get_output_embeddings()
     head_leaf = next((_leaf(name) for name, module in model.named_modules() if module is head), None)
-    linears = [name for name in _adaptable(model) if _leaf(name) != head_leaf]
+    within = language_model_of(model)
+    linears = [name for name in _adaptable(model) if _leaf(name) != head_leaf and name.startswith(within)]
     taken = {leaf for leaf in set(map(_leaf, linears)) if becomes_experts(model, leaf)}
     linears = [name for name in linears if _leaf(name) not in taken]
     by_leaf = Counter(map(_leaf, linears))
@@ -82,7 +86,7 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
             _check_name(name, head_leaf, linears, by_leaf)
         modules = [name for name in linears if _matches(name, wanted)]
     names = [each for name in wanted for each in _precise(name, model, modules)]
-    return Targets(tuple(names), tuple(modules), _left_out(asked, taken))
+    return Targets(tuple(names), tuple(modules), within, _left_out(asked, taken))
 
 
 def _refuse_experts(model: PreTrainedModel, name: str, by_leaf: Counter[str]) -> None:
@@ -195,8 +199,10 @@ def why_not_packed(config: Any) -> str | None:
         )
     if text.model_type == "granitemoehybrid":
         return "transformers builds the attention masks of granitemoehybrid without looking where packed samples end"
-    if text.model_type not in KEEPS_APART:
-        return f"whether {text.model_type} keeps packed samples apart is not tested; these do: {', '.join(KEEPS_APART)}"
+    if config.model_type != text.model_type or text.model_type not in KEEPS_APART:
+        return (
+            f"whether {config.model_type} keeps packed samples apart is not tested; these do: {', '.join(KEEPS_APART)}"
+        )
     return None
 
 
@@ -244,7 +250,7 @@ def targets_of(model: PreTrainedModel, lora: Lora) -> Targets:
             f"lora.exclude_modules: {excluded!r} excludes every module that target_modules "
             f"{asked!r} adapts, and nothing would train. Exclude fewer"
         )
-    return Targets(modules, modules, notes)
+    return Targets(modules, modules, found.within, notes)
 
 
 def _matched(leaf: str, shown: str, pattern: str, linears: Sequence[str]) -> list[str]:

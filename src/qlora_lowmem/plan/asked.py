@@ -53,7 +53,7 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     source = source_of(recipe, weights=changes.get("weights"))
     if "weights" in changes and source.hub_id is not None and source.folder is not None:
         changes |= {"model": str(source.folder), "revision": None}  # fetched now, and not again by each run
-    tiles = takes_tiles(source.text_config)
+    tiles = takes_tiles(source.architecture or {})
     return PlannedModel(replace_fields(recipe, changes), recipe, source.context_length, tiles)
 
 

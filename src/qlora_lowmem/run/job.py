@@ -139,7 +139,7 @@ def build_job(
         data = synthetic_data(recipe, vocabulary, with_held_out(samples, recipe.data.eval_fraction))
     trained_on, evaluated_on = hold_out(data.dataset, recipe.data.eval_fraction, recipe.schedule.seed)
     evaluated_on = data.evaluation.dataset if data.evaluation is not None else evaluated_on
-    adapted: Any = get_peft_model(model, lora_config(recipe, checked.targets.names))
+    adapted: Any = get_peft_model(model, lora_config(recipe, checked.targets.names, checked.targets.within))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL warns of choices that the recipe states on purpose
         trainer = LowMemTrainer(

@@ -81,7 +81,8 @@ class Preflight:
         """What will be trained, counted on the adapted model: on the meta device, before weights are read."""
         from qlora_lowmem.models.adapters import foresee_adapters, lora_config
 
-        return foresee_adapters(self.skeleton, lora_config(self.inputs.recipe, self.targets.names))
+        targets = self.targets
+        return foresee_adapters(self.skeleton, lora_config(self.inputs.recipe, targets.names, targets.within))
 
     @property
     def notes(self) -> tuple[str, ...]:
