@@ -10,7 +10,7 @@ import torch
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field
 from qlora_lowmem.run.job import build_job, device_of
-from qlora_lowmem.run.preflight import inputs_of, preflight
+from qlora_lowmem.run.preflight import inputs_of, preflight, tokenised
 
 # Synthetic samples never end: the same ones come again.
 _STEPS_OF_DATA = 2
@@ -28,7 +28,7 @@ class TrainingSteps:
         recipe = replace_field(recipe, "max_steps", _STEPS_OF_DATA)
         self.recipe = recipe
         checked = preflight(inputs_of(recipe), supports_bf16=device_of(recipe)[1])
-        job = build_job(checked, None, [], folder, save=False)
+        job = build_job(checked, tokenised(checked, None), [], folder, save=False)
         self._trainer = job.trainer
         if recipe.memory.gradient_checkpointing:
             self._trainer.model.activation_checkpointing_enable({"use_reentrant": False})

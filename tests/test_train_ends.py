@@ -14,7 +14,7 @@ from helpers import RECIPES
 from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import EXIT_USAGE
 from qlora_lowmem.recipe.io import load_recipe
-from qlora_lowmem.run.preflight import steps_over
+from qlora_lowmem.tokens.dataset import steps_over
 from tiny_chat import write_tiny_chat
 
 main = partial(run_command, "train")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.models.loading import check_gradient_release
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_fields
-from qlora_lowmem.run.preflight import check_gradient_release
 from qlora_lowmem.training.adamw import AdamW, adamw_of
 
 BF16, FP32 = torch.bfloat16, torch.float32

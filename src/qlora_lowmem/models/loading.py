@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import QloraLowmemError, UsageError
 from qlora_lowmem.files import cache_folder, whole_folder
 from qlora_lowmem.lean import quantise_embeddings
@@ -276,7 +277,7 @@ def choose_precision(recipe: Recipe, device: str, supports_bf16: bool) -> Precis
     gradient scaler unscales fp32 gradients only.
 
     Raises:
-        UsageError: bf16 asked of a card without it, or bf16 adapters with an fp16 base.
+        UsageError: bf16 asked of a card without it, bf16 adapters with an fp16 base, or as `check_gradient_release`.
     """
     asked = recipe.quantization.compute_dtype
     if asked == "auto":
@@ -297,4 +298,26 @@ def choose_precision(recipe: Recipe, device: str, supports_bf16: bool) -> Precis
             "lora.adapter_dtype: 'bf16' does not go with an fp16 base, whose gradient scaler needs fp32 adapters. "
             "Use 'auto' or 'fp32'"
         )
-    return Precision(compute=compute, adapter=_DTYPES[adapter])
+    precision = Precision(compute=compute, adapter=_DTYPES[adapter])
+    check_gradient_release(recipe, loss_scaling=precision.loss_scaling)
+    return precision
+
+
+def check_gradient_release(recipe: Recipe, *, loss_scaling: bool) -> None:
+    """Refuse gradient release where something else needs the gradients after backward, and not the recipe alone tells.
+
+    Raises:
+        UsageError: the loss is scaled, as in fp16, or several processes train together.
+    """
+    if not recipe.optimizer.gradient_release:
+        return
+    if loss_scaling:
+        raise UsageError(
+            "optimizer.gradient_release: true, and this card computes in fp16, whose loss scaling looks at all "
+            "gradients before a step. Set optimizer.gradient_release to false, or quantization.compute_dtype to fp32"
+        )
+    if processes() > 1:
+        raise UsageError(
+            f"optimizer.gradient_release: true, and {processes()} processes train together, which average their "
+            "gradients after they are complete. Set optimizer.gradient_release to false, or start one process"
+        )

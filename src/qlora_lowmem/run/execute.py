@@ -23,7 +23,6 @@ from qlora_lowmem.run.out_of_memory import raise_if_out_of_memory
 from qlora_lowmem.run.preflight import Inputs, preflight, tokenised
 from qlora_lowmem.tokens.store import TokenReport
 from qlora_lowmem.training.ending import Interruption
-from qlora_lowmem.training.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from qlora_lowmem.memory.attribution import Attribution
@@ -108,13 +107,11 @@ def execute(
             recorder.begin("load")
             callbacks = [PhaseCallback(recorder), *callbacks]
         callbacks = [*callbacks, interruption] if interruption is not None else callbacks
-        job = build_job(checked, data, callbacks, output_dir, save=save, recorder=recorder)
+        job = build_job(checked, data, callbacks, output_dir, save=save, recorder=recorder, warm_up=warm_up)
         if recorder is not None:
             recorder.end()
             if attribution is not None:
                 attribution.watch(job.trainer)
-            if warm_up:
-                job.trainer.add_callback(WarmUp(job.trainer))
         if on_ready is not None:
             on_ready(job, recorder)
         phase, started = "training", time.perf_counter()
@@ -128,7 +125,7 @@ def execute(
         raise_if_out_of_memory(error, recipe, phase, recorder, job.trainer if job is not None and save else None)
         raise
     finally:
-        if data is not None and not save:
+        if not save:
             data.discard()  # here, for a process on a virtual GPU may end without Python's own cleaning up
     outcome = _outcome(job, recorder, seconds, attribution)
     if save and job.trainer.is_world_process_zero():

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.environment import local_rank, processes
+from qlora_lowmem.environment import local_rank
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
@@ -25,9 +25,10 @@ from qlora_lowmem.models.targets import lean_options, lean_refusals
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.out_of_memory import first_words, whose_memory
 from qlora_lowmem.run.preflight import Preflight
-from qlora_lowmem.tokens.dataset import TrainingData, hold_out, synthetic_data, with_held_out
+from qlora_lowmem.tokens.dataset import TrainingData
 from qlora_lowmem.training.adamw import adamw_of
 from qlora_lowmem.training.trainer import LowMemTrainer
+from qlora_lowmem.training.warm_up import WarmUp
 
 _NEVER = 2**31 - 1  # steps: transformers evaluates at the end in any case
 
@@ -109,18 +110,20 @@ def apply_memory_limit(recipe: Recipe, recorder: Recorder) -> None:
 
 def build_job(
     checked: Preflight,
-    data: TrainingData | None,
+    data: TrainingData,
     callbacks: Sequence[TrainerCallback],
     output_dir: Path,
     *,
     save: bool,
     recorder: Recorder | None = None,
+    warm_up: bool = False,
 ) -> Job:
-    """Load the base model, add adapters and make the trainer. `data` is None for synthetic samples.
+    """Load the base model, add adapters and make the trainer.
 
     Args:
         save: whether checkpoints are written.
         recorder: records the phases after loading; None on a CPU.
+        warm_up: as `execute` takes it.
 
     Raises:
         UsageError: weights that cannot be found; an option of the section `lean` that the model cannot take.
@@ -129,30 +132,26 @@ def build_job(
     recipe, precision = checked.inputs.recipe, checked.precision
     assert precision is not None
     device, _ = device_of(recipe)
+    arguments = training_arguments(checked, precision, output_dir, save=save, evaluate=data.evaluated_on is not None)
     transformers.set_seed(recipe.schedule.seed)
     model = load_base(recipe, checked.inputs.source, precision.compute, device, checked.skeleton)
     name_experts(model)
-    if data is None:
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        steps, batch = recipe.schedule.max_steps or 2, recipe.batch
-        samples = steps * batch.batch_size * batch.gradient_accumulation_steps * processes()
-        data = synthetic_data(recipe, vocabulary, with_held_out(samples, recipe.data.eval_fraction))
-    trained_on, evaluated_on = hold_out(data.dataset, recipe.data.eval_fraction, recipe.schedule.seed)
-    evaluated_on = data.evaluation.dataset if data.evaluation is not None else evaluated_on
     adapted: Any = get_peft_model(model, lora_config(recipe, checked.targets.names, checked.targets.within))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL warns of choices that the recipe states on purpose
         trainer = LowMemTrainer(
             model=adapted,
-            args=training_arguments(checked, precision, output_dir, save=save, evaluate=evaluated_on is not None),
-            train_dataset=trained_on,
-            eval_dataset=evaluated_on,
+            args=arguments,
+            train_dataset=data.dataset,
+            eval_dataset=data.evaluated_on,
             processing_class=checked.tokenizer,
             callbacks=list(callbacks),
             optimizer_cls_and_kwargs=adamw_of(recipe),
             full_logits=recipe.memory.loss == "full",
             recorder=recorder,
         )
+    if recorder is not None and warm_up:
+        trainer.add_callback(WarmUp(trainer))
     # TRL casts a quantised model's adapters to bf16; the recipe decides.
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -6,7 +6,6 @@ milliseconds where it can be. What was found on the way is kept, and nothing of 
 
 import functools
 import importlib.util
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,9 @@ from typing import TYPE_CHECKING
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.data import CheckedData, check_data
-from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.sources import ModelSource, source_of
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
-from qlora_lowmem.recipe.contradictions import warm_up_beyond
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,7 +135,6 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
     precision = None
     if supports_bf16 is not None:
         precision = choose_precision(recipe, inputs.device_type, supports_bf16)
-        check_gradient_release(recipe, loss_scaling=precision.loss_scaling)
     model = skeleton(recipe, source, precision.compute if precision else None)
     reason = why_not_packed(model.config) if recipe.batch.packing else None
     if reason is not None:
@@ -174,42 +170,39 @@ def count_tokens_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenRep
     """
     from qlora_lowmem.tokens.dataset import count_tokens
 
-    recipe = checked.inputs.recipe
-    tokens, notes = count_tokens(recipe, samples, checked.tokenizer)
-    if not recipe.batch.packing:  # how many packs there will be is known once they are made
-        _check_warm_up(recipe, tokens.samples)
-    return tokens, notes
+    return count_tokens(checked.inputs.recipe, samples, checked.tokenizer)
 
 
 def count_evaluation_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenReport, tuple[str, ...]]":
     """As `count_tokens_of`, of the samples that are evaluated on."""
-    from qlora_lowmem.tokens.dataset import all_of, count_tokens
+    from qlora_lowmem.tokens.dataset import count_tokens
 
     with _of_evaluation():
-        return count_tokens(all_of(checked.inputs.recipe), samples, checked.tokenizer)
+        return count_tokens(checked.inputs.recipe, samples, checked.tokenizer, evaluation=True)
 
 
-def tokenised(checked: Preflight, output_dir: Path | None) -> "TrainingData | None":
-    """The samples as the trainer takes them; None for synthetic ones, which are made of the model's vocabulary.
+def tokenised(checked: Preflight, output_dir: Path | None) -> "TrainingData":
+    """The samples as the trainer takes them; synthetic ones are made of the model's vocabulary.
 
     Args:
         output_dir: the run's folder; None for a temporary one.
 
     Raises:
-        UsageError: as `count_tokens_of`, or they cannot be written.
+        UsageError: as `count_tokens_of`, nothing would be left to train on, or they cannot be written.
     """
-    from qlora_lowmem.tokens.dataset import EVALUATION_FOLDER, all_of, training_data
+    from qlora_lowmem.tokens.dataset import hold_out, synthetic_data, training_data
 
     recipe, samples, evaluation = checked.inputs.recipe, checked.inputs.samples, checked.inputs.evaluation
     if samples is None:
-        return None
-    data = training_data(recipe, samples, checked.tokenizer, output_dir)
-    _check_warm_up(recipe, len(data.dataset))
-    if evaluation is None:
-        return data
-    with _of_evaluation():
-        looked_at = training_data(all_of(recipe), evaluation, checked.tokenizer, output_dir, EVALUATION_FOLDER)
-    return replace(data, evaluation=looked_at)
+        data = synthetic_data(recipe, int(checked.skeleton.config.get_text_config().vocab_size))
+    else:
+        data = training_data(recipe, samples, checked.tokenizer, output_dir)
+    if evaluation is not None:
+        with _of_evaluation():
+            looked_at = training_data(recipe, evaluation, checked.tokenizer, output_dir, evaluation=True)
+        return replace(data, evaluated_on=looked_at.dataset, evaluation=looked_at)
+    trained_on, evaluated_on = hold_out(data.dataset, recipe.data.eval_fraction, recipe.schedule.seed)
+    return replace(data, dataset=trained_on, evaluated_on=evaluated_on)
 
 
 def recipe_card(recipe: Recipe) -> virtual_gpu.Card:
@@ -227,46 +220,3 @@ def check_logger(report_to: str) -> None:
             f"run.report_to: {report_to!r} needs the package {report_to}, which is not installed. Run: python -m pip "
             f"install {report_to}; or set run.report_to to none: log.jsonl in the output folder is written in any case"
         )
-
-
-def check_gradient_release(recipe: Recipe, *, loss_scaling: bool) -> None:
-    """Refuse gradient release where something else needs the gradients after backward, and not the recipe alone tells.
-
-    Raises:
-        UsageError: the loss is scaled, as in fp16, or several processes train together.
-    """
-    if not recipe.optimizer.gradient_release:
-        return
-    if loss_scaling:
-        raise UsageError(
-            "optimizer.gradient_release: true, and this card computes in fp16, whose loss scaling looks at all "
-            "gradients before a step. Set optimizer.gradient_release to false, or quantization.compute_dtype to fp32"
-        )
-    if processes() > 1:
-        raise UsageError(
-            f"optimizer.gradient_release: true, and {processes()} processes train together, which average their "
-            "gradients after they are complete. Set optimizer.gradient_release to false, or start one process"
-        )
-
-
-def _check_warm_up(recipe: Recipe, samples: int) -> None:
-    steps = steps_over(recipe, samples)
-    reason = warm_up_beyond(recipe.optimizer.warmup_steps, steps)
-    if reason is not None:
-        raise UsageError(
-            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps}, and {samples} samples in "
-            f"{recipe.schedule.num_epochs:g} epochs are {steps} optimizer steps: {reason}, or raise schedule.num_epochs"
-        )
-
-
-def steps_over(recipe: Recipe, samples: int) -> int:
-    """Optimizer steps of the run over all samples or packs, those held out among them.
-
-    As transformers' `Trainer.set_initial_training_values` counts them.
-    """
-    if recipe.schedule.max_steps is not None:
-        return recipe.schedule.max_steps
-    trained_on = samples - math.ceil(recipe.data.eval_fraction * samples)
-    batches = math.ceil(math.ceil(trained_on / recipe.batch.batch_size) / processes())
-    in_an_epoch = math.ceil(batches / recipe.batch.gradient_accumulation_steps)
-    return math.ceil(recipe.schedule.num_epochs * max(in_an_epoch, 1))

@@ -28,7 +28,7 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import writing
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.recipe.io import replace_fields
+from qlora_lowmem.recipe.contradictions import warm_up_beyond
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded, Encoder
 from qlora_lowmem.tokens.store import TokenReport, TokenTally, open_tokens, write_tokens
 from qlora_lowmem.tokens.templates import check_templates, choose_marking, end_tokens
@@ -43,6 +43,7 @@ class TrainingData:
     """A dataset of `input_ids` and `labels` (and `seq_lengths` where samples are packed).
 
     Attributes:
+        evaluated_on: a dataset like it; None where nothing is evaluated.
         report: what tokenising came to; None for synthetic samples.
         notes: what a person should know though it stops nothing.
         folder: where the tokens lie; None for synthetic samples.
@@ -50,6 +51,7 @@ class TrainingData:
     """
 
     dataset: Dataset
+    evaluated_on: Dataset | None = None
     report: TokenReport | None = None
     notes: tuple[str, ...] = ()
     folder: Path | None = None
@@ -68,10 +70,10 @@ class TrainingData:
                 self.folder.parent.rmdir()
 
 
-def synthetic_data(recipe: Recipe, vocabulary: int, samples: int) -> TrainingData:
-    """`samples` sequences of exactly `max_seq_length` random tokens, every one of them scored: the worst case."""
+def synthetic_data(recipe: Recipe, vocabulary: int) -> TrainingData:
+    """As many samples as the run sees, each of exactly `max_seq_length` random tokens, all scored: the worst case."""
     generator = torch.Generator().manual_seed(recipe.schedule.seed)
-    size = (samples, recipe.batch.max_seq_length)
+    size = (_seen_in(recipe, recipe.schedule.max_steps or 2), recipe.batch.max_seq_length)
     tokens = torch.randint(vocabulary, size, generator=generator).tolist()
     return TrainingData(_packed(recipe, Dataset.from_dict({"input_ids": tokens, "labels": tokens})))
 
@@ -81,7 +83,8 @@ def training_data(
     checked: CheckedData,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path | None,
-    within: str = TOKENS_FOLDER,
+    *,
+    evaluation: bool = False,
 ) -> TrainingData:
     """Tokenise checked samples into `output_dir`, or take what an interrupted run of the same data left there.
 
@@ -89,16 +92,17 @@ def training_data(
 
     Args:
         output_dir: the run's folder; None for a temporary one.
-        within: the folder in it.
+        evaluation: they are evaluated on, all of them.
 
     Raises:
-        UsageError: data that do not go with the chat template, or of which nothing is left to learn.
+        UsageError: data that do not go with the chat template, of which nothing is left to learn, or over which the
+            run is shorter than its warm-up.
     """
-    work = _Tokenising(recipe, checked, tokenizer)
+    work = _Tokenising(recipe, checked, tokenizer, evaluation=evaluation)
     place = Path(output_dir or tempfile.gettempdir())
     with writing("the tokenised data", place):
         scratch = None if output_dir else tempfile.TemporaryDirectory(prefix="qlora_lowmem-")
-        parent = Path(scratch.name) if scratch else place / within
+        parent = Path(scratch.name) if scratch else place / (EVALUATION_FOLDER if evaluation else TOKENS_FOLDER)
         folder = parent / work.key()
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / _LOCK):  # of several processes, one writes
@@ -107,12 +111,10 @@ def training_data(
                 write_tokens(folder, work.seen(), work.tally(), checked.report.samples)
     dataset, report = open_tokens(folder)
     _check_not_empty(recipe, report)
-    return TrainingData(_packed(recipe, dataset), report, work.notes, folder, _scratch=scratch)
-
-
-def all_of(recipe: Recipe) -> Recipe:
-    """`recipe` as one that sees all of its samples, as an evaluation does of its own."""
-    return replace_fields(recipe, {"max_steps": None})
+    dataset = _packed(recipe, dataset)
+    if not evaluation:
+        _check_warm_up(recipe, len(dataset))
+    return TrainingData(dataset, None, report, work.notes, folder, _scratch=scratch)
 
 
 def _remove_ours(parent: Path) -> None:
@@ -123,15 +125,17 @@ def _remove_ours(parent: Path) -> None:
 
 
 def count_tokens(
-    recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
 ) -> tuple[TokenReport, tuple[str, ...]]:
     """The report and the notes of `training_data`, and its errors, with nothing written."""
-    work = _Tokenising(recipe, checked, tokenizer)
+    work = _Tokenising(recipe, checked, tokenizer, evaluation=evaluation)
     tally = work.tally()
     for _ in tally.cut(work.seen()):
         pass
     report = tally.report(checked.report.samples)
     _check_not_empty(recipe, report)
+    if not evaluation and not recipe.batch.packing:  # how many packs there will be is known once they are made
+        _check_warm_up(recipe, report.samples)
     return report, work.notes
 
 
@@ -167,18 +171,18 @@ _UNSEEN = "messages bring {key!r}, which the chat template of {model!r} does not
 class _Tokenising:
     """The checked samples of a recipe on their way to tokens; `notes` are as in `TrainingData`."""
 
-    def __init__(self, recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, recipe: Recipe, checked: CheckedData, tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
+    ) -> None:
         model, report = recipe.base.model, checked.report
         check_templates(tokenizer, model)
         marking = choose_marking(tokenizer, report, recipe.data.train_on, model, recipe.data.template)
         self._recipe, self._checked, self._tokenizer = recipe, checked, tokenizer
         self._encoder = Encoder(tokenizer, marking)
-        # How many samples the run can see: all where they are packed or counted in epochs.
+        # How many samples the run can see: all where they are packed, counted in epochs or evaluated on.
         self._wanted = report.samples
-        if recipe.schedule.max_steps is not None and not recipe.batch.packing:
-            batch = recipe.batch.batch_size * recipe.batch.gradient_accumulation_steps * processes()
-            steps = with_held_out(recipe.schedule.max_steps * batch, recipe.data.eval_fraction)
-            self._wanted = min(report.samples, steps)
+        if recipe.schedule.max_steps is not None and not recipe.batch.packing and not evaluation:
+            self._wanted = min(report.samples, _seen_in(recipe, recipe.schedule.max_steps))
         shown = str(tokenizer.chat_template)
         unseen = (_UNSEEN.format(key=key, model=model) for key in report.reasoning_keys if key not in shown)
         self.notes = (*([_IN_TURNS] if marking.turns else []), *unseen)
@@ -244,11 +248,35 @@ def _check_not_empty(recipe: Recipe, report: TokenReport) -> None:
         )
 
 
+def _check_warm_up(recipe: Recipe, samples: int) -> None:
+    steps = steps_over(recipe, samples)
+    reason = warm_up_beyond(recipe.optimizer.warmup_steps, steps)
+    if reason is not None:
+        raise UsageError(
+            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps}, and {samples} samples in "
+            f"{recipe.schedule.num_epochs:g} epochs are {steps} optimizer steps: {reason}, or raise schedule.num_epochs"
+        )
+
+
+def steps_over(recipe: Recipe, samples: int) -> int:
+    """Optimizer steps of the run over all samples or packs, those held out among them.
+
+    As transformers' `Trainer.set_initial_training_values` counts them.
+    """
+    if recipe.schedule.max_steps is not None:
+        return recipe.schedule.max_steps
+    trained_on = samples - math.ceil(recipe.data.eval_fraction * samples)
+    batches = math.ceil(math.ceil(trained_on / recipe.batch.batch_size) / processes())
+    in_an_epoch = math.ceil(batches / recipe.batch.gradient_accumulation_steps)
+    return math.ceil(recipe.schedule.num_epochs * max(in_an_epoch, 1))
+
+
 def _packed(recipe: Recipe, dataset: Dataset) -> Dataset:
     """Samples joined until `max_seq_length` is full, best fit first, none of them split."""
     if not recipe.batch.packing:
         return dataset
-    with writing("the packed samples", folder_of(dataset)):
+    folder = folder_of(dataset)
+    with writing("the packed samples", folder):
         return pack_dataset(dataset, recipe.batch.max_seq_length, "bfd")
 
 
@@ -267,7 +295,8 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
         raise UsageError(
             f"data.eval_fraction: {fraction:g} of {len(dataset)} samples leaves none to train on; hold out less"
         )
-    with writing("the list of samples held out", folder_of(dataset)):
+    folder = folder_of(dataset)
+    with writing("the list of samples held out", folder):
         parts = dataset.train_test_split(test_size=held, seed=seed)
     return parts["train"], parts["test"]
 
@@ -277,8 +306,10 @@ def folder_of(dataset: Dataset) -> Path:
     return next((Path(file["filename"]).parent for file in dataset.cache_files), Path())
 
 
-def with_held_out(samples: int, fraction: float) -> int:
-    """How many samples there must be for `samples` to be left to train on."""
+def _seen_in(recipe: Recipe, steps: int) -> int:
+    """How many samples there must be for those of `steps` to be left to train on, some held out."""
+    batch, fraction = recipe.batch, recipe.data.eval_fraction
+    samples = steps * batch.batch_size * batch.gradient_accumulation_steps * processes()
     if not fraction:
         return samples
     total = math.ceil(samples / (1 - fraction))
