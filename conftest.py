@@ -4,7 +4,14 @@ An installed package registers it as an entry point of the same name; then this 
 short names here.
 """
 
+import signal
+
 import pytest
+
+# A shell starts what it puts into the background with interrupts ignored, and so would be every program that a test
+# starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["qlora_lowmem.gate.plugin", "pytester"]
 

@@ -88,6 +88,14 @@ def test_the_benchmark_ends_with_its_verdicts_and_says_where_they_are(tmp_path: 
     assert re.search(r"^SKIPPED \[1\] .*: the sea is rough today$", run.stdout, re.MULTILINE)
 
 
+def test_interrupts_are_taken_in_tests_that_a_shell_has_put_into_the_background() -> None:
+    program = "import runpy, signal; runpy.run_path('conftest.py'); print(signal.getsignal(signal.SIGINT).__name__)"
+    command = ["sh", "-c", f'trap "" INT; exec {sys.executable} -c "{program}"']
+    assert (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "default_int_handler\n"
+    )
+
+
 def test_what_is_skipped_is_said_in_a_line_without_being_asked() -> None:
     options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     assert "-rfEs" in options["addopts"]

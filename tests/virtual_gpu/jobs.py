@@ -312,13 +312,15 @@ def empty_the_environment() -> None:
     os.environ.clear()
 
 
-def load_and_use(library: str) -> None:
+def load_and_use(library: str, called: str | None) -> None:
     import ctypes
 
     import torch
 
-    ctypes.CDLL(library)
+    loaded = ctypes.CDLL(library)
     torch.ones(1, device="cuda")
+    if called is not None:
+        assert [loaded[called](), loaded[called]()] == [801, 801]
 
 
 def leave_a_process() -> int:
@@ -327,7 +329,7 @@ def leave_a_process() -> int:
     return subprocess.Popen(["sleep", "60"]).pid
 
 
-def host_values_through_a_collective() -> dict[str, list[int]]:
+def host_values_sent_around() -> dict[str, list[Any]]:
     import torch
     import torch.distributed as dist
 
@@ -336,6 +338,9 @@ def host_values_through_a_collective() -> dict[str, list[int]]:
     never_sent, sent, computed = host.cuda(), host.cuda(), host.cuda()
     dist.broadcast(sent, src=0)
     answers = {"sent": sent.tolist(), "part": sent[1:].tolist(), "never sent": never_sent.tolist()}
+    factor, product = torch.ones(2, 2).cuda(), torch.ones(2, 2).cuda()
+    torch.mm(factor, factor, out=product)
+    answers["multiplied since"] = product.tolist()
     dist.broadcast(computed, src=0)
     computed.add_(1)
     answers["computed since"] = computed.tolist()

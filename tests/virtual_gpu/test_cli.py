@@ -31,9 +31,66 @@ def test_a_plain_script_runs_and_its_peaks_are_told(cli, tmp_path):
 
 
 def test_json_goes_to_standard_output(cli):
-    answer = cli(*CARD, "--json", "-", "--", "true")
+    answer = cli(*CARD, "--json", "-", "--", sys.executable, "-c", "import torch; torch.cuda.device_count()")
     assert answer.returncode == 0
     assert json.loads(answer.stdout)["peak_device_bytes"] == 0
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", 2), ("; sys.exit(7)", 7)])
+def test_a_program_that_asks_for_no_card_is_no_success(cli, ending, code):
+    """Which is what a program in an environment without a CUDA build of PyTorch looks like."""
+    answer = cli(*CARD, "--json", "out.json", "--", sys.executable, "-c", f"import sys, json{ending}")
+    assert answer.returncode == code
+    assert "asked for no card" in answer.stderr
+    assert "peak allocated" not in answer.stderr
+
+
+def test_python_is_the_interpreter_that_runs_the_command_though_no_environment_is_activated(cli):
+    program = "import subprocess, sys, torch; torch.cuda.device_count(); print(sys.executable, flush=True); "
+    program += "subprocess.run(['python', '-c', 'import sys; print(sys.executable)'])"
+    for name in ("python", "python3"):
+        answer = cli(*CARD, "--", name, "-c", program, env=os.environ | {"PATH": "/usr/bin:/bin"})
+        assert answer.returncode == 0, answer.stderr
+        assert answer.stdout.split() == [sys.executable, str(Path(sys.executable).with_name("python"))]
+
+
+def test_a_python_that_is_passed_over_is_named(cli, tmp_path):
+    other = tmp_path / "other" / "python"
+    other.parent.mkdir()
+    other.symlink_to("/bin/true")
+    path = f"{other.parent}:{os.environ['PATH']}"
+    answer = cli(*CARD, "--", "python", "-c", "print(1)", env=os.environ | {"PATH": path})
+    assert answer.stdout == "1\n"
+    assert f"python is {sys.executable}, which runs this command, and not {other}" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits"),
+            "NVIDIA GeForce RTX 4050 Laptop GPU, 6144\n",
+        ),
+        (
+            ("--query-gpu", "memory.used, fan.speed", "--format", "csv", "-i", "0"),
+            "memory.used [MiB], fan.speed\n0 MiB, [N/A]\n",
+        ),
+        (("--query-compute-apps=pid,used_memory", "--format=csv"), "pid, used_memory [MiB]\n"),
+    ],
+)
+def test_programs_that_look_for_a_gpu_with_nvidia_smi_find_it(cli, asked, said):
+    program = f"import subprocess; subprocess.run(['nvidia-smi', *{asked}], check=True)"
+    answer = cli(*CARD, "--", sys.executable, "-c", program)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == said
+
+
+def test_nvidia_smi_lists_every_card(cli):
+    answer = cli(*CARD, "--count", "2", "--", "nvidia-smi", "-L")
+    names = [line.partition(" (UUID: GPU-")[0] for line in answer.stdout.splitlines()]
+    assert names == [f"GPU {index}: NVIDIA GeForce RTX 4050 Laptop GPU" for index in (0, 1)]
+    assert "CUDA Version: 1" in cli(*CARD, "--", "nvidia-smi").stdout
+    assert cli(*CARD, "--", "nvidia-smi", "-i", "7").returncode == 6
 
 
 def test_the_memory_may_be_another(cli):

@@ -607,12 +607,22 @@ def a_program_that_drops_ld_preload(bench: Bench) -> None:
 
 @fault
 def an_extension_with_a_runtime_of_its_own(bench: Bench) -> None:
+    """Told once, and only where something asks for the card through it."""
     source, library = bench.folder / "extension.cpp", bench.folder / "extension.so"
-    source.write_text('__attribute__((section(".nv_fatbin"), used)) static const char code[64] = {1};\n')
-    subprocess.run([*build.find_compiler(), "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    result = bench.job("load_and_use", library=str(library))
-    assert f"{library} has the CUDA runtime linked into it" in result.output_tail
+    source.write_text(
+        '__attribute__((section(".nv_fatbin"), used)) static const char code[64] = {1};\n'
+        'extern "C" int cudaMalloc(void**, unsigned long);\n'
+        'extern "C" int allocate() { void* memory; return cudaMalloc(&memory, 64); }\n'
+    )
+    runtime = next(discovery.find_torch()[0].parents[2].glob("nvidia/**/libcudart_static.a"))
+    command = [*build.find_compiler(), "-shared", "-fPIC", "-o", str(library), str(source), str(runtime)]
+    subprocess.run([*command, "-Wl,--exclude-libs,ALL", "-lpthread", "-ldl", "-lrt"], check=True)
+    unused = bench.job("load_and_use", library=str(library), called=None)
+    assert (unused.report.notices, "linked into it" in unused.output_tail) == ((), False)
+    result = bench.job("load_and_use", library=str(library), called="allocate")
+    assert result.output_tail.count(f"{library} has the CUDA runtime linked into it") == 1
     assert result.report.notices == ("static_runtime",)
+    assert result.report.missing_functions == ()
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def script(name: str) -> tuple[str, ...]:
     [
         ("cnn.py", ["dnn_workspaces"]),
         ("compiled.py", []),
+        ("evaluate.py", []),
         ("llama.py", []),
         ("linear_algebra.py", ["dnn_workspaces", "solver_workspaces", "sparse_workspaces", "fft_workspaces"]),
     ],

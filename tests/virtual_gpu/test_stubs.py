@@ -34,7 +34,7 @@ from qlora_lowmem.virtual_gpu import stubs
         ("cufft", "cufftXtExec", "product"),
         ("cufft", "cufftPlan1d", "missing"),
         ("cusparseLt", "cusparseLtInit", "missing"),
-        ("cudart", "cudaStreamSynchronize", "product"),
+        ("cudart", "cudaStreamSynchronize", "idle"),
         ("cudart", "cudaMemcpyAsync", "same"),
         ("cudart", "cudaDeviceGetLimit", "number"),
         ("cudnn", "cudnnCreateTensorDescriptor", "same"),

@@ -39,12 +39,13 @@ def test_every_row_has_its_reason():
     assert all(reason for *_, reason in TABLE["facts"])
 
 
-def test_only_what_the_host_wrote_and_a_collective_passed_on_can_be_read(job):
-    """What DistributedDataParallel plans its buckets with; anything that a kernel may have changed is zero."""
-    assert job("host_values_through_a_collective").value == {
+def test_what_the_host_wrote_and_only_sent_around_can_be_read(job):
+    """DistributedDataParallel and Accelerate plan with it; anything that a kernel may have changed is zero."""
+    assert job("host_values_sent_around").value == {
         "sent": [5, 6],
         "part": [6],
-        "never sent": [0, 0],
+        "never sent": [5, 6],
+        "multiplied since": [[0, 0], [0, 0]],
         "computed since": [0, 0],
         "reduced since": [0, 0],
     }

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -11,11 +12,15 @@ from typing import NoReturn
 
 from .account import Report
 from .cards import Card, UnknownCardError, VirtualGPUError, all_cards, card_row, get_card, parse_size
-from .launch import run
+from .launch import PROGRAM, run, search_path
 
 _GIB = 2**30
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
+_NOT_REACHED = (
+    "virtual GPU: the program asked for no card, so there are no peaks to tell. It computes on the CPU, its Python has "
+    "no CUDA build of PyTorch, or LD_PRELOAD was lost on its way (env -i, sudo, a program that is linked statically)."
+)
 
 
 def _size(text: str) -> int:
@@ -63,8 +68,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m qlora_lowmem.virtual_gpu") -> int:
     """Runs the command line, called as `prog`; returns the exit code.
 
-    The program's own; 128 + n if signal n ended it; 130 when interrupted; 2 for a wrong command line or a machine that
-    cannot host a virtual GPU.
+    The program's own; 128 + n if signal n ended it; 130 when interrupted; 2 for a wrong command line, a machine that
+    cannot host a virtual GPU, or a program that ended well and never asked for a card.
     """
     # Ending takes the program along: the default action would leave it running.
     signal.signal(signal.SIGTERM, _terminate)
@@ -81,23 +86,38 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m qlora_lo
             parser.error("--card is missing; --list-cards shows the cards")
         if not options.command:
             parser.error("the command to run is missing; put it after --, as in -- python train.py")
-        if shutil.which(options.command[0]) is None:
-            parser.error(f"the command {options.command[0]!r} is not found; put it after --, as in -- python train.py")
+        command = _with_this_python(options.command)
+        if command[0] != PROGRAM and shutil.which(command[0], path=search_path(os.environ)) is None:
+            parser.error(f"the command {command[0]!r} is not found; put it after --, as in -- python train.py")
         card = get_card(options.card)
         if options.memory is not None:
             card = card.with_memory(options.memory)
         if options.json not in (None, "-"):
             Path(options.json).touch()
-        report = run(options.command, card, count=options.count)
+        report = run(command, card, count=options.count)
     except (VirtualGPUError, ValueError, OSError) as error:
         prefix = "" if isinstance(error, UnknownCardError) else "virtual GPU: "
         parser.exit(_EXIT_USAGE, f"{prefix}{error}\n")
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
-    _print_summary(report, card)
     if options.json is not None:
         _write_json(report, options.json)
+    if not report.reached:
+        print(_NOT_REACHED, file=sys.stderr)
+        return report.exit_code or _EXIT_USAGE
+    _print_summary(report, card)
     return report.exit_code
+
+
+def _with_this_python(command: list[str]) -> list[str]:
+    """`python` is the interpreter that runs this: the virtual GPU is made for its PyTorch."""
+    if command[0] not in ("python", "python3"):
+        return command
+    found = shutil.which(command[0])
+    if found is not None and Path(found).parent.resolve() != Path(sys.executable).parent.resolve():
+        said = f"{command[0]} is {sys.executable}, which runs this command, and not {found}: that one by its path"
+        print(f"virtual GPU: {said}", file=sys.stderr)
+    return [sys.executable, *command[1:]]
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:

@@ -27,7 +27,7 @@ _NAME_BYTES = 96
 # Names of the bits of Notice in account.h.
 _NOTICES = (
     "nccl_buffers", "dnn_workspaces", "solver_workspaces", "sparse_workspaces", "fft_workspaces", "no_hooks",
-    "static_runtime", "values_read",
+    "static_runtime", "values_read", "reached",
 )  # fmt: skip
 # magic; layout version, devices, missing functions, notices; pinned now and peak, managed now and peak
 _HEADER = struct.Struct("<8s4I4Q72x")
@@ -130,6 +130,7 @@ class Report:
             the program that were not seen (`no_hooks`, `static_runtime`).
         complete: every process that used torch's allocator ended in a way that let it report. Where False (a process
             was killed), allocated and reserved are what was last known; the device's peak is exact all the same.
+        reached: a process asked for a card, were it only how many there are. Where False, nothing was run on it.
     """
 
     exit_code: int
@@ -147,6 +148,7 @@ class Report:
     devices: tuple[DevicePeaks, ...]
     provenance: str = "virtual"
     notices: tuple[str, ...] = ()
+    reached: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-able data; sizes are integers in bytes."""
@@ -169,7 +171,8 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
         allocated, reserved = (max(figures) for figures in zip((0, 0), *peaks, strict=True))
         devices.append(DevicePeaks(allocated, reserved, device_peak))
     peak_device_bytes = max(reading.device_peak_bytes)
-    seen = bool(processes or not peak_device_bytes) and "no_hooks" not in reading.notices
+    reached = "reached" in reading.notices
+    seen = reached and bool(processes or not peak_device_bytes) and "no_hooks" not in reading.notices
     return Report(
         exit_code=exit_code,
         peak_allocated_bytes=max(device.peak_allocated_bytes for device in devices),
@@ -183,6 +186,7 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
         versions=versions,
         values_read="values_read" in reading.notices,
         complete=seen and all(process["ended"] for process in processes),
-        notices=tuple(name for name in reading.notices if name != "values_read"),
+        notices=tuple(name for name in reading.notices if name not in ("values_read", "reached")),
+        reached=reached,
         devices=tuple(devices),
     )

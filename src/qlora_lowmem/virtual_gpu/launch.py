@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from .build import ensure_built
 from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, get_card
 
 _WORKER = Path(__file__).with_name("worker")
+_NVIDIA_SMI = Path(__file__).with_name("nvidia_smi.py")
+PROGRAM = "nvidia-smi"  # of the machine's own
 # Seconds that a process group gets to end after SIGTERM before it is killed.
 _GRACE_SECONDS = 5.0
 
@@ -48,10 +51,28 @@ def variables(card: Card, count: int, report: Path, base: Mapping[str, str]) -> 
         "LD_LIBRARY_PATH": _prepend(str(build.folder), base.get("LD_LIBRARY_PATH")),
         "PYTHONPATH": _prepend(str(_WORKER), base.get("PYTHONPATH")),
         "TRITON_LIBCUDA_PATH": str(build.folder),
+        "PATH": _prepend(str(_programs(report)), search_path(base)),
         # Every card of the machine is visible, whatever the real machine hides.
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count))),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     } | card_variables(card, report)
+
+
+def search_path(base: Mapping[str, str]) -> str:
+    """PATH of a program: what lies beside this interpreter is found, also where its environment is not activated."""
+    path, here = base.get("PATH", os.defpath), str(Path(sys.executable).parent)
+    return path if here in path.split(":") else _prepend(here, path)
+
+
+def _programs(report: Path) -> Path:
+    """A folder with the program that only a machine with a card has."""
+    script = report / "bin" / PROGRAM
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(
+        f'#!/bin/sh\nexec {shlex.join([sys.executable, "-I", str(_NVIDIA_SMI)])} "$@"\n', encoding="utf-8"
+    )
+    script.chmod(0o755)
+    return script.parent
 
 
 def card_variables(card: Card, report: Path) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 What is not implemented in `csrc/` falls into one of these kinds, by its library's table in `functions.toml`:
 
-- *product*: computes on the device and reports nothing to the host: succeeds and does nothing;
+- *product*: computes on the device and reports nothing to the host: succeeds, and what was known there no longer is;
+- *idle*: has nothing to do where nothing computes: succeeds;
 - *handle*: makes an object that only such functions read: hands out the address of an empty one;
 - *number*: writes numbers where it is told to, and succeeds. The sizes of workspaces are 0: they are not known here,
   which is said once;
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TABLES = Path(__file__).with_name("functions.toml")
-_KINDS = ("number", "text", "same", "handle", "product")
+_KINDS = ("number", "text", "same", "handle", "product", "idle")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Policy:
     same: Mapping[str, str] = field(default_factory=dict)
     handle: Sequence[str] = ()
     product: Sequence[str] = ()
+    idle: Sequence[str] = ()
 
 
 @functools.cache
@@ -100,6 +102,8 @@ def _body(policy: Policy, name: str, version: int) -> str:
     succeed = ["xorl %eax, %eax", "ret"]
     lines = [f"leaq .Lname_{name}(%rip), %rdi", "jmp .Lmissing"]
     if kind == "product":
+        lines = ["jmp vgpu_launched@PLT"]
+    elif kind == "idle":
         lines = succeed
     elif kind == "handle":
         lines = ["leaq vgpu_empty_object(%rip), %rax", "movq %rax, (%rdi)", *succeed]

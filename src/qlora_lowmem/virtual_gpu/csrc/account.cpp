@@ -105,6 +105,7 @@ void map_account() {
     return;
   }
   mapped = found;
+  __atomic_fetch_or(&mapped->notices, kReached, __ATOMIC_RELAXED);
   find_visible_devices();
 }
 
@@ -183,6 +184,10 @@ bool take_context(int device) {
 }
 
 __attribute__((destructor)) void leave() {
+  if (!looked) {  // it asked for no card, and is not to seem to
+    looked = true;
+    return;
+  }
   Lock lock;
   if (mapped != nullptr && own != nullptr && own->pid == getpid()) clear_process(*own);
   own = nullptr;
@@ -191,7 +196,7 @@ __attribute__((destructor)) void leave() {
 
 }  // namespace
 
-bool vgpu_first_notice(uint32_t notice) {
+bool first_notice(uint32_t notice) {
   if (account() == nullptr) return false;
   return (__atomic_fetch_or(&mapped->notices, notice, __ATOMIC_RELAXED) & notice) == 0;
 }

@@ -79,6 +79,7 @@ enum Notice : uint32_t {
   kNoHooks = 32,
   kStaticRuntime = 64,
   kValuesRead = 128,
+  kReached = 256,  // not told: a process has asked for a card
 };
 
 // The account of this process, mapped at the first call. nullptr: there is none (VGPU_ACCOUNT is not set or names no
@@ -114,8 +115,11 @@ VGPU_SHARED int machine_index(int device);
 // Says once that the program called a function that is not implemented, and keeps its name for the report.
 VGPU_SHARED void note_missing(const char* name, const char* why);
 
+// Says once that a library asks for the card through a CUDA runtime of its own.
+VGPU_SHARED void note_linked_runtime(const char* library);
+
 // Both true the first time on this machine.
-extern "C" VGPU_SHARED bool vgpu_first_notice(uint32_t notice);
+bool first_notice(uint32_t notice);
 bool first_call_of_missing(const char* name);
 
 // Says once if this process uses PyTorch without the hooks in Python.

@@ -65,6 +65,16 @@ API CUresult cuGetProcAddress(const char* name, void** function, int, cuuint64_t
   return found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 
+// Tables of functions that have no names, which the runtimes here do without: a runtime that is linked into a library
+// asks for them with its first call, and ends with this error. So does NVIDIA's profiler.
+API CUresult cuGetExportTable(const void**, const CUuuid*) {
+  Dl_info caller;
+  const char* library = dladdr(__builtin_return_address(0), &caller) != 0 ? caller.dli_fname : "a library";
+  if (strstr(library, "libcupti") != nullptr) note_missing("cuGetExportTable", nullptr);
+  else note_linked_runtime(library);
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+
 API CUresult cuInit(unsigned) { return ready(); }
 
 API CUresult cuDriverGetVersion(int* version) { return tell(version, CUDA_VERSION); }

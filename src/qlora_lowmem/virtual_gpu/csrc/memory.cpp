@@ -7,7 +7,7 @@
 #include <cstring>
 #include <map>
 
-#include "exchanged.h"
+#include "written.h"
 #include "guard.h"
 #include "stubs.h"
 
@@ -170,10 +170,10 @@ bool unregister_host(void* base) {
 void copy(void* target, const void* source, uint64_t bytes) {
   if (bytes == 0) return;
   bool to_device = is_device_address(target), from_device = is_device_address(source);
-  if (to_device && from_device) note_copied(target, source, bytes, false);
+  if (to_device && from_device) note_copied(target, source, bytes);
   else if (to_device) note_written(target, source, bytes);
   else if (!from_device) memmove(target, source, bytes);
-  if (to_device || !from_device || read_exchanged(target, source, bytes)) return;
+  if (to_device || !from_device || read_written(target, source, bytes)) return;
   vgpu_notice(kValuesRead);
   zero_host(target, bytes);
 }

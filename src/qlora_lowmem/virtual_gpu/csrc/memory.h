@@ -38,7 +38,7 @@ VGPU_SHARED bool free_host(void* base);
 VGPU_SHARED bool register_host(void* base, uint64_t bytes, int device);
 VGPU_SHARED bool unregister_host(void* base);
 
-// What a copy does to host memory: host to host is real, device to host writes zeros (but see exchanged.h).
+// What a copy does to host memory: host to host is real, device to host writes zeros (but see written.h).
 VGPU_SHARED void copy(void* target, const void* source, uint64_t bytes);
 VGPU_SHARED void fill(void* target, int value, uint64_t bytes);
 

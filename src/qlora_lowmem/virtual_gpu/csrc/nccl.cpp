@@ -10,8 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "exchanged.h"
 #include "stubs.h"
+#include "written.h"
 
 using vgpu::tell;
 
@@ -95,9 +95,9 @@ API int ncclCommRegister(const Communicator*, void* buffer, size_t, void** handl
 API int ncclCommWindowRegister(Communicator*, void* buffer, size_t, void** window, int) { return tell(window, buffer); }
 API int ncclWinGetUserPtr(Communicator*, void* window, void** buffer) { return tell(buffer, window); }
 
-// Every rank is taken to have sent what this one did (exchanged.h).
+// Every rank is taken to have sent what this one did (written.h).
 API int ncclBroadcast(const void* from, void* to, size_t count, int type, int, Communicator*, void*) {
-  vgpu::note_copied(to, from, count * element_bytes(type), true);
+  vgpu::note_copied(to, from, count * element_bytes(type));
   return kSuccess;
 }
 API int ncclBcast(void* buffer, size_t count, int type, int root, Communicator* communicator, void* stream) {
@@ -106,7 +106,7 @@ API int ncclBcast(void* buffer, size_t count, int type, int root, Communicator* 
 API int ncclAllGather(const void* from, void* to, size_t count, int type, Communicator* communicator, void*) {
   uint64_t bytes = count * element_bytes(type);
   for (int rank = 0; rank < communicator->ranks; ++rank) {
-    vgpu::note_copied(static_cast<char*>(to) + rank * bytes, from, bytes, true);
+    vgpu::note_copied(static_cast<char*>(to) + rank * bytes, from, bytes);
   }
   return kSuccess;
 }

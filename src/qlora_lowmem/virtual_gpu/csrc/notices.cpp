@@ -54,12 +54,19 @@ void note_missing(const char* name, const char* why) {
           why == nullptr ? "; " : ": ", why == nullptr ? "report it at the project's issue tracker with this line" : why);
 }
 
+void note_linked_runtime(const char* library) {
+  if (!first_notice(kStaticRuntime) || quiet()) return;
+  fprintf(stderr,
+          "virtual GPU: %s has the CUDA runtime linked into it (libcudart_static), which finds no card here: what it "
+          "allocates and launches fails. Build it with the shared runtime (nvcc -cudart shared).\n", library);
+}
+
 }  // namespace vgpu
 
 using namespace vgpu;
 
 int vgpu_notice(uint32_t notice) {
-  if (vgpu_first_notice(notice) && !quiet()) fprintf(stderr, "virtual GPU: %s\n", text_of(notice));
+  if (first_notice(notice) && !quiet()) fprintf(stderr, "virtual GPU: %s\n", text_of(notice));
   return 0;
 }
 

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <vector>
 
-#include "exchanged.h"
 #include "guard.h"
 #include "runtime.h"
+#include "written.h"
 
 using namespace vgpu;
 

@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 
-#include "exchanged.h"
+#include "written.h"
 
 int vgpu_refuse(const char* name, int not_supported) {
   vgpu::note_missing(name, nullptr);

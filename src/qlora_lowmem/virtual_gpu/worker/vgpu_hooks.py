@@ -10,11 +10,10 @@ import ctypes
 import importlib
 import json
 import os
-import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 # Peaks in bytes, (allocated, reserved) by device, of what was counted before the last reset.
 _folded: list[list[int]] = []
@@ -35,8 +34,6 @@ def _write_report(torch: Any, ended: bool) -> None:
     _fold_peaks(torch)
     if not _folded:
         return
-    if ended:
-        _tell_of_static_runtimes()
     versions = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     text = json.dumps({"peaks": _folded, "versions": versions, "ended": ended})
     account = os.environ.get("VGPU_ACCOUNT")
@@ -52,59 +49,6 @@ def _write_report(torch: Any, ended: bool) -> None:
         return  # the launcher is gone, and nobody reads it
     except OSError as error:
         print(f"virtual GPU: this process' peaks could not be written to {path}: {error.strerror}", file=sys.stderr)
-
-
-# Extensions that bring a CUDA runtime of their own, whose calls the virtual GPU does not see.
-_STATIC_RUNTIME = 64  # Notice in account.h
-_REGISTER = b"__cudaRegisterFatBinary"
-# NVIDIA's libraries have a runtime of their own by design, and nothing calls the real ones here.
-_OURS = ("/nvidia/", "libvgpu.so", "-virtual.so")
-
-
-def _tell_of_static_runtimes() -> None:
-    """Says once a run which loaded extensions hold device code and a runtime linked into them."""
-    found = sorted({path for path in _loaded_libraries() if _has_static_runtime(path)})
-    if found and ctypes.CDLL(None).vgpu_first_notice(_STATIC_RUNTIME) & 1:
-        print(
-            f"virtual GPU: {', '.join(found)} has the CUDA runtime linked into it (libcudart_static): its allocations "
-            "and launches do not reach the virtual card. Build it with the shared runtime (nvcc -cudart shared).",
-            file=sys.stderr,
-        )
-
-
-def _loaded_libraries() -> Iterator[str]:
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:  # noqa: PTH123
-        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if ".so" in line}
-    return (path for path in paths if path.startswith("/") and not any(part in path for part in _OURS))
-
-
-def _has_static_runtime(path: str) -> bool:
-    """Whether an ELF file holds device code (.nv_fatbin), and the function that registers it is its own.
-
-    With the shared runtime that function's name is among the file's dynamic symbols.
-    """
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123
-            header = file.read(64)
-            if header[:5] != b"\x7fELF\x02":
-                return False
-            (offset,) = struct.unpack_from("<Q", header, 40)
-            size, count, names_index = struct.unpack_from("<3H", header, 58)
-            file.seek(offset)
-            table = file.read(size * count)
-            rows = [struct.unpack_from("<IIQQQQ", table, size * index) for index in range(count)]
-            names = _content(file, rows[names_index])
-            sections = {names[row[0] : names.index(b"\0", row[0])]: row for row in rows}
-            if b".nv_fatbin" not in sections or b".dynstr" not in sections:
-                return False
-            return _REGISTER not in _content(file, sections[b".dynstr"])
-    except (OSError, struct.error, ValueError, IndexError):
-        return False  # gone, or no file that a loader would take
-
-
-def _content(file: BinaryIO, row: tuple[int, ...]) -> bytes:
-    file.seek(row[4])
-    return file.read(row[5])
 
 
 def _report_at_the_end(torch: Any) -> None:
@@ -228,8 +172,10 @@ def _hook_torch(torch: ModuleType) -> None:
 
 
 def _hook_triton(jit: ModuleType) -> None:
+    launched = getattr(ctypes.CDLL(None), "vgpu_launched", int)  # the second in a process that lost LD_PRELOAD
+
     def launch_nothing(*_arguments: Any, **_options: Any) -> None:
-        return None
+        launched()
 
     jit.JITFunction.run = launch_nothing
 

@@ -1,4 +1,4 @@
-#include "exchanged.h"
+#include "written.h"
 
 #include <cstring>
 #include <map>
@@ -13,13 +13,8 @@ namespace {
 constexpr uint64_t kMostBytes = 1 << 20;  // the bucket plan of a model with 100,000 parameters has 400 kB
 constexpr size_t kMostRanges = 64;
 
-struct Range {
-  std::vector<char> bytes;
-  bool exchanged;
-};
-
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-auto& ranges = *new std::map<uint64_t, Range>;  // leaked on purpose; by start address, not overlapping
+auto& ranges = *new std::map<uint64_t, std::vector<char>>;  // leaked on purpose; by start address, not overlapping
 uint32_t count = 0;  // read without the lock: launches are frequent, and mostly there is nothing to forget
 
 // Holds the ranges, and counts them at the end.
@@ -33,26 +28,24 @@ class Held {
 
 void erase_overlapping(uint64_t start, uint64_t bytes) {
   for (auto it = ranges.begin(); it != ranges.end();) {
-    bool overlaps = it->first < start + bytes && start < it->first + it->second.bytes.size();
+    bool overlaps = it->first < start + bytes && start < it->first + it->second.size();
     it = overlaps ? ranges.erase(it) : std::next(it);
   }
 }
 
-void put(uint64_t start, const char* bytes, uint64_t length, bool exchanged) {
+void put(uint64_t start, const char* bytes, uint64_t length) {
   std::vector<char> kept(bytes, bytes + length);  // `bytes` may lie in a range that is erased
   erase_overlapping(start, length);
   if (ranges.size() >= kMostRanges) ranges.clear();
-  ranges[start] = Range{std::move(kept), exchanged};
+  ranges[start] = std::move(kept);
 }
 
-const Range* find(uint64_t address, uint64_t bytes, const char** at) {
+const char* find(uint64_t address, uint64_t bytes) {
   auto it = ranges.upper_bound(address);
   if (it == ranges.begin()) return nullptr;
   --it;
   uint64_t offset = address - it->first;
-  if (offset + bytes > it->second.bytes.size()) return nullptr;
-  *at = it->second.bytes.data() + offset;
-  return &it->second;
+  return offset + bytes > it->second.size() ? nullptr : it->second.data() + offset;
 }
 
 }  // namespace
@@ -61,15 +54,14 @@ void note_written(const void* device_address, const void* source, uint64_t bytes
   Held held;
   // What is longer is not kept, but what was known of its place is no longer true.
   if (bytes > kMostBytes) erase_overlapping(number(device_address), bytes);
-  else put(number(device_address), static_cast<const char*>(source), bytes, false);
+  else put(number(device_address), static_cast<const char*>(source), bytes);
 }
 
-void note_copied(const void* target, const void* source, uint64_t bytes, bool by_collective) {
+void note_copied(const void* target, const void* source, uint64_t bytes) {
   Held held;
-  const char* at = nullptr;
-  const Range* range = find(number(source), bytes, &at);
-  if (range == nullptr) erase_overlapping(number(target), bytes);
-  else put(number(target), at, bytes, range->exchanged || by_collective);
+  const char* known = find(number(source), bytes);
+  if (known == nullptr) erase_overlapping(number(target), bytes);
+  else put(number(target), known, bytes);
 }
 
 void forget_written() {
@@ -78,13 +70,12 @@ void forget_written() {
   ranges.clear();
 }
 
-bool read_exchanged(void* target, const void* source, uint64_t bytes) {
+bool read_written(void* target, const void* source, uint64_t bytes) {
   if (__atomic_load_n(&count, __ATOMIC_RELAXED) == 0) return false;
   Held held;
-  const char* at = nullptr;
-  const Range* range = find(number(source), bytes, &at);
-  if (range == nullptr || !range->exchanged) return false;
-  memcpy(target, at, bytes);
+  const char* known = find(number(source), bytes);
+  if (known == nullptr) return false;
+  memcpy(target, known, bytes);
   return true;
 }
 
