@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from matrix_recipes import RECIPES
-from qlora_lowmem.models.sources import architecture, known_architectures
+from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 
@@ -62,7 +62,7 @@ class PublishedPeak:
     Attributes:
         source: key of `table.SOURCES`.
         run: the run in words.
-        model: a folder in `models/`, or a known architecture.
+        model: a known one (`models/known.toml`).
         card: in the table of cards.
         changes: the recipe's fields.
         measures: what the figure is.
@@ -97,21 +97,13 @@ class PublishedPeak:
     @property
     def architecture(self) -> dict[str, Any]:
         """The content of the model's `config.json`."""
-        if self.model in known_architectures():
-            return architecture(self.model)
-        content: dict[str, Any] = json.loads((_folder(self.model) / "config.json").read_text(encoding="utf-8"))
-        return content
+        return resolve_model(self.model, "random").architecture or {}
 
     @property
     def recipe(self) -> Recipe:
         """The run as a recipe, on synthetic samples that are all as long as the run's."""
-        model = self.model if self.model in known_architectures() else str(_folder(self.model))
-        common = {"model": model, "gradient_accumulation_steps": 1, "adapter_dtype": "fp32", "name": "published"}
+        common = {"model": self.model, "gradient_accumulation_steps": 1, "adapter_dtype": "fp32", "name": "published"}
         return load_recipe(RECIPES / "baseline.yaml", common | dict(self.changes))
-
-
-def _folder(model: str) -> Path:
-    return HERE / "models" / model
 
 
 def published_peaks() -> list[PublishedPeak]:

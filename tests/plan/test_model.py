@@ -1,6 +1,7 @@
 """What a model is for planning: its shapes, from wherever they are, and no download of weights."""
 
 import json
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -9,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.lean.families import takes_tiles
+from qlora_lowmem.models import sources
 from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.plan.asked import planned_model
 from qlora_lowmem.recipe import Recipe
@@ -85,9 +87,34 @@ def test_a_hub_that_cannot_be_reached(fault: Exception, monkeypatch: pytest.Monk
         raise fault
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "hub_out_of_reach", lambda: None)
     with pytest.raises(UsageError, match=rf"someone/some-model.*\({fault}\).*a local folder that holds config.json"):
         planned_model(replace_fields(START, {"model": "someone/some-model"}))
     assert issubclass(HfHubHTTPError, OSError), "so one is caught with the other"
+
+
+def test_a_hub_out_of_reach_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    sources.hub_out_of_reach.cache_clear()
+    started = time.monotonic()
+    try:
+        for model in ("someone/some-model", "someone/another"):
+            asked = replace_fields(START, {"model": model})
+            with pytest.raises(
+                UsageError, match=r"127\.0\.0\.1:9 cannot be reached: .*a local folder that holds config"
+            ):
+                planned_model(asked)
+            with pytest.raises(UsageError, match=r"could not be loaded \(http://127\.0\.0\.1:9 cannot be reached: "):
+                preflight(inputs_of(asked))
+    finally:
+        sources.hub_out_of_reach.cache_clear()
+    assert "Retry" not in "".join(capfd.readouterr())
+    assert time.monotonic() - started < 10, "five retries of one file take 23 s"
 
 
 def test_a_text_models_length_inside_a_larger_one(tiny_hybrid: Path, tmp_path: Path) -> None:

