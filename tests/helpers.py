@@ -1,9 +1,12 @@
 """Places and sizes that tests share."""
 
+import importlib
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "bench" / "recipes"
@@ -26,6 +29,18 @@ TINY_HYBRID: dict[str, Any] = {
     "mamba_d_state": 16,
     "mamba_chunk_size": 32,
 }
+
+
+def without_kernels(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where flash-linear-attention is installed, transformers calls its Triton kernels on a CPU too: plain code here.
+
+    Args:
+        model: the module of a model in transformers.
+    """
+    module = importlib.import_module(model)
+    for name, function in list(vars(module).items()):
+        if "gated_delta_rule" in name and hasattr(function, "__wrapped__"):
+            monkeypatch.setattr(module, name, function.__wrapped__)
 
 
 def write_script(folder: Path) -> Path:

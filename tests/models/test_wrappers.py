@@ -4,18 +4,23 @@ Gemma 3 with vision, Qwen3-VL and Mistral 3, tiny, as their makers' folders are:
 converts on loading, and a picture's encoder before the language model.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from qlora_lowmem.models.adapters import Adapted
-from qlora_lowmem.recipe import Recipe
+from helpers import without_kernels
+from qlora_lowmem.commands.frame import run_command
+from qlora_lowmem.models import wrappers
+from qlora_lowmem.models.adapters import Adapted, lora_config
+from qlora_lowmem.models.targets import targets_of
+from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.run.execute import execute
 from qlora_lowmem.run.preflight import inputs_of, preflight
 from tiny_chat import tiny_tokenizer
@@ -51,6 +56,16 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
     },
 }
+# Qwen 3.5: transformers has a class of its language model alone, and takes a prefix out of its weights' names.
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+_ITS_LANGUAGE_ALONE = {
+    "qwen3_5": {
+        "text_config": _TEXT
+        | _LINEAR
+        | {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+        "vision_config": _QWEN_VISION,
+    }
+}
 
 
 def whole(folder: Path) -> Any:
@@ -58,15 +73,18 @@ def whole(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.fixture(params=WRAPPERS)
-def wrapper(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def write_whole(folder: Path, kind: str) -> Path:
     """A folder with a whole wrapper, random."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[request.param](**WRAPPERS[request.param])
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    config = CONFIG_MAPPING[kind](**(WRAPPERS | _ITS_LANGUAGE_ALONE)[kind])
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrapper(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_whole(tmp_path / "model", request.param)
 
 
 def recipe_of(tiny_recipe: Callable[..., Recipe], wrapper: Path, **changes: Any) -> Recipe:
@@ -101,3 +119,38 @@ def test_the_language_model_learns(
         plain = whole(wrapper).eval()(input_ids=tokens).logits
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [*WRAPPERS, *_ITS_LANGUAGE_ALONE])
+def test_merged_it_loads_whole(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The names in the files are not those in the model; what is merged has the files' names, pictures' weights too."""
+    without_kernels(f"transformers.models.{kind}.modeling_{kind}", monkeypatch)
+    base, run, to = write_whole(tmp_path / "model", kind), tmp_path / "run", tmp_path / "merged"
+    recipe = recipe_of(tiny_recipe, base, scan="plain")
+    model = wrappers.from_pretrained(str(base), dtype=torch.float32)
+    targets = targets_of(model, recipe.lora)
+    adapted: Any = get_peft_model(model, lora_config(recipe, targets.names, targets.within))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(run)
+    tiny_tokenizer().save_pretrained(run)
+    (run / "recipe.json").write_text(json.dumps({"hash": recipe_hash(recipe), "recipe": recipe.to_dict()}))
+    assert run_command("merge", ["--run", str(run), "--to", str(to), "--dtype", "fp16", "--device", "cpu"]) == 0
+
+    before, after = load_file(base / "model.safetensors"), load_file(to / "model-00001-of-00001.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.allclose(tensor, after[name].float(), atol=1e-3)}
+    assert len(changed) == len(targets.modules)
+    assert not [name for name in changed if "vis" in name]
+    tokens = torch.arange(2, 22)[None]
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=tokens).logits
+        plain = whole(base).eval()(input_ids=tokens).logits
+        found = whole(to).eval()(input_ids=tokens).logits
+        alone = wrappers.from_pretrained(str(to), dtype=torch.float32).eval()(input_ids=tokens).logits
+    assert torch.allclose(found, expected, atol=2e-2)
+    assert torch.allclose(alone, expected, atol=2e-2)
+    assert (plain - expected).abs().max() > 0.1, "the adapter must matter"

@@ -1,7 +1,6 @@
 """Fused or full, the routers' loss of a mixture weighs the same in a step, however many micro-batches the step has."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from helpers import without_kernels
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.execute import execute
 from qlora_lowmem.run.preflight import inputs_of
@@ -71,14 +71,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _without_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where flash-linear-attention is installed, transformers calls its Triton kernels on a CPU too."""
-    model: Any = sys.modules[AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[family]].__module__]
-    for name, function in list(vars(model).items()):
-        if "gated_delta_rule" in name and hasattr(function, "__wrapped__"):
-            monkeypatch.setattr(model, name, function.__wrapped__)
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("family", ROUTED)
 def test_fused_is_full(
@@ -89,7 +81,7 @@ def test_fused_is_full(
     small = {name: min(default[name], size) for name, size in _SIZES.items() if isinstance(default.get(name), int)}
     small |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "router_aux_loss_coef": 5.0}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family} | small | ROUTED[family]))
-    _without_kernels(family, monkeypatch)
+    without_kernels(AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[family]].__module__, monkeypatch)
     losses = {}
     for loss in ("fused", "full"):
         recipe = tiny_recipe(

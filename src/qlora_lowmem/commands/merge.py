@@ -46,8 +46,7 @@ def run(options: argparse.Namespace) -> int:
     from qlora_lowmem.run.merge import merge_run
 
     profile = merge_run(recipe, folder, to, options.dtype, options.device, quiet=options.quiet)
-    loads = f"AutoModelForCausalLM.from_pretrained({str(to)!r})"
-    print(f"merged model in {to}: {options.dtype}, for {loads}", file=sys.stderr)
+    print(f"merged model in {to}: {options.dtype}, for transformers' from_pretrained({str(to)!r})", file=sys.stderr)
     if profile is not None:
         print(phase_table(profile), file=sys.stderr)
     peaks = profile.to_dict() if profile else {"device": "cpu", "provenance": "measured"}

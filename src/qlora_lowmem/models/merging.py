@@ -18,6 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lowmem.errors import UsageError
@@ -83,6 +86,27 @@ class Adapter:
         turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
         pairs = {name: (b.T, a.T) if name in turned else (a, b) for name, (a, b) in self.pairs.items()}
         return replace(self, pairs=pairs)
+
+    def in_names_of(self, base: Path, model: PreTrainedModel) -> "Adapter":
+        """The same by the names that the weights have in the base's files, as transformers converts them on loading.
+
+        As `convert_and_load_state_dict_in_model` (transformers/core_model_loading.py) finds a weight's place. A weight
+        that it makes of several keeps its own name, which no file has.
+
+        Args:
+            model: the base model on the meta device.
+        """
+        conversions, state = get_model_conversion_mapping(model), model.state_dict()
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        in_files = {}
+        for name in _sources(base):
+            key, made_of_several = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if key not in state and name in state:
+                key, made_of_several = name, None
+            if made_of_several is None:
+                in_files[key] = name
+        return replace(self, pairs={in_files.get(name, name): pair for name, pair in self.pairs.items()})
 
 
 @dataclass(frozen=True)
@@ -208,8 +232,9 @@ def _check_fit(adapter: Adapter, sources: Mapping[str, _Source], base: Path) -> 
     for name, (a, b) in adapter.pairs.items():
         if name not in sources:
             raise UsageError(
-                f"the adapter adapts {name}, which the weights in {str(base)!r} do not have by that name. PEFT's "
-                "merge_and_unload on the loaded model does it, in as much memory as the model takes"
+                f"the adapter adapts {name}, which the weights in {str(base)!r} do not have, or transformers makes of "
+                "several on loading. PEFT's merge_and_unload on the loaded model does it, in as much memory as the "
+                "model takes"
             )
         if sources[name].shape != (b.shape[0], a.shape[1]):
             raise UsageError(

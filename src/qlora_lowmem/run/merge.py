@@ -21,6 +21,14 @@ from qlora_lowmem.run_folder.checkpoints import why_not_written
 from qlora_lowmem.run_folder.ownership import TOKENIZER_FILES
 from qlora_lowmem.units import format_bytes
 
+# What of a base model's folder stays as it is: how to generate, and how a wrapper's processor takes pictures and sound.
+_BESIDE_WEIGHTS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
 
 def merge_run(
     recipe: Recipe, run: Path, to: Path, dtype: str, device: str, *, quiet: bool = False
@@ -43,8 +51,8 @@ def merge_run(
             "base.weights: the run trained on random weights, which were not kept; there is nothing to merge"
         )
     source = source_of(recipe)
-    adapter = merging.Adapter.read(run).of(skeleton(recipe, source))
-    base = weights_folder(recipe, source)
+    model, base = skeleton(recipe, source), weights_folder(recipe, source)
+    adapter = merging.Adapter.read(run).of(model).in_names_of(base, model)
     _check_room(to, merging.merged_bytes(base))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     recorder = start_recorder(recipe) if on_gpu else None
@@ -86,8 +94,9 @@ def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str) -> N
     config.pop("torch_dtype", None)
     config["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[dtype]
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", to / "generation_config.json")
+    for name in _BESIDE_WEIGHTS:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, to / name)
     for path in chain.from_iterable(map(run.glob, TOKENIZER_FILES)):
         if path.is_file():
             shutil.copyfile(path, to / path.name)
