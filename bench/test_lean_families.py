@@ -12,24 +12,21 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, submit_recipe
-from qlora_lowmem.recipe.io import load_recipe, replace_field
+from qlora_lowmem.recipe.io import load_recipe, replace_fields
 from qlora_lowmem.results.kinds.families import Pair, write_families
 
 pytestmark = pytest.mark.lean
-KNOWN = ("granite-4.0-h-1b", "granite-4.0-1b", "llama-3.2-3b")
-# Configurations of bench/reality/models, by the name of their folder.
-FOLDERS = ("llama-3.2-1b", "qwen2.5-1.5b", "smollm2-1.7b", "mistral-7b-v0.1", "qwen2.5-7b", "llama-3.1-8b")
-MODELS = (*KNOWN, *FOLDERS)
+MODELS = (
+    "granite-4.0-h-1b", "granite-4.0-1b", "llama-3.2-3b", "llama-3.2-1b", "qwen2.5-1.5b", "smollm2-1.7b",
+    "mistral-7b-v0.1", "qwen2.5-7b", "llama-3.1-8b",
+)  # fmt: skip
 LENGTHS = (1024, 4096)
 
 
 def _submit(server: virtual_gpu.Server, card: virtual_gpu.Card, model: str, name: str, tokens: int) -> Any:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    folder = Path(__file__).parent / "reality" / "models" / model
-    changes = {"model": model if model in KNOWN else str(folder), "target_modules": "all-linear"}
-    for leaf, value in (changes | {"max_seq_length": tokens}).items():
-        recipe = replace_field(recipe, leaf, value)
-    return submit_recipe(server, shortened(recipe), card)
+    changes = {"model": model, "target_modules": "all-linear", "max_seq_length": tokens}
+    return submit_recipe(server, shortened(replace_fields(recipe, changes)), card)
 
 
 @pytest.fixture(scope="module")
