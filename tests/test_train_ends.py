@@ -100,6 +100,48 @@ def test_steps_are_counted_as_transformers_counts_them(
     assert steps_over(load_recipe(RECIPES / "demo.yaml", given), 8) == steps >= math.ceil(float(epochs))
 
 
+class LookedAtDataError(BaseException):
+    """As a run does that goes on; no command catches it."""
+
+
+def test_a_run_that_has_ended_says_so_at_once(
+    model: Path, conversations: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--max-steps", "2", "--json", "-", "--resume")
+    assert main(flags(model, conversations, *more)) == 0
+    first = json.loads(capsys.readouterr().out)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise LookedAtDataError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qlora_lowmem.commands.train.inputs_of", never)
+        assert main(flags(model, conversations, *more)) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out) == first
+        assert f"this run has ended already, on {first['environment']['date']}, after 2 steps" in printed.err
+        assert "Nothing is left to train; to train again, give another --output-dir" in printed.err
+        assert main(flags(model, conversations, *more, "--gradient-checkpointing", "false")) == 0
+        for other in (["--dry-run"], ["--lora-r", "4"], ["--no-resume"]):
+            with pytest.raises(LookedAtDataError):
+                main(flags(model, conversations, *more, *other))
+        conversations.write_text(conversations.read_text().replace("plus", "and"))
+        with pytest.raises(LookedAtDataError):
+            main(flags(model, conversations, *more))
+
+
+def test_a_run_whose_adapter_is_gone_makes_it_again(
+    model: Path, conversations: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, adapter = ("--max-steps", "2", "--resume"), conversations.parent / "out" / "adapter_model.safetensors"
+    assert main(flags(model, conversations, *more)) == 0
+    content = adapter.read_bytes()
+    adapter.unlink()
+    assert main(flags(model, conversations, *more)) == 0
+    assert adapter.read_bytes() == content
+    assert "ended already" not in capsys.readouterr().err
+
+
 def test_quiet_is_quiet(
     command: Callable[..., subprocess.CompletedProcess[str]], model: Path, conversations: Path
 ) -> None:

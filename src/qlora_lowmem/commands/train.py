@@ -20,7 +20,15 @@ from qlora_lowmem.environment import processes, share_cores
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, recipe_from_dict
 from qlora_lowmem.run.preflight import inputs_of
-from qlora_lowmem.run.train import NextChange, dry_run, handed_inputs, say, train_here, train_on_virtual_card
+from qlora_lowmem.run.train import (
+    NextChange,
+    dry_run,
+    finished_before,
+    handed_inputs,
+    say,
+    train_here,
+    train_on_virtual_card,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +63,10 @@ def run(options: argparse.Namespace) -> int:
     share_cores(recipe.run.device)
     makes_folder = recipe.run.device != "virtual" and not options.dry_run
     check_json_target(options.json, coming=Path(recipe.run.output_dir) if makes_folder else None)
+    finished = None if options.dry_run else finished_before(recipe)
+    if finished is not None:
+        write_json(options.json, finished)
+        return EXIT_OK
     inputs = inputs_of(recipe, quiet=options.quiet)
     if options.dry_run:
         content, lines = dry_run(inputs, quiet=options.quiet)

@@ -50,8 +50,8 @@ class ModelSource:
     @property
     def context_length(self) -> int | None:
         """The longest sequence, in tokens, that the model was made for; None where nothing says so."""
-        value = self.text_config.get("max_position_embeddings")
-        return value if isinstance(value, int) else None
+        stated = (self.text_config.get(key) for key in ("max_position_embeddings", "n_positions"))
+        return next((value for value in stated if isinstance(value, int)), None)
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_lowmem.data import CheckedData
 from qlora_lowmem.errors import DoesNotFitError, UsageError
-from qlora_lowmem.models.loading import assert_on_device, choose_precision, load_base, load_tokenizer
+from qlora_lowmem.models.limits import Limits, with_padding
+from qlora_lowmem.models.loading import assert_on_device, choose_precision, load_base, load_tokenizer, skeleton
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.models.trusted import check_adapter
 from qlora_lowmem.recipe import Recipe
@@ -69,6 +70,7 @@ class Adapted:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    limits: Limits
 
 
 def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
@@ -84,7 +86,7 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
         apply_memory_limit(recipe, start_recorder(recipe))
     device, supports_bf16 = device_of(recipe)
     precision = choose_precision(recipe, device.type, supports_bf16)
-    tokenizer = load_tokenizer(recipe, source)
+    tokenizer, limits = with_padding(load_tokenizer(recipe, source)), Limits.of(skeleton(recipe, source))
     check_templates(tokenizer, recipe.base.model)
     transformers.set_seed(recipe.schedule.seed)  # random weights are those of the training
     with _fits("loading"):
@@ -101,7 +103,7 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
             ) from error
     assert_on_device(model, device)
     model.eval()
-    return Adapted(model, tokenizer, device)
+    return Adapted(model, tokenizer, device, limits)
 
 
 def answer(
@@ -116,6 +118,9 @@ def answer(
     with _fits("generating"):
         for prompt in tqdm(prompts, desc="answering", unit="prompt", delay=2, disable=quiet):
             asked = _asked(adapted, prompt, template)
+            name, last = "the base model", int(asked.max())
+            adapted.limits.check_token(last, adapted.tokenizer, name, f"makes of {prompt!r}")
+            adapted.limits.check_length(asked.shape[1] + max_new_tokens, name, "--prompt and --max-new-tokens")
             with adapted.model.disable_adapter():
                 before = _continuation(adapted, asked, max_new_tokens)
             found.append(Answer(prompt, before, _continuation(adapted, asked, max_new_tokens)))
@@ -133,6 +138,8 @@ def held_out_loss(adapted: Adapted, recipe: Recipe, checked: CheckedData, sample
     chosen = list(tally.cut(encoded_samples(recipe, checked, adapted.tokenizer, samples)))
     if not chosen:
         raise UsageError(f"--data: no sample of {checked.report.name} has a loss within max_seq_length")
+    largest = max(token for sample in chosen for token in sample.ids)
+    adapted.limits.check_token(largest, adapted.tokenizer, recipe.base.model, f"makes of {checked.report.name}")
     before = after = 0.0
     with _fits("evaluating"), torch.inference_mode():
         for sample in tqdm(chosen, desc="evaluating", unit="sample", delay=2, disable=checked.quiet):
@@ -180,7 +187,7 @@ def _continuation(adapted: Adapted, asked: torch.Tensor, max_new_tokens: int) ->
         do_sample=False,
         num_beams=1,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     with torch.inference_mode():
         said: Any = adapted.model.generate(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from qlora_lowmem.lean import LeanReport
     from qlora_lowmem.models.adapters import Adapted
+    from qlora_lowmem.models.limits import Limits
     from qlora_lowmem.models.loading import Precision
     from qlora_lowmem.models.targets import Targets
     from qlora_lowmem.tokens.dataset import TrainingData
@@ -72,6 +73,7 @@ class Preflight:
     targets: "Targets"
     lean: "LeanReport | None"
     tokenizer: "PreTrainedTokenizerBase"
+    limits: "Limits"
 
     @functools.cached_property
     def adapted(self) -> "Adapted":
@@ -124,9 +126,10 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
     Raises:
         UsageError: formats that the device or gradient release cannot take, packing that the model's layers cannot,
             target modules that it does not have, an option of the section `lean` that it cannot take, a checkpoint
-            that could run code, a tokenizer that is not there.
+            that could run code, a tokenizer that is not there, sequences longer than the model has positions.
     """
     from qlora_lowmem.lean import foresee_lean
+    from qlora_lowmem.models.limits import Limits, with_padding
     from qlora_lowmem.models.loading import choose_precision, load_tokenizer, skeleton
     from qlora_lowmem.models.targets import lean_options, lean_refusals, targets_of, why_not_packed
     from qlora_lowmem.models.trusted import check_checkpoint
@@ -144,12 +147,14 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
             f"memory.gradient_checkpointing: true, and {recipe.base.model!r} cannot: transformers has none for "
             f"{type(model).__name__}. Set memory.gradient_checkpointing to false (--no-gradient-checkpointing)"
         )
+    limits = Limits.of(model)
+    limits.check_length(recipe.batch.max_seq_length, recipe.base.model)
     targets = targets_of(model, recipe.lora)
     with lean_refusals(recipe):
         lean = foresee_lean(model, lean_options(recipe), inputs.device_type) if recipe.lean.lean else None
     if resume_from is not None:
         check_checkpoint(resume_from)
-    return Preflight(inputs, precision, model, targets, lean, load_tokenizer(recipe, source))
+    return Preflight(inputs, precision, model, targets, lean, with_padding(load_tokenizer(recipe, source)), limits)
 
 
 @contextmanager
@@ -170,7 +175,9 @@ def count_tokens_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenRep
     """
     from qlora_lowmem.tokens.dataset import count_tokens
 
-    return count_tokens(checked.inputs.recipe, samples, checked.tokenizer)
+    tokens, notes = count_tokens(checked.inputs.recipe, samples, checked.tokenizer)
+    _check_tokens(checked, tokens, samples)
+    return tokens, notes
 
 
 def count_evaluation_of(checked: Preflight, samples: CheckedData) -> "tuple[TokenReport, tuple[str, ...]]":
@@ -178,7 +185,18 @@ def count_evaluation_of(checked: Preflight, samples: CheckedData) -> "tuple[Toke
     from qlora_lowmem.tokens.dataset import count_tokens
 
     with _of_evaluation():
-        return count_tokens(checked.inputs.recipe, samples, checked.tokenizer, evaluation=True)
+        tokens, notes = count_tokens(checked.inputs.recipe, samples, checked.tokenizer, evaluation=True)
+    _check_tokens(checked, tokens, samples)
+    return tokens, notes
+
+
+def _check_tokens(checked: Preflight, tokens: "TokenReport | None", samples: CheckedData) -> None:
+    """Raises `UsageError` where a batch would hold a token that the model does not know."""
+    assert tokens is not None
+    batch, tokenizer, model = checked.inputs.recipe.batch, checked.tokenizer, checked.inputs.recipe.base.model
+    checked.limits.check_token(tokens.largest_id, tokenizer, model, f"makes of {samples.report.name}")
+    if batch.batch_size > 1 and not batch.packing:
+        checked.limits.check_token(tokenizer.pad_token_id or 0, tokenizer, model, "pads batches with")
 
 
 def tokenised(checked: Preflight, output_dir: Path | None) -> "TrainingData":
@@ -197,9 +215,11 @@ def tokenised(checked: Preflight, output_dir: Path | None) -> "TrainingData":
         data = synthetic_data(recipe, int(checked.skeleton.config.get_text_config().vocab_size))
     else:
         data = training_data(recipe, samples, checked.tokenizer, output_dir)
+        _check_tokens(checked, data.report, samples)
     if evaluation is not None:
         with _of_evaluation():
             looked_at = training_data(recipe, evaluation, checked.tokenizer, output_dir, evaluation=True)
+        _check_tokens(checked, looked_at.report, evaluation)
         return replace(data, evaluated_on=looked_at.dataset, evaluation=looked_at)
     trained_on, evaluated_on = hold_out(data.dataset, recipe.data.eval_fraction, recipe.schedule.seed)
     return replace(data, dataset=trained_on, evaluated_on=evaluated_on)

@@ -61,6 +61,29 @@ def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
     return content, lines
 
 
+def finished_before(recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of the recipe's run where it has ended already and nothing is left to train; it is said.
+
+    Raises:
+        UsageError: data that cannot be read.
+    """
+    from qlora_lowmem.run_folder.resumption import finished_run
+
+    if recipe.run.device == "virtual" or virtual_gpu.current_card() is not None:
+        return None  # which leaves nothing in a folder
+    summary = finished_run(recipe)
+    if summary is not None:
+        came_to = (
+            f"{summary['first_loss']:.4f} -> {summary['final_loss']:.4f}" if "final_loss" in summary else "not logged"
+        )
+        say(
+            f"this run has ended already, on {summary['environment']['date']}, after {summary['steps']} steps: loss "
+            f"{came_to}, adapter in {recipe.run.output_dir}. Nothing is left to train; to train again, give another "
+            "--output-dir, or remove that folder"
+        )
+    return summary
+
+
 def train_here(
     inputs: Inputs, words: Sequence[str], *, quiet: bool, next_change: NextChange | None = None
 ) -> tuple[int, dict[str, Any] | None]:
@@ -76,6 +99,8 @@ def train_here(
     Raises:
         QloraLowmemError: as `execute`; of memory that ran out only in other processes than the first.
     """
+    from qlora_lowmem.run_folder.resumption import mark_finished
+
     recipe, real = inputs.recipe, virtual_gpu.current_card() is None
     output_dir = Path(recipe.run.output_dir)
     with _held(recipe) as resume_from:
@@ -129,6 +154,7 @@ def train_here(
         if real:
             write_model_card(output_dir, inputs, outcome, str(content["device"]))
             content["adapter"] = recipe.run.output_dir
+            mark_finished(recipe, content)
         say(*last_lines(outcome, content))
         return EXIT_OK, content
 

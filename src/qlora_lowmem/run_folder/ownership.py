@@ -40,12 +40,14 @@ class Marker:
         recipe: its plain values.
         data: what `data_digest` says of the data.
         processes: how many train together.
+        finished: what the run came to, as `--json` writes it; None until it has ended well.
     """
 
     hash: str
     recipe: dict[str, Any]
     data: str
     processes: int
+    finished: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Marker":

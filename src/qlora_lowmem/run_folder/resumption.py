@@ -3,17 +3,18 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.recipe import CAME_LATER, Recipe, hashed_fields
 from qlora_lowmem.recipe.moves import keeps_training
 from qlora_lowmem.run_folder.checkpoints import STAGING, Found, newest_complete
-from qlora_lowmem.run_folder.ownership import RECIPE_FILE, Marker, refuse_foreign
+from qlora_lowmem.run_folder.ownership import RECIPE_FILE, Marker, data_digest, is_marker, refuse_foreign
 
 _LOCK = ".lock"
 
@@ -88,6 +89,32 @@ def checkpoint_to_resume(recipe: Recipe) -> Found:
         notes += [f"{change} and is now {change.now!r}: the same training, up to rounding" for change in kept]
     now.write(output_dir)
     return Found(found.checkpoint, tuple(notes))
+
+
+def mark_finished(recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Remember in the output folder, which is held, that its run has ended well; `UsageError` if that fails."""
+    output_dir = Path(recipe.run.output_dir)
+    if is_marker(output_dir / RECIPE_FILE):  # else it was taken away while the run went on
+        replace(Marker.read(output_dir / RECIPE_FILE), finished=summary).write(output_dir)
+
+
+def finished_run(recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of the run in the output folder, where it is this one, has ended well and its adapter is there.
+
+    Raises:
+        UsageError: data that cannot be read.
+    """
+    output_dir = Path(recipe.run.output_dir)
+    marker, adapter = output_dir / RECIPE_FILE, output_dir / "adapter_model.safetensors"
+    if not (recipe.run.resume and adapter.is_file() and is_marker(marker)):
+        return None
+    try:
+        before = Marker.read(marker)
+    except UsageError:  # of another version: told where it is taken up
+        return None
+    if before.finished is None or changes_between(before.recipe, recipe, (before.processes, processes()))[1]:
+        return None
+    return before.finished if before.data == data_digest(recipe.data.data) else None
 
 
 def _refuse_another(before: Marker, now: Marker, recipe: Recipe) -> list[Change]:

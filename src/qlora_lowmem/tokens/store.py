@@ -3,7 +3,7 @@
 import errno
 import json
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class TokenReport:
         first_truncated: line or row of the first of them.
         dropped_samples: samples left out, for all their tokens with a loss were cut.
         ending_samples: samples whose last tokens with a loss hold one at which the model stops.
+        largest_id: of all tokens that are kept.
     """
 
     samples: int
@@ -49,6 +50,7 @@ class TokenReport:
     first_truncated: int | None
     dropped_samples: int
     ending_samples: int = 0
+    largest_id: int = field(default=0, compare=False)
 
     def lines(self, max_seq_length: int, unit: str) -> Iterator[str]:
         """What a person should know, in sentences."""
@@ -104,6 +106,7 @@ class TokenTally:
             if scored:
                 counts["tokens"] += len(ids)
                 counts["scored_tokens"] += scored
+                counts["largest_id"] = max(counts["largest_id"], *ids)
                 counts["ending_samples"] += any(label in self._ends for label in labels[-_TAIL:])
                 yield Encoded(ids, labels)
 
