@@ -1,7 +1,7 @@
 """Two paths of a newcomer, walked and timed: from clone to "it fits, and here is why"; a model learns a small skill.
 
 The first runs the commands of README from `git clone` on, in a folder, an environment and a cache that are new;
-it installs 6 GB. The second trains the demo and asks it what it has learnt.
+it installs 6 GB. The second trains the demo and asks it what it has learnt, from conversations and from pairs of texts.
 """
 
 import json
@@ -71,11 +71,11 @@ def test_from_clone_to_it_fits(tmp_path: Path, results_folder: Path) -> None:
     write_result(results_folder, "newcomer", {"environment": record, "cases": rows, "answer": answer}, markdown, rows)
 
 
-def test_the_demo_learns_a_skill(tmp_path: Path, results_folder: Path) -> None:
-    """In under ten minutes on two cores, both commands."""
-    folder, said = tmp_path / "demo", tmp_path / "said.json"
-    train = ["train", "--config", str(RECIPES / "demo.yaml"), "--output-dir", str(folder)]
-    train += ["--json", str(tmp_path / "summary.json")]
+def learned(folder: Path, data: Path) -> tuple[list[float], dict[str, Any], list[float]]:
+    """(losses, what `generate` says, seconds of training and of asking) of the demo's recipe on `data`."""
+    said, summary = folder.with_suffix(".said.json"), folder.with_suffix(".summary.json")
+    train = ["train", "--config", str(RECIPES / "demo.yaml"), "--data", str(data), "--output-dir", str(folder)]
+    train += ["--json", str(summary)]
     ask = ["generate", "--run", str(folder), "--prompt", PROMPT, "--data", str(RECIPES / "demo-held-out.jsonl")]
     ask += ["--json", str(said)]
     seconds = []
@@ -85,8 +85,23 @@ def test_the_demo_learns_a_skill(tmp_path: Path, results_folder: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         seconds.append(time.perf_counter() - started)
-    losses: list[float] = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["losses"]
-    content: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
+    losses: list[float] = json.loads(summary.read_text(encoding="utf-8"))["losses"]
+    return losses, json.loads(said.read_text(encoding="utf-8")), seconds
+
+
+def as_pairs(conversations: Path, to: Path) -> Path:
+    """The same questions and answers as `prompt` and `completion`."""
+    rows = [json.loads(line)["messages"] for line in conversations.read_text(encoding="utf-8").splitlines()]
+    pairs = ({"prompt": asked["content"], "completion": said["content"]} for asked, said in rows)
+    to.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return to
+
+
+def test_the_demo_learns_a_skill(tmp_path: Path, results_folder: Path) -> None:
+    """In under ten minutes on two cores, both commands; the same from pairs of texts, to the word."""
+    losses, content, seconds = learned(tmp_path / "demo", RECIPES / "demo.jsonl")
+    pairs = as_pairs(RECIPES / "demo.jsonl", tmp_path / "pairs.jsonl")
+    from_pairs, content_from_pairs, _ = learned(tmp_path / "pairs", pairs)
     (answer,), held_out = content["answers"], content["held_out"]
     rows = [
         {
@@ -108,9 +123,12 @@ def test_the_demo_learns_a_skill(tmp_path: Path, results_folder: Path) -> None:
     markdown = (
         f"# The demo, before and after\n\nSmolLM2-135M-Instruct in 4 bits, {len(losses)} steps, on {machine()}: "
         f"training {took[0]}, asking {took[1]}.\n\n{table}\n\nAsked: {PROMPT}\n\n- Before: {answer['before']!r}\n"
-        f"- After: {answer['after']!r}\n\n{provenance_lines(record)}\n"
+        f"- After: {answer['after']!r}\n- After the same as `prompt` and `completion`: "
+        f"{content_from_pairs['answers'][0]['after']!r}\n\n{provenance_lines(record)}\n"
     )
     write_result(results_folder, "demo", {"environment": record, "cases": rows, "answer": answer}, markdown, rows)
+    assert from_pairs == pytest.approx(losses, rel=1e-3)
+    assert content_from_pairs["answers"] == content["answers"]
     assert losses[-1] < 0.5 * losses[0]
     assert held_out["after"]["loss"] < 0.6 * held_out["before"]["loss"]
     assert answer["after"].startswith("Short answer:")

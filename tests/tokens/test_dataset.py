@@ -194,8 +194,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 def test_whether_the_model_learns_to_stop_is_asked_of_the_samples(write: Write, template: str, sample: Any) -> None:
     assert ENDS_OUTSIDE != MARKED
     report, _ = count_tokens(recipe(), write(sample, sample), tiny_tokenizer(template))
-    # A pair's loss is on all that follows the prompt, whatever a template marks.
-    stops = template != WITHOUT_END and not (template == ENDS_OUTSIDE and "messages" in sample)
+    stops = template not in (WITHOUT_END, ENDS_OUTSIDE)
     assert report.ending_samples == (2 if stops else 0)
     assert any("may not learn to stop" in line for line in report.lines(64, "line")) == (not stops)
 

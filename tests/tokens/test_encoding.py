@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -14,6 +15,7 @@ from qlora_lowmem.tokens.encoding import NO_LOSS, Encoder
 from qlora_lowmem.tokens.templates import choose_marking
 from tiny_chat import FORGETFUL, MARKED, PLAIN, WITH_TOOLS, tiny_config, tiny_tokenizer
 
+QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
 CHAT = [{"role": "user", "content": "What is NF4?"}, {"role": "assistant", "content": "A data type of 4 bits."}]
 LONGER = [*CHAT, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is small."}]
 TEXTS = [{"text": "The quick brown fox."}, {"text": "Ends already.<|im_end|>"}]
@@ -68,11 +70,11 @@ def test_a_chat_that_ends_with_its_only_answer_is_a_pair(tmp_path: Path) -> None
     assert ours(tmp_path, [{"messages": CHAT}], PLAIN) == trls(tmp_path, [pair], PLAIN, completion_only_loss=True)
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED, FORGETFUL])
+@pytest.mark.parametrize("template", [PLAIN, MARKED, FORGETFUL, QWEN3])
 @pytest.mark.parametrize("train_on", ["completions", "all"])
-def test_pairs_of_texts_are_turns_where_there_is_a_template(tmp_path: Path, template: str, train_on: str) -> None:
+def test_a_pair_of_texts_is_the_conversation_that_it_stands_for(tmp_path: Path, template: str, train_on: str) -> None:
     pairs = [{"prompt": chat[0]["content"], "completion": chat[1]["content"]} for chat in (CHAT, LONGER[2:])]
-    chats = [{"prompt": chat[:1], "completion": chat[1:]} for chat in (CHAT, LONGER[2:])]
+    chats = [{"messages": chat} for chat in (CHAT, LONGER[2:])]
     assert ours(tmp_path, pairs, template, train_on, "auto") == ours(tmp_path, chats, template, train_on)
     assert ours(tmp_path, pairs, template, train_on, "auto") != ours(tmp_path, pairs, template, train_on, "none")
 

@@ -12,6 +12,7 @@ from helpers import RECIPES
 from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.data import DataReport, check_data
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.models.sources import resolve_model
 from qlora_lowmem.tokens.templates import Marking, check_templates, choose_marking, end_tokens
 from tiny_chat import MARKED, PLAIN, WITH_TOOLS, tiny_tokenizer, write_tiny_chat
 
@@ -102,6 +103,7 @@ def test_markings(tmp_path: Path) -> None:
     assert choose_marking(tiny_tokenizer(None), pairs, "completions", "m", "auto") == Marking("prefixes")
     assert choose_marking(tiny_tokenizer(None), pairs, "all", "m", "auto") == Marking("all")
     assert choose_marking(tiny_tokenizer(PLAIN), pairs, "completions", "m", "auto") == Marking("prefixes", turns=True)
+    assert choose_marking(tiny_tokenizer(MARKED), pairs, "completions", "m", "auto") == Marking("marks", turns=True)
     assert choose_marking(tiny_tokenizer(PLAIN), pairs, "completions", "m", "none") == Marking("prefixes")
     assert choose_marking(tiny_tokenizer(PLAIN), texts, "completions", "m", "auto") == Marking("all")
 
@@ -131,11 +133,19 @@ def test_tools_need_a_template_that_shows_them(tmp_path: Path) -> None:
 
 def test_tokens_at_which_a_model_stops(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(PLAIN)
-    assert end_tokens(tokenizer, None) == end_tokens(tokenizer, tmp_path) == {tokenizer.eos_token_id}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert end_tokens(tokenizer, tmp_path) == {tokenizer.eos_token_id, 3, 4}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert end_tokens(tokenizer, tmp_path) == {tokenizer.eos_token_id, 5}
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": [6, 7]}')
+    source, file = resolve_model(str(tmp_path), "random"), tmp_path / "generation_config.json"
+
+    def ends() -> frozenset[int]:
+        return end_tokens(tokenizer, source.generation_config(), source.text_config)
+
+    assert ends() == {tokenizer.eos_token_id, 6, 7}
+    file.write_text('{"eos_token_id": [3, 4]}')
+    assert ends() == {tokenizer.eos_token_id, 3, 4}
+    file.write_text('{"eos_token_id": 5}')
+    assert ends() == {tokenizer.eos_token_id, 5}
+    known = resolve_model("smollm2-135m-instruct", "random")
+    assert end_tokens(tokenizer, None, known.text_config) == {tokenizer.eos_token_id, known.text_config["eos_token_id"]}
 
 
 def test_the_tokenizer_comes_back_from_its_folder(tmp_path: Path) -> None:

@@ -53,6 +53,21 @@ class ModelSource:
         stated = (self.text_config.get(key) for key in ("max_position_embeddings", "n_positions"))
         return next((value for value in stated if isinstance(value, int)), None)
 
+    def generation_config(self, revision: str | None = None) -> Path | None:
+        """The model's `generation_config.json`, fetched where it is on the hub; None where there is none to be had."""
+        if self.folder is not None:
+            file = self.folder / "generation_config.json"
+            return file if file.is_file() else None
+        if self.hub_id is None or self.gguf is not None:
+            return None
+        from huggingface_hub import hf_hub_download
+
+        hub_out_of_reach()
+        try:
+            return Path(hf_hub_download(self.hub_id, "generation_config.json", revision=revision))
+        except (OSError, ValueError):  # the hub's own errors are OSErrors
+            return None
+
 
 @functools.cache
 def _known_models() -> dict[str, tuple[str, str, int | None]]:

@@ -188,8 +188,9 @@ class _Tokenising:
         self.notes = (*([_IN_TURNS] if marking.turns else []), *unseen)
 
     def tally(self) -> TokenTally:
-        folder = source_of(self._recipe).folder
-        return TokenTally(self._recipe.batch.max_seq_length, end_tokens(self._tokenizer, folder))
+        source, revision = source_of(self._recipe), self._recipe.base.revision
+        ends = end_tokens(self._tokenizer, source.generation_config(revision), source.text_config)
+        return TokenTally(self._recipe.batch.max_seq_length, ends)
 
     def seen(self) -> Iterator[tuple[int, Encoded]]:
         """The samples that the run sees, tokenised, with their line or row."""

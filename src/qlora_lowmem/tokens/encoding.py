@@ -44,8 +44,9 @@ class Encoder:
 
     def _pair(self, sample: dict[str, Any]) -> Encoded:
         prompt, completion, tools = sample["prompt"], sample["completion"], sample.get("tools")
-        if isinstance(prompt, str) and self._marking.turns:
-            prompt, completion = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
+        if self._marking.turns:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return self._conversation(turns, tools)
         if isinstance(prompt, str):
             before, ids = self._ids(prompt), self._ids(prompt + self._ended(completion))
         else:

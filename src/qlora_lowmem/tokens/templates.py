@@ -4,7 +4,7 @@ transformers renders templates in jinja2's `ImmutableSandboxedEnvironment`: attr
 there, so that a template which asks for them may print nothing instead of failing. Here it is refused before that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ class Marking:
         method: `all` of them; those that the template `marks` as the assistant's; `prefixes`: those after what the
             conversation up to the assistant's turn has.
         template: the template that renders; None for the tokenizer's own.
-        turns: a pair of texts is rendered as a user's turn and the assistant's.
+        turns: a pair of texts is a conversation of a user's turn and the assistant's, and marked as one.
     """
 
     method: Literal["all", "marks", "prefixes"]
@@ -77,9 +77,10 @@ def choose_marking(
     Raises:
         UsageError: conversations without a chat template, tools that it does not show.
     """
-    if not report.conversational:
-        turns = template == "auto" and report.format == "prompt/completion" and bool(tokenizer.chat_template)
-        return Marking("prefixes" if train_on == "completions" and report.format != "text" else "all", turns=turns)
+    pairs = report.format == "prompt/completion"
+    turns = pairs and not report.conversational and template == "auto" and bool(tokenizer.chat_template)
+    if not (report.conversational or turns):
+        return Marking("prefixes" if train_on == "completions" and pairs else "all")
     if not tokenizer.chat_template:
         raise UsageError(
             f"data.data: {report.name} holds conversations, and the tokenizer of {model!r} has no chat template. Use "
@@ -87,25 +88,26 @@ def choose_marking(
         )
     _check_tools(tokenizer, report, model)
     if train_on == "all":
-        return Marking("all")
-    if report.format == "prompt/completion":
+        return Marking("all", turns=turns)
+    if pairs and not turns:
         return Marking("prefixes")
     if has_generation_markers(tokenizer.chat_template):
-        return Marking("marks")
+        return Marking("marks", turns=turns)
     try:
-        return Marking("marks", get_training_chat_template(tokenizer))
+        return Marking("marks", get_training_chat_template(tokenizer), turns=turns)
     except ValueError:  # a template that TRL has no marked version of
-        return Marking("prefixes")
+        return Marking("prefixes", turns=turns)
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> frozenset[int]:
-    """Tokens at which the model stops: the tokenizer's own, and those of the `generation_config.json` in its folder."""
+def end_tokens(tokenizer: PreTrainedTokenizerBase, file: Path | None, config: Mapping[str, Any]) -> frozenset[int]:
+    """Tokens at which the model stops: the tokenizer's own, and those of its `generation_config.json`.
+
+    Without that file, those of its `config` (transformers' `GenerationConfig.from_model_config`).
+    """
     found: list[Any] = [tokenizer.eos_token_id]
-    file = folder / "generation_config.json" if folder is not None else None
-    if file is not None and file.is_file():
-        content = read_json(file, "Repair it, or remove it")
-        stated = content.get("eos_token_id")
-        found += stated if isinstance(stated, list) else [stated]
+    content = config if file is None else read_json(file, "Repair it, or remove it")
+    stated = content.get("eos_token_id")
+    found += stated if isinstance(stated, list) else [stated]
     return frozenset(token for token in found if isinstance(token, int))
 
 
