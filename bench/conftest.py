@@ -29,6 +29,7 @@ PROOFS = {
     "data_stream": "a file of 5 GB in constant memory",
     "published": "peaks that others measured on real cards",
     "lean": "the lean implementations, one idea a step",
+    "families": "every decoder-only family that transformers knows, trained for two steps",
     "witness": "a second method of knowing a recipe's peak",
     "claims": "the statements that guided the set-up, put to the test",
     "reality": "published fine-tuning peaks beside the plan's",

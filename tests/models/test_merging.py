@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from helpers import RECIPES
 from qlora_lowmem.commands.frame import run_command
@@ -147,3 +149,36 @@ def test_no_disk_has_room_for_this(
     trained(base, run)
     monkeypatch.setattr(merging, "merged_bytes", lambda _: 2**60)
     assert "the merged model takes" in refused(capsys, "--run", str(run), "--to", str(tmp_path / "merged"))
+
+
+def test_a_base_in_4_bits_is_said_before_training_and_dequantised(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    packed: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": "cpu"}
+    )
+    folder, run, to = tmp_path / "4bit", tmp_path / "run", tmp_path / "merged"
+    packed.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    flags = ["--config", str(RECIPES / "demo.yaml"), "--model", str(folder), "--dry-run", "--quiet"]
+    assert run_command("train", flags) == 0
+    assert "in 4 bits already (bitsandbytes, 4 bits)" in capsys.readouterr().out
+    trained(base, run)
+    (run / "recipe.json").write_text((run / "recipe.json").read_text().replace(str(base), str(folder)))
+    assert main(["--run", str(run), "--to", str(to), "--device", "cpu", "--quiet"]) == 0
+    merged, adapter = load_file(to / "model-00001-of-00001.safetensors"), load_file(run / "adapter_model.safetensors")
+    assert "quantization_config" not in json.loads((to / "config.json").read_text())
+    for name, module in packed.named_modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        expected = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        key = f"base_model.model.{name}.lora_{{}}.weight"
+        if key.format("A") in adapter:
+            expected = expected + 2.0 * adapter[key.format("B")] @ adapter[key.format("A")]
+        assert torch.allclose(merged[f"{name}.weight"].float(), expected, rtol=2**-7, atol=1e-6), name

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import tiny
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
@@ -92,3 +93,38 @@ def test_what_matches_nothing_or_leaves_nothing_is_refused(chosen: Lora, said: s
     with pytest.raises(UsageError) as caught:
         targets_of(model("granite-4.0-h-1b"), chosen)
     assert said in str(caught.value)
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    return meta_model(config_from(tiny(family)), torch.bfloat16, "auto")
+
+
+def test_attention_is_found_by_its_class() -> None:
+    """Nemotron-H calls every layer's block a mixer."""
+    targets = resolve_targets(tiny_model("nemotron_h"), "attention")
+    assert targets.names == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert len(targets.modules) == 4
+
+
+def test_what_peft_refuses_is_no_target() -> None:
+    targets = resolve_targets(tiny_model("falcon_h1"), "all-linear")
+    assert "out_proj" not in targets.names
+    assert "in_proj" in targets.names
+    with pytest.raises(UsageError, match="that PEFT adapts"):
+        resolve_targets(tiny_model("falcon_h1"), ("out_proj",))
+
+
+def test_a_name_that_is_also_a_container_s_becomes_paths() -> None:
+    """PEFT would be asked to adapt whatever ends in it; CTRL names a feed-forward part by numbers."""
+    model = tiny_model("ctrl")
+    targets = resolve_targets(model, "all-linear")
+    asked = [
+        name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{each}") for each in targets.names)
+    ]
+    assert sorted(asked) == sorted(targets.modules)
+    assert any(name.endswith(".ffn.0") for name in targets.names)
+
+
+def test_conv1d_is_a_linear_and_a_router_is_none() -> None:
+    assert len(resolve_targets(tiny_model("gpt2"), "all-linear").modules) == 8
+    assert not any("router" in name for name in resolve_targets(tiny_model("llama4_text"), "all-linear").modules)

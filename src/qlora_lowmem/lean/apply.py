@@ -22,6 +22,7 @@ from qlora_lowmem.lean.options import Idea, LeanOptions, LeanReport, RefusedOpti
 from qlora_lowmem.lean.scan_triton import choose_scan, refused_triton, why_never_triton
 
 _OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
+_CAUSAL = ("ForCausalLM", "LMHeadModel")  # the second are GPT-2 and others of its time
 _FAMILIES = {each.causal_class: each for each in TILED_FAMILIES.values()}
 
 __all__ = ["apply_lean", "foresee_lean", "quantise_embeddings"]
@@ -103,7 +104,7 @@ def _causal_language_model(model: nn.Module) -> Any:
     for module in model.modules():
         # PEFT's wrapper is a PeftModelForCausalLM; the model inside is what is meant.
         name = type(module).__name__
-        if name.endswith("ForCausalLM") and not name.startswith("Peft"):
+        if name.endswith(_CAUSAL) and not name.startswith("Peft"):
             return module
         if name.endswith("ForConditionalGeneration") and _text_config(module) is not module.config:
             return module  # a language model with encoders before it

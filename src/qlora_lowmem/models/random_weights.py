@@ -41,10 +41,11 @@ def meta_model(config: Any, dtype: torch.dtype, attention: str, trust_remote_cod
 
 
 def with_backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, whose prefix names its backbone: TRL's fused loss reads it there. Llama 4's names none."""
+    """`model`, whose prefix names its backbone: TRL's fused loss reads it there. Llama 4's own names none."""
     if not hasattr(model, model.base_model_prefix):
-        names = {id(child): name for name, child in model.named_children()}
-        model.base_model_prefix = names.get(id(model.get_decoder()), model.base_model_prefix)
+        words = model.get_input_embeddings()
+        holds_words = (name for name, child in model.named_children() if words in list(child.modules())[1:])
+        model.base_model_prefix = next(holds_words, model.base_model_prefix)
     return model
 
 

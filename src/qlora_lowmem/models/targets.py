@@ -31,6 +31,7 @@ _ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
 # and an adapter would never train.
 READ_PAST = {
     "dots3_note_text": ("weights_proj",),
+    "hy_v4": ("weights_proj",),
     "gemma3n_text": ("prediction_coefs", "correction_coefs"),
     "longcat_flash": ("classifier",),
     "mamba": ("dt_proj",),
