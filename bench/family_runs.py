@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from matrix_recipes import RECIPES
 from qlora_lowmem.errors import QloraLowmemError
+from qlora_lowmem.models.targets import attends
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.results.tables import Cell, Column, markdown_of, write_rows
@@ -29,14 +30,14 @@ class Family:
 
     Attributes:
         size: `tiny`, or `default`: its configuration class's own sizes.
-        device: where its steps ran: `virtual`, or `cpu` where what it computes decides how its code goes on.
+        device: where its steps ran: `virtual`, or `cpu` where they do not on a card.
         trains, trains_lean: whether two steps ended, by the recipe `optimised` and by `lean`, on all linear layers.
         attention: what was chosen; empty where it has none.
         checkpointing: whether transformers has gradient checkpointing for it.
         ideas: those of lean that it takes, by name.
         adapted, idle: modules with adapters, and those of them whose adapters got no gradient.
         allocated_bytes: the plain run's peak; 0 of a tiny one.
-        reason: why not, in one line.
+        reason: why not, or why not on a card, in one line.
     """
 
     family: str
@@ -86,9 +87,9 @@ def _steps(recipe: Recipe) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         done = execute(inputs_of(recipe), output_dir=Path(folder), save=False, callbacks=[watch], on_ready=ready)
     assert watch.model is not None
-    notes = getattr(watch.model.get_base_model(), "config", None)
+    base = watch.model.get_base_model()
     return {
-        "attention": getattr(notes, "_attn_implementation", ""),
+        "attention": base.config._attn_implementation if attends(base) else "",
         "checkpointing": True,
         "ideas": list(done.lean.applied) if done.lean is not None else [],
         "adapted": done.adapted_modules,
@@ -140,6 +141,14 @@ _COLUMNS: tuple[Column[Family], ...] = (
 _DEFAULT: tuple[Column[Family], ...] = (*_COLUMNS, Column("GiB", lambda row: Cell.gib(row.allocated_bytes)))
 
 
+def _plain(row: Family) -> bool:
+    return row.trains
+
+
+def _lean(row: Family) -> bool:
+    return row.trains and row.trains_lean
+
+
 def _yes(trains: bool, row: Family) -> str:
     return ("yes" if row.device == "virtual" else "on a CPU") if trains else "no"
 
@@ -147,15 +156,15 @@ def _yes(trains: bool, row: Family) -> str:
 def write_families(folder: Path, rows: Sequence[Family], left: Mapping[str, str], record: dict[str, Any]) -> None:
     """Write `families` as JSON, Markdown and CSV; `left` are the model types that are no family, with the reason."""
     tiny, default = ([row for row in rows if row.size == size] for size in ("tiny", "default"))
-    trained = sum(row.trains for row in tiny)
-    lean = sum(row.trains_lean for row in tiny)
+    on_a_card, lean = ([row for row in tiny if row.device == "virtual" and each(row)] for each in (_plain, _lean))
+    on_a_cpu = sum(row.device == "cpu" for row in tiny)
     text = (
         f"Of the {len(tiny)} decoder-only families that transformers {record['versions']['transformers']} has as a "
-        f"causal language model, {trained} train ({trained / len(tiny):.0%}), {lean} with lean: two steps of the "
-        f"recipes `optimised` and `lean` on all linear layers, {TOKENS} tokens, of a tiny model with random weights "
-        "that has each kind of the family's layers, on a virtual card. Where the values that a model computes decide "
-        "which way its code goes, which a virtual card has not, it ran on a CPU. Adapters without a gradient "
-        "are those of layers that no token of the sample came by, or whose output the family's loss does not use."
+        f"causal language model, {len(on_a_card)} train on a virtual card ({len(on_a_card) / len(tiny):.1%}), "
+        f"{len(lean)} of them with lean too: two steps of the recipes `optimised` and `lean` on all linear layers, "
+        f"{TOKENS} tokens, of a tiny model with random weights that has several kinds of the family's layers. "
+        f"{on_a_cpu} more train on a CPU alone, in fp32; why not on a card is below. The last column counts adapted "
+        "modules whose adapters got no gradient in either step."
     )
     reasons = [f"- `{row.family}`: {row.reason}" for row in rows if row.reason]
     by_reason: dict[str, list[str]] = {}
@@ -163,7 +172,7 @@ def write_families(folder: Path, rows: Sequence[Family], left: Mapping[str, str]
         by_reason.setdefault(why, []).append(f"`{name}`")
     parts = [text, markdown_of(_COLUMNS, tiny, 6)]
     if reasons:
-        parts += ["## Why not", "\n".join(reasons)]
+        parts += ["## Why not on a card", "\n".join(reasons)]
     if default:
         parts += [
             "## Those that people fine-tune, at their default size",

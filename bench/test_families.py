@@ -55,6 +55,7 @@ def rows(request: pytest.FixtureRequest, on_gpu: bool, results_folder: Path) -> 
         if size == "tiny" and "reason" in plain:
             on_cpu, lean_on_cpu = (run.result() for run in sweep.both(config, "cpu"))
             if "reason" not in on_cpu:
+                on_cpu["on_a_card"] = plain["reason"]
                 plain, lean, device = on_cpu, lean_on_cpu, "cpu"
         found.append(_row(name, size, device, plain, lean))
         write_families(results_folder, found, left, record)  # what is known, should it be ended
@@ -62,7 +63,9 @@ def rows(request: pytest.FixtureRequest, on_gpu: bool, results_folder: Path) -> 
 
 
 def _row(name: str, size: str, device: str, plain: dict[str, Any], lean: dict[str, Any]) -> Family:
-    reason = plain.get("reason") or ("with lean, " + lean["reason"] if "reason" in lean else "")
+    reason = (
+        plain.get("reason") or plain.get("on_a_card") or ("with lean, " + lean["reason"] if "reason" in lean else "")
+    )
     best = plain if "reason" not in plain else lean
     return Family(
         family=name,
@@ -82,8 +85,8 @@ def _row(name: str, size: str, device: str, plain: dict[str, Any], lean: dict[st
 
 def test_nearly_all_train(rows: list[Family]) -> None:
     tiny = [row for row in rows if row.size == "tiny"]
-    assert sum(row.trains for row in tiny) >= 0.95 * len(tiny)
-    assert all(row.reason for row in tiny if not (row.trains and row.trains_lean))
+    assert sum(row.trains and row.device == "virtual" for row in tiny) >= 0.95 * len(tiny)
+    assert all(row.reason for row in tiny if not (row.trains and row.trains_lean and row.device == "virtual"))
 
 
 def test_lean_trains_whatever_trains(rows: list[Family]) -> None:

@@ -128,3 +128,8 @@ def test_a_name_that_is_also_a_container_s_becomes_paths() -> None:
 def test_conv1d_is_a_linear_and_a_router_is_none() -> None:
     assert len(resolve_targets(tiny_model("gpt2"), "all-linear").modules) == 8
     assert not any("router" in name for name in resolve_targets(tiny_model("llama4_text"), "all-linear").modules)
+
+
+def test_a_linear_with_a_forward_of_its_own_is_asked_what_it_gives() -> None:
+    """Falcon's gives a tensor, and is adapted; see Llama 4's router above."""
+    assert len(resolve_targets(tiny_model("falcon"), "all-linear").modules) == 8

@@ -54,8 +54,8 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
 
     `attention` is every Linear directly inside an attention block; `attention-qv` its query and value projections;
     `all-linear` every Linear but the LM head. A Linear is what PEFT adapts as one: GPT-2's Conv1D among them; none are
-    experts and routers that transformers keeps as plain parameters, names that PEFT takes for those, a Linear with a
-    forward of its own, and projections that a Mamba layer multiplies with past any adapter.
+    experts and routers that transformers keeps as plain parameters, names that PEFT takes for those, a Linear that
+    gives more than a tensor, and projections that a Mamba layer multiplies with past any adapter.
     Of a wrapper, its language model alone is meant.
 
     Raises:
@@ -110,15 +110,26 @@ def _left_out(asked: str | Iterable[str], taken: Iterable[str]) -> tuple[str, ..
 
 def _adaptable(model: PreTrainedModel) -> Iterator[str]:
     """Names of the modules that PEFT adapts as a Linear."""
-    lora, plain = peft.LoraConfig(), (torch.nn.Linear.forward, Conv1D.forward)
+    lora = peft.LoraConfig()
     past = READ_PAST.get(model.config.get_text_config().model_type, ())
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and type(module).forward in plain and _leaf(name) not in past:
+        if isinstance(module, torch.nn.Linear | Conv1D) and _is_plain(module) and _leaf(name) not in past:
             try:
                 refuse_for_mamba(lora, model, _leaf(name))
             except ValueError:
                 continue
             yield name
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether it gives a tensor: of its subclasses, a router of Llama 4 gives several, and Falcon's Linear one."""
+    if type(module).forward in (torch.nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = module.weight
+    with torch.no_grad():
+        return isinstance(
+            module(torch.empty(1, weight.shape[1], dtype=weight.dtype, device=weight.device)), torch.Tensor
+        )
 
 
 def _check_name(name: str, head_leaf: str | None, linears: Iterable[str], by_leaf: Counter[str]) -> None:
