@@ -113,7 +113,10 @@ def _without_recipe(text: str) -> str:
     found = re.search(r"^recipe:$", rest, re.MULTILINE)
     if found is None:
         return text
-    usage = textwrap.fill(words + " [--FIELD VALUE ...]", _WIDTH, subsequent_indent=" " * 7, break_on_hyphens=False)
+    usage = textwrap.fill(
+        words + " [--FIELD\N{NO-BREAK SPACE}VALUE ...]", _WIDTH, subsequent_indent=" " * 7, break_on_hyphens=False
+    )
+    usage = usage.replace("\N{NO-BREAK SPACE}", " ")
     return usage + blank + rest[: found.start()].rstrip()
 
 

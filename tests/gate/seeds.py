@@ -100,12 +100,12 @@ def _with_job(change: Callable[[Any], None]) -> Patch:
 
 def _with_lora(**change: Any) -> Patch:
     def patch() -> None:
-        import qlora_lowmem.run.job as job
+        import qlora_lowmem.models.adapters as adapters
 
         def config(original: Any, **kwargs: Any) -> Any:
             return original(**{k: change[k](v) if k in change else v for k, v in kwargs.items()})
 
-        _wrap(job, "LoraConfig", config)
+        _wrap(adapters, "LoraConfig", config)
 
     return patch
 

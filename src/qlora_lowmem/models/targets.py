@@ -122,14 +122,17 @@ def _adaptable(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it gives a tensor: of its subclasses, a router of Llama 4 gives several, and Falcon's Linear one."""
+    """Whether it gives a tensor for a row: of its subclasses, a router of Llama 4 gives several, DeepSeek-V4's grouped
+    Linear takes groups, and Falcon's is plain.
+    """
     if type(module).forward in (torch.nn.Linear.forward, Conv1D.forward):
         return True
-    weight = module.weight
-    with torch.no_grad():
-        return isinstance(
-            module(torch.empty(1, weight.shape[1], dtype=weight.dtype, device=weight.device)), torch.Tensor
-        )
+    row = torch.empty(1, module.weight.shape[1], dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            return isinstance(module(row), torch.Tensor)
+    except RuntimeError:
+        return False
 
 
 def _check_name(name: str, head_leaf: str | None, linears: Iterable[str], by_leaf: Counter[str]) -> None:
