@@ -66,6 +66,12 @@ def test_more_processes_with_the_same_batch_learn_the_same(tmp_path: Path) -> No
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3]
 
 
+def _stopped_after_step_2(folder: Path) -> None:
+    """Make a run of four steps look as if it had been stopped half way."""
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "adapter_model.safetensors").unlink()
+
+
 @pytest.mark.slow
 def test_several_processes_log_the_same_when_they_go_on_between_two_log_lines(tmp_path: Path) -> None:
     """A line is the mean over four steps and both processes, each of which has its own sum of the first two steps."""
@@ -74,12 +80,12 @@ def test_several_processes_log_the_same_when_they_go_on_between_two_log_lines(tm
     expected, _ = trained(folder, model, 2, 1, *options)
     sums = json.loads((folder / "checkpoint-2" / "totals.json").read_text())["losses"]
     assert len(set(sums)) == 2, "else the test would see nothing"
-    shutil.rmtree(folder / "checkpoint-4")  # as if it had been stopped after step 2
+    _stopped_after_step_2(folder)
     found, said = trained(folder, model, 2, 1, *options)
     assert "resuming from" in said
     assert found["losses"] == expected["losses"]
     assert found["tokens"] == expected["tokens"]
-    shutil.rmtree(folder / "checkpoint-4")
+    _stopped_after_step_2(folder)
     alone, said = trained(folder, model, 1, 2, *options)
     assert "the number of processes was 2 and is now 1" in said
     assert alone["losses"] == pytest.approx(expected["losses"], rel=1e-5)
