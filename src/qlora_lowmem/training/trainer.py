@@ -1,6 +1,7 @@
 """TRL's trainer with the recipe's choice of loss, whole checkpoints, exact resuming and a peak for each phase."""
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,15 @@ class LowMemTrainer(SFTTrainer):
         local = torch.as_tensor(tokens, device=self.args.device)
         self._total_train_tokens += int(self.accelerator.gather_for_metrics(local).sum().item())
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers' own, which counts the model's parameters anew for every micro-batch."""
+        return 6 * int(inputs["input_ids"].numel()) * self._parameters
+
+    @functools.cached_property
+    def _parameters(self) -> int:
+        model: Any = self.model
+        return int(model.num_parameters(exclude_embeddings=True))
 
     @property
     def own_adamw(self) -> AdamW | None:
