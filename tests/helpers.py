@@ -51,3 +51,18 @@ def write_script(folder: Path) -> Path:
     path.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
     path.chmod(0o755)
     return path
+
+
+# Sizes of a tiny decoder, by the names that most families of transformers give them.
+TINY_DECODER: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}

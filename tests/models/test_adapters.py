@@ -7,26 +7,14 @@ from typing import Any
 
 import pytest
 
+from helpers import TINY_DECODER
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.adapters import Adapted
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.execute import execute
 from qlora_lowmem.run.preflight import inputs_of, preflight
 
-TINY: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "moe_intermediate_size": 32,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+TINY = TINY_DECODER | {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _DENSE_FIRST = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 # Mixtures with a dense or shared MLP beside their experts, whose projections have the experts' names.
 BESIDE_EXPERTS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.models import targets
 from qlora_lowmem.models.random_weights import config_from, meta_model
 from qlora_lowmem.models.sources import architecture
 from qlora_lowmem.models.targets import resolve_targets, targets_of
@@ -133,3 +134,13 @@ def test_conv1d_is_a_linear_and_a_router_is_none() -> None:
 def test_a_linear_with_a_forward_of_its_own_is_asked_what_it_gives() -> None:
     """Falcon's gives a tensor, and is adapted; see Llama 4's router above."""
     assert len(resolve_targets(tiny_model("falcon"), "all-linear").modules) == 8
+
+
+class _Pair(torch.nn.Linear):
+    def forward(self, input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(input + other)
+
+
+def test_a_linear_that_takes_more_than_rows_is_no_target() -> None:
+    assert not targets._is_plain(_Pair(2, 2))
+    assert targets._is_plain(torch.nn.Linear(2, 2))

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from helpers import without_kernels
+from helpers import TINY_DECODER, without_kernels
 from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.models import wrappers
 from qlora_lowmem.models.adapters import Adapted, lora_config
@@ -25,34 +25,22 @@ from qlora_lowmem.run.execute import execute
 from qlora_lowmem.run.preflight import inputs_of, preflight
 from tiny_chat import tiny_tokenizer
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _VISION |= {"image_size": 32, "patch_size": 16}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
 _QWEN_VISION = {"hidden_size": 32, "depth": 2, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
 WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {
-        "text_config": _TEXT | {"model_type": "gemma3_text"},
+        "text_config": TINY_DECODER | {"model_type": "gemma3_text"},
         "vision_config": _VISION | {"model_type": "siglip_vision_model"},
         "mm_tokens_per_image": 4,
     },
     "qwen3_vl": {
-        "text_config": _TEXT | {"rope_parameters": _MROPE},
+        "text_config": TINY_DECODER | {"rope_parameters": _MROPE},
         "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
     },
     "mistral3": {
-        "text_config": _TEXT | {"model_type": "mistral"},
+        "text_config": TINY_DECODER | {"model_type": "mistral"},
         "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
     },
 }
@@ -60,7 +48,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
 _ITS_LANGUAGE_ALONE = {
     "qwen3_5": {
-        "text_config": _TEXT
+        "text_config": TINY_DECODER
         | _LINEAR
         | {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
         "vision_config": _QWEN_VISION,

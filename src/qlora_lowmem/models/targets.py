@@ -131,7 +131,7 @@ def _is_plain(module: Any) -> bool:
     try:
         with torch.no_grad():
             return isinstance(module(row), torch.Tensor)
-    except RuntimeError:
+    except Exception:  # it takes something else than a row
         return False
 
 
