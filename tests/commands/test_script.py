@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import RECIPES, write_script
-from qlora_lowmem import __version__, environment
+from qlora_lowmem import __version__, environment, signals
 from qlora_lowmem.commands import COMMANDS, frame, start
 from qlora_lowmem.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 
@@ -154,6 +154,7 @@ def test_what_happens_while_a_command_is_imported_is_told(
         raise raised
 
     monkeypatch.setattr(frame.importlib, "import_module", imported)
+    monkeypatch.setattr(signals, "_AT_FIRST", {})  # pytest keeps its own
     with pytest.raises(SystemExit) as ended:
         start("__main__", "train")
     assert ended.value.code == code

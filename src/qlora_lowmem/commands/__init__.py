@@ -4,11 +4,9 @@ A line of `COMMANDS` makes a command of a module of this folder. `start` runs on
 qlora_lowmem.NAME` call before anything else is imported.
 """
 
-import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+
+from qlora_lowmem import signals
 
 # name: (what `python -m` takes for it too, what it answers: a line of `qlora-lowmem --help`)
 COMMANDS = {
@@ -36,28 +34,17 @@ def start(module: str = "__main__", name: str | None = None) -> None:
         module: the `__name__` of the module that calls; nothing is run where it is only imported.
     """
     if module == "__main__":
-        with importing():
-            from qlora_lowmem.commands import frame
-        code = frame.main() if name is None else frame.run_command(name)
+        signals.take()
+        from qlora_lowmem.commands import frame, streams
+
+        streams.make_sure()
+        try:
+            code = frame.main() if name is None else frame.run_command(name)
+        except SystemExit as ended:  # by --help, or by SIGTERM
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = streams.finish(code)
+        signals.let_go()
         # An interrupt inside of an `exec` of a string, as dataclasses do, makes `python -m` die of SIGINT whatever code
         # it is given, handled or not (CPython's run_eval_code_obj sets a flag), until the next such `exec` begins.
         exec("")
         sys.exit(code)
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """While modules are imported, Ctrl-C ends the process at once: there is nothing to undo, and some catch it."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else it is ignored, as in the background, or another's
-        signal.signal(signal.SIGINT, _end)
-    try:
-        yield
-    finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
-
-
-def _end(_number: int, _frame: object) -> None:
-    os.write(2, b"interrupted\n")
-    os._exit(130)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import qlora_lowmem
-from qlora_lowmem.commands import COMMANDS, importing
+from qlora_lowmem.commands import COMMANDS
 from qlora_lowmem.environment import SCRIPT, typed
 from qlora_lowmem.errors import (
     EXIT_FAILURE,
@@ -41,6 +41,7 @@ from qlora_lowmem.errors import (
 )
 from qlora_lowmem.files import json_values, write_whole
 from qlora_lowmem.recipe.other_names import OURS
+from qlora_lowmem.signals import importing, unwinding
 
 TRACEBACK_VARIABLE = "QLORA_LOWMEM_TRACEBACK"
 
@@ -95,8 +96,6 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
 
     def run() -> int:
         module = _module(name)
-        if name == "virtual-gpu":  # which stands alone, with a parser of its own
-            return int(module.main(words, prog))
         return int(module.run(parser_of(name, prog).parse_args(words, argparse.Namespace(words=words))))
 
     return guarded(run)
@@ -111,9 +110,8 @@ def parser_of(name: str, prog: str) -> argparse.ArgumentParser:
 
 
 def _module(name: str) -> Any:
-    place = "virtual_gpu.__main__" if name == "virtual-gpu" else f"commands.{name}"
     with importing():
-        return importlib.import_module(f"qlora_lowmem.{place}")
+        return importlib.import_module(f"qlora_lowmem.commands.{name.replace('-', '_')}")
 
 
 def guarded(body: Callable[[], int]) -> int:
@@ -121,7 +119,8 @@ def guarded(body: Callable[[], int]) -> int:
     # As it is imported, it tells of a faster CPU kernel that is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return body()
+        with unwinding():
+            return body()
     except StoppedBySignal as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code

@@ -5,7 +5,7 @@
     qlora-lowmem watch --pid 4242                  any other program's process
 
 Warns before the card or the job's own cap is full, and under Windows and WSL when the driver begins to use system
-memory. Ends with the job (exit code 0), or by Ctrl-C (130).
+memory. Ends with the job or with whoever reads what it prints (exit code 0), or by Ctrl-C (130).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.live import Live
 
+from qlora_lowmem.commands import streams
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.memory.profile import MEMORY_FILE
 from qlora_lowmem.units import GIB, parse_memory_limit
@@ -68,6 +69,6 @@ def _follow(watch: Watch, options: argparse.Namespace, show: Callable[[Frame], N
     while True:
         frame = watch.look()
         show(frame)
-        if options.once or not frame.reading.running:
+        if options.once or not frame.reading.running or streams.lost():  # nobody sees more of it
             return EXIT_OK
         time.sleep(options.interval)

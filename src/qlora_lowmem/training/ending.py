@@ -7,6 +7,7 @@ that has diverged is stopped, and its checkpoints stay.
 import math
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -114,7 +115,8 @@ class Interruption(TrainerCallback):
 
 def _write(text: str) -> None:
     """To standard error, past Python's buffers: a handler may run in the midst of another write to them."""
-    os.write(2, f"\n{text}\n".encode())
+    with suppress(OSError):  # a full disk ends no training
+        os.write(2, f"\n{text}\n".encode())
 
 
 class DivergedError(UsageError):

@@ -227,7 +227,13 @@ class Heartbeat(Progress):
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        outcome = "done" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        outcome = (
+            "done"
+            if error is None
+            else "interrupted"
+            if isinstance(error, KeyboardInterrupt | SystemExit)
+            else "failed"
+        )
         outcome = "out of GPU memory" if isinstance(error, DoesNotFitError) else outcome
         self._beat(now=True, phase="ended", outcome=outcome)
 

@@ -15,6 +15,7 @@ from . import account, processes
 from .account import ACCOUNT_FILE, PEAK_FILES, Report, read_report
 from .build import ensure_built
 from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, get_card
+from .streams import open_standard_streams
 
 _WORKER = Path(__file__).with_name("worker")
 _NVIDIA_SMI = Path(__file__).with_name("nvidia_smi.py")
@@ -111,6 +112,7 @@ def run(
         subprocess.TimeoutExpired: it ran longer than `timeout`, and was stopped.
         OSError: the command cannot be started.
     """
+    open_standard_streams()
     base = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory(prefix="vgpu-") as folder:
         report = Path(folder)

@@ -21,6 +21,7 @@ from .account import ACCOUNT_FILE, Report, read_report
 from .cards import Card, VirtualGPUError
 from .launch import card_variables, environment
 from .processes import send
+from .streams import open_standard_streams
 
 _SCRIPT = Path(__file__).with_name("worker") / "vgpu_server.py"
 _TAIL_BYTES = 4096
@@ -226,6 +227,7 @@ class _ForkParent:
         self._output = folder / "output"
         self._lock = threading.Lock()
         self._failure = b""
+        open_standard_streams()
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with self._output.open("wb") as output, theirs:
             self._process = subprocess.Popen(
