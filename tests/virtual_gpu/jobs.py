@@ -28,6 +28,31 @@ def peak_then_reset(mib: int) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def peaks_while_autograds_thread_is_the_last_to_run(rounds: int) -> list[int]:
+    """Gradients are asked for and dropped, then memory is taken; peaks in MiB.
+
+    Autograd's thread gets the only processor when nobody else wants it: never just after it has woken this one.
+    """
+    import threading
+
+    import torch
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    leaf = torch.zeros(2 * MIB, device="cuda", requires_grad=True)
+    output, threads = leaf * 2, []
+    gradient = torch.ones_like(output)
+    output.register_hook(lambda _gradient: threads.append(threading.get_native_id()))
+    torch.autograd.grad(output, leaf, gradient, retain_graph=True)
+    os.sched_setscheduler(threads[0], os.SCHED_IDLE, os.sched_param(0))
+    peaks = []
+    for _ in range(rounds):
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(output, leaf, gradient, retain_graph=True)
+        torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+        peaks.append(torch.cuda.max_memory_allocated() // MIB)
+    return peaks
+
+
 def out_of_memory(mib: int) -> dict[str, Any]:
     """Takes pieces of `mib` until torch says no."""
     import torch

@@ -51,6 +51,11 @@ def test_a_peak_before_a_reset_is_not_forgotten(job):
     assert result.report.peak_allocated_bytes == 500 * MIB
 
 
+def test_what_a_backward_pass_held_is_free_when_it_returns(job):
+    """The leaf, the output and its gradient, 8 MiB each, and what is taken then; the gradient of the leaf is gone."""
+    assert job("peaks_while_autograds_thread_is_the_last_to_run", rounds=5).value == [3 * 8 + 64] * 5
+
+
 def test_torchs_own_out_of_memory_error_comes_at_the_cards_limit(job, laptop):
     value = job("out_of_memory", mib=512).value
     assert value["pieces"] == (laptop.total_bytes - laptop.context_bytes) // (512 * MIB)
