@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,14 @@ from qlora_lowmem.environment import versions
 from qlora_lowmem.gate import REPORT_ATTRIBUTE
 from qlora_lowmem.gate.budget import over_budget
 from qlora_lowmem.gate.records import allocator_of_environment, key_of, record_of
-from qlora_lowmem.gate.verdicts import Gate, Verdict, compare
+from qlora_lowmem.gate.verdicts import ALWAYS, Gate, Verdict, compare, not_counted
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.results.kinds.verdicts import Budget, Record, Row
+from qlora_lowmem.units import format_bytes
 
 if TYPE_CHECKING:
     from qlora_lowmem.memory.recorder import Measurement, ProgramRecorder
+    from qlora_lowmem.virtual_gpu.together import Together
 
 _ROW: pytest.StashKey[Row] = pytest.StashKey()
 
@@ -78,7 +80,7 @@ class Case:
 
     def row(self, item: pytest.Item, record: Record, verdict: Verdict, left: tuple[str, ...]) -> Row:
         """What came of it in the test `item`, with files that a failing run left. A budget always holds."""
-        fails = verdict.name == "OVER BUDGET" or (verdict.fails and not self.recording and not self.report_only)
+        fails = verdict.name in ALWAYS or (verdict.fails and not self.recording and not self.report_only)
         file, message = item.location[0], verdict.render(left)
         return Row(self.name, file, verdict.name, record, self.baseline, self.budget, fails, message, left)
 
@@ -166,12 +168,25 @@ def _judged(item: pytest.Item, case: Case, measurement: "Measurement") -> Row:
     profile, attribution = measurement.profile, measurement.attribution
     key = key_of(profile.device, profile.provenance, allocator_of_environment(), versions())
     record = record_of(key, profile, attribution)
-    if case.budget.used(record) > case.budget.limit:
+    if measurement.uncounted:
+        verdict = not_counted(case.name, record, measurement.uncounted)
+    elif case.budget.used(record) > case.budget.limit:
         reference, name = case.last_pass, "it last passed"
         if case.baseline is not None and not case.baseline.key.differences(key):
             reference, name = case.baseline, "its baseline"
         verdict = over_budget(case.name, case.budget, record, attribution, reference, name)
     else:
         verdict = case.verdict(record)
-    wrong = verdict.name == "OVER BUDGET" or (verdict.fails and not case.recording)
+    if verdict.found and measurement.together is not None:
+        verdict = replace(verdict, found=f"{verdict.found}\n\n{_shares(measurement.together)}")
+    wrong = verdict.name in ALWAYS or (verdict.fails and not case.recording)
     return case.row(item, record, verdict, case.keep(attribution, measurement.snapshot) if wrong else ())
+
+
+def _shares(found: "Together") -> str:
+    """Of whom a peak is, where it is that of several processes."""
+    others = found.allocated - found.allocated_here
+    return (
+        f"{found.others} other process{'es' if found.others > 1 else ''} of the test used the card: of what was "
+        f"allocated at the peak, {format_bytes(found.allocated_here)} were held here, {format_bytes(others)} there"
+    )

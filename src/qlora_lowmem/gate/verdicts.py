@@ -8,8 +8,12 @@ from qlora_lowmem.gate.records import VERSION_FIELDS, difference
 from qlora_lowmem.results.kinds.verdicts import Record
 from qlora_lowmem.units import MIB, format_bytes, format_signed
 
-Name = Literal["PASS", "REGRESSED", "IMPROVED", "NOT COMPARABLE", "NEW", "MISSING", "WITHIN BUDGET", "OVER BUDGET"]
-FAILING = frozenset(("REGRESSED", "NOT COMPARABLE", "MISSING", "OVER BUDGET"))
+Name = Literal[
+    *("PASS", "REGRESSED", "IMPROVED", "NOT COMPARABLE", "NEW", "MISSING"),
+    *("WITHIN BUDGET", "OVER BUDGET", "NOT COUNTED"),
+]
+ALWAYS = frozenset(("OVER BUDGET", "NOT COUNTED"))  # these fail whatever is recorded or only reported
+FAILING = ALWAYS | {"REGRESSED", "NOT COMPARABLE", "MISSING"}
 QUIET = frozenset(("PASS", "WITHIN BUDGET"))  # what needs nobody's attention
 
 
@@ -125,4 +129,14 @@ def missing(case: str, baseline: Record) -> Verdict:
         "MISSING",
         f"{case}: MISSING: its baseline has {format_bytes(baseline.allocated)}, and no case of that name "
         "ran. Bring it back, or take its baseline out: pytest --vram-record ... with every case.",
+    )
+
+
+def not_counted(case: str, record: Record, processes: Sequence[str]) -> Verdict:
+    """Other processes of a test used a real GPU, of which only the test's own process is measured."""
+    return Verdict(
+        "NOT COUNTED",
+        f"{case}: NOT COUNTED: {', '.join(processes)} of this test used {record.key.device} too, and what was held there "
+        f"is in no figure; this process alone had {format_bytes(record.allocated)} allocated.",
+        advice="Leave --vram-gpu out: a virtual card counts all processes of a test. Or let the test's own process do it.",
     )

@@ -6,6 +6,7 @@ hold can be told from the CUDA context of this one.
 
 import gc
 import itertools
+import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +21,15 @@ import torch
 from torch.cuda import memory as cuda_memory
 
 from qlora_lowmem.memory.attribution import Attribution, Evidence, explain
+from qlora_lowmem.memory.descendants import DescendantsOnTheCard
 from qlora_lowmem.memory.device import device_handle, device_name
 from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.kinds import ProgramNamer
 from qlora_lowmem.memory.owners import Owner, Owners
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak, provenance_here
 from qlora_lowmem.memory.scopes import ProgramScopes
+from qlora_lowmem.virtual_gpu import together
+from qlora_lowmem.virtual_gpu.together import Together
 
 # Of the allocator's history; a program with more keeps its peak and loses its attribution.
 _MAX_EVENTS = 1_000_000
@@ -119,18 +123,29 @@ class Recorder(_Readings):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a program used: its peaks as one phase, `test`, and where they were, if the history could be followed."""
+    """What a program used.
+
+    Attributes:
+        profile: its peaks as one phase, `test`: on a virtual card those of all its processes together.
+        attribution: where they were; None where other processes took part, or the history could not be followed.
+        snapshot: this process' allocator; None where it used none.
+        together: of what the profile's peaks are made, where other processes took part.
+        uncounted: on a GPU, other processes of the program that were seen to use it. They are in no figure.
+    """
 
     profile: MemoryProfile
     attribution: Attribution | None
-    snapshot: dict[str, Any]
+    snapshot: dict[str, Any] | None
+    together: Together | None = None
+    uncounted: tuple[str, ...] = ()
 
 
 class ProgramRecorder(_Readings):
-    """Peaks, and where they were, of anyone's code between `start` and `stop` on CUDA device 0, in this process.
+    """Peaks, and where they were, of anyone's code between `start` and `stop` on CUDA device 0.
 
     Start before the code makes anything. Allocates nothing on the device and holds no tensor, so that the peaks are
-    those of the code alone. Lines of code are named relative to `root`, the project's folder.
+    those of the code alone; and leaves it to the code to initialise CUDA, without which it may fork. Lines of code are
+    named relative to `root`, the project's folder.
     """
 
     def __init__(self, root: Path) -> None:
@@ -140,38 +155,65 @@ class ProgramRecorder(_Readings):
         self._scopes = ProgramScopes(self._note_owners)
         self._seen: list[tuple[int, int, Owner]] = []
         self._names: dict[int, str] = {}  # of parameters, by their id
-        self._before: dict[str, Any] = {}
+        self._before: dict[str, Any] | None = None  # the history's beginning, once CUDA is in use
+        self._process, self._stopped = 0, False
+        self._descendants: DescendantsOnTheCard | None = None
         self._highest = Peak()
         self._undo: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Begin. A `RuntimeError` is torch's, which sees no GPU."""
-        if not torch.cuda.is_initialized():
-            _held_before[self.index] = self._used()
-        self._used_by_others = _held_before.get(self.index, 0)
-        torch.cuda.init()
+        """Begin."""
+        if not together.begin():
+            self._descendants = DescendantsOnTheCard(self._handle)
+        self._process = os.getpid()
         gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.index)
         self._watch_resets()
-        self._before = begin_history(_MAX_EVENTS)
         self._scopes.attach()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.index)
+            self._begin_history()
+        else:
+            _held_before[self.index] = self._used()
+            torch.cuda._lazy_call(self._begin_history)
+        self._used_by_others = _held_before.get(self.index, 0)
+
+    def _begin_history(self) -> None:
+        if not self._stopped and os.getpid() == self._process:  # torch calls it in forked children, too
+            self._before = begin_history(_MAX_EVENTS)
 
     def stop(self) -> Measurement:
         """End, and say what it came to."""
-        torch.cuda.synchronize(self.index)
-        self._outside = self.outside_allocator_bytes
-        self._fold_peaks()
+        self._stopped = True
         for undo in self._undo:
             undo()
         self._scopes.remove()
+        found = self._nothing_here() if self._before is None else self._stop_here(self._before)
+        if self._descendants is not None:
+            return replace(found, uncounted=self._descendants.stop())
+        all_of_it = together.read(self.index)
+        if all_of_it is None or not all_of_it.others:
+            return found
+        peak = Peak(all_of_it.allocated, all_of_it.reserved, all_of_it.device)
+        profile = replace(found.profile, phases={"test": peak})
+        return replace(found, profile=profile, attribution=None, together=all_of_it)
+
+    def _nothing_here(self) -> Measurement:
+        total = int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).total)
+        profile = MemoryProfile(device_name(self.index), provenance_here(), total, 0, {"test": Peak()})
+        return Measurement(profile, None, None)
+
+    def _stop_here(self, before: dict[str, Any]) -> Measurement:
+        torch.cuda.synchronize(self.index)
+        self._outside = self.outside_allocator_bytes
+        self._fold_peaks()
         highest = replace(self._highest, device=self._highest.reserved + self._outside)
         profile = self._profile({"test": highest})
         with no_collection():
             after = take_snapshot()
             cuda_memory._record_memory_history(None)
             workspaces = dict.fromkeys(library_workspaces(self.index), _WORKSPACE)
-            history = replay(self._before, after, self.index)
+            history = replay(before, after, self.index)
             evidence = Evidence(self._scopes.window, at_end=workspaces, seen=self._seen)
             followed = history.faults == 0 and history.peak_bytes <= self._highest.allocated
             found = explain(history, evidence, self._namer, profile, "test") if followed else None

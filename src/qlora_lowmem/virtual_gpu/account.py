@@ -18,7 +18,7 @@ ACCOUNT_FILE = "account.bin"
 PEAK_FILES = "torch-*.json"
 
 _MAGIC = b"VGPUACC\0"
-_LAYOUT_VERSION = 2
+_LAYOUT_VERSION = 3
 MAX_DEVICES = 16
 _MAX_PROCESSES = 256
 _MAX_MISSING = 256
@@ -29,11 +29,12 @@ _NOTICES = (
     "nccl_buffers", "dnn_workspaces", "solver_workspaces", "sparse_workspaces", "fft_workspaces", "no_hooks",
     "static_runtime", "values_read", "reached",
 )  # fmt: skip
-# magic; layout version, devices, missing functions, notices; pinned now and peak, managed now and peak
+# magic; layout version, devices, missing functions, notices; pinned now and peak, managed now and peak. What is left
+# out, here and of a device, only the processes read (together.py).
 _HEADER = struct.Struct("<8s4I4Q72x")
 # name, uuid; total, context, used, peak; capability, SMs, limits, clocks
 _DEVICE = struct.Struct(f"<{_NAME_BYTES}s16s4Q13I60x")
-_PROCESS_BYTES = 192
+_PROCESS_BYTES = 448
 _PROCESSES_AT = _HEADER.size + MAX_DEVICES * _DEVICE.size
 _MISSING_AT = _PROCESSES_AT + _MAX_PROCESSES * _PROCESS_BYTES
 FILE_BYTES = _MISSING_AT + _MAX_MISSING * _NAME_BYTES

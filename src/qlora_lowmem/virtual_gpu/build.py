@@ -27,8 +27,8 @@ _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions"
 # By library; `vgpu` is what the others share, and in it locks are taken in the reverse order (guard.h).
 _SOURCES_OF = {
     "vgpu": (
-        "account.cpp", "attributes.cpp", "errors.cpp", "written.cpp", "memory.cpp", "notices.cpp", "stubs.cpp",
-        "thread_exit.cpp",
+        "account.cpp", "attributes.cpp", "errors.cpp", "identity.cpp", "written.cpp", "memory.cpp", "notices.cpp",
+        "stubs.cpp", "thread_exit.cpp", "together.cpp",
     ),
     "driver": ("driver.cpp", "driver_memory.cpp"),
     "nvml": ("nvml.cpp",),

@@ -102,7 +102,7 @@ class Row:
     Attributes:
         case: the recipe's name, or the test's node id.
         file: the file that states it, from the project's root on.
-        verdict: a name of `verdicts.Name`, `WITHIN BUDGET` or `OVER BUDGET`.
+        verdict: a name of `gate.verdicts.Name`.
         record, baseline, budget: what it used, None if it came to nothing; what it is held against, if there is any.
         message: the failure or the advice, rendered.
         artefacts: files that a failing run left: its attribution, its snapshot.
@@ -202,8 +202,8 @@ def _section(_provenance: Provenance, rows: tuple[Row, ...]) -> Section:
     return Section(
         name="verdicts",
         title="Verdicts of the gate",
-        text="A case is held against its recorded baseline or its budget. REGRESSED, OVER BUDGET, NOT COMPARABLE and "
-        "MISSING fail.",
+        text="A case is held against its recorded baseline or its budget. REGRESSED, OVER BUDGET, NOT COMPARABLE, "
+        "NOT COUNTED and MISSING fail.",
         charts=(chart,) if held else (),
         tables=(*(() if held else (table,)), *((messages,) if told else ())),
         highlights=((f"{len(failing)} of {len(rows)}", "cases of the gate fail"),),

@@ -1,5 +1,6 @@
 #include "account.h"
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/file.h>
@@ -7,12 +8,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
 #include "guard.h"
+#include "identity.h"
 
 namespace vgpu {
 namespace {
@@ -26,30 +29,7 @@ Process* own = nullptr;  // this process' row, from its first context on
 int visible[kMaxDevices];  // devices of the machine, in the order that this process numbers them
 int visible_count = 0;
 bool context_in_parent = false;
-
-struct ProcessIdentity {
-  char state = 'X';
-  uint64_t start_ticks = 0;
-};
-
-// State and start time (fields 3 and 22 of /proc/PID/stat; the name before them may hold spaces and brackets).
-ProcessIdentity identify(int pid) {
-  char file[64], text[1024];
-  snprintf(file, sizeof file, "/proc/%d/stat", pid);
-  int fd = open(file, O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return {};
-  ssize_t length = read(fd, text, sizeof text - 1);
-  close(fd);
-  if (length <= 0) return {};
-  text[length] = 0;
-  char* field = strrchr(text, ')');
-  if (field == nullptr) return {};
-  ProcessIdentity identity;
-  identity.state = field[2];
-  for (int i = 2; i < 22 && field != nullptr; ++i) field = strchr(field + 1, ' ');
-  if (field != nullptr) identity.start_ticks = strtoull(field + 1, nullptr, 10);
-  return identity;
-}
+bool torch_counts = false;  // where not, what this process takes from a card counts as tensors
 
 // A forked child has no context, whatever its parent had; which account it uses is looked up afresh.
 void after_fork_in_child() {
@@ -134,15 +114,36 @@ void grow(Use& use, uint64_t bytes) {
   if (use.bytes > use.peak) use.peak = use.bytes;
 }
 
+bool is_loaded(const char* library) {
+  void* found = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  return found != nullptr && dlclose(found) == 0;
+}
+
+void hold(Device& row, uint64_t bytes) {
+  grow(row.used, bytes);
+  row.used_peak = std::max(row.used_peak, row.used.bytes);
+}
+
+// A process' figure and the sum of all change without the lock: PyTorch's allocator calls it for every tensor.
+// Returns the sum.
+uint64_t move(uint64_t& figure, Use& sum, uint64_t now) {
+  uint64_t change = now - figure;
+  figure = now;
+  return __atomic_add_fetch(&sum.bytes, change, __ATOMIC_RELAXED);
+}
+
 // Takes a process' bytes off the account: it ended, or is ending.
 void clear_process(Process& process) {
   for (int d = 0; d < kMaxDevices; ++d) {
     uint64_t bytes = process.device_bytes[d];
     if (process.contexts >> d & 1) bytes += mapped->devices[d].context_bytes;
     mapped->devices[d].used.bytes -= bytes;
+    move(process.allocated[d], mapped->devices[d].allocated, 0);
+    move(process.reserved_segments[d], mapped->devices[d].reserved_segments, 0);
   }
   for (int kind = 0; kind < 2; ++kind) mapped->host[kind].bytes -= process.host_bytes[kind];
   memset(&process, 0, sizeof process);
+  --mapped->process_count;
 }
 
 // Most processes end without freeing anything. A zombie has no memory either, but still answers kill(pid, 0).
@@ -151,6 +152,7 @@ void clear_dead_processes() {
     if (process.pid == 0 || &process == own) continue;
     ProcessIdentity identity = identify(process.pid);
     bool gone = identity.state == 'X' || identity.state == 'Z' || identity.start_ticks != process.start_ticks;
+    gone = gone || (identity.image != 0 && identity.image != process.image);
     if (gone) clear_process(process);
   }
 }
@@ -166,9 +168,42 @@ Process* own_row() {
     fprintf(stderr, "virtual GPU: more than %d processes use this machine at once\n", kMaxProcesses);
     return nullptr;
   }
+  ProcessIdentity identity = identify(getpid());
   own->pid = getpid();
-  own->start_ticks = identify(own->pid).start_ticks;
+  own->start_ticks = identity.start_ticks;
+  own->image = identity.image;
+  ++mapped->process_count;
   return own;
+}
+
+Process* first_process() {
+  if (own != nullptr && own->pid == mapped->first) return own;
+  for (Process& process : mapped->processes) {
+    if (process.pid != 0 && process.pid == mapped->first) return &process;
+  }
+  return nullptr;
+}
+
+// Called under the lock, or in the only process that there is.
+void note_peaks(int device, uint64_t allocated, uint64_t reserved_segments) {
+  Device& row = mapped->devices[device];
+  row.reserved_segments.peak = std::max(row.reserved_segments.peak, reserved_segments);
+  if (allocated <= row.allocated.peak) return;
+  row.allocated.peak = allocated;
+  Process* first = first_process();
+  row.allocated_by_first = first == nullptr ? 0 : first->allocated[device];
+}
+
+// What this process' allocator holds of a device.
+void hold_tensors(int device, uint64_t allocated, uint64_t reserved_segments, bool locked) {
+  Device& row = mapped->devices[device];
+  allocated = move(own->allocated[device], row.allocated, allocated);
+  reserved_segments = move(own->reserved_segments[device], row.reserved_segments, reserved_segments);
+  if (allocated <= row.allocated.peak && reserved_segments <= row.reserved_segments.peak) return;
+  if (mapped->process_count == 1 || locked) return note_peaks(device, allocated, reserved_segments);
+  Lock lock;
+  clear_dead_processes();  // what they held is no part of the sum
+  note_peaks(device, row.allocated.bytes, row.reserved_segments.bytes);
 }
 
 bool take_context(int device) {
@@ -178,8 +213,9 @@ bool take_context(int device) {
   clear_dead_processes();
   Device& row = mapped->devices[device];
   if (row.used.bytes + row.context_bytes > row.total_bytes) return false;
+  if (process->contexts == 0 && process->pid != mapped->first) ++mapped->others;
   process->contexts |= 1u << device;
-  grow(row.used, row.context_bytes);
+  hold(row, row.context_bytes);
   return true;
 }
 
@@ -223,6 +259,7 @@ bool has_context(int device) { return own != nullptr && (own->contexts >> visibl
 bool ensure_context(int device) {
   if (has_context(device)) return true;
   tell_if_without_hooks();
+  torch_counts = torch_counts || is_loaded("libc10.so");
   Lock lock;
   return mapped != nullptr && take_context(visible[device]);
 }
@@ -236,7 +273,8 @@ bool take(int device, uint64_t bytes) {
   Device& row = mapped->devices[device];
   if (row.used.bytes + bytes > row.total_bytes) return false;
   own->device_bytes[device] += bytes;
-  grow(row.used, bytes);
+  hold(row, bytes);
+  if (!torch_counts) hold_tensors(device, own->device_bytes[device], own->device_bytes[device], true);
   return true;
 }
 
@@ -244,8 +282,31 @@ void give(int device, uint64_t bytes) {
   Lock lock;
   device = visible[device];
   if (mapped == nullptr || own == nullptr || own->device_bytes[device] < bytes) return;
-  own->device_bytes[device] -= bytes;
+  uint64_t left = own->device_bytes[device] -= bytes;
   mapped->devices[device].used.bytes -= bytes;
+  // PyTorch does not tell of segments that it gives back.
+  uint64_t segments = std::min(left, own->reserved_segments[device]);
+  hold_tensors(device, torch_counts ? own->allocated[device] : left, segments, true);
+}
+
+void count_torch(int device, uint64_t allocated, uint64_t reserved_segments) {
+  if (mapped == nullptr || own == nullptr || device < 0 || device >= visible_count) return;
+  hold_tensors(visible[device], allocated, reserved_segments, false);
+}
+
+void begin_together() {
+  Lock lock;
+  if (mapped == nullptr) return;
+  clear_dead_processes();
+  mapped->first = getpid();
+  mapped->others = 0;
+  for (const Process& process : mapped->processes) mapped->others += process.contexts != 0 && process.pid != getpid();
+  for (uint32_t d = 0; d < mapped->device_count; ++d) {
+    Device& row = mapped->devices[d];
+    row.used_peak = row.used.bytes;
+    row.allocated.peak = row.reserved_segments.peak = 0;
+    note_peaks(d, row.allocated.bytes, row.reserved_segments.bytes);
+  }
 }
 
 uint64_t free_bytes(int device) {

@@ -12,7 +12,7 @@ constexpr int kMaxDevices = 16;
 constexpr int kMaxProcesses = 256;
 constexpr int kMaxMissing = 256;
 constexpr int kNameBytes = 96;
-constexpr uint32_t kLayoutVersion = 2;
+constexpr uint32_t kLayoutVersion = 3;
 constexpr uint64_t kGranularity = 2u << 20;  // cudaMalloc and cuMemCreate hand out whole 2 MiB pages
 
 struct Use {
@@ -39,7 +39,14 @@ struct Device {
   uint32_t bus_width_bits;
   uint32_t clock_khz;
   uint32_t memory_clock_khz;
-  uint8_t reserved[60];
+  uint8_t padding[4];
+  // Of all processes together, the peaks those since begin_together: what their tensors take, and the segments of
+  // their caching allocators.
+  Use allocated;
+  Use reserved_segments;
+  uint64_t used_peak;
+  uint64_t allocated_by_first;  // of the allocated peak: what the process had that called begin_together
+  uint8_t reserved[8];
 };
 static_assert(sizeof(Device) == 256, "account.py reads this layout");
 
@@ -49,9 +56,12 @@ struct Process {
   uint64_t start_ticks;  // with the pid, tells a process from a later one of the same number
   uint64_t host_bytes[2];  // pinned, managed
   uint64_t device_bytes[kMaxDevices];  // without contexts
-  uint8_t reserved[32];
+  uint64_t allocated[kMaxDevices];  // of these, as its caching allocator counts
+  uint64_t reserved_segments[kMaxDevices];
+  uint64_t image;  // tells a process from what it was before it called exec
+  uint8_t reserved[24];
 };
-static_assert(sizeof(Process) == 192, "account.py reads this layout");
+static_assert(sizeof(Process) == 448, "account.py reads this layout");
 
 struct Account {
   char magic[8];  // "VGPUACC\0"
@@ -60,7 +70,10 @@ struct Account {
   uint32_t missing_count;
   uint32_t notices;  // bits of Notice that were told
   Use host[2];  // pinned, managed
-  uint8_t reserved[72];
+  uint32_t process_count;  // rows in use, also of processes that have ended since
+  int32_t first;  // the process that called begin_together
+  uint32_t others;  // how many others have had a context since
+  uint8_t reserved[60];
   Device devices[kMaxDevices];
   Process processes[kMaxProcesses];
   char missing[kMaxMissing][kNameBytes];
@@ -104,6 +117,12 @@ VGPU_SHARED bool has_context(int device);
 VGPU_SHARED bool take(int device, uint64_t bytes);
 VGPU_SHARED void give(int device, uint64_t bytes);
 VGPU_SHARED uint64_t free_bytes(int device);
+
+// What PyTorch's caching allocator of this process counts now. Called for every tensor that comes or goes.
+VGPU_SHARED void count_torch(int device, uint64_t allocated, uint64_t reserved_segments);
+
+// Starts the peaks of all processes together afresh, from what they hold now.
+VGPU_SHARED void begin_together();
 
 // Host memory that CUDA knows: managed, or pinned.
 VGPU_SHARED void take_host(bool managed, uint64_t bytes);
