@@ -89,6 +89,25 @@ class TestInAClass:
 """
 
 
+# A process of its own, without PyTorch, holds memory of the card for a quarter of a second.
+WITH_A_CHILD = """\
+import os, subprocess, sys
+import pytest
+
+pytestmark = pytest.mark.vram_budget("1 GB")
+(RUNTIME,) = [entry for entry in os.environ["LD_PRELOAD"].split() if "libcudart" in entry]
+TAKE = f"import ctypes; ctypes.CDLL({RUNTIME!r}).cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(2**20));"
+
+
+def test_child():
+    subprocess.run([sys.executable, "-c", TAKE + "import time; time.sleep(0.25)"], check=True)
+
+
+def test_child_on_the_host():
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(0.25)"], check=True)
+"""
+
+
 def test_fresh_folder_with_pip_install(tmp_path: Path) -> None:
     """The package installed by pip, a user's test: passes, and fails when the model grows by a layer."""
     site, project = tmp_path / "site", tmp_path / "project"
@@ -254,11 +273,18 @@ def test_ten_runs_give_the_same_bytes(pytester: pytest.Pytester, run_here: Calla
 
 
 def test_on_the_gpu_of_this_machine(tmp_path: Path) -> None:
-    """`--vram-gpu` measures in the process itself. The machine is virtual here: for pytest it is the real thing."""
+    """`--vram-gpu` measures in the process itself, and fails where another of the test's processes used the GPU.
+
+    The machine is virtual here: for pytest it is the real thing, without the account of a virtual one.
+    """
     limits = MANY[MANY.index("def test_at_the_limit") : MANY.index("def test_fails")]
     marker = '@pytest.mark.vram_budget("64 MiB")\n'
     (tmp_path / "test_model.py").write_text(TEST)
     (tmp_path / "test_limits.py").write_text("import pytest, torch\n" + limits.replace("def test", f"{marker}def test"))
+    (tmp_path / "test_child.py").write_text(WITH_A_CHILD)
+    (tmp_path / "conftest.py").write_text(
+        "from qlora_lowmem.virtual_gpu import together\ntogether.begin = lambda: False\n"
+    )
     command = [sys.executable, "-m", "pytest", "-p", "qlora_lowmem.gate.plugin", *FEW_PLUGINS, "--vram-gpu", "-rA"]
     with (tmp_path / "output").open("w") as output:
         card = virtual_gpu.get_card("rtx-4050-laptop-6gb")
@@ -270,8 +296,11 @@ def test_on_the_gpu_of_this_machine(tmp_path: Path) -> None:
         "test_at_the_limit": "PASSED",
         "test_one_byte_over": "FAILED",
         "test_a_peak_that_is_reset": "FAILED",
+        "test_child": "FAILED",
+        "test_child_on_the_host": "PASSED",
     }, text
     assert "512 B over" in text
+    assert "NOT COUNTED: python" in text
     assert "64.0 MiB over" in text
 
 

@@ -136,7 +136,7 @@ def not_counted(case: str, record: Record, processes: Sequence[str]) -> Verdict:
     """Other processes of a test used a real GPU, of which only the test's own process is measured."""
     return Verdict(
         "NOT COUNTED",
-        f"{case}: NOT COUNTED: {', '.join(processes)} of this test used {record.key.device} too, and what was held there "
-        f"is in no figure; this process alone had {format_bytes(record.allocated)} allocated.",
-        advice="Leave --vram-gpu out: a virtual card counts all processes of a test. Or let the test's own process do it.",
+        f"{case}: NOT COUNTED: {', '.join(processes)} of this test used {record.key.device} too, and what was held "
+        f"there is in no figure; this process alone had {format_bytes(record.allocated)} allocated.",
+        advice="Leave --vram-gpu out: a virtual card counts all processes of a test. Or let the test itself do the work.",
     )

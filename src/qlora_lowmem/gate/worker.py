@@ -12,8 +12,8 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.gate import JUDGE
 from qlora_lowmem.gate.meter import Case, Meter
 
-# What every worker imports before its first test.
-WORKER_MODULES = ["torch", "qlora_lowmem.gate.worker", "qlora_lowmem.memory.recorder"]
+# What every worker imports before its first test. Inductor is what `torch.cuda.memory._snapshot` imports.
+WORKER_MODULES = ["torch", "torch._inductor", "qlora_lowmem.gate.worker", "qlora_lowmem.memory.recorder"]
 # Options that say what a session runs and how it reports; the worker runs one test and reports to this session.
 _NOT_HANDED_OVER = frozenset(
     (
