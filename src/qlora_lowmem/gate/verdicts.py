@@ -138,5 +138,5 @@ def not_counted(case: str, record: Record, processes: Sequence[str]) -> Verdict:
         "NOT COUNTED",
         f"{case}: NOT COUNTED: {', '.join(processes)} of this test used {record.key.device} too, and what was held "
         f"there is in no figure; this process alone had {format_bytes(record.allocated)} allocated.",
-        advice="Leave --vram-gpu out: a virtual card counts all processes of a test. Or let the test itself do the work.",
+        advice="Leave --vram-gpu out: a virtual card counts all processes of a test. Or let the test do the work.",
     )
