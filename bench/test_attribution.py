@@ -42,4 +42,5 @@ def test_kinds_sum_to_the_peak(runs: dict[str, "Future[RecipeRun]"], name: str, 
     assert sum(found.kinds.values()) == steady.device
     assert found.unexplained_share < 0.02
     record = provenance_record(found.device, found.provenance)
-    write_attribution(results_folder / found.device, name, found, run.floor_bytes, record)
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    write_attribution(results_folder / found.device, recipe, found, run.floor_bytes, record)

@@ -15,6 +15,7 @@ from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.results.kinds.waterfall import Step, write_waterfall
+from qlora_lowmem.results.subject import model_names
 from qlora_lowmem.units import GIB, format_bytes
 
 # (idea, the fields that change); each starts where the one before ended.
@@ -59,14 +60,16 @@ def runs(
     server = request.getfixturevalue("virtual_server")
     running = {idea: submit_recipe(server, recipe, roomy(card)) for idea, recipe in ladder()}
     yield running
-    steps = []
+    steps, recipes = [], dict(ladder())
     for idea, future in running.items():
         run = future.result()
         if run.profile is None:
             return
         peaks = run.profile
-        steps.append(Step(idea, peaks.peak.allocated, peaks.peak.device, run.floor_bytes))
-    write_waterfall(results_folder / card.name, steps, provenance_record(card.name, "virtual"))
+        tokens = recipes[idea].batch.max_seq_length
+        steps.append(Step(idea, peaks.peak.allocated, peaks.peak.device, run.floor_bytes, tokens))
+    model = model_names(recipe.base.model for recipe in recipes.values())
+    write_waterfall(results_folder / card.name, model, steps, provenance_record(card.name, "virtual"))
 
 
 def peak(runs: dict[str, "Future[RecipeRun]"], idea: str) -> int:

@@ -13,6 +13,7 @@ from qlora_lowmem.plan.questions import Life, live
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.results.kinds.phases import write_phases
+from qlora_lowmem.results.subject import model_names
 from qlora_lowmem.units import format_bytes, parse_bytes
 
 pytestmark = pytest.mark.phases
@@ -43,7 +44,8 @@ def _peak(life: Life, phase: str) -> Peak:
 def _write(folder: Path, lives: dict[str, Life]) -> None:
     budgets = {name: {phase: parse_bytes(size) for phase, size in found.items()} for name, found in BUDGETS.items()}
     phases = {name: life.phases(ON_THE_CARD, budgets[name]) for name, life in lives.items()}
-    write_phases(folder, phases, provenance_record(CARD.name, "virtual"), ABOUT)
+    model = model_names(life.recipe.base.model for life in lives.values())
+    write_phases(folder, model, phases, provenance_record(CARD.name, "virtual"), ABOUT)
 
 
 @pytest.mark.parametrize(("name", "phase"), CASES, ids=[f"{name}-{phase}" for name, phase in CASES])

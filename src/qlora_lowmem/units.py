@@ -52,7 +52,7 @@ def parse_memory_limit(limit: str | int, total_bytes: int) -> int:
 
 
 def format_bytes(count: int, like: str = "") -> str:
-    """A count of bytes as a person reads it: `"1.473 GiB"`, `"8.1 MiB"`, `"512 B"`.
+    """A count of bytes as a person reads it: `"1.482 GiB"`, `"8.1 MiB"`, `"512 B"`.
 
     Beside a size that somebody wrote (`like`) it is in that one's unit, unless it would round to nothing there.
     """

@@ -16,6 +16,7 @@ from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED, ProgramNamer, Re
 from qlora_lowmem.memory.owners import Owner
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.memory.scopes import Scope
+from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.results.kinds.attribution import markdown, owners_table, write_picture
 
 MIB = 2**20
@@ -202,7 +203,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert "somewhere/else.py:7 work" in owners_table(found)
 
     pytest.importorskip("matplotlib")
-    write_picture(found, "a recipe", tmp_path / "a.svg", tmp_path / "a.png")
+    write_picture(found, Recipe("mine"), tmp_path / "a.svg", tmp_path / "a.png")
     assert "on the card" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    write_picture(found, "a recipe", tmp_path / "b.svg")
+    write_picture(found, Recipe("mine"), tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

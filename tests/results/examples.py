@@ -17,7 +17,8 @@ from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.report import write_report
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine, Timeline
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
-from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.recipe import Recipe
+from qlora_lowmem.recipe.io import load_recipe, replace_field
 from qlora_lowmem.results.kinds.attribution import write_attribution
 from qlora_lowmem.results.kinds.lengths import Length, write_lengths
 from qlora_lowmem.results.kinds.longest import Longest, write_longest
@@ -29,12 +30,13 @@ from qlora_lowmem.results.kinds.waterfall import Step, write_waterfall
 from results.profiles import MEASURED, predicted
 
 CARD = "rtx-4050-laptop-6gb"
+MODEL = "granite-4.0-h-1b"
 MIB, GIB = 2**20, 2**30
 ENVIRONMENT = provenance_record(CARD, "virtual")
 STEPS = (
-    Step("baseline", 20 * GIB, 21 * GIB, GIB),
-    Step("checkpointing", 3 * GIB, 4 * GIB, GIB),
-    Step("all layers trained", 3 * GIB + 7, 4 * GIB, GIB),
+    Step("baseline", 20 * GIB, 21 * GIB, GIB, 2048),
+    Step("checkpointing", 3 * GIB, 4 * GIB, GIB, 2048),
+    Step("all layers trained", 3 * GIB + 7, 4 * GIB, GIB, 1024),
 )
 
 
@@ -69,17 +71,22 @@ def attribution(loss: int = 100 * MIB) -> Attribution:
     )
 
 
+def named(name: str) -> Recipe:
+    """A recipe of that name."""
+    return replace_field(load_recipe(RECIPES / "optimised.yaml"), "name", name)
+
+
 def write_all(folder: Path, names: Sequence[str] = ("tiny",)) -> None:
     """Every kind of file in `folder`; `names` are what recipes, ideas and cases are called."""
-    write_waterfall(folder, [*STEPS, *(Step(name, GIB, 2 * GIB, GIB) for name in names)], ENVIRONMENT)
+    write_waterfall(folder, MODEL, [*STEPS, *(Step(name, GIB, 2 * GIB, GIB) for name in names)], ENVIRONMENT)
     (folder / "lean-families.json").write_text(json.dumps({"environment": ENVIRONMENT, "cases": families(names)}))
-    write_attribution(folder, "plain", attribution(), GIB // 2, ENVIRONMENT)
-    write_phases(folder, _phases(names), ENVIRONMENT, "Of an example.")
+    write_attribution(folder, named("plain"), attribution(), GIB // 2, ENVIRONMENT)
+    write_phases(folder, MODEL, _phases(names), ENVIRONMENT, "Of an example.")
     (folder / "train.json").write_text(json.dumps(trained(names[-1])))
     (folder / "reality.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": published(names)}))
-    write_lengths(folder, _lengths(names), virtual_gpu.get_card(CARD), 1.5, ENVIRONMENT)
+    write_lengths(folder, MODEL, _lengths(names), virtual_gpu.get_card(CARD), 1.5, ENVIRONMENT)
     rows = [Longest(name, CARD, 4096, 8192, "memory", Peak(3 * GIB, 4 * GIB, 5 * GIB), GIB, 15) for name in names]
-    write_longest(folder, rows, ENVIRONMENT, {"target_modules": "all-linear"})
+    write_longest(folder, MODEL, rows, ENVIRONMENT, {"target_modules": "all-linear"})
     figures = [f for name in names for f in compare(name, predicted(allocated=0.004, reserved=0.05), MEASURED)]
     measured = provenance_record(MEASURED.device, "measured", "580.1")
     write_prediction(folder, figures, measured, "A twin.", dict.fromkeys(names, "it does not fit"))

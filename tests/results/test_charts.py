@@ -13,7 +13,9 @@ from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results import style, timeline
 from qlora_lowmem.results.kinds import attribution, families, lengths, phases, verdicts, waterfall
-from results.examples import STEPS
+from qlora_lowmem.results.kinds.attribution import write_attribution
+from qlora_lowmem.results.page import sections_of
+from results.examples import ENVIRONMENT, STEPS, named
 from results.examples import attribution as example
 
 
@@ -135,6 +137,51 @@ def test_a_phase_without_figures_keeps_its_row(narrow: bool) -> None:
     assert {"7.000, over", "striped: over budget", "budget on the card: 6.00"} <= set(words)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_length_of_a_bar_is_its_figure(written: Path, narrow: bool) -> None:
+    """Bars and steps begin at 0 on a linear scale, on every chart of a page and on the picture of a peak."""
+    look = style.Style(narrow=narrow)
+    drawings = [chart.draw for section in sections_of([written]).sections for chart in section.charts]
+    with_bars = 0
+    for draw in (*drawings, lambda look: attribution.picture(look, example())):
+        with style.drawing(look):
+            figure = draw(look)
+        for axes in figure.axes:
+            if axes.containers or axes.patches:
+                with_bars += 1
+                assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
+                assert 0 in (axes.get_xlim() if axes.containers else axes.get_ylim())
+    assert with_bars >= len(drawings) - 3  # without: lengths, prediction, published
+
+
+def test_a_waterfall_shows_the_card_twice_where_the_baseline_is_far_beyond_it() -> None:
+    """Whole, and cut at the card's line, so that what fits can be told apart."""
+    look = style.Style()
+    with style.drawing(look):
+        beyond = waterfall.waterfall(look, STEPS, 2**32).axes
+        near = waterfall.waterfall(look, STEPS, 20 * 2**30).axes
+    assert [axes.get_xlim()[1] for axes in beyond] == pytest.approx([21 * 1.06, 4 * 1.06])
+    assert [axes.get_xlim()[1] for axes in near] == pytest.approx([21 * 1.06])
+
+
+def test_the_picture_of_a_peak_says_what_it_is_of_and_where_the_card_ends(tmp_path: Path) -> None:
+    """Model, length, recipe, card; and of a peak that the card cannot hold, where it ran."""
+    write_attribution(tmp_path, named("mine"), example(), 2**29, ENVIRONMENT)
+    words = _words(tmp_path / "attribution-mine.svg")
+    assert "granite-4.0-h-1b, 1,024 tokens, recipe mine, on rtx-4050-laptop-6gb (virtual)" in words
+    assert "usable on the card: 5.50" in words
+    assert "more than" not in words
+    write_attribution(tmp_path, named("large"), example(6000 * 2**20), 2**29, ENVIRONMENT)
+    where = "more than the 5.500 GiB that a job can use there, so it ran on a card of the same kind with room for it"
+    for path in (tmp_path / "attribution-large.svg", tmp_path / "attribution-large.md"):
+        assert where in (_words(path) if path.suffix == ".svg" else path.read_text(encoding="utf-8"))
+
+
+def _words(path: Path) -> str:
+    texts = ET.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")
+    return " ".join(element.text or "" for element in texts)
+
+
 def test_files_are_the_same_each_time_and_say_what_they_are(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -145,5 +192,5 @@ def test_files_are_the_same_each_time_and_say_what_they_are(tmp_path: Path) -> N
     root = ET.parse(tmp_path / "one" / "a.svg").getroot()
     assert root[0].text == "Peaks & more"
     words = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"baseline", "3.000 (−17.000)", "3.000 (+0.000)", "usable on the card: 8.00"} <= words
+    assert {"Peaks & more", "baseline", "3.000 (−17.000)", "3.000 (+0.000)", "usable on the card: 8.00"} <= words
     assert (tmp_path / "one" / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,8 @@ from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.results.kinds.attribution import write_attribution
 from qlora_lowmem.results.page import KINDS as KINDS_OF_FILE
 from qlora_lowmem.results.page import named, sections_of
-from results.examples import ENVIRONMENT, attribution, write_all
+from results.examples import CARD, ENVIRONMENT, MODEL, attribution, write_all
+from results.examples import named as recipe_named
 from results.pages import SECTIONS, parsed, table, values
 
 main = partial(run_command, "report")
@@ -99,7 +100,29 @@ def test_every_chart_has_a_name_a_summary_and_its_figures(soup: BeautifulSoup) -
         assert region.find("caption")["id"] == region["aria-labelledby"]
 
 
-def test_the_head_says_what_it_was_made_of(soup: BeautifulSoup, page_folder: Path) -> None:
+def test_model_and_card_stand_on_top_and_provenance_at_the_end(soup: BeautifulSoup) -> None:
+    """The first thing after them is a chart, which says model, length and card; highlights come behind it."""
+    assert soup.h1.get_text().startswith(f"GPU memory of {MODEL} on {CARD}")
+    assert MODEL in soup.title.get_text()
+    blocks = [(tag.name, *tag.get("class", [])) for tag in soup.body.find_all(recursive=False)]
+    assert blocks == [("a", "skip"), ("header",), ("div", "layout"), ("section", "made-of"), ("footer",)]
+    assert [tag.name for tag in soup.header.find_all(recursive=False)] == ["h1", "p"]
+    first, highlights = soup.main.find_all(recursive=False)[:2]
+    assert highlights["class"] == ["highlights"]
+    assert [tag.name for tag in first.find_all(recursive=False)][:3] == ["h2", "h3", "figure"]
+    assert first.h3.get_text() == f"Peak after each idea: {MODEL}, 2,048 then 1,024 tokens, on {CARD} (virtual)"
+    assert "usable on the card: 5.50" in [text.get_text() for text in first.svg.find_all("text")]
+
+
+def test_every_chart_of_this_project_says_on_which_card(soup: BeautifulSoup) -> None:
+    """And of which model, where it is of one."""
+    for figure in soup.find_all("figure"):
+        section, said = figure.find_parent("section").h2["id"], figure.find_previous("h3").get_text()
+        assert CARD in said or section in {"published", "prediction"}, said
+        assert MODEL in said or section not in {"waterfall", "bytes", "phases", "lengths"}, said
+
+
+def test_the_end_says_what_it_was_made_of(soup: BeautifulSoup, page_folder: Path) -> None:
     listed = soup.find(class_="made-of").find_all("li")
     assert len(listed) == len(list(page_folder.glob("*.json")))
     for item in listed:
@@ -267,7 +290,7 @@ def test_a_folder_s_other_files_are_named(written: Path, tmp_path: Path, capsys:
 def test_two_files_of_one_recipe_are_compared(apart: bool, tmp_path: Path) -> None:
     files = []
     for folder, loss in (("before", 100), ("after", 40)):
-        write_attribution(tmp_path / folder, "r", attribution(loss * 2**20), 2**29, ENVIRONMENT)
+        write_attribution(tmp_path / folder, recipe_named("r"), attribution(loss * 2**20), 2**29, ENVIRONMENT)
         path = tmp_path / folder / "attribution-r.json"
         files.append(path.rename(tmp_path / f"{folder}.json") if apart else path)
     output = tmp_path / "report.html"
@@ -293,7 +316,7 @@ def test_a_file_without_provenance_says_so(tmp_path: Path) -> None:
 
 
 def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
-    write_attribution(tmp_path, "r", attribution(), 2**29, ENVIRONMENT)
+    write_attribution(tmp_path, recipe_named("r"), attribution(), 2**29, ENVIRONMENT)
     pages = [tmp_path / name for name in ("one.html", "two.html")]
     for page in pages:
         assert main([str(tmp_path / "attribution-r.json"), "--output", str(page)]) == 0

@@ -16,6 +16,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from helpers import ROOT
+from results.examples import CARD
+
 BROWSERS = ("google-chrome", "chromium", "chromium-browser")
 FLAGS = (
     "--headless",
@@ -51,11 +54,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 
 def show(
-    browser: webdriver.Chrome, page: Path, width: int = 1280, scheme: str = "light", media: str = "screen"
+    browser: webdriver.Chrome,
+    page: Path,
+    width: int = 1280,
+    scheme: str = "light",
+    media: str = "screen",
+    height: int = 900,
 ) -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.get(page.as_uri())
 
@@ -114,6 +122,17 @@ def _overlap(one: dict[str, float], other: dict[str, float]) -> bool:
     across = min(one["right"], other["right"]) - max(one["left"], other["left"])
     down = min(one["bottom"], other["bottom"]) - max(one["top"], other["top"])
     return across > 1 and down > 4
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_first_chart_is_on_the_first_screen(browser: webdriver.Chrome, width: int, height: int) -> None:
+    """Whole, of the committed page, a phone's screen among them."""
+    show(browser, ROOT / "results" / CARD / "report.html", width, height=height)
+    top, bottom = browser.execute_script(
+        "const shown = [...document.querySelectorAll('svg')].find(svg => svg.getClientRects().length);"
+        "const frame = shown.getBoundingClientRect(); return [frame.top, frame.bottom];"
+    )
+    assert 0 < top < bottom <= height
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -52,7 +52,7 @@ def test_memory_that_ran_out_before_any_phase_counts_to_the_first() -> None:
 
 def test_the_files_say_where_memory_ran_out(tmp_path: Path) -> None:
     lives = {"a": life(steady="no room").phases(7, {"load": 8, "steady": 9}), "b": life().phases(7)}
-    write_phases(tmp_path, lives, ENVIRONMENT, "An example.")
+    write_phases(tmp_path, "a-model", lives, ENVIRONMENT, "An example.")
     cases = json.loads((tmp_path / "phases.json").read_text())["cases"]
     assert [case["out_of_memory"] for case in cases] == [None, "no room", None, None]
     assert [case["allocated_budget_bytes"] for case in cases] == [8, 9, None, None]

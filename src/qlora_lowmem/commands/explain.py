@@ -96,7 +96,7 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
         Path(options.markdown).write_text(page, encoding="utf-8")
     pictures = [Path(target) for target in (options.svg, options.png) if target]
     if pictures:
-        report.write_picture(found, recipe.name or Path(options.config).stem, *pictures)
+        report.write_picture(found, recipe, *pictures)
     if options.snapshot:
         recorder.save_snapshot(Path(options.snapshot))
     return EXIT_OK

@@ -21,6 +21,7 @@ from qlora_lowmem.plan.questions import measure_lengths
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
 from qlora_lowmem.results.kinds.lengths import lengths_table, write_lengths
+from qlora_lowmem.results.subject import model_names
 from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 from qlora_lowmem.run.preflight import recipe_card
 
@@ -59,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
     usable = f"virtual {card.name}, {gib(card.usable_bytes)} GiB usable"
     print(f"{len(rows)} runs in {seconds:.1f} s ({usable})", file=sys.stderr)
     if options.table:
-        write_lengths(Path(options.table), rows, card, seconds, provenance_record(card.name, "virtual"))
+        model = model_names(recipe.base.model for recipe in recipes)
+        write_lengths(Path(options.table), model, rows, card, seconds, provenance_record(card.name, "virtual"))
     highest = peak_fields(Peak.highest(row.peak for row in rows))
     report = {"device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes, "seconds": seconds}
     write_json(options.json, highest | report | {"cases": [plain_row(row) for row in rows]})

@@ -18,6 +18,7 @@ from qlora_lowmem.plan.maximum import longest
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
 from qlora_lowmem.results.kinds.longest import write_longest
+from qlora_lowmem.results.subject import model_names
 from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 from qlora_lowmem.run.preflight import recipe_card
 
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if options.table:
-        write_longest(Path(options.table), rows, record, changes)
+        write_longest(Path(options.table), model_names(r.base.model for r in recipes), rows, record, changes)
     highest = peak_fields(Peak.highest(row.peak for row in rows))
     cases = [plain_row(row) for row in rows]
     write_json(options.json, highest | {"device": card.name, "provenance": "virtual", "cases": cases})

@@ -22,6 +22,7 @@ from qlora_lowmem.plan.questions import Life, live
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
 from qlora_lowmem.results.kinds.phases import phases_content
+from qlora_lowmem.results.subject import model_names
 from qlora_lowmem.results.tables import floor_lines, phase_table
 from qlora_lowmem.run.preflight import recipe_card
 from qlora_lowmem.units import format_bytes
@@ -53,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     named = zip(_names(lives), lives, cards, strict=True)
     phases = {name: found.phases(card.usable_bytes) for name, found, card in named}
     devices = ", ".join(dict.fromkeys(card.name for card in cards))
-    write_json(options.json, phases_content(phases, provenance_record(devices, "virtual")))
+    model = model_names(recipe.base.model for recipe in recipes)
+    write_json(options.json, phases_content(model, phases, provenance_record(devices, "virtual")))
     return EXIT_OK if all(map(Life.fits, lives, cards)) else EXIT_DOES_NOT_FIT
 
 

@@ -47,7 +47,8 @@ def write_report(folder: Path, rows: Sequence[Row], record: dict[str, Any]) -> N
     ):
         (folder / name).write_text(text, encoding="utf-8")
     shown = [row for row in rows if row.record is not None]
-    save(lambda style: verdicts(style, shown), _CHART, folder / "chart.svg")
+    where = "{device} ({provenance})".format_map(record)
+    save(lambda style: verdicts(style, shown), f"{_CHART}: {where}", folder / "chart.svg")
 
 
 def trend(rows: Sequence[Row]) -> list[dict[str, Any]]:

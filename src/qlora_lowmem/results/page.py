@@ -119,10 +119,12 @@ def render(title: str, sections: Sequence[Section], note: Callable[[], object]) 
 
 
 def title_of(sections: Sequence[Section]) -> str:
-    """A title that names the cards, but for those of others."""
-    own = (section for section in sections if not section.quoted)
+    """A title that names the models and the cards, but for those of others."""
+    own = [section for section in sections if not section.quoted]
+    models = dict.fromkeys(model for section in own for model in section.model.split(", ") if model)
+    of = f" of {', '.join(models)}" if models else ""
     devices = dict.fromkeys(source.provenance.device for section in own for source in section.sources)
-    return f"GPU memory on {', '.join(devices)}" if devices else "GPU memory, predicted and published"
+    return f"GPU memory{of} on {', '.join(devices)}" if devices else "GPU memory, predicted and published"
 
 
 def save_charts(folder: Path, sections: Sequence[Section], note: Callable[[], object]) -> list[Path]:
@@ -131,7 +133,7 @@ def save_charts(folder: Path, sections: Sequence[Section], note: Callable[[], ob
     written = []
     for chart in (chart for section in named(sections) for chart in section.charts):
         paths = [folder / f"{chart.name}{suffix}" for suffix in (".svg", ".png")]
-        save(chart.draw, chart.title, *paths)
+        save(chart.draw, chart.heading, *paths)
         written += paths
         note()
     return written
@@ -161,6 +163,6 @@ def _draw(chart: Chart, note: Callable[[], object]) -> dict[str, Any]:
     for width, narrow in (("wide", False), ("narrow", True)):
         text = svg_text(chart.draw, Style(TOKENS, narrow))
         # matplotlib escaped every text of it, and it was written anew from what a parser read.
-        drawn[width] = Markup(inline(text, f"chart-{chart.name}-{width}", chart.title, f"chart-{chart.name}-summary"))
+        drawn[width] = Markup(inline(text, f"chart-{chart.name}-{width}", chart.heading, f"chart-{chart.name}-summary"))
     note()
     return drawn

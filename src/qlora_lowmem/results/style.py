@@ -1,6 +1,7 @@
 """How charts look: two widths, a font size a purpose, colours by role (`theme.toml`); matplotlib's SVG made small."""
 
 import re
+import textwrap
 import tomllib
 import warnings
 import xml.etree.ElementTree as ET  # only ever reads what matplotlib wrote
@@ -110,7 +111,7 @@ class Style:
     @property
     def row_height(self) -> float:
         """Inches that a row of `name_rows` takes."""
-        return 0.4 if self.narrow else 0.34
+        return 0.36 if self.narrow else 0.34
 
     def name_rows(self, axes: Axes, names: Sequence[str]) -> tuple[list[float], float]:
         """Name rows from the top, beside their bars or, where that has no room, above; the bars' centres and height."""
@@ -127,7 +128,7 @@ class Style:
 
     def name_at(self, axes: Axes, name: str, place: float) -> None:
         """A name at the left end of the row at `place`, on the paper's colour."""
-        self.words(axes, short(name, 48), 0, place, 1, xycoords=("axes fraction", "data"))
+        self.words(axes, short(name, 48), 0, place, 1, xycoords=("axes fraction", "data"), in_layout=False)
 
     def words(self, axes: Axes, words: str, end: float, place: float, away: float = 5, **look: Any) -> None:
         """Words behind the end of a bar, on the paper's colour, for a line may cross there."""
@@ -223,17 +224,23 @@ def svg_text(draw: Drawing, style: Style) -> str:
 
 
 def save(draw: Drawing, title: str, *paths: Path) -> None:
-    """Write the drawing, wide and on white; the paths' suffixes (.svg, .png) say the formats."""
+    """Write the drawing under its title, wide and on white; the paths' suffixes (.svg, .png) say the formats."""
+
+    def titled(style: Style) -> Figure:
+        figure = draw(style)
+        figure.suptitle(textwrap.fill(title, 82), fontsize=11, fontweight="bold", x=0.01, ha="left")
+        return figure
+
     style = Style()
     for path in paths:
         if path.suffix == ".svg":
-            root = _compact(svg_text(draw, style))
+            root = _compact(svg_text(titled, style))
             root.insert(0, ET.Element(f"{{{_SVG}}}title"))
             root[0].text = title
             path.write_text(ET.tostring(root, encoding="unicode") + "\n", encoding="utf-8")
         else:
             with drawing(style):
-                draw(style).savefig(path, dpi=_DPI)
+                titled(style).savefig(path, dpi=_DPI)
 
 
 def inline(text: str, prefix: str, label: str, described_by: str) -> str:

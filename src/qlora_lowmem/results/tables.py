@@ -18,6 +18,8 @@ from qlora_lowmem.units import GIB, format_bytes
 
 # For the text of a table that has the column.
 FLOOR_TEXT = "The floor is what no method avoids: weights as stored, adapters with their state, two residual tensors."
+# Why a reserved byte may differ from that of a recipe's own run, where runs are `plan.recipe_runs.shortened`.
+SHORTENED_TEXT = "A step has two micro-batches at most: of more, a few MiB for the batches that wait are not in it."
 
 _Row = TypeVar("_Row")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_lowmem.memory.attribution import Timeline, chosen_events
-from qlora_lowmem.results.style import CRISP, GROUPS, SMALL, Axes, Figure, Group, Style, note
+from qlora_lowmem.results.style import CRISP, GROUPS, SMALL, Artist, Axes, Figure, Group, Style, note
 from qlora_lowmem.results.tables import Cell, Table, gib
 from qlora_lowmem.units import GIB
 
@@ -111,8 +111,9 @@ def group_fill(style: Style, group: Group) -> dict[str, Any]:
     return {"facecolor": style.theme[group.role], "edgecolor": style.theme["edge"], "linewidth": 0.6, "hatch": hatch}
 
 
-def group_legend(figure: Figure, style: Style, groups: Sequence[Group]) -> None:
-    """Below the drawing, a patch a group."""
+def group_legend(figure: Figure, style: Style, groups: Sequence[Group], others: Sequence[Artist] = ()) -> None:
+    """Below the drawing, a patch a group, and other handles."""
     handles = [style.patch(group.brief if style.narrow else group.text, **group_fill(style, group)) for group in groups]
+    handles += others
     columns, spacing = (2, 1.0) if style.narrow else (4, 2.0)
     style.legend(figure, handles, columns, fontsize=SMALL, columnspacing=spacing, handlelength=1.3)

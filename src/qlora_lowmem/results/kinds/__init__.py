@@ -15,13 +15,23 @@ _Data = TypeVar("_Data")
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with what stands for it where it cannot be seen: what it says in a sentence or two, and its figures."""
+    """A drawing with what stands for it where it cannot be seen: what it says in a sentence or two, and its figures.
+
+    Attributes:
+        subject: what it is of: model, length, recipe, card, as far as its file says (`results.subject`).
+    """
 
     name: str
     title: str
+    subject: str
     summary: str
     draw: Drawing
     tables: tuple[Table, ...]
+
+    @property
+    def heading(self) -> str:
+        """Above it, wherever it stands."""
+        return f"{self.title}: {self.subject}" if self.subject else self.title
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,11 @@ class Provenance:
     commit: str
     command: str
     date: str
+
+    @property
+    def where(self) -> str:
+        """The card, and whether it is one."""
+        return f"{self.device} ({self.provenance})"
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class Section:
         text: what one needs to know to read it.
         tables: those that stand beside no chart.
         highlights: (figure, what it is) for the head of the page.
+        model: the model that it is of; empty where its file does not say or has many.
         quoted: the figures in it that others measured and whose they are; empty where there are none.
     """
 
@@ -62,6 +78,7 @@ class Section:
     charts: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
     highlights: tuple[tuple[str, str], ...] = ()
+    model: str = ""
     quoted: str = ""
     sources: tuple[Source, ...] = ()
 

@@ -1,20 +1,23 @@
 """Where the bytes of a peak are: by kind and by line of code, run by run and side by side, and over a step's time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from qlora_lowmem import virtual_gpu
 from qlora_lowmem.files import as_dataclass
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
+from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.results import timeline
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, provenance_of, together
 from qlora_lowmem.results.reading import read_as
-from qlora_lowmem.results.style import GROUPS, SMALL, Axes, Figure, Style, note, save
+from qlora_lowmem.results.style import GROUPS, SMALL, Artist, Axes, Figure, Style, note, save
+from qlora_lowmem.results.subject import Said, model_names, subject
 from qlora_lowmem.results.tables import (
     Cell,
     Column,
@@ -24,6 +27,7 @@ from qlora_lowmem.results.tables import (
     page_table,
     provenance_lines,
     times_floor,
+    usable_bytes,
     write_result,
 )
 from qlora_lowmem.results.timeline import draw_timeline, group_bytes, group_fill, group_legend
@@ -81,11 +85,22 @@ def owners_table(found: Attribution, limit: int = 15) -> str:
 
 
 def headline(found: Attribution) -> str:
-    """One sentence: how much, where, when."""
+    """One sentence: how much, where, when, and on what if the card is too small for it."""
     return (
         f"{found.device} ({found.provenance}): {format_bytes(found.allocated_bytes)} allocated, "
-        f"{format_bytes(found.device_bytes)} on the card; the {found.phase} peak comes in {found.moment}"
+        f"{format_bytes(found.device_bytes)} on the card{_too_small(found)}; the {found.phase} peak comes in "
+        f"{found.moment}"
     )
+
+
+def _too_small(found: Attribution) -> str:
+    """What a job could use, of a virtual card that has less than the peak; it ran elsewhere if that is beyond all."""
+    usable = usable_bytes(found.device)
+    if found.provenance != "virtual" or usable is None or found.device_bytes <= usable:
+        return ""
+    beyond = found.device_bytes > virtual_gpu.get_card(found.device).total_bytes
+    where = ", so it ran on a card of the same kind with room for it" if beyond else ""
+    return f", more than the {gib(usable)} GiB that a job can use there{where}"
 
 
 def markdown(found: Attribution, title: str, floor_bytes: int) -> str:
@@ -100,37 +115,57 @@ def markdown(found: Attribution, title: str, floor_bytes: int) -> str:
     )
 
 
-def write_attribution(folder: Path, name: str, found: Attribution, floor_bytes: int, record: dict[str, Any]) -> None:
+def write_attribution(
+    folder: Path, recipe: Recipe, found: Attribution, floor_bytes: int, record: dict[str, Any]
+) -> None:
     """Write `attribution-NAME` under `folder`: JSON (the source), CSV, the page with its provenance, the picture."""
+    name = recipe.name
     rows = [{"kind": kind, "bytes": count} for kind, count in found.kinds.items() if count]
     page = f"{markdown(found, name, floor_bytes)}\n![{name}](attribution-{name}.svg)\n\n{provenance_lines(record)}\n"
-    head = {"environment": record, "recipe": name, "floor_bytes": floor_bytes}
+    head = {"environment": record, "recipe": recipe.to_dict(), "floor_bytes": floor_bytes}
     content = head | {"attribution": msgspec.to_builtins(found)}
     write_result(folder, f"attribution-{name}", content, page, rows)
-    write_picture(found, name, folder / f"attribution-{name}.svg", folder / f"attribution-{name}.png")
+    write_picture(found, recipe, folder / f"attribution-{name}.svg", folder / f"attribution-{name}.png")
 
 
-def write_picture(found: Attribution, title: str, *paths: Path) -> None:
+def write_picture(found: Attribution, recipe: Recipe, *paths: Path) -> None:
     """Draw the peak by kind and the step's memory over time; the paths' suffixes (.svg, .png) say the formats."""
-    save(lambda style: picture(style, found, title), title, *paths)
+    said = msgspec.convert(recipe.to_dict(), Said)
+    title = _subject(said, found, f"recipe {recipe.name}" if recipe.name else "")
+    save(lambda style: picture(style, found), title, *paths)
 
 
-_Run = tuple[str, Attribution]  # with what people call it; empty where its file does not say
+def _subject(said: Said, found: Attribution, name: str = "") -> str:
+    return subject(said.model, said.length, name, on=f"{found.device} ({found.provenance})")
 
 
 @dataclass(frozen=True)
-class _File:
+class Explained:
+    """A peak, and what its file says of the recipe."""
+
     attribution: Attribution
+    recipe: Said = field(default_factory=Said)
+
+    @property
+    def subject(self) -> str:
+        """Model, length, card."""
+        return _subject(self.recipe, self.attribution)
+
+
+_Run = tuple[str, Explained]  # with what people call it; empty where its file does not say
+
+
+@dataclass(frozen=True)
+class _File(Explained):
+    case: str = ""
 
 
 def _read(content: Mapping[str, Any]) -> _Run:
     """What `explain --json`, the matrix and a failing test of the gate leave, its kinds summing to its peaks."""
-    found = read_as(_File, content).attribution
-    _check(found)
+    file = read_as(_File, content)
+    _check(file.attribution)
     as_dataclass(Attribution, content["attribution"])  # no field is unknown
-    named = content.get("recipe", content.get("case"))
-    name = named.get("name") if isinstance(named, dict) else named
-    return name if isinstance(name, str) else "", found
+    return file.recipe.name or file.case, file
 
 
 def _provenance(content: Mapping[str, Any]) -> Provenance:
@@ -162,9 +197,10 @@ def _section(runs: Sequence[_Run]) -> Section:
     """Side by side if there are several, then each."""
     charts = [_compared(runs)] if len(runs) > 1 else []
     for name, found in runs:
-        line, title = found.timeline, f"{name}: a step over time"
+        line, title = found.attribution.timeline, f"{name}: a step over time"
         drawn, table = partial(timeline.timeline, line=line), timeline.moments(name, line)
-        charts += [_breakdown(name, found), Chart(f"timeline-{name}", title, timeline.summary(line), drawn, (table,))]
+        over_time = Chart(f"timeline-{name}", title, found.subject, timeline.summary(line), drawn, (table,))
+        charts += [_breakdown(name, found), over_time]
     return Section(
         name="bytes",
         title="Where the bytes go",
@@ -172,6 +208,7 @@ def _section(runs: Sequence[_Run]) -> Section:
         "sum to the peak exactly. Allocator slack is reserved and not allocated; the CUDA context is outside of the "
         "allocator.",
         charts=tuple(charts),
+        model=model_names(found.recipe.model for _, found in runs),
     )
 
 
@@ -184,7 +221,8 @@ KIND = Kind(
 )
 
 
-def _compared(runs: Sequence[_Run]) -> Chart:
+def _compared(told: Sequence[_Run]) -> Chart:
+    runs = [(name, found.attribution) for name, found in told]
     parts = ", ".join(f"{name} {gib(found.device_bytes)}" for name, found in runs)
     summary = f"GiB on the card at the peak, on one scale: {parts}."
     rows = []
@@ -197,7 +235,8 @@ def _compared(runs: Sequence[_Run]) -> Chart:
     rows.append(_compared_row("on the card", [found.device_bytes for _, found in runs], "strong"))
     headers = ("kind", *(name for name, _ in runs), *(("difference",) if len(runs) == 2 else ()))
     table = Table("Bytes by kind at the peak, GiB", headers, tuple(rows))
-    return Chart("peaks", "Peaks side by side", summary, lambda style: peaks(style, runs), (table,))
+    of = "; ".join(f"{name}: {found.subject}" for name, found in told)
+    return Chart("peaks", "Peaks side by side", of, summary, lambda style: peaks(style, runs), (table,))
 
 
 def _compared_row(text: str, counts: Sequence[int], tone: str = "") -> tuple[Cell, ...]:
@@ -208,29 +247,28 @@ def _compared_row(text: str, counts: Sequence[int], tone: str = "") -> tuple[Cel
     return tuple(cells)
 
 
-def _breakdown(name: str, found: Attribution) -> Chart:
+def _breakdown(name: str, told: Explained) -> Chart:
+    found = told.attribution
     largest = sorted(group_bytes(found.kinds), key=lambda pair: -pair[1])[:3]
     parts = ", ".join(f"{group.text} {format_bytes(count)}" for group, count in largest)
-    text = (
-        f"{found.device} ({found.provenance}): {format_bytes(found.allocated_bytes)} allocated, "
-        f"{format_bytes(found.device_bytes)} on the card. The {found.phase} peak comes in {found.moment}. "
-        f"The most: {parts}."
-    )
+    text = f"{headline(found)}. The most: {parts}."
     tables = [page_table(f"{name}: bytes by kind at the peak", _SHARES, _shares(found))]
     if found.owners:
         caption = f"{name}: the lines of code that own most of the peak"
         tables.append(page_table(caption, _OWNER_COLUMNS, found.owners[:_OWNERS]))
     title = f"{name}: the peak by kind"
-    return Chart(f"breakdown-{name}", title, text, lambda style: breakdown(style, found), tuple(tables))
+    return Chart(f"breakdown-{name}", title, told.subject, text, lambda style: breakdown(style, found), tuple(tables))
 
 
-def picture(style: Style, attribution: Attribution, title: str) -> Figure:
-    """The peak as one stacked bar above the step over time."""
+def picture(style: Style, attribution: Attribution) -> Figure:
+    """The peak as one stacked bar, with what a job can use on the card, above the step over time."""
     figure = style.figure(7.2 if style.narrow else 6.4)
     peak, time = figure.subplots(2, 1, height_ratios=(1, 2.6))
-    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    usable = _usable([attribution])
+    scale = max(attribution.device_bytes, *usable, 0)
     peak.set_title(headline(attribution), fontsize=SMALL, loc="left", pad=10, wrap=True)
-    _bar(peak, style, attribution, 0, 0.7, attribution.device_bytes)
+    _bar(peak, style, attribution, 0, 0.7, scale)
+    card = _card_lines(peak, style, usable)
     # Where allocated ends and where the card's bytes end, at two heights, for they may be close.
     marks = ((attribution.allocated_bytes, "allocated", 0.78), (attribution.device_bytes, "on the card", 0.44))
     for count, text, height in marks:
@@ -239,13 +277,30 @@ def picture(style: Style, attribution: Attribution, title: str) -> Figure:
         words, place = f"{text} {count / GIB:.2f}", (count / GIB, height)
         note(peak, words, place, (-4, 0), ha="right", va="bottom", bbox=ground)
     peak.set_ylim(-0.4, 1.1)
-    peak.set_xlim(0, attribution.device_bytes / GIB * 1.005)
+    peak.set_xlim(0, scale / GIB * 1.01)
     peak.set_yticks([])
     peak.set_xlabel("GiB at the peak")
     style.plain(peak)
     draw_timeline(time, style, attribution.timeline)
-    group_legend(figure, style, [group for group, _ in group_bytes(attribution.kinds)])
+    group_legend(figure, style, [group for group, _ in group_bytes(attribution.kinds)], card)
     return figure
+
+
+def _usable(found: Sequence[Attribution]) -> list[int]:
+    """What a job can use on each of their cards, where that is known."""
+    sizes = (usable_bytes(attribution.device) for attribution in found)
+    return sorted({size for size in sizes if size is not None})
+
+
+def _card_lines(axes: Axes, style: Style, usable: Sequence[int]) -> list[Artist]:
+    """A line where a card ends for a job, through all bars; with its handle for the legend."""
+    if not usable:
+        return []
+    look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4}
+    for size in usable:
+        axes.axvline(size / GIB, color=style.theme["limit"], zorder=3, **look)
+    sizes = ", ".join(f"{size / GIB:.2f}" for size in usable)
+    return [style.stroke(f"usable on the card: {sizes}", color="limit", **look)]
 
 
 def peaks(style: Style, found: Sequence[tuple[str, Attribution]]) -> Figure:
@@ -253,15 +308,17 @@ def peaks(style: Style, found: Sequence[tuple[str, Attribution]]) -> Figure:
     figure = style.figure(style.row_height * 1.3 * len(found) + (2.6 if style.narrow else 1.7))
     axes = figure.subplots()
     places, height = style.name_rows(axes, [name for name, _ in found])
-    largest = max(attribution.device_bytes for _, attribution in found)
+    usable = _usable([attribution for _, attribution in found])
+    largest = max(*(attribution.device_bytes for _, attribution in found), *usable)
     for place, (_, attribution) in zip(places, found, strict=True):
         end = _bar(axes, style, attribution, place, height, largest)
-        style.words(axes, f"{end:.2f}", end, place, fontweight="bold")
+        style.words(axes, f"{end:.2f}", end, place, fontweight="bold", zorder=4)
+    card = _card_lines(axes, style, usable)
     axes.set_xlim(0, largest / GIB * (1.2 if style.narrow else 1.1))
     axes.set_xlabel("GiB on the card at the peak")
     style.plain(axes, grid="x")
     present = {group for _, attribution in found for group, _ in group_bytes(attribution.kinds)}
-    group_legend(figure, style, [group for group in GROUPS if group in present])
+    group_legend(figure, style, [group for group in GROUPS if group in present], card)
     return figure
 
 
@@ -288,7 +345,7 @@ def _bar(axes: Axes, style: Style, attribution: Attribution, place: float, heigh
     for group, count in group_bytes(attribution.kinds):
         width = count / GIB
         axes.barh(place, width, left=left, height=height, **group_fill(style, group))
-        if count > (0.12 if style.narrow else 0.055) * scale:
+        if count > (0.12 if style.narrow else 0.045) * scale:
             ink = style.theme[f"on-{group.role}"]
             axes.text(left + width / 2, place, f"{width:.2f}", ha="center", va="center", color=ink, fontsize=SMALL)
         left += width

@@ -11,6 +11,7 @@ from qlora_lowmem.files import Count
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style
+from qlora_lowmem.results.subject import subject
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, markdown_of, page_table, write_rows
 from qlora_lowmem.units import GIB
 
@@ -75,15 +76,17 @@ def _read(content: Mapping[str, Any]) -> tuple[Pair, ...]:
     return pairs
 
 
-def _section(_provenance: Provenance, pairs: tuple[Pair, ...]) -> Section:
+def _section(provenance: Provenance, pairs: tuple[Pair, ...]) -> Section:
     tokens = attrgetter("tokens")
     in_order = sorted(pairs, key=tokens)
     lengths = [list(found) for _, found in groupby(in_order, key=tokens)]
     longest = lengths[-1]
+    said = [f"{found[0].tokens:,}" for found in lengths]
     ranges = [f"{_shares(found)} at {found[0].tokens:,} tokens" for found in lengths]
     chart = Chart(
         "families",
         "Peaks of lean and of the optimised recipe",
+        subject(f"{len({pair.model for pair in pairs})} models", f"{' and '.join(said)} tokens", on=_where(provenance)),
         f"Of what the optimised recipe's peak has above the floor, lean saves {', '.join(ranges)}.",
         lambda style: families(style, lengths),
         (page_table("Allocated peaks in GiB by length and model", _COLUMNS, in_order),),
@@ -97,6 +100,10 @@ def _section(_provenance: Provenance, pairs: tuple[Pair, ...]) -> Section:
         charts=(chart,),
         highlights=((_shares(longest), text),),
     )
+
+
+def _where(provenance: Provenance) -> str:
+    return f"a card of the kind of {provenance.where} with room for all"
 
 
 def _shares(pairs: Sequence[Pair]) -> str:

@@ -13,7 +13,17 @@ from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own
 from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.style import SERIES, Axes, Figure, Style, doubling, legend_label
-from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_of, page_table, write_rows
+from qlora_lowmem.results.subject import subject
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    SHORTENED_TEXT,
+    Cell,
+    Column,
+    gib,
+    markdown_of,
+    page_table,
+    write_rows,
+)
 from qlora_lowmem.units import GIB
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))
@@ -61,15 +71,16 @@ def lengths_table(rows: Sequence[Length]) -> str:
 
 
 def write_lengths(
-    folder: Path, rows: Sequence[Length], card: virtual_gpu.Card, seconds: float, record: dict[str, Any]
+    folder: Path, model: str, rows: Sequence[Length], card: virtual_gpu.Card, seconds: float, record: dict[str, Any]
 ) -> None:
     """Write `lengths` as JSON, Markdown and CSV; `seconds` is what all runs took."""
     text = (
-        f"{len(rows)} runs in {seconds:.1f} s, imports included. The card has {gib(card.usable_bytes)} GiB usable, the "
-        f"CUDA context in it; what needs more ran on a card of the same kind with room for it. {FLOOR_TEXT}"
+        f"{model}, {len(rows)} runs in {seconds:.1f} s, imports included. The card has {gib(card.usable_bytes)} GiB "
+        "usable, the CUDA context in it; what needs more ran on a card of the same kind with room for it. "
+        f"{SHORTENED_TEXT} {FLOOR_TEXT}"
     )
     title, parts = f"Memory against sequence length on {card.name}", (text, lengths_table(rows))
-    head = {"device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes}
+    head = {"device": card.name, "provenance": "virtual", "model": model, "usable_bytes": card.usable_bytes}
     write_rows(folder, "lengths", rows, record, title=title, parts=parts, head=head)
 
 
@@ -77,6 +88,7 @@ def write_lengths(
 class _File(Cases[Length]):
     device: str
     usable_bytes: Count
+    model: str = ""
 
 
 def _read(content: Mapping[str, Any]) -> _File:
@@ -86,7 +98,7 @@ def _read(content: Mapping[str, Any]) -> _File:
     return file
 
 
-def _section(_provenance: Provenance, file: _File) -> Section:
+def _section(provenance: Provenance, file: _File) -> Section:
     longest = []
     for recipe, found in _by_recipe(file.cases).items():
         fitting = [row.tokens for row in found if row.fits]
@@ -94,6 +106,7 @@ def _section(_provenance: Provenance, file: _File) -> Section:
     chart = Chart(
         "lengths",
         "Memory against sequence length",
+        subject(file.model, on=provenance.where),
         f"{gib(file.usable_bytes)} GiB can be used on {file.device}. The longest of these lengths that fits: "
         f"{', '.join(longest)}.",
         lambda style: lengths(style, file.cases, file.usable_bytes),
@@ -103,8 +116,9 @@ def _section(_provenance: Provenance, file: _File) -> Section:
         name="lengths",
         title="How long a sequence may be",
         text="What the card must hold at the peak, CUDA context included, for one sequence of that many tokens. The "
-        f"dashed line is what a job can use on this card. {FLOOR_TEXT}",
+        f"dashed line is what a job can use on this card. {SHORTENED_TEXT} {FLOOR_TEXT}",
         charts=(chart,),
+        model=file.model,
     )
 
 

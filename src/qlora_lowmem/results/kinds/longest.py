@@ -1,7 +1,7 @@
 """The longest sequence that trains, recipe by recipe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,34 +55,46 @@ def _next(row: Longest, unknown: str = "not looked further") -> Cell:
     return Cell.count(row.next_tokens) if row.next_tokens else Cell(unknown)
 
 
-def write_longest(folder: Path, rows: Sequence[Longest], record: dict[str, Any], changes: Mapping[str, str]) -> None:
+def write_longest(
+    folder: Path, model: str, rows: Sequence[Longest], record: dict[str, Any], changes: Mapping[str, str]
+) -> None:
     """Write `longest` as JSON, Markdown and CSV; `changes` are fields of every recipe, from the command line."""
     changed = ", ".join(f"`{name}: {value}`" for name, value in changes.items())
     text = (
-        "Tokens of one sample, batch 1, found by running each length (two optimizer steps of one or two "
+        f"{model}, tokens of one sample, batch 1, found by running each length (two optimizer steps of one or two "
         "micro-batches). Peaks in GiB; what a job can use of the card holds the CUDA context too; host is page-locked "
-        f"memory. {FLOOR_TEXT}{f' Changed in every recipe: {changed}.' if changed else ''}"
+        f"memory. No length between the two columns was tried. {FLOOR_TEXT}"
+        f"{f' Changed in every recipe: {changed}; so these are not the recipes of that name.' if changed else ''}"
     )
-    title, table = f"The longest sequence on {record['device']}", markdown_of(_COLUMNS, rows)
-    head = {"device": record["device"], "provenance": "virtual", "changes": changes}
+    title = f"The longest sequence on {record['device']}"
+    table = markdown_of(_COLUMNS, [_as_run(row, changes) for row in rows])
+    head = {"device": record["device"], "provenance": "virtual", "model": model, "changes": changes}
     write_rows(folder, "longest", rows, record, title=title, parts=(text, table), head=head)
+
+
+def _as_run(row: Longest, changes: Mapping[str, str]) -> Longest:
+    """Under a name that says what was changed, for the recipe of that name reaches another length."""
+    changed = ", ".join(f"{name} {value}" for name, value in changes.items())
+    return replace(row, recipe=f"{row.recipe} with {changed}") if changed else row
 
 
 @dataclass(frozen=True)
 class _File(Cases[Longest]):
     changes: Mapping[str, str]
+    model: str = ""
 
 
 def _section(_provenance: Provenance, file: _File) -> Section:
-    best = max(file.cases, key=lambda row: row.tokens)
-    changes = ", ".join(f"{name} {value}" for name, value in file.changes.items())
+    rows = [_as_run(row, file.changes) for row in file.cases]
+    best = max(rows, key=lambda row: row.tokens)
     return Section(
         name="longest",
         title="The longest sequence that trains",
         text="Tokens of one sample at batch size 1, found by running each length: two optimizer steps of one or two "
-        f"micro-batches.{f' Changed in every recipe: {changes}.' if changes else ''}",
-        tables=(page_table("Tokens, and peaks at the longest", _COLUMNS, file.cases),),
+        "micro-batches. No length between the longest and the one that does not fit was tried.",
+        tables=(page_table("Tokens, and peaks at the longest", _COLUMNS, rows),),
         highlights=((f"{best.tokens:,} tokens", f"the longest sequence that trains ({best.recipe})"),),
+        model=file.model,
     )
 
 

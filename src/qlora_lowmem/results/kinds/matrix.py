@@ -1,7 +1,8 @@
 """The comparison table of a benchmark run: one row a recipe, one set of files a device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.results import kinds
 from qlora_lowmem.results.kinds import Kind, Section, each_its_own, has_rows
 from qlora_lowmem.results.reading import Cases, PhasePeak, read_as
+from qlora_lowmem.results.subject import model_names
 from qlora_lowmem.results.tables import (
     FLOOR_TEXT,
     Cell,
@@ -162,22 +164,28 @@ def _where_known(column: Column[Case]) -> Column[Case]:
 def write_matrix(folder: Path, results: Sequence[CaseResult], record: dict[str, Any], name: str = "matrix") -> str:
     """Write the table of `results` under `folder` as JSON, Markdown and CSV, with its provenance; returns it, short."""
     cases = [_case(result) for result in results]
+    model = model_names(result.recipe.base.model for result in results)
     text = (
-        "Peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the CUDA "
-        f"context. {FLOOR_TEXT} A recipe that does not fit is run again where it has room, on a virtual card of the "
-        "same kind with room for it or on the real one without a cap: its figures are what it would need."
+        f"{model}, peaks in GiB: allocated (by phase, then overall), reserved, and what the card must hold with the "
+        f"CUDA context. {FLOOR_TEXT} A recipe that does not fit is run again where it has room, on a virtual card of "
+        "the same kind with room for it or on the real one without a cap: its figures are what it would need."
     )
     columns = [*_COLUMNS[:2], *map(_where_known, _COLUMNS[2:-1]), _COLUMNS[-1]]
     markdown = markdown_page(record["device"], (text, markdown_of(columns, cases, text_columns=2)), record)
     rows = [{k: v for k, v in plain_row(case).items() if k not in ("phases", "failure")} for case in cases]
     whole = [row | {"phases": [asdict(each) for each in case.phases]} for row, case in zip(rows, cases, strict=True)]
-    content = {"environment": record, "device": record["device"], "provenance": record["provenance"], "cases": whole}
+    head = {"device": record["device"], "provenance": record["provenance"], "model": model}
+    content = {"environment": record, **head, "cases": whole}
     write_result(folder, name, content, markdown, rows)
     return readme_table(cases)
 
 
-def _read(content: Mapping[str, Any]) -> tuple[Case, ...]:
-    return read_as(Cases[Case], content).cases
+@dataclass(frozen=True)
+class _File(Cases[Case]):
+    model: str = ""
+
+
+_read = partial(read_as, _File)
 
 
 # What is asked for first stands first: a narrow screen shows few columns at a time.
@@ -193,7 +201,8 @@ def _chosen(headings: Sequence[str]) -> list[Column[Case]]:
     return [by_heading[heading] for heading in headings]
 
 
-def _section(provenance: kinds.Provenance, cases: tuple[Case, ...]) -> Section:
+def _section(provenance: kinds.Provenance, file: _File) -> Section:
+    cases = file.cases
     fitting = sum(case.fits for case in cases)
     one_card = len({case.device for case in cases}) == 1
     columns = _chosen([heading for heading in _PAGE if not (one_card and heading == "card")])
@@ -205,6 +214,7 @@ def _section(provenance: kinds.Provenance, cases: tuple[Case, ...]) -> Section:
         "would need.",
         tables=(page_table("Peaks in GiB by recipe", columns, cases),),
         highlights=((f"{fitting} of {len(cases)}", f"recipes fit on {provenance.device}"),),
+        model=file.model,
     )
 
 
@@ -221,10 +231,10 @@ def readme_table(cases: Sequence[Case]) -> str:
 
 def readme_block(content: dict[str, Any]) -> str:
     """Table and provenance of a `matrix.json`, as in the README. Raises ValueError: what is wrong with it."""
-    record = content["environment"]
+    record, file = content["environment"], _read(content)
     return (
-        f"Granite-4.0-H-1B on `{record['device']}`, peaks in GiB. {FLOOR_TEXT}\n\n"
-        f"{readme_table(_read(content))}\n\n"
+        f"{file.model} on `{record['device']}`, peaks in GiB. {FLOOR_TEXT}\n\n"
+        f"{readme_table(file.cases)}\n\n"
         f"{provenance_lines(record)} A recipe that does not fit ran on a card of the same kind with room for it; its "
         "row says what it would need. All tables: [`results/`](results/).\n"
     )

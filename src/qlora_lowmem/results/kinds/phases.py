@@ -10,6 +10,7 @@ from qlora_lowmem.memory.profile import PHASES, Peak
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.reading import Cases, one_of, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, legend_label, note
+from qlora_lowmem.results.subject import subject
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, Table, gib, markdown_of, page_table, write_rows
 from qlora_lowmem.units import GIB
 
@@ -88,6 +89,11 @@ def phase_bytes(
 
 Lives = Mapping[str, Sequence[PhaseBytes]]  # the phases of each recipe, in the order of PHASES
 
+# Why the same recipe has other figures in the matrix.
+CHECKPOINT_TEXT = (
+    "Weights that were read from a checkpoint lie in other blocks of the allocator than random ones made in place: it "
+    "rounds up some MiB less, so the peak of a step is that much lower than in the matrix."
+)
 _EDGED: dict[str, Any] = {"edgecolor": "edge", "linewidth": 0.6}
 _STRIPED: dict[str, Any] = {"facecolor": "bad", "edgecolor": "paper", "linewidth": 0, "hatch": "///"}
 _Row = tuple[str, PhaseBytes]  # a recipe and one of its phases
@@ -133,7 +139,7 @@ class _Case:
     out_of_memory: str | None
 
 
-def phases_content(lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
+def phases_content(model: str, lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
     """What `phases.json` and `qlora_lowmem.phases --json` hold; `record` is the figures' provenance."""
     cases = [
         _Case(
@@ -149,28 +155,35 @@ def phases_content(lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
         )
         for recipe, each in _rows(lives)
     ]
-    return {"environment": record, "cases": [asdict(case) for case in cases]}
+    return {"environment": record, "model": model, "cases": [asdict(case) for case in cases]}
 
 
-def write_phases(folder: Path, lives: Lives, record: dict[str, Any], about: str) -> None:
+def write_phases(folder: Path, model: str, lives: Lives, record: dict[str, Any], about: str) -> None:
     """Write `phases` as JSON, Markdown and CSV; `about` says what ran."""
     rows = _rows(lives)
     ran_out = "\n".join(f"- {name}, {each.phase}: {each.out_of_memory}" for name, each in rows if each.out_of_memory)
     parts = [
-        f"{about} Reserved does not fall within a process: the allocator keeps what it has.",
+        f"{about} Reserved does not fall within a process: the allocator keeps what it has. {CHECKPOINT_TEXT}",
         markdown_of(_COLUMNS, rows, text_columns=2),
         f"The highest phase of each beside the floor of its training steps. {FLOOR_TEXT}",
         markdown_of(_FLOOR_COLUMNS, _highest(lives), text_columns=2),
         *(("Out of memory, with the highest readings until there:", ran_out) if ran_out else ()),
     ]
     title = f"Every phase of a run on {record['device']}, in GiB"
-    write_rows(folder, "phases", phases_content(lives, record)["cases"], record, title=title, parts=parts)
+    content = phases_content(model, lives, record)
+    write_rows(folder, "phases", content["cases"], record, title=title, parts=parts, head={"model": model})
 
 
-def _read(content: Mapping[str, Any]) -> Lives:
-    """The cases of a `phases.json`; a phase is there once a recipe, and a recipe has one floor."""
+@dataclass(frozen=True)
+class _File(Cases[_Case]):
+    model: str = ""
+
+
+def _read(content: Mapping[str, Any]) -> tuple[str, Lives]:
+    """The model, and the cases of a `phases.json`; a phase is there once a recipe, and a recipe has one floor."""
+    file = read_as(_File, content)
     lives: dict[str, dict[str, PhaseBytes]] = {}
-    for case in read_as(Cases[_Case], content).cases:
+    for case in file.cases:
         life = lives.setdefault(case.recipe, {})
         if case.phase in life:
             raise ValueError(f"phase: {case.recipe!r} has {case.phase!r} twice")
@@ -182,10 +195,11 @@ def _read(content: Mapping[str, Any]) -> Lives:
         budgets, ran_out = (case.device_budget_bytes, case.allocated_budget_bytes), case.out_of_memory
         said = "" if ran_out is None else ran_out or "out of memory"
         life[case.phase] = PhaseBytes(case.phase, peak, *budgets, case.floor_bytes, said)
-    return {recipe: tuple(life[name] for name in PHASES if name in life) for recipe, life in lives.items()}
+    return file.model, {r: tuple(life[name] for name in PHASES if name in life) for r, life in lives.items()}
 
 
-def _section(_provenance: Provenance, lives: Lives) -> Section:
+def _section(provenance: Provenance, read: tuple[str, Lives]) -> Section:
+    model, lives = read
     every = [each for _, each in _rows(lives)]
     within = sum(not each.fails for each in every)
     budgets = (
@@ -198,9 +212,10 @@ def _section(_provenance: Provenance, lives: Lives) -> Section:
         title="The whole life of a run",
         text=f"A card that trains must also load, evaluate, save and merge. {budgets} the figure behind a bar. "
         "Resuming and merging are processes of their own. Within a process reserved does not fall: the allocator keeps "
-        f"what it has. {FLOOR_TEXT}",
-        charts=(chart_of("phases", lives, whole=True),),
+        f"what it has. {CHECKPOINT_TEXT} {FLOOR_TEXT}",
+        charts=(chart_of("phases", subject(model, on=provenance.where), lives, whole=True),),
         tables=tables_of(lives),
+        model=model,
         highlights=((f"{within} of {len(every)}", "phases of a run stay within their budgets"),),
     )
 
@@ -210,10 +225,11 @@ KIND = Kind(
 )
 
 
-def chart_of(name: str, lives: Lives, *, whole: bool) -> Chart:
+def chart_of(name: str, of: str, lives: Lives, *, whole: bool) -> Chart:
     """The chart of those phases with a table a recipe; `whole`: name the phases of a whole life that have none."""
     tables = tuple(_table(recipe, life) for recipe, life in lives.items())
-    return Chart(name, "Peak of each phase", _summary(lives, whole=whole), lambda style: phases(style, lives), tables)
+    summary = _summary(lives, whole=whole)
+    return Chart(name, "Peak of each phase", of, summary, lambda style: phases(style, lives), tables)
 
 
 def tables_of(lives: Lives) -> tuple[Table, ...]:

@@ -168,7 +168,8 @@ def _section(provenance: Provenance, data: _File) -> Section:
         f"{worst.reading}, {worst.error:+.2%}."
     )
     table = page_table("Peaks in GiB, predicted and measured", _COLUMNS, data.figures)
-    chart = Chart("prediction", "Predicted against measured", summary, lambda style: prediction(style, whole), (table,))
+    title, where = "Predicted against measured", provenance.where
+    chart = Chart("prediction", title, where, summary, lambda style: prediction(style, whole), (table,))
     left_out = list(data.not_compared.items())
     return Section(
         name="prediction",

@@ -9,6 +9,7 @@ from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_it
 from qlora_lowmem.results.kinds.prediction import equals, percent_axis, two_panels
 from qlora_lowmem.results.reading import Rows, one_of, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, short
+from qlora_lowmem.results.subject import subject
 from qlora_lowmem.results.tables import Cell, Column, Table, gib, page_table
 from qlora_lowmem.units import GIB
 
@@ -87,6 +88,7 @@ def _section(_provenance: Provenance, rows: tuple[Published, ...]) -> Section:
     chart = Chart(
         "published",
         "Predicted against measured by others",
+        subject("the model and length of each run", on=f"{len({row.virtual_card for row in rows})} cards"),
         _summary(rows),
         lambda style: published(style, points),
         tuple(_table(group, [row for row in rows if row.source == group]) for group in groups),

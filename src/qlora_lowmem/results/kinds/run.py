@@ -9,6 +9,7 @@ from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds import Kind, Section, together
 from qlora_lowmem.results.kinds.phases import PhaseBytes, chart_of, phase_bytes, tables_of
 from qlora_lowmem.results.reading import PhasePeak, Rows, read_as
+from qlora_lowmem.results.subject import Said, model_names, subject
 from qlora_lowmem.results.tables import FLOOR_TEXT, usable_bytes
 
 
@@ -21,15 +22,24 @@ class _Failure:
 @dataclass(frozen=True)
 class _File:
     device: str
-    recipe: Mapping[str, Any]
+    recipe: Said
     phases: Rows[PhasePeak]
     total_bytes: Count
     floor_bytes: Count | None = None
     failure: _Failure | None = None
 
 
-def _read(content: Mapping[str, Any]) -> tuple[str, tuple[PhaseBytes, ...]]:
-    """The recipe's name, empty where it has none, and the phases; where memory ran out too, if it did."""
+@dataclass(frozen=True)
+class _Told:
+    """Phases, and what their run is of; where memory ran out too, if it did."""
+
+    recipe: Said
+    device: str
+    phases: tuple[PhaseBytes, ...]
+
+
+def _read(content: Mapping[str, Any]) -> tuple[str, _Told]:
+    """With the recipe's name, empty where it has none."""
     file = read_as(_File, content)
     budget = usable_bytes(file.device) or file.total_bytes
     if not budget:
@@ -39,19 +49,21 @@ def _read(content: Mapping[str, Any]) -> tuple[str, tuple[PhaseBytes, ...]]:
         raise ValueError("floor_bytes is missing")
     peaks = {each.name: Peak(each.allocated, each.reserved, each.device) for each in file.phases}
     floor = 0 if ran_out else file.floor_bytes or 0
-    name = file.recipe.get("name")
-    return name if isinstance(name, str) else "", phase_bytes(peaks, budget, out_of_memory=ran_out, floor=floor)
+    phases = phase_bytes(peaks, budget, out_of_memory=ran_out, floor=floor)
+    return file.recipe.name or "", _Told(file.recipe, file.device, phases)
 
 
-def _section(runs: Sequence[tuple[str, tuple[PhaseBytes, ...]]]) -> Section:
-    lives = dict(runs)
+def _section(runs: Sequence[tuple[str, _Told]]) -> Section:
+    lives = {name: told.phases for name, told in runs}
+    of = dict.fromkeys(subject(told.recipe.model, told.recipe.length, on=told.device) for _, told in runs)
     return Section(
         name="runs",
         title="Training runs by phase",
         text="What the card held in each phase of a training run. The dashed line is what a job can use on the card; "
         f"of a card that this project has no figures of, all that it has. {FLOOR_TEXT}",
-        charts=(chart_of("runs", lives, whole=False),),
+        charts=(chart_of("runs", "; ".join(of), lives, whole=False),),
         tables=tables_of(lives),
+        model=model_names(told.recipe.model for _, told in runs),
     )
 
 

@@ -189,14 +189,15 @@ def _read(content: Mapping[str, Any]) -> tuple[Row, ...]:
         raise ValueError(f"{place.rstrip('`')}: {why}") from None
 
 
-def _section(_provenance: Provenance, rows: tuple[Row, ...]) -> Section:
+def _section(provenance: Provenance, rows: tuple[Row, ...]) -> Section:
     failing = [row for row in rows if row.fails]
     summary = f"All {len(rows)} cases hold."
     if failing:
         summary = f"{len(failing)} of {len(rows)} cases fail: {', '.join(row.case for row in failing)}."
     held = [row for row in rows if row.record]
     table = page_table("Peaks in MiB, and what they are held against", _COLUMNS, rows)
-    chart = Chart("verdicts", "What each case used", summary, lambda style: verdicts(style, held), (table,))
+    title, where = "What each case used", provenance.where
+    chart = Chart("verdicts", title, where, summary, lambda style: verdicts(style, held), (table,))
     told = [row for row in rows if row.message]
     messages = page_table("What the gate says of them", (*_COLUMNS[:2], _MESSAGE), told)
     return Section(

@@ -1,6 +1,5 @@
 """From the baseline to lean, one idea a row: what is left of the peak, and what the idea took off."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,19 +9,25 @@ from typing import Any
 from qlora_lowmem.files import Count
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.reading import Cases, read_as
-from qlora_lowmem.results.style import Axes, Figure, Style, doubling, save
+from qlora_lowmem.results.style import Axes, Figure, Style, save
+from qlora_lowmem.results.subject import subject
 from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_of, page_table, usable_bytes, write_rows
 from qlora_lowmem.units import GIB
 
 
 @dataclass(frozen=True)
 class Step:
-    """One idea more than the step before, in the recipe's words, and the peaks and the floor of the recipe with it."""
+    """One idea more than the step before, in the recipe's words, and the peaks and the floor of the recipe with it.
+
+    Attributes:
+        tokens: of a sample, with this idea; 0 where the file does not say.
+    """
 
     idea: str
     peak_allocated_bytes: Count
     peak_device_bytes: Count
     floor_bytes: Count
+    tokens: Count = 0
 
 
 _Row = tuple[Step, int | None]  # with what its idea saved; None for the first
@@ -41,6 +46,7 @@ _COLUMNS: tuple[Column[_Row], ...] = (
 
 
 _TITLE = "From the baseline to lean"
+_MUCH_LONGER = 1.5
 
 
 def _rows(steps: Sequence[Step]) -> list[_Row]:
@@ -48,11 +54,11 @@ def _rows(steps: Sequence[Step]) -> list[_Row]:
     return list(zip(steps, [None, *(before - after for before, after in pairwise(peaks))], strict=True))
 
 
-def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any]) -> None:
+def write_waterfall(folder: Path, model: str, steps: Sequence[Step], record: dict[str, Any]) -> None:
     """Write `waterfall` under `folder` as JSON, Markdown, CSV, SVG and PNG."""
     rows = _rows(steps)
     text = (
-        "Granite-4.0-H-1B, peaks in GiB, one idea more a row; a negative saving is what training more layers costs. "
+        f"{model}, peaks in GiB, one idea more a row; a negative saving is what training more layers costs. "
         f"{FLOOR_TEXT}"
     )
     cases = [
@@ -62,25 +68,39 @@ def write_waterfall(folder: Path, steps: Sequence[Step], record: dict[str, Any])
             "saves_bytes": saved or 0,
             "peak_device_bytes": step.peak_device_bytes,
             "floor_bytes": step.floor_bytes,
+            "tokens": step.tokens,
         }
         for step, saved in rows
     ]
     parts = (text, markdown_of(_COLUMNS, rows), "![waterfall](waterfall.svg)")
-    head = {name: record[name] for name in ("device", "provenance")}
+    head = {name: record[name] for name in ("device", "provenance")} | {"model": model}
     write_rows(folder, "waterfall", cases, record, title=_TITLE, parts=parts, head=head)
     usable = usable_bytes(record["device"])
-    save(lambda style: waterfall(style, steps, usable), _TITLE, folder / "waterfall.svg", folder / "waterfall.png")
+    where = "{device} ({provenance})".format_map(record)
+    heading = f"{_TITLE}: {_subject(model, steps, on=where)}"
+    save(lambda style: waterfall(style, steps, usable), heading, folder / "waterfall.svg", folder / "waterfall.png")
 
 
-def _read(content: Mapping[str, Any]) -> tuple[Step, ...]:
-    steps = read_as(Cases[Step], content).cases
-    for number, step in enumerate(steps):
+def _subject(model: str, steps: Sequence[Step], on: str) -> str:
+    lengths = dict.fromkeys(f"{step.tokens:,}" for step in steps if step.tokens)
+    return subject(model, f"{' then '.join(lengths)} tokens" if lengths else "", on=on)
+
+
+@dataclass(frozen=True)
+class _File(Cases[Step]):
+    model: str = ""
+
+
+def _read(content: Mapping[str, Any]) -> _File:
+    file = read_as(_File, content)
+    for number, step in enumerate(file.cases):
         if not (step.peak_allocated_bytes and step.peak_device_bytes and step.floor_bytes):
             raise ValueError(f"cases[{number}] has a peak or a floor of 0 bytes")
-    return steps
+    return file
 
 
-def _section(provenance: Provenance, steps: tuple[Step, ...]) -> Section:
+def _section(provenance: Provenance, file: _File) -> Section:
+    steps = file.cases
     usable = usable_bytes(provenance.device)
     first, last = steps[0], steps[-1]
     times = first.peak_allocated_bytes / last.peak_allocated_bytes
@@ -97,6 +117,7 @@ def _section(provenance: Provenance, steps: tuple[Step, ...]) -> Section:
     chart = Chart(
         "waterfall",
         "Peak after each idea",
+        _subject(file.model, steps, on=provenance.where),
         summary,
         lambda style: waterfall(style, steps, usable),
         (page_table("Peaks in GiB after each idea", _COLUMNS, _rows(steps)),),
@@ -109,6 +130,7 @@ def _section(provenance: Provenance, steps: tuple[Step, ...]) -> Section:
         f"saved. {FLOOR_TEXT} The ring is what the card holds, with the allocator's slack and the CUDA context.",
         charts=(chart,),
         highlights=((f"{peaks} GiB", f"allocated peak, from “{first.idea}” to “{last.idea}”"),),
+        model=file.model,
     )
 
 
@@ -116,15 +138,32 @@ KIND = Kind("a waterfall (pytest bench/test_lean.py)", has_rows("cases", "idea")
 
 
 def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> Figure:
-    """A bar a step on a logarithmic scale, and what a job can count on on the card, where that is known."""
-    figure = style.figure(style.row_height * len(steps) + (1.75 if style.narrow else 1.2))
-    axes = figure.subplots()
-    places, height = style.name_rows(axes, [step.idea for step in steps])
-    start = _scale(axes, style, steps)
+    """A bar a step, and what a job can count on on the card, where that is known.
+
+    Bars begin at 0 and their lengths are true. Where the longest is much longer than the card, the same bars stand
+    beside them once more, on a scale that ends at the card.
+    """
+    figure = style.figure(style.row_height * len(steps) + (1.25 if style.narrow else 1.2))
+    largest = max(max(step.peak_allocated_bytes, step.peak_device_bytes) for step in steps) / GIB
+    usable = usable_bytes / GIB if usable_bytes is not None else None
+    ends = [largest] if usable is None or largest < _MUCH_LONGER * usable else [largest, usable]
+    panels = figure.subplots(1, len(ends), sharey=True, squeeze=False, width_ratios=(1, 1.8)[-len(ends) :])[0]
+    places, height = style.name_rows(panels[0], [step.idea for step in steps])
+    panels[0].set_zorder(1)  # a name above a bar may be longer than its panel
+    for axes, end in zip(panels, ends, strict=True):
+        axes.set_xlim(0, end * 1.06)
+        if usable is not None:
+            axes.axvline(usable, color=style.theme["limit"], linewidth=1.2, linestyle="--", zorder=0.9)
+        for place, row in zip(places, _rows(steps), strict=True):
+            _draw(axes, style, place, height, row)
+        axes.locator_params(axis="x", nbins=3 if axes is not panels[-1] or style.narrow else 6)
+        style.plain(axes, grid="x")
     for place, row in zip(places, _rows(steps), strict=True):
-        _draw(axes, style, place, height, row, start)
-    axes.set_xlabel("peak, GiB, logarithmic scale")
-    style.plain(axes, grid="x")
+        _words(panels[-1], style, place, row)
+    panels[0].set_xlabel("peak, GiB")
+    if len(ends) > 1:
+        panels[1].set_xlabel("the same, cut at the card")
+        panels[1].tick_params(axis="y", left=False, labelleft=False)
     ring = {"linestyle": "none", "marker": "o", "markerfacecolor": "paper", "markeredgecolor": "ink"}
     handles = [
         style.patch("allocated", color="bar"),
@@ -133,33 +172,29 @@ def waterfall(style: Style, steps: Sequence[Step], usable_bytes: int | None) -> 
         style.stroke("floor", color="floor", linewidth=2.5),
         style.stroke("on the card, with context", **ring),
     ]
-    if usable_bytes is not None:
-        axes.axvline(usable_bytes / GIB, color=style.theme["limit"], linewidth=1.2, linestyle="--", zorder=0.9)
-        text = f"usable on the card: {usable_bytes / GIB:.2f}"
-        handles.append(style.stroke(text, color="limit", linestyle="--", linewidth=1.2))
+    if usable is not None:
+        handles.append(style.stroke(f"usable on the card: {usable:.2f}", color="limit", linestyle="--", linewidth=1.2))
     style.legend(figure, handles, 2 if style.narrow else 3, columnspacing=1.0)
     return figure
 
 
-def _draw(axes: Axes, style: Style, place: float, height: float, row: _Row, start: float) -> None:
+def _draw(axes: Axes, style: Style, place: float, height: float, row: _Row) -> None:
     step, saved = row
     peak, previous = step.peak_allocated_bytes / GIB, (step.peak_allocated_bytes + (saved or 0)) / GIB
     low, high = sorted((peak, previous))
-    for left, right, role in ((start, low, "bar"), (low, high, "saved" if previous > peak else "bad")):
+    for left, right, role in ((0.0, low, "bar"), (low, high, "saved" if previous > peak else "bad")):
         axes.barh(place, right - left, left=left, height=height, color=style.theme[role], linewidth=0)
     style.tick(axes, step.floor_bytes / GIB, place, height / 2 + 0.04, "floor")
     ring = style.mark("o", "ink", "paper", 1.0)
     axes.plot(step.peak_device_bytes / GIB, place, markersize=5.5, linestyle="none", **ring)
+
+
+def _words(axes: Axes, style: Style, place: float, row: _Row) -> None:
+    """The peak and what the idea changed, right of all bars; beside the name where that has no room."""
+    step, saved = row
     change = "" if saved is None else f" ({'−' if saved > 0 else '+'}{abs(saved) / GIB:.3f})"
-    style.row_words(axes, f"{peak:.3f}{change}", max(high, step.peak_device_bytes / GIB), place, 7)
-
-
-def _scale(axes: Axes, style: Style, steps: Sequence[Step]) -> float:
-    """Ticks at powers of two, from one that leaves something of the shortest bar. Returns it, in GiB."""
-    smallest = min(min(step.floor_bytes, step.peak_allocated_bytes) for step in steps)
-    largest = max(max(step.peak_allocated_bytes, step.peak_device_bytes) for step in steps)
-    low, high = math.floor(math.log2(smallest / GIB) - 0.2), math.ceil(math.log2(largest / GIB))
-    doubling(axes, "x", low, high, max(1, (high - low) // 8))
-    # Room for the figures behind the longest bar: a part of the scale's length.
-    axes.set_xlim(2.0**low, 2.0 ** (high + (high - low) * (0.04 if style.narrow else 0.13)))
-    return float(2.0**low)
+    words = f"{step.peak_allocated_bytes / GIB:.3f}{change}"
+    if style.narrow:
+        style.row_words(axes, words, 1, place)
+    else:
+        style.words(axes, words, 1, place, xycoords=("axes fraction", "data"))
