@@ -133,6 +133,8 @@ def test_fresh_folder_with_pip_install(tmp_path: Path) -> None:
     assert "since it last passed (656.6 MiB allocated)" in failure
     assert re.search(r"\+128\.\d MiB +layers\.4 +new", failure), failure
     assert re.search(r"optimizer state .* test_model\.py:\d+ test_step", failure), failure
+    assert re.search(r"weights and buffers +layers\.\d", failure), failure
+    assert "base weights" not in failure  # whose they are, nobody said
     assert len(failure[failure.index("GPU memory over") : failure.index("kept:")].splitlines()) < 25
 
 

@@ -22,7 +22,7 @@ from qlora_lowmem.results.kinds.attribution import markdown, owners_table, write
 MIB = 2**20
 SCOPES = (
     Scope("forward", "model.layers.0.mamba", "mamba"),
-    Scope("recompute", "model.layers.1.self_attn", "attention"),
+    Scope("recompute", "model.layers.1.self_attn", "attention", "", "Attention"),
     Scope("backward", "model.layers.1.shared_mlp", "mlp", "MulBackward0"),
     Scope("backward", "lm_head", "loss", "MmBackward0"),
     Scope("optimizer"),
@@ -99,8 +99,8 @@ def test_the_moment_is_where_the_youngest_blocks_code_ran() -> None:
     by_code, _ = attributed([], [(MIB, 1, scan)])
     by_hooks, _ = attributed([], [(MIB, 1, [])])
 
-    assert by_code.moment == "backward of model.layers.1"
-    assert by_hooks.moment == "recompute of model.layers.1.self_attn"
+    assert by_code.moment == "backward of model.layers.1"  # of which the scope does not know the class
+    assert by_hooks.moment == "recompute of model.layers.1.self_attn (Attention)"
 
 
 def test_bytes_that_the_history_missed_are_unexplained() -> None:
@@ -136,7 +136,7 @@ def test_an_owner_decides() -> None:
 
 def test_a_program_and_a_recipe_are_two_namers_of_the_same_blocks() -> None:
     """What is alike comes out alike; what differs is who says it."""
-    allocator, scopes = Allocator(), {0: Scope("outside"), 1: Scope("forward", "layers.0.mlp", "mlp")}
+    allocator, scopes = Allocator(), {0: Scope("outside"), 1: Scope("forward", "layers.0.mlp", "mlp", "", "Mlp")}
     start = allocator.snapshot()
     mine = [{"filename": "/home/me/project/test_it.py", "line": 3, "name": "test_it"}]
     allocator.alloc(2 * MIB, "0", mine)
@@ -150,7 +150,7 @@ def test_a_program_and_a_recipe_are_two_namers_of_the_same_blocks() -> None:
     assert recipe.kinds == {"dequantised": 4 * MIB, "unexplained": 2 * MIB}
     assert program.kinds == {"activations_mlp": 4 * MIB, "input": 2 * MIB}
     assert [owner.line for owner in program.owners][1] == "test_it.py:3 test_it"
-    assert recipe.moment == program.moment == "forward of layers.0.mlp"
+    assert recipe.moment == program.moment == "forward of layers.0.mlp (Mlp)"
     assert recipe.modules == program.modules == {"": 2 * MIB, "layers.0": 4 * MIB}
 
 

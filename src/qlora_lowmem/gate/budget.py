@@ -1,7 +1,7 @@
 """A budget on a test's GPU memory, and what is said when it is exceeded."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -12,6 +12,9 @@ from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.results.kinds.verdicts import FIGURES, Budget, Record
 from qlora_lowmem.units import format_bytes, format_signed, parse_bytes
 
+if TYPE_CHECKING:
+    from qlora_lowmem.virtual_gpu import Card
+
 _LARGEST = 5
 
 
@@ -21,11 +24,8 @@ def budget_of(
     """The budget that `@pytest.mark.vram_budget(*arguments, **options)` states.
 
     Raises:
-        ValueError: no limit, one that is not a size, an unknown figure or argument.
-        virtual_gpu.UnknownCardError: an unknown card.
+        ValueError: no limit, one that is not a size, an unknown figure, card or argument.
     """
-    from qlora_lowmem import virtual_gpu
-
     unknown = options.keys() - {"limit", "of", "card"}
     if unknown or len(arguments) > 1 or (arguments and "limit" in options):
         what = f"unknown: {', '.join(sorted(unknown))}" if unknown else "the limit is given more than once"
@@ -37,12 +37,31 @@ def budget_of(
             "--vram-budget 6GB"
         )
     if not isinstance(limit, str | int):
-        raise ValueError(f"vram_budget: {limit!r} is not a size; write 6 GB, 5.5 GiB or a number of bytes")  # noqa: TRY004
+        raise ValueError(f"vram_budget: limit={limit!r} is not a size; write 6 GB, 5.5 GiB or a number of bytes")  # noqa: TRY004
+    try:
+        size = parse_bytes(limit)
+    except ValueError as error:
+        raise ValueError(f"vram_budget: limit={limit!r}: {error}") from None
     of = options.get("of", "allocated")
     if of not in FIGURES:
         raise ValueError(f"vram_budget: of={of!r} is not one of {', '.join(FIGURES)}")
-    card = virtual_gpu.get_card(options.get("card", default_card)).name
-    return Budget(parse_bytes(limit), of, card, limit.strip() if isinstance(limit, str) else "")
+    try:
+        card = card_named(options.get("card", default_card)).name
+    except ValueError as error:
+        raise ValueError(f"vram_budget: card={options.get('card', default_card)!r}: {error}") from None
+    return Budget(size, of, card, limit.strip() if isinstance(limit, str) else "")
+
+
+def card_named(name: object) -> "Card":
+    """The virtual card of that name. Raises ValueError: there is none, or it is no text."""
+    from qlora_lowmem import virtual_gpu
+
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is not a card's name; write one of virtual_gpu --list-cards, as in t4-16gb")  # noqa: TRY004
+    try:
+        return virtual_gpu.get_card(name)
+    except virtual_gpu.VirtualGPUError as error:
+        raise ValueError(str(error)) from None
 
 
 def over_budget(

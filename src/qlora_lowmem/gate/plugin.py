@@ -185,7 +185,7 @@ def _card(name: str) -> None:
 
     try:
         virtual_gpu.get_card(name)
-    except virtual_gpu.UnknownCardError as error:
+    except virtual_gpu.VirtualGPUError as error:
         raise ValueError(error) from None
 
 

@@ -61,7 +61,7 @@ class GateSession:
             if marker is not None:
                 try:
                     item.stash[_BUDGET] = budget_of(marker.args, dict(marker.kwargs), limit, self._card)
-                except (ValueError, virtual_gpu.UnknownCardError) as error:
+                except ValueError as error:
                     wrong.append(f"{item.nodeid}: {error}")
             if item.get_closest_marker("flaky") or getattr(self._config.option, "reruns", None):
                 wrong.append(

@@ -76,7 +76,7 @@ class Attribution:
     Attributes:
         device, provenance: as in `MemoryProfile`.
         phase: the phase whose peak it is.
-        moment: where the step was then, `recompute of model.layers.39.mamba`.
+        moment: where the step was then, with the module's class: `recompute of model.layers.39.mamba (Mamba2)`.
         kinds: bytes by key of `kinds.KINDS`, zeros left out, in that order. They sum to `device_bytes`, and without
             the kinds `slack` and `outside` to `allocated_bytes`, exactly.
         allocated_bytes, reserved_bytes, device_bytes: the phase's peaks, as in `Peak`.
@@ -218,8 +218,10 @@ def _moment(alive: Sequence[_Known], namer: Namer) -> str:
     for each in reversed(alive):
         if each.scope is not None:
             phase = "backward" if each.kind.startswith("backward_") else each.scope.phase
-            module, node = _module(each.kind, each.scope), each.scope.node
-            where = f"{f' of {module}' if module else ''}{f' ({node})' if node else ''}"
+            module = _module(each.kind, each.scope)
+            its_class = each.scope.module_class if module == each.scope.module else ""
+            known = ", ".join(part for part in (its_class, each.scope.node) if part)
+            where = f"{f' of {module}' if module else ''}{f' ({known})' if known else ''}"
             return f"{'the test' if phase == 'outside' else phase}{where}"
     return namer.start
 

@@ -27,6 +27,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "weights_4bit": "base weights, 4-bit",
         "quantisation": "quantisation constants",
         "weights_other": "embeddings, norms and other base weights",
+        "weights": "weights and buffers",
         "adapters": "adapters",
         "gradients": "gradients",
         "optimizer": "optimizer state",
@@ -72,6 +73,7 @@ class RecipeNamer:
     """Knows the libraries of a recipe's job, its trainer and `lean`."""
 
     start = "at the start of the step"  # the moment of a peak that came before anything was followed
+    weights = "weights_other"  # the kind of what is neither quantised nor an adapter's
 
     def owner_name(self, name: str, part: str) -> str:
         """Of a tensor that belongs to the parameter or buffer `name` as `part` (`.grad`), or is it (no part)."""
@@ -121,6 +123,7 @@ class ProgramNamer:
     """
 
     start = "at the start"
+    weights = "weights"  # of anyone's program nobody knows which are a base model's
 
     def __init__(self, root: str = "") -> None:
         self._root = root

@@ -50,10 +50,10 @@ class Owners:
                 for part, tensor in quantisation_tensors(state):
                     yield from self._of(tensor, "quantisation", name, f".quant_state.{part}")
             else:
-                kind = "adapters" if self.namer.is_adapter(name, parameter) else "weights_other"
+                kind = "adapters" if self.namer.is_adapter(name, parameter) else self.namer.weights
                 yield from self._of(parameter, kind, name)
         for own, buffer in model.named_buffers():
-            yield from self._of(buffer, "weights_other", prefix + own)
+            yield from self._of(buffer, self.namer.weights, prefix + own)
 
     def gradients(self, model: nn.Module, prefix: str = "") -> Found:
         """Every gradient that parameters hold now."""

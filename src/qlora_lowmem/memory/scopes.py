@@ -43,12 +43,14 @@ class Scope:
             relative to the outermost module, which has no name itself.
         module_type: what kind of work it is.
         node: the autograd node that runs (`MulBackward0`); empty in forward.
+        module_class: the name of the module's class; empty where there is no module.
     """
 
     phase: Phase
     module: str = ""
     module_type: ModuleType = "other"
     node: str = ""
+    module_class: str = ""
 
 
 BETWEEN = Scope("between")
@@ -107,7 +109,7 @@ class Scopes:
             if scope is None:
                 made_in = self._marks[at][1] if at >= 0 else self._idle
                 kind: ModuleType = "loss" if made_in.phase == "outside" else made_in.module_type
-                scope = Scope("backward", made_in.module, kind, name.rpartition("::")[2])
+                scope = Scope("backward", made_in.module, kind, name.rpartition("::")[2], made_in.module_class)
                 scopes[at, name] = scope
             node.register_prehook(partial(self._enter_node, scope))
             waiting.extend(parent for parent, _ in node.next_functions if parent is not None)
@@ -131,8 +133,8 @@ class ModelScopes(Scopes):
         self._model = model
         self._on_checkpoint = on_checkpoint
         self._scopes: dict[str, tuple[Scope, Scope]] = {}  # of a module's forward, and of its recomputation
-        for name, _ in model.named_modules():
-            where = plain_name(name), module_type(model, name)
+        for name, module in model.named_modules():
+            where = plain_name(name), module_type(model, name), "", type(module).__name__
             self._scopes[name] = Scope("forward", *where), Scope("recompute", *where)
 
     def attach(self) -> None:
@@ -182,7 +184,7 @@ class ProgramScopes(Scopes):
         self._on_step = on_step
         self._roots: list[tuple[weakref.ref[nn.Module], str]] = []
         self._names: dict[int, str] = {}  # id of a module to its name; rebuilt with each outermost forward
-        self._types: dict[str, ModuleType] = {}
+        self._types: dict[str, tuple[ModuleType, str]] = {}  # with the name of its class
         self._running: list[str] = []
         self._recomputing: list[str] = []
 
@@ -233,11 +235,11 @@ class ProgramScopes(Scopes):
 
     def _enter_innermost(self, stack: list[str]) -> None:
         name = stack[-1] if stack else ""
-        kind = self._types.get(name, "other")
+        kind, its_class = self._types.get(name, ("other", ""))
         if stack is self._recomputing:
-            self.enter(Scope("recompute", name, kind))
+            self.enter(Scope("recompute", name, kind, "", its_class))
         else:
-            self._enter_forward(Scope("forward", name, kind) if stack else OUTSIDE)
+            self._enter_forward(Scope("forward", name, kind, "", its_class) if stack else OUTSIDE)
 
     def _learn(self, module: nn.Module) -> None:
         """Name the modules of a root. The first root's names have no prefix; those of others begin with its class."""
@@ -248,7 +250,7 @@ class ProgramScopes(Scopes):
         for name, part in module.named_modules():
             full = (known + name).removesuffix(".")
             self._names[id(part)] = full
-            self._types[full] = type_by_words(full, part)
+            self._types[full] = type_by_words(full, part), type(part).__name__
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if all(known() is not optimizer for known in self.optimizers):
