@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from qlora_lowmem.environment import processes
+from qlora_lowmem.errors import QloraLowmemError
 from qlora_lowmem.lean import LeanReport
 from qlora_lowmem.memory.owners import Floor, floor_of
 from qlora_lowmem.memory.profile import MemoryProfile
@@ -20,6 +21,7 @@ from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.adapters import Adapted
 from qlora_lowmem.run.job import Job, PhaseCallback, apply_memory_limit, build_job, device_of, start_recorder
 from qlora_lowmem.run.out_of_memory import raise_if_out_of_memory
+from qlora_lowmem.run.own_failure import own_failure
 from qlora_lowmem.run.preflight import Inputs, preflight, tokenised
 from qlora_lowmem.tokens.store import TokenReport
 from qlora_lowmem.training.ending import Interruption
@@ -92,7 +94,7 @@ def execute(
         OutOfGpuMemoryError, OutOfHostMemoryError: memory ran out; the last good step is saved, if `save`.
         StoppedBySignal: a signal ended it early; its step is saved, if `save`.
         NotSavedError: a checkpoint or the adapter could not be written.
-        UsageError: whatever of recipe, model or data turns out not to work.
+        UsageError: whatever of recipe, model or data turns out not to work, a model that alone does not run among it.
     """
     recipe = inputs.recipe
     recorder = start_recorder(recipe) if inputs.device_type == "cuda" else None
@@ -121,8 +123,13 @@ def execute(
             interruption.check(job.trainer.state, output_dir if save else None)
         if save:
             job.trainer.save_model(str(output_dir))
-    except (RuntimeError, MemoryError) as error:
+    except QloraLowmemError:
+        raise
+    except Exception as error:
         raise_if_out_of_memory(error, recipe, phase, recorder, job.trainer if job is not None and save else None)
+        told = own_failure(recipe, inputs.source, error) if job is not None else None
+        if told is not None:
+            raise told from error
         raise
     finally:
         if not save:

@@ -92,7 +92,8 @@ class Preflight:
         model, notes = self.skeleton, list(self.targets.notes)
         if self.inputs.recipe.base.attention == "auto" and attends(model) and not model._supports_sdpa:
             notes.append(f"attention is eager: transformers has no sdpa for {type(model).__name__}")
-        if quantised_by(model.config) is not None:
+        # Random weights are put into the skeleton, in 4 bits of our own making.
+        if self.inputs.recipe.base.weights == "pretrained" and quantised_by(model.config) is not None:
             notes.append(
                 f"the model is in 4 bits already ({quantised_by(model.config)}) and is trained as it is, whatever "
                 "quantization says; merge adds the adapter to what its 4 bits stand for"
