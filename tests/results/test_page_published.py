@@ -77,8 +77,8 @@ def test_the_summary_says_what_the_file_says(section: Section) -> None:
 
 
 def test_it_is_said_that_others_measured(soup: BeautifulSoup, tmp_path: Path) -> None:
-    """In the head, in the section and under it; the title names no card of theirs."""
-    assert "measured by others" in soup.find(class_="lead").get_text()
+    """At the end, in the section and under it; the title names no card of theirs."""
+    assert "measured by others" in soup.find(class_="made-of").p.find_next("p").get_text()
     found = soup.find(id="published").find_parent("section")
     assert "None of the measured figures is ours" in found.get_text()
     (badge,) = [tag for tag in found.find(class_="provenance").find_all(class_="badge") if "others" in tag.get_text()]
