@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -20,9 +21,9 @@ _AT_IMPORT = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
 _context = multiprocessing.get_context("forkserver")
 
 
-def start_server() -> None:
-    """Start the process that is forked; once is enough."""
-    _context.set_forkserver_preload(["qlora_lowmem.run.execute"])
+def start_server(*more: str) -> None:
+    """Start the process that is forked, with `more` modules imported; once is enough."""
+    _context.set_forkserver_preload(["qlora_lowmem.run.execute", *more])
     with mock.patch.dict(os.environ, _AT_IMPORT):
         forkserver.ensure_running()
 
@@ -37,16 +38,19 @@ def run_alone(
 
 
 def run_forked(
-    module: str, arguments: tuple[str, ...], env: Mapping[str, str], timeout: float
+    module: str, arguments: tuple[str, ...], env: Mapping[str, str], timeout: float, room: int | None = None
 ) -> "subprocess.CompletedProcess[str]":
     """What `python -m MODULE ARGUMENTS` prints and ends with, from a fork.
+
+    Args:
+        room: bytes of address space that it may take beyond what it begins with.
 
     Raises:
         subprocess.TimeoutExpired: it ran longer than `timeout` seconds, and was killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
-        process = _context.Process(target=_command, args=(module, arguments, {**env, **_AT_IMPORT}, outputs))
+        process = _context.Process(target=_command, args=(module, arguments, {**env, **_AT_IMPORT}, outputs, room))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -56,8 +60,13 @@ def run_forked(
     return subprocess.CompletedProcess([module, *arguments], process.exitcode, *printed)
 
 
-def _command(module: str, arguments: tuple[str, ...], env: Mapping[str, str], outputs: tuple[Path, Path]) -> None:
+def _command(
+    module: str, arguments: tuple[str, ...], env: Mapping[str, str], outputs: tuple[Path, Path], room: int | None
+) -> None:
     """In the fork."""
+    if room is not None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + room, resource.RLIM_INFINITY))
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(ROOT)

@@ -1,9 +1,15 @@
-"""Files and folders that appear whole or not at all, where this package caches, and what is told of a full disk."""
+"""Files: small ones are read here, with limits; files and folders appear whole or not at all; where this package
+caches; what is told of a full disk."""
 
+import codecs
+import errno
 import json
 import math
 import os
+import select
 import shutil
+import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +19,16 @@ import msgspec
 import platformdirs
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.units import MIB, format_bytes
+
+SMALL_FILE = 64 * MIB  # more than any recipe, configuration, index of weights or table of results here
+_PATIENCE = 10.0  # seconds without a byte from a pipe
+_NOT_UTF8 = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 Content = TypeVar("Content")
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**60)]  # of bytes or tokens in a file: no card and no run has more
@@ -22,9 +38,115 @@ def cache_folder() -> Path:
     """`$QLORA_LOWMEM_CACHE`, or `qlora_lowmem` under the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
 
     The virtual GPU, which knows nothing of this package, follows the same rule for its builds.
+
+    Raises:
+        UsageError: this user has no home.
     """
     given = os.environ.get("QLORA_LOWMEM_CACHE")
-    return Path(given) if given is not None else platformdirs.user_cache_path("qlora_lowmem", appauthor=False)
+    if given is not None:
+        return Path(given)
+    try:
+        return platformdirs.user_cache_path("qlora_lowmem", appauthor=False)
+    except RuntimeError:  # neither HOME nor an entry of the user
+        raise UsageError(
+            "HOME is not set and this user has no home: set QLORA_LOWMEM_CACHE to a folder for what is kept"
+        ) from None
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """A path as a person gave it, `~` replaced; as it stands, and so not there, where that user has no home."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises a RuntimeError then
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a regular file is there. No, of what cannot be looked at: a name too long, a folder that is shut."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path's own raises of those
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is there; as `is_file`."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def read_small(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> bytes:
+    """The content of a file that is held whole in memory.
+
+    A pipe (a shell's `<(...)`) is read to its end; one into which nobody writes for ten seconds is none.
+
+    Args:
+        limit: in bytes.
+
+    Raises:
+        OSError: it cannot be read; `strerror` is what to tell: no such file, a folder, a device or socket, a pipe that
+            nobody writes into, more than the limit.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError as error:  # NUL in a name
+        raise OSError(errno.EINVAL, str(error), path) from None
+    try:
+        found = os.fstat(handle)
+        regular = stat.S_ISREG(found.st_mode)
+        if stat.S_ISDIR(found.st_mode):
+            raise OSError(errno.EISDIR, "it is a folder", path)
+        if not (regular or stat.S_ISFIFO(found.st_mode)):
+            raise OSError(errno.EINVAL, "it is a device or a socket, no file", path)
+        content = b""
+        if found.st_size <= limit:
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                content = file.read(limit + 1) if regular else _piped(handle, limit, path)
+        if max(found.st_size, len(content)) > limit:
+            raise OSError(errno.EFBIG, f"it has more than {format_bytes(limit)}", path)
+    finally:
+        os.close(handle)
+    return content
+
+
+def _piped(handle: int, limit: int, path: str | os.PathLike[str]) -> bytes:
+    """What comes through a pipe until its end, or one byte more than the limit."""
+    parts: list[bytes] = []
+    until = time.monotonic() + _PATIENCE
+    while sum(map(len, parts)) <= limit:
+        ready, _, _ = select.select([handle], [], [], max(0.0, until - time.monotonic()))
+        try:
+            part = os.read(handle, MIB) if ready else None
+        except BlockingIOError:  # another reader was faster
+            part = None
+        if part:
+            parts.append(part)
+            until = time.monotonic() + _PATIENCE
+        elif part == b"" and parts:
+            break
+        elif time.monotonic() >= until:
+            raise OSError(errno.ETIMEDOUT, f"it is a pipe, and nobody wrote for {_PATIENCE:.0f} seconds", path)
+        else:
+            time.sleep(0.05)  # the end of a pipe that nobody has opened yet
+    return b"".join(parts)
+
+
+def read_text(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> str:
+    """The text of a small file in UTF-8, without a byte order mark; raises `OSError` as `read_small`, and where it is
+    none."""
+    raw = read_small(path, limit)
+    other = next((name for mark, name in _NOT_UTF8.items() if raw.startswith(mark)), None)
+    if other is not None:
+        raise OSError(errno.EILSEQ, f"it is {other}; save the file as UTF-8", path)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        line = raw[: fault.start].count(b"\n") + 1
+        why = f"line {line}: byte {raw[fault.start]:#04x} is not UTF-8; save the file as UTF-8"
+        raise OSError(errno.EILSEQ, why, path) from None
+
+
+def read_json(path: str | os.PathLike[str], limit: int = SMALL_FILE) -> Any:
+    """The value in a small JSON file; raises `OSError` as `read_text`, and where it is no JSON."""
+    try:
+        return json.loads(read_text(path, limit))
+    except RecursionError:
+        raise OSError(errno.EINVAL, "it is no JSON that can be read: nested too deeply", path) from None
+    except ValueError as fault:  # also a number of more digits than Python reads
+        raise OSError(errno.EINVAL, f"it is no JSON: {fault}", path) from None
 
 
 def write_whole(path: Path, content: str | bytes | Iterable[str], *, fsync: bool = False) -> None:

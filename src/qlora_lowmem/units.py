@@ -10,7 +10,8 @@ GIB = 2**30
 _FACTORS = {"B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _FACTORS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([A-Za-z]*)\s*")
+_MOST = 2**60  # bytes: no card and no machine has as much
 
 
 def parse_bytes(text: str | int) -> int:
@@ -19,7 +20,7 @@ def parse_bytes(text: str | int) -> int:
     Units are read without regard to case, so `gb` means GB (10^9 bytes), never bits.
 
     Raises:
-        ValueError: not a size, an unknown unit, or a fraction of a byte.
+        ValueError: not a size, an unknown unit, a fraction of a byte, or more than 2^60 bytes.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         if text < 0:
@@ -34,7 +35,10 @@ def parse_bytes(text: str | int) -> int:
         raise ValueError(f"{text!r} has the unknown unit {unit!r}; use B, KB, MB, GB (10^3) or KiB, MiB, GiB (2^10)")
     if "." in number and factor == 1:
         raise ValueError(f"{text!r} is a fraction of a byte; add a unit, as in {number} GiB")
-    return int(Fraction(number) * factor)  # 5.1 GiB must not depend on how 5.1 rounds in binary
+    count = int(Fraction(number) * factor)  # 5.1 GiB must not depend on how 5.1 rounds in binary
+    if count > _MOST:
+        raise ValueError(f"{text!r} is more than any card has")
+    return count
 
 
 def parse_memory_limit(limit: str | int, total_bytes: int) -> int:

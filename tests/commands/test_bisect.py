@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import RECIPES
 from qlora_lowmem.commands import bisect as command
 from qlora_lowmem.commands.bisect import Found, bisect, overlaid, read_constraints
 from qlora_lowmem.commands.frame import run_command
@@ -111,7 +112,14 @@ def test_the_command_says_what_it_found(
         (tmp_path / f"{name}.txt").write_text(f"a=={version}\nb=={version}\n")
     monkeypatch.setattr(command, "measure_recipe", lambda versions, **_: measure(versions))
     measure = Measure(b=50)
-    flags = ["--good", str(tmp_path / "good.txt"), "--bad", str(tmp_path / "bad.txt"), "--config", "recipe.yaml"]
+    flags = [
+        "--good",
+        str(tmp_path / "good.txt"),
+        "--bad",
+        str(tmp_path / "bad.txt"),
+        "--config",
+        str(RECIPES / "optimised.yaml"),
+    ]
     assert run_command("bisect", [*flags, "--json", str(tmp_path / "found.json")]) == 0
     assert "b 1 -> 2: +50 B" in capsys.readouterr().out
     assert '"jump": 50' in (tmp_path / "found.json").read_text()

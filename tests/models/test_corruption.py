@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from helpers import RECIPES
 from qlora_lowmem.commands.frame import run_command
@@ -85,6 +87,7 @@ def test_base_index_to_merge(copy: Path, refused: Check) -> None:
     path = copy / "model" / "model.safetensors.index.json"
     path.write_text('{"weight_map": {')
     refused(merged(copy), f"damaged file: '{path}'", "it is no JSON")
+    (copy / "model" / "model.safetensors").rename(copy / "model" / "part.safetensors")  # else transformers takes it
     path.write_text("{}")
     refused(merged(copy), f"'{path}' cannot be read", "it has no 'weight_map'")
 
@@ -94,11 +97,53 @@ def test_adapter(copy: Path, refused: Check) -> None:
     refused(merged(copy), f"'{path}' cannot be read", "another checkpoint")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"r": 8}', '{"r": 0, "lora_alpha": 8}', '{"r": "x", "lora_alpha": 8}'])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
 def test_adapter_configuration(copy: Path, refused: Check, content: str) -> None:
     path = copy / "out" / "adapter_config.json"
     path.write_text(content)
     refused(merged(copy), f"'{path}' cannot be read", "another checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("r", 4), ("r", 0), ("r", "x"), ("r", None), ("lora_alpha", 32), ("use_rslora", True), ("peft_type", None)],
+)
+def test_adapter_configuration_against_the_recipe(
+    copy: Path, refused: Check, capsys: pytest.CaptureFixture[str], name: str, value: object
+) -> None:
+    path = copy / "out" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    refused(merged(copy), f"{path}: {name} is {value!r}", "another checkpoint")
+    assert not (copy / "merged").exists()
+    said = run_command("generate", ["--run", str(copy / "out"), "--prompt", "a", "--quiet"])
+    refused(said, f"{path}: {name} is {value!r}")
+    assert not capsys.readouterr().out
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({A: torch.zeros(4, 32)}, "and lora.lora_r of the recipe is 8"),
+        ({A: torch.zeros(256)}, "and lora.lora_r of the recipe is 8"),
+        ({A: torch.zeros(8, 32, dtype=torch.int64)}, "belongs to no LoRA adapter"),
+        ({A: None}, "self_attn.q_proj only lora_B is there"),
+    ],
+)
+def test_adapter_tensors(copy: Path, refused: Check, changes: dict[str, torch.Tensor | None], says: str) -> None:
+    path = copy / "out" / "adapter_model.safetensors"
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    refused(merged(copy), str(path), says)
+
+
+def test_an_adapter_without_a_module_that_its_configuration_has(copy: Path, refused: Check) -> None:
+    """PEFT makes the module's adapter, and leaves it at zero."""
+    path = copy / "out" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "layers.0.mlp.up_proj" not in name}, path)
+    refused(run_command("generate", ["--run", str(copy / "out"), "--prompt", "a", "--quiet"]), "layers.0.mlp.up_proj")
 
 
 def test_no_adapter_configuration(copy: Path, refused: Check) -> None:

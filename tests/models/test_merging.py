@@ -30,7 +30,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(base: Path, run: Path, **options: Any) -> Recipe:
     """A run's folder whose adapter changes a lot: B is no longer zero."""
-    recipe = load_recipe(RECIPES / "demo.yaml", {"model": str(base), "output_dir": str(run)})
+    recipe = load_recipe(
+        RECIPES / "demo.yaml",
+        {
+            "model": str(base),
+            "output_dir": str(run),
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "use_rslora": options.get("use_rslora", False),
+        },
+    )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj"], **options)
     torch.manual_seed(1)
@@ -114,16 +123,10 @@ def test_the_adapter_of_another_model_is_refused(
 ) -> None:
     run, to = tmp_path / "run", tmp_path / "merged"
     trained(base, run)
-    other = json.loads((run / "recipe.json").read_text())
-    folder = tmp_path / "other"
-    folder.mkdir()
-    for path in base.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"] = torch.zeros(32, 48, dtype=torch.bfloat16)
-    save_file(weights, folder / "model.safetensors")
-    other["recipe"]["base"]["model"] = str(folder)
-    (run / "recipe.json").write_text(json.dumps(other))
+    path = run / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"] = torch.zeros(4, 48)
+    save_file(weights, path)
     assert "an adapter of another model" in refused(capsys, "--run", str(run), "--to", str(to))
     assert not to.exists()
 

@@ -76,7 +76,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def _write_run(folder: Path, attention: str) -> None:
     (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    recipe = load_recipe(RECIPES / "demo.yaml", {"model": str(folder / "model"), "attention": attention})
+    recipe = load_recipe(
+        RECIPES / "demo.yaml", {"model": str(folder / "model"), "attention": attention, "lora_r": 2, "lora_alpha": 4}
+    )
     out = folder / "out"
     out.mkdir()
     (out / "recipe.json").write_text(json.dumps({"recipe": recipe.to_dict()}))

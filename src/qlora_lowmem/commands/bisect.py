@@ -24,7 +24,10 @@ from packaging.utils import canonicalize_name
 from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import installed, words_of
 from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.files import cache_folder, whole_folder
+from qlora_lowmem.files import cache_folder, read_text, whole_folder
+from qlora_lowmem.recipe import SYNTHETIC
+from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.run.preflight import inputs_of
 from qlora_lowmem.units import format_bytes, format_signed
 
 _PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*==\s*([^\s;#]+)")
@@ -162,9 +165,11 @@ def read_constraints(path: Path) -> dict[str, str]:
         UsageError: it cannot be read, or pins nothing.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
-        raise UsageError(f"{path}: the constraints cannot be read: {error.strerror}") from None
+        raise UsageError(
+            f"{path}: the constraints cannot be read: {error.strerror}. Give what pip freeze writes (--good, --bad)"
+        ) from None
     matches = filter(None, (_PIN.match(line.strip()) for line in lines))
     pins: dict[str, str] = {canonicalize_name(match[1]): match[2] for match in matches}
     if not pins:
@@ -234,6 +239,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     folder = options.overlays or cache_folder() / "overlays"
     good, bad = read_constraints(options.good), read_constraints(options.bad)
+    changes = {"device": "virtual", "data": SYNTHETIC} | ({"card": options.card} if options.card else {})
+    inputs_of(load_recipe(options.config, changes))  # refused here, and not in an environment that is made for it
     found = bisect(good, bad, partial(measure_recipe, config=options.config, card=options.card, folder=folder))
     write_json(options.json, asdict(found))
     if options.json != "-":

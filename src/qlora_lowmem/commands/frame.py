@@ -43,6 +43,13 @@ from qlora_lowmem.files import json_values, write_whole
 from qlora_lowmem.recipe.other_names import OURS
 from qlora_lowmem.signals import importing, unwinding
 
+_ENDLESS = re.compile(r"\S{600,}")  # a path, say, which would fill the screen
+# Of a path that a person gave, wherever it is used first: what is wrong with it is theirs to repair.
+_OF_THE_PATH = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENXIO),
+)
+
 TRACEBACK_VARIABLE = "QLORA_LOWMEM_TRACEBACK"
 
 
@@ -129,6 +136,7 @@ def guarded(body: Callable[[], int]) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         text, code = _told(error)
+        text = _ENDLESS.sub(lambda word: f"{word[0][:80]}...{word[0][-40:]}", text)
         print(f"error: {text}", file=sys.stderr)
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             import traceback
@@ -145,9 +153,27 @@ def _told(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, VirtualGPUError):
         return str(error), EXIT_USAGE
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_THE_PATH:
+        return f"{str(error.filename)!r}: {error.strerror}; make it usable, or give another", EXIT_USAGE
     again = f"Run again with {TRACEBACK_VARIABLE}=1 and report what it prints."
     failure = f"an unexpected failure: {type(error).__name__}: {error}\nThis is a fault of qlora_lowmem. {again}"
     return failure, EXIT_FAILURE
+
+
+def whole_number(least: int, most: int = 2**24) -> Callable[[str], int]:
+    """A flag's `type`: a whole number within bounds. The most is that of a recipe's `max_seq_length`, in tokens."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch("[+-]?[0-9]+", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one from {least} to {most}")
+        value = int(text[:30])  # beyond any bound already
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text} is too {'few' if value < least else 'many'}; give {least} to {most}"
+            )
+        return value
+
+    return read
 
 
 def add_json_argument(parser: argparse.ArgumentParser, *, checked: bool = True) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from tabulate import tabulate
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, whole_number, write_json
 from qlora_lowmem.data import check_data
 from qlora_lowmem.environment import provenance_record, share_cores
 from qlora_lowmem.errors import EXIT_OK, UsageError
@@ -38,8 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     said = "what a user says; may be given several times"
     add("--prompt", action="append", default=[], metavar="TEXT", help=said)
     add("--data", metavar="FILE", help="samples held out, in any format that training reads")
-    add("--samples", type=int, default=32, metavar="N", help="how many of them, from the first (default: 32)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer in tokens (default: 64)")
+    add(
+        "--samples",
+        type=whole_number(1, 2**40),
+        default=32,
+        metavar="N",
+        help="how many of them, from the first (default: 32)",
+    )
+    add(
+        "--max-new-tokens", type=whole_number(1), default=64, metavar="N", help="longest answer in tokens (default: 64)"
+    )
     add("--device", choices=("cpu", "cuda"), help="where it runs (default: where the recipe ran)")
     code = "with --run: run the model repository's own Python code; what the folder itself says of it does not count"
     add("--trust-remote-code", action="store_true", help=code)
@@ -50,9 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not options.prompt and not options.data:
         raise UsageError("nothing to show: give --prompt TEXT, --data FILE or both")
-    for flag, value in (("--samples", options.samples), ("--max-new-tokens", options.max_new_tokens)):
-        if value < 1:
-            raise UsageError(f"{flag}: {value} is too few; give 1 or more")
     recipe, folder = _recipe_of(options)
     share_cores(recipe.run.device)
     checked = check_data(options.data, recipe.data.train_on, quiet=options.quiet) if options.data else None

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from qlora_lowmem.commands.frame import add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, whole_number, write_json
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.plan.questions import measure_lengths
 from qlora_lowmem.plan.recipe_runs import recipe_server
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
     parser.add_argument(
         "--lengths",
-        type=int,
+        type=whole_number(2),  # the loss predicts each next token
         nargs="+",
         metavar="N",
         help=f"tokens of a sample (default: {' '.join(map(str, DEFAULT_LENGTHS))})",
@@ -48,9 +48,6 @@ def run(options: argparse.Namespace) -> int:
     lengths, which are meant to go past its end.
     """
     started = time.perf_counter()
-    for length in options.lengths or ():
-        if length < 2:
-            raise UsageError(f"--lengths: {length} is too short; the loss predicts each next token, so give 2 or more")
     recipes = [load_recipe(path, overrides_from(options)) for path in options.config]
     card = recipe_card(recipes[0])
     with recipe_server() as server:

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from qlora_lowmem.commands.frame import add_json_argument, write_json
+from qlora_lowmem.commands.frame import add_json_argument, whole_number, write_json
 from qlora_lowmem.environment import provenance_record
-from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.plan.maximum import longest
 from qlora_lowmem.plan.recipe_runs import recipe_server
@@ -25,8 +25,12 @@ from qlora_lowmem.run.preflight import recipe_card
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="one recipe or more")
-    parser.add_argument("--limit", type=int, default=131072, metavar="N", help="look no further (default: 131072)")
-    parser.add_argument("--step", type=int, default=1024, metavar="N", help="precision in tokens (default: 1024)")
+    parser.add_argument(
+        "--limit", type=whole_number(1), default=131072, metavar="N", help="look no further (default: 131072)"
+    )
+    parser.add_argument(
+        "--step", type=whole_number(1), default=1024, metavar="N", help="precision in tokens (default: 1024)"
+    )
     parser.add_argument("--table", metavar="DIR", help="write longest.json, .md and .csv there, as in results/CARD")
     add_json_argument(parser)
     add_override_arguments(parser)
@@ -34,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The command. Exit code 3 if a recipe does not fit at any length."""
-    for flag in ("limit", "step"):
-        if getattr(options, flag) < 1:
-            raise UsageError(f"--{flag}: {getattr(options, flag)} is not a number of tokens; give 1 or more")
     changes = overrides_from(options)
     recipes = [load_recipe(path, changes) for path in options.config]
     card = recipe_card(recipes[0])

@@ -33,7 +33,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, check_parent, write_json
+from qlora_lowmem.commands.frame import add_json_argument, check_parent, whole_number, write_json
 from qlora_lowmem.environment import provenance_record, typed
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
 from qlora_lowmem.files import cache_folder
@@ -80,19 +80,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--seq",
         "--max-seq-length",  # as the other commands have it
-        type=int,
+        type=whole_number(2),
         metavar="N",
         help=f"the length that you want, in tokens (default: the recipe's own; with --model alone {DEFAULT_SEQ})",
     )
     how = parser.add_argument_group("how far to look")
     how.add_argument(
         "--limit",
-        type=int,
+        type=whole_number(2),
         metavar="N",
         help=f"no longer sequence (default: {DEFAULT_LIMIT}, or --seq where that is more)",
     )
     how.add_argument(
-        "--step", type=int, default=DEFAULT_STEP, metavar="N", help=f"of the lengths tried (default: {DEFAULT_STEP})"
+        "--step",
+        type=whole_number(1),
+        default=DEFAULT_STEP,
+        metavar="N",
+        help=f"of the lengths tried (default: {DEFAULT_STEP})",
     )
     how.add_argument("--full", action="store_true", help="in a sweep: breakdown, batch and single changes of each pair")
     how.add_argument("--no-cache", action="store_true", help="run everything again, and keep nothing")
@@ -138,10 +142,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    for flag, least in (("seq", 2), ("limit", 2), ("step", 1)):
-        value = getattr(options, flag)
-        if value is not None and value < least:
-            raise UsageError(f"--{flag}: {value} is not a number of tokens that can be tried; give {least} or more")
     if options.limit is None:
         options.limit = max(DEFAULT_LIMIT, options.seq or 0)
     if options.seq is not None and options.seq > options.limit:

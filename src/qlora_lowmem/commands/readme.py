@@ -1,11 +1,11 @@
 """The README's figures, from `results/`: `qlora-lowmem readme` writes them between the markers."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 
 from qlora_lowmem.errors import EXIT_OK, UsageError
+from qlora_lowmem.files import read_json, read_text
 from qlora_lowmem.results.kinds.matrix import readme_block
 
 CARD = "rtx-4050-laptop-6gb"
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     source, readme = Path(options.results) / CARD / "matrix.json", Path(options.readme)
     try:
-        content, text = json.loads(source.read_text(encoding="utf-8")), readme.read_text(encoding="utf-8")
+        content, text = read_json(source), read_text(readme)
     except OSError as error:
         raise UsageError(
             f"{error.filename}: {error.strerror}; run pytest bench/ --results results first, in the project's root"

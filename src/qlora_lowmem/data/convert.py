@@ -2,6 +2,7 @@
 
 import csv
 import json
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 
 from qlora_lowmem.data.check import Walk
 from qlora_lowmem.data.sources import JsonLines
+from qlora_lowmem.data.tables import check_once, values_of
 from qlora_lowmem.data.values import FaultySampleError, Row
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import write_whole
+from qlora_lowmem.files import read_json, write_whole
+from qlora_lowmem.units import GIB
 
 CONVERTED_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".parquet")
+
+_WHOLE = 4 * GIB  # of a JSON file, which takes several times as much in memory
 
 Value = dict[str, Any] | FaultySampleError
 
@@ -43,6 +48,12 @@ def convert(source: Path, target: Path, keys: Mapping[str, str]) -> Converted:
         raise UsageError(
             f"{str(source)!r} cannot be converted; allowed: {', '.join(CONVERTED_SUFFIXES)}. Export it as one"
         )
+    try:
+        regular = stat.S_ISREG(source.stat().st_mode)
+    except (OSError, ValueError) as error:
+        raise _unreadable(source, error) from None
+    if not regular:
+        raise UsageError(f"{str(source)!r} is no regular file; give one of {', '.join(CONVERTED_SUFFIXES)}")
     walk = Walk(str(source), "row", "all")
     try:
         write_whole(target, _lines(source, keys, walk))
@@ -75,21 +86,38 @@ def _values(source: Path) -> Iterator[Value]:
             yield from _array_of(source)
         elif suffix in (".csv", ".tsv"):
             with source.open(encoding="utf-8-sig", newline="") as file:
-                yield from csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+                reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+                check_once(str(source), reader.fieldnames or ())
+                yield from map(_cells, reader)
         elif suffix == ".jsonl":
             yield from (row.value for row in JsonLines(str(source)).rows() if row.value is not None)
         else:
             from pyarrow.parquet import ParquetFile
 
-            for batch in ParquetFile(source).iter_batches():
-                yield from batch.to_pylist()
+            table = ParquetFile(source)
+            check_once(str(source), table.schema_arrow.names)
+            for batch in table.iter_batches():
+                yield from values_of(batch)
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's are ValueErrors
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"{str(source)!r} cannot be read ({reason}); write it again, as UTF-8") from None
+        raise _unreadable(source, error) from None
+
+
+def _cells(row: dict[str, Any]) -> Value:
+    """A row of a table of text, which has as many cells as columns."""
+    if None in row or None in row.values():  # as csv has those too many, and those too few
+        return FaultySampleError(
+            "wrong keys", "has more or fewer cells than the first line names; quote what holds commas"
+        )
+    return row
+
+
+def _unreadable(source: Path, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+    return UsageError(f"{str(source)!r} cannot be read ({reason}); write it again, as UTF-8")
 
 
 def _array_of(source: Path) -> list[Value]:
-    content = json.loads(source.read_text(encoding="utf-8-sig"))
+    content = read_json(source, _WHOLE)
     arrays = [each for each in (content.values() if isinstance(content, dict) else [content]) if isinstance(each, list)]
     if len(arrays) != 1:
         raise UsageError(

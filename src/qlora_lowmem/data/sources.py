@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Literal, NoReturn
 from qlora_lowmem.data.formats import FORMATS
 from qlora_lowmem.data.values import FaultySampleError, Reader, Row, kind_of
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import is_file, is_folder
 from qlora_lowmem.recipe.sections import DATA_SUFFIXES, is_hub_data
 from qlora_lowmem.units import MIB
 
@@ -55,22 +56,22 @@ def resolve_data(name: str) -> DataSource:
         return DataSource("hub", owner_and_name, split or DEFAULT_SPLIT)
     path = Path(name)
     suffix = path.suffix.lower()
-    if path.is_dir():
+    if is_folder(path):
         raise UsageError(f"{path} is a folder; data.data or --data names one .jsonl or .parquet file in it")
-    if suffix in (".json", ".csv", ".tsv") and path.is_file():
+    if suffix in (".json", ".csv", ".tsv") and is_file(path):
         raise UsageError(
             f"{path} is a {suffix[1:].upper()} file, and data are read as JSON Lines. Write it as such: "
             f"qlora-lowmem data convert {path} {path.with_suffix('.jsonl')}"
         )
     if suffix not in DATA_SUFFIXES:
         raise UsageError(f"{path} is no .jsonl or .parquet file; data.data or --data names one, or a hub id owner/name")
-    try:
-        exists, regular = path.exists(), path.is_file()
-    except (OSError, ValueError) as fault:
-        raise UsageError(f"{path}: the data file cannot be read: {fault}") from None
-    if not exists:
-        raise UsageError(f"{path}: no such data file ({_neighbours(path)}); correct data.data or --data")
-    if not regular:
+    if not is_file(path):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(f"{path}: no such data file ({_neighbours(path)}); correct data.data or --data") from None
+        except (OSError, ValueError) as fault:
+            raise UsageError(f"{path}: the data file cannot be read: {fault}; correct data.data or --data") from None
         raise UsageError(f"{path} is no regular file; data are read twice, so copy it into a .jsonl file")
     return DataSource("jsonl" if suffix == ".jsonl" else "parquet", str(path))
 

@@ -41,7 +41,7 @@ class ParquetTable(Reader):
         number = 0
         try:
             for batch in self._file.iter_batches(batch_size=BATCH_ROWS, columns=self._used):
-                yield from _rows_of(_values_of(batch), number)
+                yield from _rows_of(values_of(batch), number)
                 number += len(batch)
         except self._faults as fault:
             raise self._unreadable(fault, number) from None
@@ -126,19 +126,29 @@ def _columns_of(name: str, columns: Sequence[str]) -> tuple[list[str], tuple[str
     for required, optional in COLUMNS.values():
         if set(required) <= set(columns):
             used = [*required, *(column for column in optional if column in columns)]
+            check_once(name, [column for column in columns if column in used])
             return used, tuple(column for column in columns if column not in used)
     found = ", ".join(columns[:12]) or "none"
     raise UsageError(f"{name}: its columns ({found}) are of no known format; rename them: a sample is {FORMATS}")
 
 
-def _values_of(batch: Any) -> list[Any]:
-    """The rows of a batch; text that is not UTF-8 is its row's fault."""
+def check_once(name: str, columns: Sequence[str]) -> None:
+    """Raise `UsageError` for a column that a table has twice: a row would keep one of the two values, in silence."""
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{name}: the column {twice!r} is there twice; remove or rename one of the two")
+
+
+def values_of(batch: Any) -> list[Any]:
+    """The rows of a batch; text that is not UTF-8 is its row's fault, and so is a field that an object has twice."""
     try:
         return list(batch.to_pylist())
-    except UnicodeDecodeError as fault:
+    except ValueError as fault:
         if len(batch) > 1:
-            return [value for index in range(len(batch)) for value in _values_of(batch.slice(index, 1))]
-        return [FaultySampleError("encoding", f"holds text that is not UTF-8 ({fault.reason}); write it as UTF-8")]
+            return [value for index in range(len(batch)) for value in values_of(batch.slice(index, 1))]
+        if isinstance(fault, UnicodeDecodeError):
+            return [FaultySampleError("encoding", f"holds text that is not UTF-8 ({fault.reason}); write it as UTF-8")]
+        return [FaultySampleError("wrong keys", f"cannot be read ({fault}); remove or rename what is there twice")]
 
 
 def _rows_of(values: Iterable[Any], before: int = 0) -> Iterator[Row]:

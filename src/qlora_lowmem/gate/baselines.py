@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import write_whole
+from qlora_lowmem.files import read_text, write_whole
 from qlora_lowmem.results.kinds.verdicts import Record
 
 SCHEMA = 1
@@ -43,15 +43,15 @@ def read_baselines(path: Path) -> dict[str, Record]:
         BaselineError: not JSON, another schema, or a case that does not have its checksum.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise BaselineError(f"{path}: the baselines cannot be read: {error}") from None
+    except OSError as error:
+        raise BaselineError(f"{path}: the baselines cannot be read: {error.strerror or error}") from None
     restore = _RESTORE.format(path=path)
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         marks = " It holds git's conflict marks." if "<<<<<<<" in text else ""
         raise BaselineError(f"{path}: the baselines are not valid JSON: {error}.{marks} {restore}") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("cases"), dict):

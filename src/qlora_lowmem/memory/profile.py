@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.files import Count, as_dataclass, write_whole
+from qlora_lowmem.files import Count, as_dataclass, read_json, write_whole
 
 Provenance = Literal["virtual", "measured"]
 
@@ -142,4 +142,4 @@ def read_live(folder: Path) -> LiveMemory:
         OSError: there is none, or it cannot be read.
         ValueError: it is torn, or no job of this project wrote it.
     """
-    return as_dataclass(LiveMemory, json.loads((folder / MEMORY_FILE).read_text(encoding="utf-8")))
+    return as_dataclass(LiveMemory, read_json(folder / MEMORY_FILE))

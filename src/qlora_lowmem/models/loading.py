@@ -1,6 +1,7 @@
 """Load a base model on one device in 4 bits, or fail: nothing is placed on another device or on disk."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ from qlora_lowmem.models.random_weights import (
 )
 from qlora_lowmem.models.refusals import cannot_load, cannot_make, check_config, check_weights
 from qlora_lowmem.models.sources import ModelSource, hub_out_of_reach
+from qlora_lowmem.models.stored import check_stored
 from qlora_lowmem.models.targets import EMBEDDING_BITS, READ_PAST, lean_refusals
 from qlora_lowmem.recipe import Recipe
+
+# transformers' words where weights do not become the model's (modeling_utils.py, core_model_loading.py).
+_LOADING_REPORT = re.compile("automatic conversion of the weights|ignore_mismatched_sizes|loading state_dict")
 
 
 def _bitsandbytes_config(
@@ -80,15 +85,19 @@ def skeleton(recipe: Recipe, source: ModelSource, dtype: torch.dtype | None = No
 
     Raises:
         UsageError: the hub cannot be reached; the model is none that can be fine-tuned; a file of its is damaged;
-            transformers cannot make it so.
+            transformers cannot make it so; the weights of its folder are those of another model.
     """
     base, config = recipe.base, _load_config(recipe, source)
     try:
-        return meta_model(config, dtype or torch.bfloat16, base.attention, base.trust_remote_code)
+        model = meta_model(config, dtype or torch.bfloat16, base.attention, base.trust_remote_code)
     except MemoryError:
         raise
     except Exception as error:  # whatever the classes of transformers make of a configuration that is not whole
         raise cannot_make(recipe, config.model_type, error) from error
+    folder = source.folder if source.gguf is None else None
+    if base.weights == "pretrained" and folder is not None:
+        check_stored(recipe, model, folder)
+    return model
 
 
 def load_base(
@@ -148,7 +157,9 @@ def _pretrained(
             trust_remote_code=recipe.base.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _LOADING_REPORT.search(str(error)):
+            raise  # memory that ran out
         raise cannot_load(recipe, source, error) from error
     with_backbone(model)
     assert_on_device(model, device)
@@ -209,7 +220,7 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
             # Always said: left open, transformers would ask on standard input.
             trust_remote_code=recipe.base.trust_remote_code,
         )
-    except (MemoryError, RecursionError, ImportError):
+    except (MemoryError, ImportError):
         raise
     except Exception as error:  # tokenizers raises a bare one for a file that is no tokenizer
         raise cannot_load(recipe, source, error) from error

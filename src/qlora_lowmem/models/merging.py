@@ -19,30 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter, read_json, reading
+from qlora_lowmem.models.adapter_files import ADAPTER_ADVICE, check_adapter_files
+from qlora_lowmem.models.stored import BASE_ADVICE, Stored, names_in_files, stored_tensors
+from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, reading
+from qlora_lowmem.recipe import Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TILE_BYTES = 32 * 2**20  # of fp32 rows; with their 16-bit source and result, 64 MiB on the device
 _SHARD_BYTES = 2 * 2**30
-_PREFIX = "base_model.model."
-_PACKED = ".quant_state.bitsandbytes__"
-_ADAPTER_ADVICE = "Give the folder of another checkpoint of the run, or train again"
-_BASE_ADVICE = "Fetch or copy the base model's file again"
-# What of a PEFT configuration (peft/tuners/lora/config.py) changes the formula: these must be as LoRA's paper has them.
-_PLAIN = {
-    "peft_type": "LORA",
-    "use_dora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-}
 
 
 @dataclass(frozen=True)
@@ -53,32 +40,21 @@ class Adapter:
     scale: float
 
     @classmethod
-    def read(cls, folder: Path) -> "Adapter":
-        """The adapter in a run's output folder or one of its checkpoints.
+    def read(cls, folder: Path, recipe: Recipe) -> "Adapter":
+        """The adapter in the output folder of a run of `recipe` or in one of its checkpoints.
 
         Raises:
-            UsageError: there is none, it cannot be read, or it is more than plain LoRA on Linear modules.
+            UsageError: as `check_adapter_files`, or its tensors cannot be read.
         """
-        check_adapter(folder)
-        config_file, weights_file = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
-        config = read_json(config_file, _ADAPTER_ADVICE)
-        with reading(config_file, _ADAPTER_ADVICE):
-            # peft/tuners/lora/layer.py, `LoraLayer.update_layer`; rsLoRA: Kalajdzievski 2023, section 3.
-            scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-        for name, plain in _PLAIN.items():
-            if config.get(name, plain) != plain:
-                raise UsageError(
-                    f"{config_file}: {name} is {config[name]!r}; only plain LoRA adapters can be "
-                    "merged here. PEFT's merge_and_unload does the others"
-                )
-        halves: dict[str, dict[str, Tensor]] = {}
-        with reading(weights_file, _ADAPTER_ADVICE), safe_open(weights_file, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
-                module, _, half = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-                if half not in ("lora_A", "lora_B"):
-                    raise UsageError(f"{weights_file}: {key} belongs to no LoRA adapter of a Linear module")
-                halves.setdefault(f"{module}.weight", {})[half] = file.get_tensor(key).float()
-            pairs = {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+        modules = check_adapter_files(folder, recipe)
+        weights_file, lora = folder / ADAPTER_WEIGHTS, recipe.lora
+        # peft/tuners/lora/layer.py, `LoraLayer.update_layer`; rsLoRA: Kalajdzievski 2023, section 3.
+        scale = lora.lora_alpha / (math.sqrt(lora.lora_r) if lora.use_rslora else lora.lora_r)
+        with reading(weights_file, ADAPTER_ADVICE), safe_open(weights_file, framework="pt") as file:
+            pairs = {
+                f"{module}.weight": (file.get_tensor(a).float(), file.get_tensor(b).float())
+                for module, (a, b) in modules.items()
+            }
         return cls(pairs, scale)
 
     def of(self, model: torch.nn.Module) -> "Adapter":
@@ -90,42 +66,18 @@ class Adapter:
     def in_names_of(self, base: Path, model: PreTrainedModel) -> "Adapter":
         """The same by the names that the weights have in the base's files, as transformers converts them on loading.
 
-        As `convert_and_load_state_dict_in_model` (transformers/core_model_loading.py) finds a weight's place. A weight
-        that it makes of several keeps its own name, which no file has.
+        A weight that it makes of several keeps its own name, which no file has.
 
         Args:
             model: the base model on the meta device.
         """
-        conversions, state = get_model_conversion_mapping(model), model.state_dict()
-        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in conversions if isinstance(each, WeightConverter)]
-        in_files = {}
-        for name in _sources(base):
-            key, made_of_several = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-            if key not in state and name in state:
-                key, made_of_several = name, None
-            if made_of_several is None:
-                in_files[key] = name
+        in_files = names_in_files(model, stored_tensors(base))
         return replace(self, pairs={in_files.get(name, name): pair for name, pair in self.pairs.items()})
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a tensor of the base model is, and how large it will be.
-
-    `state` names what belongs to a weight that bitsandbytes has in 4 bits, by the ends of their names; else empty.
-    """
-
-    file: Path
-    shape: tuple[int, ...]
-    is_float: bool
-    bytes: int
-    state: tuple[str, ...] = ()
 
 
 def merged_bytes(base: Path) -> int:
     """Bytes of the merged weights on disk, headers left out."""
-    return sum(source.bytes for source in _sources(base).values())
+    return sum(source.bytes for source in stored_tensors(base).values())
 
 
 def merge(
@@ -140,7 +92,7 @@ def merge(
             cannot be read.
         OSError, SafetensorError: something cannot be written.
     """
-    sources = _sources(base)
+    sources = stored_tensors(base)
     _check_fit(adapter, sources, base)
     shards = _shards(sources)
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
@@ -157,9 +109,9 @@ def merge(
     (to / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _merged(name: str, source: _Source, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _merged(name: str, source: Stored, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One tensor of the result, in host memory."""
-    with reading(source.file, _BASE_ADVICE), safe_open(source.file, framework="pt") as file:
+    with reading(source.file, BASE_ADVICE), safe_open(source.file, framework="pt") as file:
         if name not in adapter.pairs:
             tensor: Tensor = _dequantised(name, source, file, device) if source.state else file.get_tensor(name)
             return tensor.to(device="cpu", dtype=dtype) if source.is_float else tensor
@@ -175,48 +127,14 @@ def _merged(name: str, source: _Source, adapter: Adapter, dtype: torch.dtype, de
     return result
 
 
-def _dequantised(name: str, source: _Source, file: Any, device: torch.device) -> Tensor:
+def _dequantised(name: str, source: Stored, file: Any, device: torch.device) -> Tensor:
     """A weight from its 4 bits: its numbers' scales and their table stand beside it (bitsandbytes/functional.py)."""
     state = {end: file.get_tensor(f"{name}.{end}") for end in source.state}
     weight: Tensor = dequantize_4bit(file.get_tensor(name).to(device), QuantState.from_dict(state, device))
     return weight
 
 
-def _sources(base: Path) -> dict[str, _Source]:
-    """Every tensor of the folder's safetensors files; read are headers, and the shapes of what is in 4 bits."""
-    found = {}
-    for path in _weight_files(base):
-        with reading(path, _BASE_ADVICE), safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for name in [each for each in names if _PACKED in each]:
-                weight = name.partition(_PACKED)[0]
-                beside = {each for each in names if each.startswith(f"{weight}.")}
-                shape = tuple(json.loads(bytes(file.get_tensor(name).tolist()))["shape"])
-                state = tuple(each.removeprefix(f"{weight}.") for each in sorted(beside))
-                found[weight] = _Source(path, shape, True, 2 * math.prod(shape), state)
-                names -= beside | {weight}
-            for name in file.keys():  # noqa: SIM118
-                if name not in names:
-                    continue
-                part: Any = file.get_slice(name)
-                shape, kind = tuple(part.get_shape()), str(part.get_dtype())
-                is_float = kind in ("F64", "F32", "F16", "BF16")
-                width = 2 if is_float else {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}.get(kind, 1)
-                found[name] = _Source(path, shape, is_float, width * math.prod(shape))
-    return found
-
-
-def _weight_files(base: Path) -> list[Path]:
-    """The files that transformers would read: some models keep the same weights in another layout beside them."""
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        content = read_json(index, _BASE_ADVICE)
-        with reading(index, _BASE_ADVICE):
-            return sorted({base / Path(name).name for name in content["weight_map"].values()})
-    return [base / "model.safetensors"]
-
-
-def _shards(sources: Mapping[str, _Source]) -> list[list[str]]:
+def _shards(sources: Mapping[str, Stored]) -> list[list[str]]:
     shards: list[list[str]] = []
     room = 0
     for name, source in sources.items():
@@ -228,7 +146,7 @@ def _shards(sources: Mapping[str, _Source]) -> list[list[str]]:
     return shards
 
 
-def _check_fit(adapter: Adapter, sources: Mapping[str, _Source], base: Path) -> None:
+def _check_fit(adapter: Adapter, sources: Mapping[str, Stored], base: Path) -> None:
     for name, (a, b) in adapter.pairs.items():
         if name not in sources:
             raise UsageError(

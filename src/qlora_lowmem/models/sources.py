@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import is_file, is_folder, read_json, user_path
 from qlora_lowmem.recipe import Recipe
 
+_MOST_LAYERS = 4096
 _ROOM = resources.files("qlora_lowmem.models")
 _SHIPPED = _ROOM / "architectures"
 _PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -121,12 +123,12 @@ def resolve_model(model: str, weights: str, revision: str | None = None) -> Mode
         UsageError: no such folder, file or architecture; a folder without `config.json`; pretrained weights asked of
             a folder that holds none; random weights asked of a hub id whose configuration cannot be fetched.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if model.endswith(".gguf"):
-        if not path.is_file():
+        if not is_file(path):
             raise UsageError(f"base.model: there is no GGUF file {model!r}; give the path of an existing .gguf file")
         return ModelSource(name=path.stem, gguf=path.resolve())
-    if path.is_dir():
+    if is_folder(path):
         return _local_folder(path, weights)
     known = _known_models().get(model.rpartition("/")[2].lower())
     if known is not None and model.lower() in (known[1].lower(), model.rpartition("/")[2].lower()):
@@ -181,16 +183,17 @@ def _configuration_folder(hub_id: str, revision: str | None) -> Path:
 
 def _local_folder(path: Path, weights: str) -> ModelSource:
     config = path / "config.json"
-    if not config.is_file():
+    if not is_file(config):
         raise UsageError(f"base.model: the folder {str(path)!r} holds no config.json; give a model folder, or a hub id")
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        content = read_json(config)
+    except OSError as error:
         raise UsageError(
-            f"base.model: {str(config)!r} cannot be read as JSON ({error}); repair or replace it"
+            f"base.model: {str(config)!r} cannot be read as JSON ({error.strerror}); repair or replace it"
         ) from None
     if not isinstance(content, dict) or "model_type" not in content:
         raise UsageError(f"base.model: {str(config)!r} names no model_type, so its architecture is unknown")
+    _check_layers(config, content)
     if weights == "pretrained" and not any(path.glob("*.safetensors")):
         pickled = sorted(each.name for pattern in _PICKLED_WEIGHTS for each in path.glob(pattern))
         instead = f", only {pickled[0]}: a pickle, which can run code when it is loaded" if pickled else ""
@@ -199,6 +202,18 @@ def _local_folder(path: Path, weights: str) -> ModelSource:
             "weights there, or set base.weights to 'random' (memory does not depend on their values)"
         )
     return ModelSource(name=path.resolve().name, folder=path.resolve(), architecture=content)
+
+
+def _check_layers(config: Path, content: dict[str, Any]) -> None:
+    """Each layer is an object even without memory: a number that is none's would be made for hours."""
+    text = content.get("text_config")
+    for part in (content, text if isinstance(text, dict) else {}):
+        for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            if isinstance(part.get(name), int) and part[name] > _MOST_LAYERS:
+                raise UsageError(
+                    f"base.model: {str(config)!r} has {name} {part[name]}, and no model has more than "
+                    f"{_MOST_LAYERS:,} layers; compare it with the one that the model's makers publish"
+                )
 
 
 def _known(model: str, name: str, hub_id: str, context: int | None, weights: str) -> ModelSource:

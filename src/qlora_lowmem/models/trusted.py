@@ -8,7 +8,6 @@ PyTorch itself writes there.
 """
 
 import contextlib
-import json
 import pickle
 from collections.abc import Iterator
 from enum import EnumType
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
+from qlora_lowmem import files
 from qlora_lowmem.errors import UsageError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -140,7 +140,7 @@ def damaged_file(folder: Path, *patterns: str) -> tuple[Path, str] | None:
     for path in sorted(path for each in patterns or ("*.json", "*.safetensors") for path in folder.glob(each)):
         try:
             if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
+                files.read_json(path)
             else:
                 with safe_open(path, framework="pt"):
                     pass
@@ -169,7 +169,7 @@ def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
         UsageError: there is none.
     """
     with reading(path, what_to_do):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
         if not isinstance(content, dict):
             raise TypeError("it holds no object")
         return content
@@ -178,8 +178,6 @@ def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, json.JSONDecodeError):
-        return f"it is no JSON: {error}"
     if isinstance(error, KeyError):
         return f"it has no {error}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

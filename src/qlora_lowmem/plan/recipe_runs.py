@@ -16,11 +16,9 @@ from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field, replace_fields
 from qlora_lowmem.run.imports import heavy_imports
+from qlora_lowmem.virtual_gpu.cards import MOST_BYTES
 
 Answer = TypeVar("Answer")
-
-# All the addresses that a device of a virtual GPU has; no recipe of any model here needs as much.
-_ROOM_FOR_EVERYTHING = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,11 @@ def shortened(recipe: Recipe) -> Recipe:
 
 
 def roomy(card: virtual_gpu.Card) -> virtual_gpu.Card:
-    """A card of the same kind with room for everything: what a recipe needs there, it needs."""
-    return card.with_memory(_ROOM_FOR_EVERYTHING)
+    """A card of the same kind with room for everything: what a recipe needs there, it needs.
+
+    No recipe of any model here needs as much.
+    """
+    return card.with_memory(MOST_BYTES)
 
 
 def import_what_runs_need() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import user_path
 from qlora_lowmem.recipe import CAME_LATER, SECTIONS, Recipe, field_values
 from qlora_lowmem.recipe.checks import (
     FieldSpec,
@@ -76,7 +77,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     for leaf in ("data", "eval_data"):
         data = draft.values.get(leaf) or SYNTHETIC
         if data != SYNTHETIC and not is_hub_data(data):
-            draft.values[leaf] = os.path.normpath(path.parent / Path(data).expanduser())
+            draft.values[leaf] = os.path.normpath(path.parent / user_path(data))
     _take_overrides(draft, overrides or {})
     _keep_output_inside(draft)
     if "name" not in draft.values and "name" not in draft.faulty:

@@ -11,13 +11,16 @@ from typing import Any
 import yaml
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import read_text
 from qlora_lowmem.recipe import SECTIONS, Recipe
 from qlora_lowmem.recipe.checks import field_specs
+from qlora_lowmem.units import MIB
 
 _FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
 _INT_TAG = "tag:yaml.org,2002:int"
 _COMMENT_AT = 41
+_LIMIT = MIB
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,13 @@ def read_recipe(path: Path) -> list[Entry]:
 
 def _text_of(path: Path) -> str:
     try:
-        raw = path.read_bytes()
+        return read_text(path, _LIMIT)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such recipe. {_recipes_near(path)}") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder, not a recipe. {_recipes_near(path / '*.yaml')}") from None
-    except (OSError, ValueError) as fault:
-        raise UsageError(f"{path} cannot be read: {fault}") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        line = raw[: fault.start].count(b"\n") + 1
-        raise UsageError(
-            f"{path}, line {line}: byte {raw[fault.start]:#04x} is not UTF-8; save the file as UTF-8"
-        ) from None
+    except OSError as fault:
+        raise UsageError(f"{path} cannot be read as a recipe: {fault.strerror or fault}") from None
 
 
 def _recipes_near(path: Path) -> str:

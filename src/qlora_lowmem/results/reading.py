@@ -10,7 +10,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import Count
+from qlora_lowmem.files import Count, read_small
 from qlora_lowmem.memory.profile import PHASES, Peak
 
 _Type = TypeVar("_Type")
@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         UsageError: it cannot be read or is not JSON.
     """
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse)
+        content = json.loads(read_small(path), parse_constant=_refuse)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give a file that a command of this project wrote") from None
     except (ValueError, RecursionError) as error:

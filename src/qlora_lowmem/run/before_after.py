@@ -10,16 +10,17 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_lowmem.data import CheckedData
 from qlora_lowmem.errors import DoesNotFitError, UsageError
+from qlora_lowmem.models.adapter_files import ADAPTER_ADVICE, check_adapter_files
 from qlora_lowmem.models.limits import Limits, with_padding
 from qlora_lowmem.models.loading import assert_on_device, choose_precision, load_base, load_tokenizer, skeleton
 from qlora_lowmem.models.sources import source_of
-from qlora_lowmem.models.trusted import check_adapter
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.run.job import apply_memory_limit, device_of, start_recorder
 from qlora_lowmem.run.out_of_memory import first_words, whose_memory
@@ -80,7 +81,7 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
         UsageError: a model or an adapter that is not there, or that do not go together.
         DoesNotFitError: out of GPU memory.
     """
-    check_adapter(adapter)
+    modules = check_adapter_files(adapter, recipe)
     source = source_of(recipe)
     if recipe.run.device != "cpu":
         apply_memory_limit(recipe, start_recorder(recipe))
@@ -101,6 +102,13 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
                 f"the adapter in {str(adapter)!r} cannot be put on {recipe.base.model!r} ({reason}); give the folder "
                 "of a run of this recipe"
             ) from error
+    made = {name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    if made != modules.keys():
+        strays = sorted(made ^ modules.keys())
+        raise UsageError(
+            f"the adapter in {str(adapter)!r} has weights for {len(modules)} modules, and its adapter_config.json "
+            f"adapts {len(made)}: {', '.join(strays[:3])} on one side only. {ADAPTER_ADVICE}"
+        )
     assert_on_device(model, device)
     model.eval()
     return Adapted(model, tokenizer, device, limits)

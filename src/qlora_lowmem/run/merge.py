@@ -52,7 +52,7 @@ def merge_run(
         )
     source = source_of(recipe)
     model, base = skeleton(recipe, source), weights_folder(recipe, source)
-    adapter = merging.Adapter.read(run).of(model).in_names_of(base, model)
+    adapter = merging.Adapter.read(run, recipe).of(model).in_names_of(base, model)
     _check_room(to, merging.merged_bytes(base))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     recorder = start_recorder(recipe) if on_gpu else None

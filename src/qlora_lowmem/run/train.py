@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import msgspec
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import command, is_first, words_of
-from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
+from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.moves import Change
 from qlora_lowmem.run.imports import heavy_imports
@@ -206,12 +207,29 @@ def _held(recipe: Recipe) -> Iterator[Path | None]:
     elif not is_first():  # the first process holds the folder for all
         yield newest_complete(output_dir).checkpoint
     else:
+        made = not output_dir.exists()
         with held_folder(output_dir):
             found = checkpoint_to_resume(recipe)
             say(*(f"note: {note}" for note in found.notes))
             if found.checkpoint is not None:
                 say(f"resuming from {found.checkpoint}")
-            yield found.checkpoint
+            try:
+                yield found.checkpoint
+            except UsageError:
+                if made and not _worth_keeping(output_dir):
+                    shutil.rmtree(output_dir, ignore_errors=True)
+                raise
+
+
+def _worth_keeping(output_dir: Path) -> bool:
+    """Whether a run that was refused had trained, or tokenised its samples, which can take long."""
+    from qlora_lowmem.memory.profile import MEMORY_FILE
+    from qlora_lowmem.run_folder.ownership import RECIPE_FILE
+    from qlora_lowmem.tokens.dataset import EVALUATION_FOLDER, TOKENS_FOLDER
+
+    tokens = (TOKENS_FOLDER, EVALUATION_FOLDER)
+    others = {path.name for path in output_dir.iterdir()} - {RECIPE_FILE, MEMORY_FILE, ".lock", *tokens}
+    return bool(others) or any(path.is_dir() for folder in tokens for path in output_dir.glob(f"{folder}/*"))
 
 
 def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:

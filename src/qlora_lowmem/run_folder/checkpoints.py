@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import flush, write_whole
+from qlora_lowmem.files import flush, read_small, write_whole
 from qlora_lowmem.run_folder.ownership import MANIFEST, RECIPE_FILE, is_our_checkpoint
 from qlora_lowmem.units import format_bytes
 
@@ -62,7 +62,7 @@ def seal(folder: Path) -> None:
 def corruption(folder: Path) -> str | None:
     """What is wrong with a sealed folder, or None if it is as it was written."""
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Manifest)
+        manifest = msgspec.json.decode(read_small(folder / MANIFEST), type=_Manifest)
         for name, written in manifest.files.items():
             path = folder / name
             if not path.is_file():
@@ -76,7 +76,7 @@ def corruption(folder: Path) -> str | None:
         return f"{MANIFEST} is missing, so it was never finished"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return f"{MANIFEST} cannot be read as one"
     return None
 

@@ -13,7 +13,7 @@ import msgspec
 from qlora_lowmem.data.sources import resolve_data
 from qlora_lowmem.environment import processes
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import replace_text
+from qlora_lowmem.files import is_file, is_folder, read_small, replace_text
 from qlora_lowmem.memory.profile import MEMORY_FILE, read_live
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, hashed_fields, recipe_hash
 from qlora_lowmem.recipe.io import recipe_from_dict
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     *("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 _SHOWN = 4
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Marker:
     def read(cls, path: Path) -> "Marker":
         """The inverse of `write`; raises `UsageError` if it is none of this version."""
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=cls)
+            found = msgspec.json.decode(read_small(path), type=cls)
             hashed_fields(found.recipe)
         except _UNREADABLE:
             raise UsageError(
@@ -76,7 +76,7 @@ class Marker:
 def is_marker(path: Path) -> bool:
     """Whether this command wrote it, in whatever version: it holds a recipe and its hash."""
     try:
-        content = msgspec.json.decode(path.read_bytes())
+        content = msgspec.json.decode(read_small(path))
         hashed_fields(content["recipe"])
     except _UNREADABLE:
         return False
@@ -108,18 +108,18 @@ def data_digest(data: str) -> str:
 
 def recipe_of_run(folder: Path) -> Recipe:
     """The recipe that a run's folder, or that of one of its checkpoints, remembers; `UsageError` if none is there."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UsageError(f"--run: there is no folder {str(folder)!r}; give the output folder of a run")
     places = (folder / RECIPE_FILE, folder.resolve().parent / RECIPE_FILE)
-    marker = next((path for path in places if path.is_file()), None)
+    marker = next((path for path in places if is_file(path)), None)
     if marker is None:
         raise UsageError(
             f"--run: {str(folder)!r} holds no {RECIPE_FILE}, so its base model is unknown; give a folder that "
             "qlora_lowmem.train has written"
         )
     try:
-        return recipe_from_dict(msgspec.json.decode(marker.read_bytes())["recipe"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return recipe_from_dict(msgspec.json.decode(read_small(marker))["recipe"])
+    except _UNREADABLE as error:
         raise UsageError(f"--run: {str(marker)!r} is no recipe of this version ({error}); restore it") from None
 
 
@@ -153,7 +153,7 @@ def is_our_checkpoint(folder: Path) -> bool:
     An empty folder has nothing to lose.
     """
     try:
-        if isinstance(msgspec.json.decode((folder / MANIFEST).read_bytes())["files"], dict):
+        if isinstance(msgspec.json.decode(read_small(folder / MANIFEST))["files"], dict):
             return True
     except _UNREADABLE:
         pass

@@ -20,7 +20,9 @@ from qlora_lowmem.errors import UsageError
 from qlora_lowmem.models.trusted import read_json
 
 # What rendering a template on unexpected messages raises: jinja2's own, and Python's inside an expression.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError),
+)
 _PROBE_TOOL = "probe_tool_5d1c"
 # jinja2's filters that take the name of an attribute.
 _FILTERS_BY_NAME = ("attr", "map", "selectattr", "rejectattr", "groupby", "sort", "unique", "min", "max", "sum")

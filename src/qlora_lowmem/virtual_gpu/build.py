@@ -99,8 +99,10 @@ def ensure_built() -> Build:
 def _cache_roots() -> list[Path]:
     """Where builds are kept; the last is for this user alone and goes with the machine's temporary files."""
     named = os.environ.get(CACHE_VARIABLE)
-    home = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_lowmem"
-    return [home / "virtual_gpu", _temporary_folder() / "virtual_gpu"]
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - stays without a home
+    home = Path(named) if named else Path(caches) / "qlora_lowmem"
+    own = [home / "virtual_gpu"] if home.parts[:1] != ("~",) else []
+    return [*own, _temporary_folder() / "virtual_gpu"]
 
 
 def _temporary_folder() -> Path:

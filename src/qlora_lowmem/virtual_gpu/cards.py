@@ -92,8 +92,12 @@ class Card:
         What is set aside for a desktop stays the same.
 
         Raises:
-            ValueError: less than the context takes.
+            ValueError: less than the context takes, or more than a virtual card can address.
         """
+        if total_bytes > MOST_BYTES:
+            raise ValueError(
+                f"{total_bytes} bytes is not a card's memory: a virtual card has {MOST_BYTES} at most (1 TiB)"
+            )
         if total_bytes <= self.context_bytes:
             raise ValueError(
                 f"{total_bytes} bytes is not a card's memory: the CUDA context alone takes {self.context_bytes}"
@@ -116,6 +120,7 @@ def all_cards() -> tuple[Card, ...]:
     return tuple(sorted(map(get_card, _table()["card"]), key=lambda card: (card.total_bytes, card.name)))
 
 
+MOST_BYTES = 2**40  # the addresses that a virtual card has
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -125,7 +130,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: it is none.
     """
-    match = re.fullmatch(r"\s*(\d+)(?:\.(\d+))?\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,40})(?:\.([0-9]{1,40}))?\s*([A-Za-z]*)\s*", text)
     factor = _UNITS.get(match[3].upper()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not a size; write 6GB (10^9 each), 5.5GiB (2^30) or bytes")

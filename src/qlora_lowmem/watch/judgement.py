@@ -216,6 +216,7 @@ def _first_word(folder: Path) -> LiveMemory:
             "start on; give that job's output folder, or --pid for any other program"
         ) from None
     except (OSError, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
         raise UsageError(
-            f"--output-dir: {str(folder / MEMORY_FILE)!r} cannot be read ({fault}); no job of this version wrote it"
+            f"--output-dir: {str(folder / MEMORY_FILE)!r} cannot be read ({reason}); no job of this version wrote it"
         ) from None

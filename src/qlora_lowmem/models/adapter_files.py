@@ -1,0 +1,84 @@
+"""A run's adapter as files: plain LoRA of the run's recipe, or refused. Tensors decide; configuration is checked.
+
+`adapter_config.json` is text that anyone can edit, and its `r` and `lora_alpha` scale every weight that is merged: what
+it says is held against the shapes of the tensors and against the recipe that they were trained by.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from qlora_lowmem.errors import UsageError
+from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter, read_json, reading
+from qlora_lowmem.recipe import Recipe
+
+ADAPTER_ADVICE = "Give the folder of another checkpoint of the run, or train again"
+_PREFIX = "base_model.model."
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# What of a PEFT configuration (peft/tuners/lora/config.py) changes the formula: these must be as LoRA's paper has them.
+_PLAIN = {
+    "use_dora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+}
+
+
+def check_adapter_files(folder: Path, recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """By module: the names of its A (r, in_features) and its B (out_features, r) in the adapter's safetensors file.
+
+    Raises:
+        UsageError: there is no adapter, it cannot be read, it is more than plain LoRA on Linear modules, or it is not
+            what the recipe trains.
+    """
+    check_adapter(folder)
+    _check_settings(folder / "adapter_config.json", recipe)
+    path = folder / ADAPTER_WEIGHTS
+    halves: dict[str, dict[str, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    with reading(path, ADAPTER_ADVICE), safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
+            module, _, half = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+            part: Any = file.get_slice(key)
+            if half not in ("lora_A", "lora_B") or part.get_dtype() not in _FLOATS:
+                raise UsageError(f"{path}: {key} belongs to no LoRA adapter of a Linear module. {ADAPTER_ADVICE}")
+            halves.setdefault(module, {})[half] = key
+            shapes[key] = tuple(part.get_shape())
+    if not halves:
+        raise UsageError(f"{path} holds no weights. {ADAPTER_ADVICE}")
+    rank = recipe.lora.lora_r
+    for module, pair in halves.items():
+        if len(pair) < 2:
+            raise UsageError(f"{path}: of {module} only {min(pair)} is there. {ADAPTER_ADVICE}")
+        a, b = shapes[pair["lora_A"]], shapes[pair["lora_B"]]
+        if (len(a), len(b)) != (2, 2) or (a[0], b[1]) != (rank, rank):
+            raise UsageError(
+                f"{path}: the tensors of {module} are {a} and {b}, and lora.lora_r of the recipe is {rank}: they are "
+                f"another run's. {ADAPTER_ADVICE}"
+            )
+    return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in halves.items()}
+
+
+def _check_settings(path: Path, recipe: Recipe) -> None:
+    settings = read_json(path, ADAPTER_ADVICE)
+    if settings.get("peft_type") != "LORA":
+        raise UsageError(
+            f"{path}: peft_type is {settings.get('peft_type')!r}; a run's adapter is LORA. {ADAPTER_ADVICE}"
+        )
+    for name, plain in _PLAIN.items():
+        if settings.get(name, plain) != plain:
+            raise UsageError(
+                f"{path}: {name} is {settings[name]!r}; only plain LoRA adapters can be read here, as a run "
+                "writes them. PEFT itself reads the others (merge_and_unload merges them)"
+            )
+    trained = {"r": recipe.lora.lora_r, "lora_alpha": recipe.lora.lora_alpha, "use_rslora": recipe.lora.use_rslora}
+    for name, value in trained.items():
+        found = settings.get(name, False if name == "use_rslora" else None)
+        if found != value or isinstance(found, bool) != isinstance(value, bool):
+            raise UsageError(
+                f"{path}: {name} is {found!r}, and the recipe trained with {value!r}: the adapter would be scaled by "
+                f"another factor. Put {value!r} back, or: {ADAPTER_ADVICE[0].lower()}{ADAPTER_ADVICE[1:]}"
+            )
