@@ -23,6 +23,7 @@ from qlora_lowmem.results.kinds.matrix import write_matrix
 # What takes minutes: asked for by its file or by -m, not run with the matrix.
 PROOFS = {
     "chaos": "a run killed again and again",
+    "bad_inputs": "bad inputs, every command's",
     "ranks": "what each of several cards needs",
     "phases": "every phase of a run's life on a 6 GB card",
     "newcomer": "from clone to an answer, and the demo's skill, timed",

@@ -110,6 +110,28 @@ def test_bad_input(
         assert text in printed.err
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        (
+            "generate",
+            ["--max-new-tokens", "9" * 20],
+            "--max-new-tokens: 99999999999999999999 is too many; give 1 to 16777216",
+        ),
+        ("generate", ["--samples", "1.5"], "--samples: '1.5' is not a whole number"),
+        ("longest", ["--config", OPTIMISED, "--limit", "9" * 30], "--limit"),
+        ("lengths", ["--config", OPTIMISED, "--lengths", "1"], "--lengths: 1 is too few; give 2"),
+        ("plan", ["--config", OPTIMISED, "--card", "12GB", "--seq", "9" * 30], "--seq"),
+        ("plan", ["--config", OPTIMISED, "--card", "12GB", "--memory", "9" * 30], "--memory"),
+        ("plan", ["--config", OPTIMISED, "--card", "rtx-3060-12gb@2000GiB"], "at most (1 TiB)"),
+        ("virtual-gpu", ["--card", "12GB", "--memory", "9" * 30, "--", "true"], "at most (1 TiB)"),
+    ],
+)
+def test_bounds(command: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(command, words) == EXIT_USAGE
+    assert said in capsys.readouterr().err
+
+
 def test_target_modules_that_match_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", OPTIMISED, "--target-modules", "gate_proj", "--dry-run", "--output-dir", str(tmp_path)]
     assert main(arguments) == EXIT_USAGE

@@ -72,6 +72,12 @@ def test_sizes_are_written(count: int, text: str) -> None:
     assert format_bytes(count) == text
 
 
+@pytest.mark.parametrize("text", ["9" * 30, "9" * 5000, "2000000 TB", "²GB", "1e9GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a size|is more than any card has"):
+        parse_bytes(text)
+
+
 @given(st.integers(0, 2**45))
 def test_what_is_written_reads_back_within_its_last_digit(count: int) -> None:
     step = GIB // 1000 if count >= GIB else MIB // 10 if count >= MIB else KIB // 10 if count >= KIB else 0

@@ -135,6 +135,17 @@ def test_chosen_answers_of_preferences(tmp_path: Path) -> None:
         (["convert", "object.jsonl", "b.jsonl"], "row 2: is an empty object"),
         (["convert", "latin.csv", "b.jsonl", "--text", "t"], "write it again, as UTF-8"),
         (["check", "a.csv"], "qlora-lowmem data convert a.csv a.jsonl"),
+        (["check", "two.json", "b.jsonl"], "OUT.jsonl is convert's"),
+        (["convert", "twice.csv", "b.jsonl"], "the column 'text' is there twice"),
+        (["convert", "twice.parquet", "b.jsonl"], "the column 'text' is there twice"),
+        (["check", "twice.parquet"], "the column 'text' is there twice"),
+        (["check", "within.parquet"], "row 1: cannot be read"),
+        (["convert", "within.parquet", "b.jsonl"], "row 1: cannot be read"),
+        (["convert", "wide.csv", "b.jsonl"], "row 1: has more or fewer cells"),
+        (["convert", "deep.json", "b.jsonl"], "nested too deeply"),
+        (["convert", "utf16.json", "b.jsonl"], "it is UTF-16"),
+        (["convert", "endless.csv", "b.jsonl"], "is no regular file"),
+        (["convert", "x" * 300 + ".csv", "b.jsonl"], "File name too long"),
     ],
 )
 def test_refused(
@@ -147,6 +158,15 @@ def test_refused(
     Path("empty.json").write_text("[]")
     Path("object.jsonl").write_text('{"text": "a"}\n{}\n')
     Path("latin.csv").write_bytes("t\nh\u00e9\n".encode("latin-1"))
+    Path("twice.csv").write_text("text,text\na,b\n")
+    Path("wide.csv").write_text("text\na,b\n")
+    Path("deep.json").write_text("[" * 100_000)
+    Path("utf16.json").write_text("[]", encoding="utf-16")
+    Path("endless.csv").symlink_to("/dev/zero")
+    texts = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.table(texts, names=["text", "text"]), "twice.parquet")
+    message = pa.StructArray.from_arrays(texts, fields=[pa.field("role", pa.string())] * 2)
+    pq.write_table(pa.table({"messages": pa.ListArray.from_arrays(pa.array([0, 1]), message)}), "within.parquet")
     assert main(words) == EXIT_USAGE
     assert says in capsys.readouterr().err
     assert not Path("b.jsonl").exists()

@@ -72,6 +72,7 @@ def cut(path: Path) -> Path:
 def test_base_weights_to_train(copy: Path, refused: Check) -> None:
     path = cut(copy / "model" / "model.safetensors")
     refused(run_command("train", flags(copy, "new")), f"damaged file: '{path}'", "copy it again")
+    assert not (copy / "new").exists()  # nothing was trained
 
 
 def test_base_weights_to_merge(copy: Path, refused: Check) -> None:

@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.action == "check":
+        if options.target is not None:
+            raise UsageError(f"data check: OUT.jsonl is convert's, and {options.target!r} is given; name one FILE")
         from qlora_lowmem.data import check_data
 
         report = check_data(options.source, "all", quiet=False).report

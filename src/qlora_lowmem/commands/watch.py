@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.live import Live
 
 from qlora_lowmem.commands import streams
+from qlora_lowmem.commands.frame import whole_number
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.memory.profile import MEMORY_FILE
 from qlora_lowmem.units import GIB, parse_memory_limit
@@ -31,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--output-dir", metavar="DIR", help=f"the output folder of a run: its {MEMORY_FILE} is read")
     what.add_argument("--pid", type=int, metavar="PID", help="a process: its part of the card, and it ends with it")
     parser.add_argument(
-        "--gpu", type=int, metavar="N", help="NVML's number of the GPU (default: where the job or process is, else 0)"
+        "--gpu",
+        type=whole_number(0, 1023),
+        metavar="N",
+        help="NVML's number of the GPU (default: where the job or process is, else 0)",
     )
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (default 1)")
     parser.add_argument(
