@@ -128,7 +128,7 @@ def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--run", str(tmp_path / "empty"), "--prompt", "a"], "holds no recipe.json"),
         (["--run", str(tmp_path / "odd"), "--prompt", "a"], "is no recipe of this version"),
         (["--run", str(pickled), "--prompt", "a"], "as a pickle (adapter_model.bin)"),
-        (["--run", str(foreign), "--prompt", "a"], "cannot be put on"),
+        (["--run", str(foreign), "--prompt", "a"], "r is 3, and the recipe trained with 8"),
         (["--run", str(run), "--data", str(tmp_path / "bad.jsonl")], "bad.jsonl:1: 'text' is empty"),
         (["--config", str(RECIPES / "optimised.yaml"), "--prompt", "a", "--device", "cpu"], "holds no adapter_model"),
         (["--run", str(run), "--prompt", "a", "--device", "virtual"], "invalid choice: 'virtual'"),
