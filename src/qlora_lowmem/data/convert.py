@@ -6,15 +6,15 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qlora_lowmem.data.check import Walk
-from qlora_lowmem.data.sources import JsonLines
+from qlora_lowmem.data.sources import LINE_LIMIT, JsonLines
 from qlora_lowmem.data.tables import check_once, values_of
 from qlora_lowmem.data.values import FaultySampleError, Row
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import read_json, write_whole
-from qlora_lowmem.units import GIB
+from qlora_lowmem.units import GIB, MIB
 
 CONVERTED_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -86,7 +86,7 @@ def _values(source: Path) -> Iterator[Value]:
             yield from _array_of(source)
         elif suffix in (".csv", ".tsv"):
             with source.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+                reader = csv.DictReader(_lines_of(file), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
                 check_once(str(source), reader.fieldnames or ())
                 yield from map(_cells, reader)
         elif suffix == ".jsonl":
@@ -100,6 +100,15 @@ def _values(source: Path) -> Iterator[Value]:
                 yield from values_of(batch)
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's are ValueErrors
         raise _unreadable(source, error) from None
+
+
+def _lines_of(file: TextIO) -> Iterator[str]:
+    """The lines of a table of text, none of them without an end."""
+    csv.field_size_limit(LINE_LIMIT)
+    while line := file.readline(LINE_LIMIT):
+        if len(line) == LINE_LIMIT:
+            raise csv.Error(f"a line is longer than {LINE_LIMIT // MIB} MiB")
+        yield line
 
 
 def _cells(row: dict[str, Any]) -> Value:

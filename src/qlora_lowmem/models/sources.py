@@ -209,10 +209,10 @@ def _check_layers(config: Path, content: dict[str, Any]) -> None:
     text = content.get("text_config")
     for part in (content, text if isinstance(text, dict) else {}):
         for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-            if isinstance(part.get(name), int) and part[name] > _MOST_LAYERS:
+            if isinstance(part.get(name), int) and not 1 <= part[name] <= _MOST_LAYERS:
                 raise UsageError(
-                    f"base.model: {str(config)!r} has {name} {part[name]}, and no model has more than "
-                    f"{_MOST_LAYERS:,} layers; compare it with the one that the model's makers publish"
+                    f"base.model: {str(config)!r} has {name} {part[name]}, and models have 1 to {_MOST_LAYERS:,} "
+                    "layers; compare it with the one that the model's makers publish"
                 )
 
 

@@ -97,7 +97,7 @@ def choose_marking(
         return Marking("marks", turns=turns)
     try:
         return Marking("marks", get_training_chat_template(tokenizer), turns=turns)
-    except ValueError:  # a template that TRL has no marked version of
+    except TEMPLATE_ERRORS:  # one that TRL has no marked version of, or that fails: then each sample says so
         return Marking("prefixes", turns=turns)
 
 
