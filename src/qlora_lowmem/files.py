@@ -19,6 +19,7 @@ import msgspec
 import platformdirs
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.owned import NotOwnError, flush, own_folder
 from qlora_lowmem.units import MIB, format_bytes
 
 SMALL_FILE = 64 * MIB  # more than any recipe, configuration, index of weights or table of results here
@@ -34,23 +35,27 @@ Content = TypeVar("Content")
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**60)]  # of bytes or tokens in a file: no card and no run has more
 
 
-def cache_folder() -> Path:
-    """`$QLORA_LOWMEM_CACHE`, or `qlora_lowmem` under the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
+def cache_folder(kind: str) -> Path:
+    """`kind` in `$QLORA_LOWMEM_CACHE`, or in `qlora_lowmem` in the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
 
-    The virtual GPU, which knows nothing of this package, follows the same rule for its builds.
+    It is made where it can be. The virtual GPU, which knows nothing of this module, follows the same rule.
 
     Raises:
-        UsageError: this user has no home.
+        UsageError: others could have written what lies there, or this user has no home.
     """
     given = os.environ.get("QLORA_LOWMEM_CACHE")
-    if given is not None:
-        return Path(given)
     try:
-        return platformdirs.user_cache_path("qlora_lowmem", appauthor=False)
+        root = Path(given) if given is not None else platformdirs.user_cache_path("qlora_lowmem", appauthor=False)
     except RuntimeError:  # neither HOME nor an entry of the user
         raise UsageError(
             "HOME is not set and this user has no home: set QLORA_LOWMEM_CACHE to a folder for what is kept"
         ) from None
+    try:
+        return own_folder(root / kind)
+    except NotOwnError as error:
+        raise UsageError(f"cache: {error}; or set QLORA_LOWMEM_CACHE to a folder of your own") from None
+    except OSError:
+        return root / kind  # who writes there says that it cannot be
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
@@ -198,15 +203,6 @@ def whole_folder(folder: Path, *, fsync: bool = False) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk; `OSError` where the disk says that it is not."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

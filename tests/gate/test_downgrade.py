@@ -32,7 +32,7 @@ OLD = "5.17.0"
 
 @pytest.fixture(scope="module")
 def overlays() -> Path:
-    folder = cache_folder() / "overlays"
+    folder = cache_folder("overlays")
     try:
         overlaid({"transformers": OLD}, folder)
     except UsageError as error:

@@ -100,6 +100,14 @@ def nvml_and_torch() -> dict[str, Any]:
     }
 
 
+def compile_cache() -> str:
+    import torch._inductor.runtime.cache_dir_utils as utils
+
+    folder = utils.cache_dir()
+    assert not os.listdir(folder)  # noqa: PTH208
+    return folder
+
+
 def values() -> dict[str, Any]:
     import torch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lowmem.virtual_gpu import VirtualGPUUnavailable, build, discovery
+from qlora_lowmem.virtual_gpu import VirtualGPUUnavailable, build, compiling, discovery
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_two_processes_that_build_at_once_build_once(cache):
 def test_a_read_only_cache_gives_way_to_the_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(build.CACHE_VARIABLE, "/proc/nowhere")  # where nobody can write, root included
     record = '{"preload": [], "versions": {}}'
-    monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
+    monkeypatch.setattr(build.Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
     assert build.ensure_built().folder.is_relative_to(tmp_path / "temporary")
 
 
@@ -192,7 +192,7 @@ def test_every_function_of_the_real_libraries_is_answered():
     cuda = discovery.find_cuda(frozenset(build.stubs.policies()))
     folder = build.ensure_built().folder
     for library in cuda.libraries:
-        ours, real = folder / build._file_name(library), library.path
+        ours, real = folder / compiling.file_name(library), library.path
         assert discovery.functions_of(ours) == discovery.functions_of(real) != set()
         assert discovery.version_node(ours) == discovery.version_node(real)
 
@@ -219,10 +219,10 @@ def test_a_source_that_changed_is_another_build_and_one_that_was_touched_is_the_
     tmp_path, cache, monkeypatch, changed
 ):
     sources = tmp_path / "csrc"
-    shutil.copytree(build._SOURCES, sources)
-    monkeypatch.setattr(build, "_SOURCES", sources)
+    shutil.copytree(build.SOURCES, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
     record = '{"preload": [], "versions": {}}'
-    monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
+    monkeypatch.setattr(build.Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
     first = build.ensure_built()
     if changed == "content":
         with (sources / "sparse.cpp").open("a") as file:
@@ -236,15 +236,15 @@ def test_a_source_that_changed_is_another_build_and_one_that_was_touched_is_the_
 @pytest.mark.usefixtures("built", "cache")
 def test_two_installations_that_share_a_cache_have_a_build_each(tmp_path, monkeypatch):
     record = '{"preload": [], "versions": {}}'
-    monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
+    monkeypatch.setattr(build.Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
     found = {"one": set(), "other": set()}
-    original = build._SOURCES
+    original = build.SOURCES
     for name in ("one", "other", "one", "other"):
         sources = tmp_path / name / "csrc"
         if not sources.exists():
             shutil.copytree(original, sources)
             (sources / "sparse.cpp").write_text(f"// {name}")
-        monkeypatch.setattr(build, "_SOURCES", sources)
+        monkeypatch.setattr(build, "SOURCES", sources)
         found[name].add(build.ensure_built().folder)
     assert len(found["one"]) == len(found["other"]) == 1
     assert found["one"] != found["other"]
@@ -254,7 +254,7 @@ def test_two_installations_that_share_a_cache_have_a_build_each(tmp_path, monkey
 @pytest.mark.usefixtures("built")
 def test_a_damaged_note_of_what_was_found_is_made_again(cache, monkeypatch, text):
     record = '{"preload": [], "versions": {}}'
-    monkeypatch.setattr(build._Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
+    monkeypatch.setattr(build.Builder, "build", lambda self: (self.folder / "build.json").write_text(record))
     first = build.ensure_built()
     (note,) = (cache / "virtual_gpu").glob("found-*.json")
     complete = note.read_text()

@@ -79,6 +79,36 @@ def test_every_lock_is_taken_through_the_guard_that_knows_of_forks() -> None:
     assert {path.name for path in CSRC.glob("*.*") if "pthread_mutex_lock" in path.read_text()} == {"guard.h"}
 
 
+# Sizes of which some overflow when rounded to pages, some when added to what is in use, some in a product.
+HUGE = """
+import ctypes
+runtime, driver = ctypes.CDLL("libcudart.so.{major}"), ctypes.CDLL("libcuda.so.1")
+number, place = ctypes.c_uint64, ctypes.c_uint64()
+properties = (ctypes.c_int * 8)(1, 0, 1, 0)  # pinned memory on device 0
+assert runtime.cudaFree(None) == 0
+for size in (2**64 - 1, 2**64 - 2**20, 2**64 - 2**21, 2**64 - 2**30, 2**63, 2**62 + 1):
+    size, at = number(size), ctypes.byref(place)
+    assert runtime.cudaMalloc(at, size), size
+    assert runtime.cudaMallocManaged(at, size, 1), size
+    assert runtime.cudaHostAlloc(at, size, 0), size
+    assert runtime.cudaMallocPitch(at, ctypes.byref(number()), size, number(3)), size
+    assert runtime.cudaHostRegister(number(4096), size, 0), size
+    assert driver.cuMemAlloc_v2(at, size), size
+    assert driver.cuMemCreate(at, size, properties, number(0)), size
+    assert driver.cuMemAddressReserve(at, size, number(0), number(0), number(0)), size
+assert runtime.cudaMallocPitch(at, ctypes.byref(number()), number(2**32), number(2**32))
+"""
+
+
+@pytest.mark.usefixtures("built")
+def test_no_size_is_so_large_that_it_fits_again(laptop: Card) -> None:
+    major = int(build.ensure_built().versions["cuda"]) // 1000
+    report = run([sys.executable, "-c", HUGE.replace("{major}", str(major))], laptop, timeout=60)
+    assert report.exit_code == 0
+    assert report.peak_device_bytes == laptop.context_bytes
+    assert (report.peak_managed_bytes, report.peak_pinned_host_bytes) == (0, 0)
+
+
 # Each field of cudaDeviceProp that cudaDeviceGetAttribute also answers, by the names that driver_types.h gives both.
 FIELDS = """
 accessPolicyMaxWindowSize=MaxAccessPolicyWindowSize asyncEngineCount=AsyncEngineCount

@@ -4,6 +4,9 @@ One function a fault, by its name. Each runs with an empty folder for temporary 
 afterwards, with no process left that was started on a machine whose account lay there.
 """
 
+import fcntl
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +33,7 @@ from qlora_lowmem.virtual_gpu import (
     discovery,
     environment,
     get_card,
+    launch,
     read_report,
     run,
 )
@@ -71,18 +76,20 @@ class Bench:
         assert "Traceback" not in answer.stderr
         return answer
 
-    def cache(self, record: str = '{"preload": ["lib.so"], "versions": {}, "files": {"lib.so": 3}}') -> list[Path]:
+    def cache(self) -> list[Path]:
         """An empty cache, and builds that take no time; returns the list that each build adds itself to."""
         self.patch.setenv(build.CACHE_VARIABLE, str(self.folder / "cache"))
         self.patch.setattr(build, "_temporary_folder", lambda: self.folder / "second")
         made: list[Path] = []
+        known = {"lib.so": hashlib.sha256(b"ELF").hexdigest()}
+        record = json.dumps({"preload": ["lib.so"], "versions": {}, "files": known})
 
-        def quick(builder: build._Builder) -> None:
+        def quick(builder: build.Builder) -> None:
             made.append(builder.folder)
             (builder.folder / "lib.so").write_text("ELF")
             (builder.folder / "build.json").write_text(record)
 
-        self.patch.setattr(build._Builder, "build", quick)
+        self.patch.setattr(build.Builder, "build", quick)
         return made
 
 
@@ -160,6 +167,7 @@ def failing_compiler(bench: Bench, script: str) -> str:
     compiler.chmod(0o755)
     bench.patch.setenv("CXX", str(compiler))
     bench.patch.setenv(build.CACHE_VARIABLE, str(bench.folder / "cache"))
+    bench.patch.setattr(build, "_temporary_folder", lambda: bench.folder / "second")
     with pytest.raises(VirtualGPUUnavailable) as caught:
         build.ensure_built()
     assert not list((bench.folder / "cache").rglob("*.so*"))
@@ -179,7 +187,84 @@ def a_compiler_that_crashes(bench: Bench) -> None:
 @fault
 def a_disk_that_is_full_while_compiling(bench: Bench) -> None:
     message = failing_compiler(bench, '[ "$1" = --version ] || { echo "No space left on device" >&2; exit 1; }')
-    assert "No space left on device" in message
+    for folder in ("cache", "second"):
+        assert f"{bench.folder / folder}/virtual_gpu (No space left on device)" in message
+    assert "on a disk with room" in message
+
+
+@fault
+def a_cache_from_whose_disk_nothing_may_be_executed(bench: Bench) -> None:
+    """The loader would warn, and start programs without the virtual card."""
+    bench.cache()
+    look = os.statvfs
+    bench.patch.setattr(build.os, "statvfs", lambda path: Mount(look(path), noexec="second" not in str(path)))
+    assert build.ensure_built().folder.is_relative_to(bench.folder / "second")
+    bench.patch.setattr(build.os, "statvfs", lambda path: Mount(look(path), noexec=True))
+    with pytest.raises(VirtualGPUUnavailable, match="mounted noexec"):
+        build.ensure_built()
+
+
+class Mount:
+    def __init__(self, found: os.statvfs_result, *, noexec: bool) -> None:
+        self.f_flag = found.f_flag | os.ST_NOEXEC if noexec else found.f_flag & ~os.ST_NOEXEC
+
+
+@fault
+def a_cache_in_which_others_may_write(bench: Bench) -> None:
+    bench.cache()
+    (bench.folder / "cache").mkdir()
+    (bench.folder / "cache").chmod(0o777)
+    assert build.ensure_built().folder.is_relative_to(bench.folder / "second")
+    (bench.folder / "second" / "virtual_gpu").chmod(0o777)
+    with pytest.raises(VirtualGPUUnavailable, match="others may write there"):
+        build.ensure_built()
+
+
+@fault
+def libraries_that_do_not_load(bench: Bench) -> None:
+    """Undefined symbols, as a compiler of C alone leaves them; an empty file; one that does not answer."""
+    source, preload = bench.folder / "lib.cpp", bench.folder / "lib.so"
+    compiler = build.find_compiler()
+    (bench.folder / "builder").mkdir()
+    builder = build.Builder(bench.folder / "builder", SimpleNamespace(headers=Path(), libraries=()), compiler)
+    for text, said in {
+        "void* operator new(unsigned long); void* undefined() { return new int; }": "undefined symbol: _Znwm",
+        "": "not loaded",
+        'extern "C" int cudaGetDeviceCount(int* count) { *count = 7; return 0; }': "they say 7",
+    }.items():
+        preload.write_bytes(bytes(4096))
+        if text:
+            source.write_text(text)
+            options = ["-shared", "-fPIC", "-nostdlib", "-Wl,-z,now", str(source), "-o", str(preload)]
+            subprocess.run([*compiler, *options], check=True)
+        with pytest.raises(VirtualGPUUnavailable, match=said):
+            builder._verify([preload])
+
+
+@fault
+def programs_that_are_started_without_the_libraries(bench: Bench) -> None:
+    """Whatever the reason: no program is started then."""
+    made = build.Build(bench.folder, (bench.folder / "lib.so",), {})
+    (bench.folder / "lib.so").write_bytes(bytes(4096))
+    bench.patch.setattr(launch, "ensure_built", lambda: made)
+    with pytest.raises(VirtualGPUUnavailable, match="do not load the virtual GPU's libraries"):
+        run(["touch", str(bench.folder / "started")], LAPTOP)
+    assert not (bench.folder / "started").exists()
+
+
+@fault
+def a_build_that_was_killed(bench: Bench) -> None:
+    """Its leftovers go with the next build; those of a build that runs stay."""
+    bench.cache()
+    root = bench.folder / "cache" / "virtual_gpu"
+    for key in ("dead", "alive"):
+        (root / f".build-{key}-x" / "build").mkdir(parents=True)
+    for folder in (root, root.parent):
+        folder.chmod(0o700)
+    with (root / "alive.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build.ensure_built()
+    assert [path.name for path in root.glob(".build-*")] == [".build-alive-x"]
 
 
 @fault
@@ -207,8 +292,8 @@ def a_cache_whose_path_cannot_be_preloaded(bench: Bench) -> None:
 @fault
 def two_that_build_at_once(bench: Bench) -> None:
     made = bench.cache()
-    quick = build._Builder.build
-    bench.patch.setattr(build._Builder, "build", lambda builder: (time.sleep(0.3), quick(builder)))
+    quick = build.Builder.build
+    bench.patch.setattr(build.Builder, "build", lambda builder: (time.sleep(0.3), quick(builder)))
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: build.ensure_built(), range(2))
     assert first == second
@@ -218,14 +303,14 @@ def two_that_build_at_once(bench: Bench) -> None:
 @fault
 def a_build_that_is_interrupted(bench: Bench) -> None:
     made = bench.cache()
-    quick = build._Builder.build
+    quick = build.Builder.build
 
-    def interrupted(builder: build._Builder) -> None:
+    def interrupted(builder: build.Builder) -> None:
         quick(builder)
         raise KeyboardInterrupt
 
     with bench.patch.context() as patch:
-        patch.setattr(build._Builder, "build", interrupted)
+        patch.setattr(build.Builder, "build", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build.ensure_built()
     assert not list((bench.folder / "cache").rglob("build.json"))
@@ -249,6 +334,14 @@ def a_lock_that_a_dead_process_left(bench: Bench) -> None:
 def a_cached_library_that_was_cut_short(bench: Bench) -> None:
     made = bench.cache()
     (build.ensure_built().folder / "lib.so").write_text("EL")
+    assert (build.ensure_built().folder / "lib.so").read_text() == "ELF"
+    assert len(made) == 2
+
+
+@fault
+def a_cached_library_with_a_flipped_bit(bench: Bench) -> None:
+    made = bench.cache()
+    (build.ensure_built().folder / "lib.so").write_text("ELG")
     assert (build.ensure_built().folder / "lib.so").read_text() == "ELF"
     assert len(made) == 2
 

@@ -56,6 +56,14 @@ def test_what_a_backward_pass_held_is_free_when_it_returns(job):
     assert job("peaks_while_autograds_thread_is_the_last_to_run", rounds=5).value == [3 * 8 + 64] * 5
 
 
+def test_every_job_compiles_as_if_it_were_the_first(job, monkeypatch, tmp_path):
+    """A warm cache of torch.compile saves the timing of kernels, and the memory that timing takes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    first, second = (Path(job("compile_cache").value) for _ in range(2))
+    assert first != second
+    assert not first.exists()
+
+
 def test_torchs_own_out_of_memory_error_comes_at_the_cards_limit(job, laptop):
     value = job("out_of_memory", mib=512).value
     assert value["pieces"] == (laptop.total_bytes - laptop.context_bytes) // (512 * MIB)

@@ -237,7 +237,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    folder = options.overlays or cache_folder() / "overlays"
+    folder = options.overlays or cache_folder("overlays")
     good, bad = read_constraints(options.good), read_constraints(options.bad)
     changes = {"device": "virtual", "data": SYNTHETIC} | ({"card": options.card} if options.card else {})
     inputs_of(load_recipe(options.config, changes))  # refused here, and not in an environment that is made for it

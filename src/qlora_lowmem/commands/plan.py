@@ -225,7 +225,7 @@ def _card(name: str, memory: str | None) -> virtual_gpu.Card:
 
 def _answers(asked: list[Pair | Plan], options: argparse.Namespace, target: Path | None) -> list[Plan]:
     """The answers in their order, and shown; the screen of one alone grows as they become known."""
-    cache = RunCache(None if options.no_cache else cache_folder() / "plan")
+    cache = RunCache(None if options.no_cache else cache_folder("plan"))
     workers = len(os.sched_getaffinity(0))  # a container's or a scheduler's share, not the machine's
     shown = options.json != "-"
     pairs = [each for each in asked if isinstance(each, Pair)]

@@ -1,6 +1,7 @@
 """One pytest session that judges: its cases held against their budgets and baselines, what is written at the end."""
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from qlora_lowmem.gate.verdicts import EXACT, MEASURED, QUIET, Gate, Tolerance, 
 from qlora_lowmem.gate.worker import WORKER_MODULES, failed_report, run_on_virtual_card
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.device import device_name
+from qlora_lowmem.owned import own_folder
 from qlora_lowmem.results.kinds.verdicts import Budget, Record, Row
 from qlora_lowmem.units import parse_bytes
 
@@ -214,7 +216,9 @@ class GateSession:
         report = self._option("vram_report")
         if report:
             return Path(report).resolve()
-        return Path(self._cache.mkdir("vram")) if self._cache else Path(tempfile.gettempdir()) / "qlora_lowmem-gate"
+        if self._cache:
+            return Path(self._cache.mkdir("vram"))
+        return own_folder(Path(tempfile.gettempdir()) / f"qlora_lowmem-gate-{os.getuid()}")
 
     @property
     def _cache(self) -> Any:

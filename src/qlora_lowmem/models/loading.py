@@ -243,7 +243,7 @@ def _safetensors_of(gguf: Path) -> Path:
     from safetensors.torch import save_file
 
     stat = gguf.stat()
-    folder = cache_folder() / "models" / f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    folder = cache_folder("models") / f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
     if (folder / "config.json").is_file():
         return folder
     try:

@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import flush, read_small, write_whole
+from qlora_lowmem.files import read_small, write_whole
+from qlora_lowmem.owned import flush
 from qlora_lowmem.run_folder.ownership import MANIFEST, RECIPE_FILE, is_our_checkpoint
 from qlora_lowmem.units import format_bytes
 

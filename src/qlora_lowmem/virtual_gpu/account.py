@@ -27,7 +27,7 @@ _NAME_BYTES = 96
 # Names of the bits of Notice in account.h.
 _NOTICES = (
     "nccl_buffers", "dnn_workspaces", "solver_workspaces", "sparse_workspaces", "fft_workspaces", "no_hooks",
-    "static_runtime", "values_read", "reached",
+    "static_runtime", "values_read", "reached", "in_force",
 )  # fmt: skip
 # magic; layout version, devices, missing functions, notices; pinned now and peak, managed now and peak. What is left
 # out, here and of a device, only the processes read (together.py).
@@ -132,6 +132,7 @@ class Report:
         complete: every process that used torch's allocator ended in a way that let it report. Where False (a process
             was killed), allocated and reserved are what was last known; the device's peak is exact all the same.
         reached: a process asked for a card, were it only how many there are. Where False, nothing was run on it.
+        in_force: a process of the program had the machine's libraries loaded.
     """
 
     exit_code: int
@@ -150,6 +151,7 @@ class Report:
     provenance: str = "virtual"
     notices: tuple[str, ...] = ()
     reached: bool = True
+    in_force: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-able data; sizes are integers in bytes."""
@@ -187,7 +189,8 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
         versions=versions,
         values_read="values_read" in reading.notices,
         complete=seen and all(process["ended"] for process in processes),
-        notices=tuple(name for name in reading.notices if name not in ("values_read", "reached")),
+        notices=tuple(name for name in reading.notices if name not in ("values_read", "reached", "in_force")),
         reached=reached,
+        in_force="in_force" in reading.notices,
         devices=tuple(devices),
     )

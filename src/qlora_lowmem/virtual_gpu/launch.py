@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,17 @@ from typing import IO
 
 from . import account, processes
 from .account import ACCOUNT_FILE, PEAK_FILES, Report, read_report
-from .build import ensure_built
-from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, get_card
+from .build import CACHE_VARIABLE, ensure_built
+from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, VirtualGPUUnavailable, get_card
 from .streams import open_standard_streams
 
 _WORKER = Path(__file__).with_name("worker")
 _NVIDIA_SMI = Path(__file__).with_name("nvidia_smi.py")
 PROGRAM = "nvidia-smi"  # of the machine's own
+_COMPILED = "compiled"  # what torch.compile keeps
 # Seconds that a process group gets to end after SIGTERM before it is killed.
 _GRACE_SECONDS = 5.0
+_TRIAL = ("/bin/sh", "-c", ":")
 
 File = int | IO[bytes] | IO[str] | None
 
@@ -45,9 +48,10 @@ def variables(card: Card, count: int, report: Path, base: Mapping[str, str]) -> 
     report.mkdir(parents=True, exist_ok=True)
     for stale in report.glob(PEAK_FILES):
         stale.unlink()
+    shutil.rmtree(report / _COMPILED, ignore_errors=True)
     account.create(report / ACCOUNT_FILE, card, count)
     preload = [*map(str, build.preload), *base.get("LD_PRELOAD", "").split()]
-    return {
+    added = {
         "LD_PRELOAD": " ".join(dict.fromkeys(preload)),
         "LD_LIBRARY_PATH": _prepend(str(build.folder), base.get("LD_LIBRARY_PATH")),
         "PYTHONPATH": _prepend(str(_WORKER), base.get("PYTHONPATH")),
@@ -57,6 +61,22 @@ def variables(card: Card, count: int, report: Path, base: Mapping[str, str]) -> 
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count))),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     } | card_variables(card, report)
+    _prove(build.folder, dict(base) | added)
+    account.create(report / ACCOUNT_FILE, card, count)  # without the trial
+    return added
+
+
+def _prove(libraries: Path, variables: dict[str, str]) -> None:
+    """Starts a program that does nothing: what the loader ignores with a warning, the real one would run without."""
+    trial = subprocess.run(_TRIAL, env=variables, capture_output=True, text=True, errors="replace", check=False)
+    reading = account.read(Path(variables[processes.ACCOUNT_VARIABLE]))
+    if trial.returncode == 0 and "in_force" in reading.notices and str(libraries) not in trial.stderr:
+        return
+    raise VirtualGPUUnavailable(
+        f"programs that are started here do not load the virtual GPU's libraries from {libraries} (exit code "
+        f"{trial.returncode}): {trial.stderr.strip()[-500:] or 'the loader says nothing'}\nSet {CACHE_VARIABLE} to a "
+        "folder on a disk from which programs may be run."
+    )
 
 
 def search_path(base: Mapping[str, str]) -> str:
@@ -83,6 +103,8 @@ def card_variables(card: Card, report: Path) -> dict[str, str]:
         processes.ACCOUNT_VARIABLE: str((report / ACCOUNT_FILE).resolve()),
         CARD_VARIABLE: card.name,
         MEMORY_VARIABLE: memory,
+        # What torch.compile finds in its cache it does not time, and timing takes memory: the peak would be another.
+        "TORCHINDUCTOR_CACHE_DIR": str((report / _COMPILED).resolve()),
     }
 
 

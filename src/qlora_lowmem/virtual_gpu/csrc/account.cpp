@@ -238,6 +238,7 @@ bool first_notice(uint32_t notice) {
 }
 
 uint64_t round_up(uint64_t bytes, uint64_t granularity) {
+  if (bytes > UINT64_MAX - granularity) return UINT64_MAX / granularity * granularity;
   return (bytes + granularity - 1) / granularity * granularity;
 }
 
@@ -271,7 +272,7 @@ bool take(int device, uint64_t bytes) {
   if (!take_context(device)) return false;
   clear_dead_processes();
   Device& row = mapped->devices[device];
-  if (row.used.bytes + bytes > row.total_bytes) return false;
+  if (bytes > row.total_bytes - row.used.bytes) return false;  // the sum may not fit 64 bits
   own->device_bytes[device] += bytes;
   hold(row, bytes);
   if (!torch_counts) hold_tensors(device, own->device_bytes[device], own->device_bytes[device], true);

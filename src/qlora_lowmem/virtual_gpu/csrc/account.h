@@ -93,6 +93,7 @@ enum Notice : uint32_t {
   kStaticRuntime = 64,
   kValuesRead = 128,
   kReached = 256,  // not told: a process has asked for a card
+  kInForce = 512,  // not told: a process has these libraries
 };
 
 // The account of this process, mapped at the first call. nullptr: there is none (VGPU_ACCOUNT is not set or names no
@@ -144,6 +145,7 @@ bool first_call_of_missing(const char* name);
 // Says once if this process uses PyTorch without the hooks in Python.
 void tell_if_without_hooks();
 
+// Of what cannot be rounded up in 64 bits the largest multiple, which no machine has.
 VGPU_SHARED uint64_t round_up(uint64_t bytes, uint64_t granularity);
 
 // All devices of the machine, as NVML numbers them: CUDA_VISIBLE_DEVICES hides nothing from it.

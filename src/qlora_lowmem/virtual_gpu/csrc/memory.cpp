@@ -49,7 +49,7 @@ uint64_t first_fit(const Places& places, uint64_t start, uint64_t end, uint64_t 
     if (start + std::max(bytes, kGranularity) <= it->first) break;
     start = round_up(it->first + it->second.bytes, alignment);
   }
-  return start + bytes <= end ? start : 0;
+  return start <= end && bytes <= end - start ? start : 0;
 }
 
 uint64_t whole_pages(uint64_t bytes) { return round_up(std::max<uint64_t>(bytes, 1), kHostPage); }
@@ -151,6 +151,12 @@ bool free_host(void* base) {
   munmap(base, whole_pages(place.bytes));
   give_host(place.kind == Kind::kManaged, place.bytes);
   return true;
+}
+
+bool is_mapped(void* base, uint64_t bytes) {
+  uint64_t before = number(base) % kHostPage;
+  if (bytes == 0 || bytes > UINT64_MAX - kHostPage - number(base)) return false;
+  return msync(pointer(number(base) - before), before + bytes, MS_ASYNC) == 0;
 }
 
 bool register_host(void* base, uint64_t bytes, int device) {

@@ -35,6 +35,8 @@ VGPU_SHARED void map_addresses(void* address, uint64_t bytes, int device);
 
 VGPU_SHARED void* allocate_host(Kind kind, uint64_t bytes, int device);
 VGPU_SHARED bool free_host(void* base);
+// Whether all of these are addresses of host memory.
+VGPU_SHARED bool is_mapped(void* base, uint64_t bytes);
 VGPU_SHARED bool register_host(void* base, uint64_t bytes, int device);
 VGPU_SHARED bool unregister_host(void* base);
 

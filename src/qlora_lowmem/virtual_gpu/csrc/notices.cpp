@@ -1,5 +1,8 @@
 // What a user is told of a run, each once on a virtual machine; account.cpp keeps what was told.
 #include <dlfcn.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -68,6 +71,25 @@ using namespace vgpu;
 int vgpu_notice(uint32_t notice) {
   if (first_notice(notice) && !quiet()) fprintf(stderr, "virtual GPU: %s\n", text_of(notice));
   return 0;
+}
+
+// Tells the launcher that this process is on the machine, whatever it goes on to do. It is no call for a card yet: the
+// account is not kept mapped. Also called by worker/vgpu_server.py, whose children get their account after the fork.
+extern "C" VGPU_SHARED __attribute__((constructor)) void vgpu_say_in_force() {
+  const char* name = getenv("VGPU_ACCOUNT");
+  int file = name == nullptr ? -1 : open(name, O_RDWR | O_CLOEXEC);
+  if (file < 0) return;
+  off_t size = lseek(file, 0, SEEK_END);
+  void* memory = MAP_FAILED;
+  if (size >= static_cast<off_t>(sizeof(Account))) {
+    memory = mmap(nullptr, sizeof(Account), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  }
+  close(file);
+  if (memory == MAP_FAILED) return;
+  auto* found = static_cast<Account*>(memory);
+  bool ours = memcmp(found->magic, "VGPUACC", 8) == 0 && found->layout_version == kLayoutVersion;
+  if (ours) __atomic_fetch_or(&found->notices, kInForce, __ATOMIC_RELAXED);
+  munmap(memory, sizeof(Account));
 }
 
 extern "C" VGPU_SHARED void vgpu_hooks_are_in() { hooked = true; }

@@ -35,7 +35,9 @@ API cudaError_t cudaFree(void* address) {
 
 API cudaError_t cudaMallocPitch(void** address, size_t* pitch, size_t width, size_t height) {
   *pitch = round_up(width, 512);
-  return cudaMalloc(address, *pitch * height);
+  size_t bytes;
+  bool too_large = __builtin_mul_overflow(*pitch, height, &bytes);
+  return cudaMalloc(address, too_large ? SIZE_MAX : bytes);
 }
 
 API cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
@@ -52,6 +54,7 @@ API cudaError_t cudaFreeHost(void* address) {
 
 API cudaError_t cudaHostRegister(void* address, size_t bytes, unsigned) {
   if (cudaError_t error = enter()) return error;
+  if (!is_mapped(address, bytes)) return fail(cudaErrorInvalidValue);
   if (register_host(address, bytes, current_device())) return cudaSuccess;
   return fail(cudaErrorHostMemoryAlreadyRegistered);
 }
