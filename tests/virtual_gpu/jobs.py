@@ -362,6 +362,14 @@ def leave_a_process() -> int:
     return subprocess.Popen(["sleep", "60"]).pid
 
 
+def leave_an_orphan() -> int:
+    """A process without an environment, in a session of its own, whose parent is gone."""
+    import subprocess
+
+    shell = "setsid env -i sleep 60 >/dev/null 2>&1 & echo $!"
+    return int(subprocess.check_output(["/bin/sh", "-c", shell], env={}))
+
+
 def host_values_sent_around() -> dict[str, list[Any]]:
     import torch
     import torch.distributed as dist

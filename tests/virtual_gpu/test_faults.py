@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from qlora_lowmem.virtual_gpu import (
     Report,
     Server,
     UnknownCardError,
+    VirtualGPUError,
     VirtualGPUUnavailable,
     build,
     discovery,
@@ -596,19 +596,29 @@ time.sleep(60)
 
 
 @fault
-def a_watchdog_that_is_killed(bench: Bench) -> None:
-    started = threading.Event()
-    popen = subprocess.Popen
+def a_keeper_that_is_killed(bench: Bench) -> None:
+    """Of all that stands between, the program's parent alone could say how it ended: the program goes with it."""
+    program = (
+        f"open({str(bench.folder / 'pid')!r}, 'w').write(str(os.getpid())); os.kill(os.getppid(), 9); time.sleep(60)"
+    )
+    with pytest.raises(VirtualGPUError, match="keeps the program was killed"):
+        bench.run(f"import os, time; {program}")
+    wait_for(lambda: is_gone(int((bench.folder / "pid").read_text())))
 
-    def kill_the_first(*arguments: object, **options: object) -> "subprocess.Popen[bytes]":
-        process = popen(*arguments, **options)  # type: ignore[call-overload]
-        if not started.is_set():
-            started.set()
-            process.kill()
-        return process
 
-    bench.patch.setattr(subprocess, "Popen", kill_the_first)
-    assert bench.run("cudart.cudaFree(None)").peak_device_bytes == LAPTOP.context_bytes
+ORPHAN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jobs
+print(jobs.leave_an_orphan(), flush=True)
+"""
+
+
+@fault
+def a_process_that_has_left_its_parent_its_session_and_its_environment(bench: Bench) -> None:
+    with (bench.folder / "pid").open("w") as printed:
+        run([sys.executable, "-c", ORPHAN, str(Path(__file__).parent)], LAPTOP, stdout=printed)
+    assert is_gone(int((bench.folder / "pid").read_text()))
 
 
 # --- what a program does to its environment ------------------------------------------------------------------------
@@ -753,6 +763,13 @@ def a_result_that_json_cannot_hold(bench: Bench) -> None:
 @fault
 def a_job_that_leaves_a_process(bench: Bench) -> None:
     pid = bench.job("leave_a_process").value
+    wait_for(lambda: is_gone(pid))
+
+
+@fault
+def a_job_that_leaves_an_orphan(bench: Bench) -> None:
+    """It ends with the job where no other runs, and with the server at the latest."""
+    pid = bench.job("leave_an_orphan").value
     wait_for(lambda: is_gone(pid))
 
 

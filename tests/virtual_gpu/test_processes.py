@@ -1,43 +1,48 @@
-"""Whose a process is, also at the moment its program is being started."""
+"""What a program leaves behind is found by its parent, whatever it has changed of itself."""
 
-from pathlib import Path
-
-import pytest
+import multiprocessing
+import os
+import subprocess
+import time
 
 from qlora_lowmem.virtual_gpu import processes
 
-ACCOUNT = "/somewhere/account.bin"
+
+def lose_children(pids: "multiprocessing.SimpleQueue[int]") -> None:
+    """In a process of its own: adopts what a shell leaves behind, and ends it with a child of its own."""
+    processes.adopt_orphans()
+    shell = "setsid env -i sleep 60 >/dev/null 2>&1 & echo $!"
+    orphan = int(subprocess.check_output(["/bin/sh", "-c", shell]))
+    child, spared = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    assert set(processes.children()) == {orphan, child.pid, spared.pid}
+    processes.end_children(frozenset({spared.pid}))
+    assert processes.children() == [spared.pid]
+    processes.end_children()
+    pids.put(len(processes.children()))
 
 
-def entry(folder: Path, pid: int, environ: bytes = b"", cmdline: bytes = b"", has_program: bool = True) -> Path:
-    """What /proc shows of a process."""
-    process = folder / str(pid)
-    process.mkdir()
-    (process / "environ").write_bytes(environ)
-    (process / "cmdline").write_bytes(cmdline)
-    if has_program:
-        (process / "exe").symlink_to("/bin/true")
-    return process
+def test_orphans_are_adopted_and_ended_with_the_children() -> None:
+    context = multiprocessing.get_context("fork")
+    pids: multiprocessing.SimpleQueue[int] = context.SimpleQueue()
+    process = context.Process(target=lose_children, args=(pids,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    assert pids.get() == 0
 
 
-def test_a_process_whose_program_is_being_started_is_looked_at_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starting = entry(tmp_path, 7)
+def test_a_program_is_told_as_it_is_whatever_its_bytes() -> None:
+    import marshal
 
-    def start(_seconds: float) -> None:
-        (starting / "environ").write_bytes(f"A=b\0{processes.ACCOUNT_VARIABLE}={ACCOUNT}\0".encode())
-        (starting / "cmdline").write_bytes(b"sleep\x0060\0")
-
-    monkeypatch.setattr(processes, "_PROCESSES", tmp_path)
-    monkeypatch.setattr(processes.time, "sleep", start)
-    assert list(processes.members(ACCOUNT)) == [7]
+    order = processes.write_order(["a", os.fsdecode(b"\xff")], {"B": os.fsdecode(b"\xfe")}, None)
+    assert int.from_bytes(order[:8], "little") == len(order) - 8
+    assert marshal.loads(order[8:]) == ([b"a", b"\xff"], {b"B": b"\xfe"}, None)
 
 
-def test_nobody_waits_for_processes_that_have_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry(tmp_path, 1, cmdline=b"env\0-i\0")
-    entry(tmp_path, 2, has_program=False)  # the kernel's own, or one that has ended
-    entry(tmp_path, 3, environ=b"VGPU_ACCOUNT=/another/account.bin\0", cmdline=b"true\0")
-    monkeypatch.setattr(processes, "_PROCESSES", tmp_path)
-    monkeypatch.setattr(processes.time, "sleep", lambda _seconds: pytest.fail("it waited"))
-    assert not list(processes.members(ACCOUNT))
+def test_nobody_waits_for_a_process_that_cannot_be_ended(monkeypatch) -> None:
+    monkeypatch.setattr(processes, "children", lambda: [1])
+    monkeypatch.setattr(processes, "send", lambda *_: None)
+    monkeypatch.setattr(processes, "_END_SECONDS", 0.05)
+    started = time.monotonic()
+    processes.end_children()
+    assert time.monotonic() - started < 5

@@ -5,17 +5,19 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from . import account, processes
 from .account import ACCOUNT_FILE, PEAK_FILES, Report, read_report
 from .build import CACHE_VARIABLE, ensure_built
-from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, VirtualGPUUnavailable, get_card
+from .cards import CARD_VARIABLE, MEMORY_VARIABLE, Card, VirtualGPUError, VirtualGPUUnavailable, get_card
 from .streams import open_standard_streams
 
 _WORKER = Path(__file__).with_name("worker")
@@ -139,59 +141,85 @@ def run(
     with tempfile.TemporaryDirectory(prefix="vgpu-") as folder:
         report = Path(folder)
         complete = base | variables(card, count, report, base)
-        with _watchdog(report) as tell:
-            process = subprocess.Popen(
-                command, env=complete, cwd=cwd, stdout=stdout, stderr=stderr, start_new_session=True
-            )
-            tell(process.pid)
-            with _stopping(process, complete[processes.ACCOUNT_VARIABLE]):
-                code = process.wait(timeout)
+        with _Program(command, complete, report, cwd, stdout, stderr) as program:
+            code = program.wait(timeout)
         return read_report(report, card, code if code >= 0 else 128 - code)
 
 
-@contextlib.contextmanager
-def _watchdog(folder: Path) -> Iterator[Callable[[int], None]]:
-    """A process that ends the program and removes the folder if this one is killed; yields what tells it the pid."""
-    watchdog = subprocess.Popen(
-        [sys.executable, "-I", "-S", processes.__file__, str(folder.resolve())],
-        # Nothing of a virtual machine that this process itself may be on.
-        env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
-        cwd="/",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert watchdog.stdin is not None
-    pipe = watchdog.stdin.fileno()
-
-    def say(text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # somebody killed it
-            os.write(pipe, text.encode())
-
-    try:
-        yield lambda pid: say(f"{pid}\n")
-    finally:
-        say("\ndone")
-        watchdog.stdin.close()
-        watchdog.wait()
-
-
-@contextlib.contextmanager
-def _stopping(process: subprocess.Popen[bytes], account_file: str) -> Iterator[None]:
-    """Leaves nothing of the process and its descendants behind, however the block ends.
+class _Program:
+    """A program, and the process between (processes.py), which ends what it leaves, or all if this one is killed.
 
     An interrupt from the keyboard reaches the program, in a session of its own, only through this.
     """
-    try:
-        yield
-    except BaseException as error:
-        first = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-        processes.send(os.killpg, process.pid, first)
-        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(_GRACE_SECONDS)
-        raise
-    finally:
-        processes.send(os.killpg, process.pid)
-        process.wait()
-        processes.end_members(account_file)
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        folder: Path,
+        cwd: Path | str | None,
+        stdout: File,
+        stderr: File,
+    ) -> None:
+        self._command = command
+        self._heard = b""
+        self._connection, theirs = socket.socketpair()
+        with theirs:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", processes.__file__, str(theirs.fileno()), str(folder.resolve())],
+                # Nothing of a virtual machine that this process itself may be on.
+                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # said when it is asked
+                self._connection.sendall(processes.write_order(command, env, cwd))
+            self._pid = self._hear(None)
+        except BaseException:
+            self._close()
+            raise
+
+    def wait(self, timeout: float | None) -> int:
+        """The exit code, or minus a signal's number; `subprocess.TimeoutExpired` after that many seconds."""
+        return self._hear(timeout)
+
+    def _hear(self, timeout: float | None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while b"\n" not in self._heard:
+            self._connection.settimeout(None if deadline is None else max(deadline - time.monotonic(), 0))
+            try:
+                part = self._connection.recv(256)
+            except (TimeoutError, BlockingIOError):  # the second, when nothing is left
+                raise subprocess.TimeoutExpired(self._command, timeout or 0) from None
+            except ConnectionResetError:
+                part = b""
+            if not part:
+                raise VirtualGPUError("the process that keeps the program was killed, and the program with it")
+            self._heard += part
+        line, _, self._heard = self._heard.partition(b"\n")
+        word, _, number = line.decode().partition(" ")
+        if word == "failed":
+            raise OSError(int(number), os.strerror(int(number)), str(self._command[0]))
+        return int(number)
+
+    def __enter__(self) -> "_Program":
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """Leaves nothing of the program and its descendants behind, however the block ends."""
+        try:
+            if error is not None:
+                first = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+                processes.send(os.killpg, self._pid, first)
+                with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt, VirtualGPUError):
+                    self.wait(_GRACE_SECONDS)
+                processes.send(os.killpg, self._pid)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._connection.close()
+        self._keeper.wait()

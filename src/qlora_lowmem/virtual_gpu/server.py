@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import account
+from . import account, processes
 from .account import ACCOUNT_FILE, Report, read_report
 from .cards import Card, VirtualGPUError
 from .launch import card_variables, environment
@@ -25,6 +25,7 @@ from .streams import open_standard_streams
 
 _SCRIPT = Path(__file__).with_name("worker") / "vgpu_server.py"
 _TAIL_BYTES = 4096
+_END_SECONDS = 10.0  # that a server gets to end what its jobs left behind
 
 
 class JobFailedError(VirtualGPUError):
@@ -220,6 +221,7 @@ class _ForkParent:
             "VGPU_SERVER_CAPABILITY": json.dumps(card.compute_capability),
             "VGPU_SERVER_TITLE": card.title,
             "VGPU_SERVER_FOLDER": str(folder.parent),
+            "VGPU_SERVER_PROCESSES": processes.__file__,
             "VGPU_SERVER_PATH": json.dumps([str(_SCRIPT.parent), *sys.path]),
             # Asking whether there is a card must not make a context either.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -261,7 +263,10 @@ class _ForkParent:
         return f"the server process ended with {self._process.returncode}\n{_tail(self._output)}"
 
     def close(self) -> None:
-        with self._lock, self._connection:
+        with self._lock:
+            self._connection.close()  # then it ends what it has started, and itself
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_SECONDS)
             self._end()
 
     def _end(self) -> None:

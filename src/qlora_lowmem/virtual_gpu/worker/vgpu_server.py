@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import selectors
@@ -114,8 +115,10 @@ def _kill_group(pid: int) -> None:
 
 
 class _Server:
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, processes: Any) -> None:
         self.connection = connection
+        self.processes = processes
+        processes.adopt_orphans()
         self.selector = selectors.DefaultSelector()
         self.selector.register(connection, selectors.EVENT_READ)
         self.jobs: dict[int, socket.socket] = {}  # by the child's pid
@@ -148,6 +151,8 @@ class _Server:
         os.close(key.fd)
         _, status = os.waitpid(key.data, 0)
         _kill_group(key.data)  # what the job started and left behind
+        if len(self.jobs) == 1:  # whose an orphan is that left the group is not known while others run
+            self.processes.end_children()
         with self.jobs.pop(key.data) as job:
             _say(job, os.waitstatus_to_exitcode(status))
 
@@ -157,10 +162,18 @@ def _say(job: socket.socket, number: int) -> None:
         job.send(str(number).encode())
 
 
+def _processes() -> Any:
+    """The launcher's module, by its place: this script imports nothing of its package."""
+    spec: Any = importlib.util.spec_from_file_location("vgpu_processes", os.environ.pop("VGPU_SERVER_PROCESSES"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main() -> None:
     """Entry of the server process. It is killed when the parent closes it, and ends by itself if that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
-    server = _Server(socket.socket(fileno=int(sys.argv[1])))
+    server = _Server(socket.socket(fileno=int(sys.argv[1])), _processes())
     sys.path[:] = json.loads(os.environ.pop("VGPU_SERVER_PATH"))
     try:
         _preload(json.loads(sys.argv[2]))
@@ -169,9 +182,9 @@ def main() -> None:
         server.connection.send(f"{type(error).__name__}: {error}"[:10000].encode())
         return
     server.serve()
-    for pid in server.jobs:
-        _kill_group(pid)
+    server.processes.end_children()
     shutil.rmtree(os.environ["VGPU_SERVER_FOLDER"], ignore_errors=True)
+    os._exit(0)  # nothing is left to end
 
 
 if __name__ == "__main__":
