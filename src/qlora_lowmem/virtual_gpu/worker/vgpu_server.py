@@ -122,9 +122,11 @@ class _Server:
         self.selector = selectors.DefaultSelector()
         self.selector.register(connection, selectors.EVENT_READ)
         self.jobs: dict[int, socket.socket] = {}  # by the child's pid
+        self.spared: frozenset[int] = frozenset()
 
     def serve(self) -> None:
         """Until the parent is gone."""
+        self.spared = frozenset(self.processes.children())  # of imported modules
         while True:
             for key, _ in self.selector.select():
                 if key.data is not None:
@@ -152,7 +154,7 @@ class _Server:
         _, status = os.waitpid(key.data, 0)
         _kill_group(key.data)  # what the job started and left behind
         if len(self.jobs) == 1:  # whose an orphan is that left the group is not known while others run
-            self.processes.end_children()
+            self.processes.end_children(self.spared)
         with self.jobs.pop(key.data) as job:
             _say(job, os.waitstatus_to_exitcode(status))
 
