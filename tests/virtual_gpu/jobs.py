@@ -101,10 +101,9 @@ def nvml_and_torch() -> dict[str, Any]:
 
 
 def compile_cache() -> str:
-    import torch._inductor.runtime.cache_dir_utils as utils
-
-    folder = utils.cache_dir()
-    assert not os.listdir(folder)  # noqa: PTH208
+    folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    assert not os.path.exists(folder)  # noqa: PTH110
+    os.mkdir(folder)  # noqa: PTH102
     return folder
 
 
