@@ -51,6 +51,17 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: py
     assert capsys.readouterr().err.count("cannot be written") == 1
 
 
+def test_nothing_is_read_where_others_could_have_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QLORA_LOWMEM_CACHE", str(tmp_path))
+    RunCache.of_this_user().put("ab12", {"a": 1})
+    assert RunCache.of_this_user().get("ab12", dict) == {"a": 1}
+    (tmp_path / "plan").chmod(0o777)
+    assert RunCache.of_this_user().get("ab12", dict) is None
+    assert "others may write there" in capsys.readouterr().err
+
+
 def test_keys_differ_where_answers_may() -> None:
     keys = [
         run_key("run", RECIPE, CARD),

@@ -36,7 +36,6 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, check_parent, whole_number, write_json
 from qlora_lowmem.environment import provenance_record, typed
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
-from qlora_lowmem.files import cache_folder
 from qlora_lowmem.memory.device import card_of_this_machine
 from qlora_lowmem.plan import screen
 from qlora_lowmem.plan.answers import Plan, recipe_file
@@ -225,7 +224,7 @@ def _card(name: str, memory: str | None) -> virtual_gpu.Card:
 
 def _answers(asked: list[Pair | Plan], options: argparse.Namespace, target: Path | None) -> list[Plan]:
     """The answers in their order, and shown; the screen of one alone grows as they become known."""
-    cache = RunCache(None if options.no_cache else cache_folder("plan"))
+    cache = RunCache(None) if options.no_cache else RunCache.of_this_user()
     workers = len(os.sched_getaffinity(0))  # a container's or a scheduler's share, not the machine's
     shown = options.json != "-"
     pairs = [each for each in asked if isinstance(each, Pair)]

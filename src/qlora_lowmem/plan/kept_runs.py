@@ -19,8 +19,8 @@ import msgspec
 import qlora_lowmem
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import versions
-from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.files import write_whole
+from qlora_lowmem.errors import QloraLowmemError, UsageError
+from qlora_lowmem.files import cache_folder, write_whole
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import Answer, RecipeRun, mapped, roomy, submit_recipe, two_steps
 from qlora_lowmem.recipe import Recipe, recipe_hash
@@ -44,6 +44,15 @@ class RunCache:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+
+    @classmethod
+    def of_this_user(cls) -> "RunCache":
+        """In the user's cache folder; where others could have written that, it is said and nothing is kept."""
+        try:
+            return cls(cache_folder("plan"))
+        except UsageError as error:
+            print(f"plan: {error}; nothing is cached", file=sys.stderr)
+            return cls(None)
 
     def get(self, key: str, kind: type[Answer]) -> Answer | None:
         """What was kept under `key`; None if nothing was, or if it is damaged."""
