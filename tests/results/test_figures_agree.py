@@ -23,7 +23,7 @@ def matrix() -> dict[str, dict[str, Any]]:
 
 
 def test_runs_of_two_micro_batches_differ_by_the_batches_that_wait() -> None:
-    """To the byte: `lengths` and the waterfall beside the matrix."""
+    """And by no other MiB: `lengths` and the waterfall beside the matrix."""
     shorter = [(c["recipe"], c["tokens"], c["peak_allocated_bytes"]) for c in content("lengths")["cases"]]
     for step in content("waterfall")["cases"]:
         if name := re.search(r"^baseline(?=:)|(?<=\()(?:optimised|lean)(?=\)$)", step["idea"]):
@@ -32,7 +32,8 @@ def test_runs_of_two_micro_batches_differ_by_the_batches_that_wait() -> None:
     assert len(same) == 5
     for case, allocated in same:
         waiting = (case["gradient_accumulation_steps"] - 2) * case["batch_size"] * case["max_seq_length"]
-        assert case["peak_allocated_bytes"] - allocated == waiting * TOKEN_OF_A_BATCH_THAT_WAITS, case["recipe"]
+        difference = case["peak_allocated_bytes"] - allocated
+        assert abs(difference - waiting * TOKEN_OF_A_BATCH_THAT_WAITS) < MIB, case["recipe"]
     assert SHORTENED_TEXT in (RESULTS / CARD / "lengths.md").read_text(encoding="utf-8")
 
 
