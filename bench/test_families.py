@@ -5,16 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import families, tiny, why_none
 from family_runs import Family, write_families
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from matrix_recipes import RECIPES
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.gate.plugin import DEFAULT_CARD
+from qlora_lowmem.models.loading import skeleton
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import mapped, roomy
+from qlora_lowmem.recipe.io import load_recipe
 
 pytestmark = pytest.mark.families
 # Those that people fine-tune most, whose configuration class has sizes of a model that exists.
@@ -95,3 +100,12 @@ def test_lean_trains_whatever_trains(rows: list[Family]) -> None:
 
 def test_those_that_people_fine_tune_train_at_their_default_size(rows: list[Family]) -> None:
     assert [row.family for row in rows if row.size == "default" and not (row.trains and row.trains_lean)] == []
+
+
+@pytest.mark.parametrize("family", families())
+def test_weights_that_transformers_saved_are_those_of_their_configuration(family: str, tmp_path: Path) -> None:
+    """Held against each other from the files' headers, by names that are the hub's and not the model's."""
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny(family)), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    recipe = load_recipe(RECIPES / "demo.yaml", {"model": str(tmp_path)})
+    skeleton(recipe, source_of(recipe))

@@ -192,7 +192,6 @@ TOKENIZERS: dict[str, Change] = {
     "an unknown kind": _json("tokenizer.json", model={"type": "nonesuch"}),
     "its configuration torn": _bytes("tokenizer_config.json", lambda content: content[:-2]),
     "its configuration a list": _text("tokenizer_config.json", "[]"),
-    "a class that is not there": _json("tokenizer_config.json", tokenizer_class="NoneSuch"),
     "a template that is none": _text("chat_template.jinja", "{% for message in %}"),
     "a template that fails": _text("chat_template.jinja", "{{ messages.nonesuch.again }}"),
     "a template that refuses": _text("chat_template.jinja", "{{ raise_exception('no') }}"),

@@ -26,7 +26,6 @@ _CONVERTED: dict[str, tuple[str, bytes]] = {
     "a cell too many": ("a.csv", b"text\na,b\n"),
     "a cell too few": ("a.csv", b"prompt,completion\na\n"),
     "an open quote": ("a.csv", b'text\n"a\n'),
-    "NUL in a cell": ("a.csv", b"text\na\0b\n"),
     "Latin-1 in a cell": ("a.csv", b"text\ncaf\xe9\n"),
     "UTF-16 in a table": ("a.csv", "text\na\n".encode("utf-16")),
     "a column twice between tabs": ("a.tsv", b"text\ttext\na\tb\n"),
@@ -43,13 +42,19 @@ def cases() -> Iterator[Case]:
         first = line.first.encode()
         bad = line.line if isinstance(line.line, bytes) else line.line.encode()
         made = _data("bad.jsonl", b"\n".join([first, bad, first, b""]))
-        yield Case("data", f"a line: {line.name}", made, (":2: ",))
-        if number % 6 == 0:
-            yield Case("train", f"a line: {line.name}", _to_train(made), (":2: ",))
+        of_answers = line.name == "context alone"  # which matters to whom trains on answers
+        if not of_answers:
+            yield Case("data", f"a line, {line.kind}: {line.name}", made, (":2: ",))
+        if number % 6 == 0 or of_answers:
+            yield Case("train", f"a line, {line.kind}: {line.name}", _to_train(made), (":2: ",))
     for file in BAD_FILES:
         yield Case("data", f"a file: {file.name}", _data("bad.jsonl", file.content))
     for row in BAD_ROWS:
-        yield Case("data", f"a row: {row.name}", _table(row.columns), ("row",))
+        table = _table(row.columns)
+        if row.name == "nobody answers":
+            yield Case("train", f"a row: {row.name}", _to_train(table), ("row 2",))
+        else:
+            yield Case("data", f"a row: {row.name}", table)
     for name, names in {"a text twice": ["text", "text"], "a prompt twice": ["prompt", "prompt", "completion"]}.items():
         table = _table_twice(names)
         yield Case("data", f"a table: {name}", table, (names[0], "twice"))

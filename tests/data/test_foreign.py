@@ -143,6 +143,7 @@ def test_chosen_answers_of_preferences(tmp_path: Path) -> None:
         (["convert", "within.parquet", "b.jsonl"], "row 1: cannot be read"),
         (["convert", "wide.csv", "b.jsonl"], "row 1: has more or fewer cells"),
         (["convert", "deep.json", "b.jsonl"], "nested too deeply"),
+        (["convert", "keys.json", "b.jsonl"], "has the key 'text' twice"),
         (["convert", "utf16.json", "b.jsonl"], "it is UTF-16"),
         (["convert", "endless.csv", "b.jsonl"], "is no regular file"),
         (["convert", "x" * 300 + ".csv", "b.jsonl"], "File name too long"),
@@ -161,6 +162,7 @@ def test_refused(
     Path("twice.csv").write_text("text,text\na,b\n")
     Path("wide.csv").write_text("text\na,b\n")
     Path("deep.json").write_text("[" * 100_000)
+    Path("keys.json").write_text('[{"text": "a", "text": "b"}]')
     Path("utf16.json").write_text("[]", encoding="utf-16")
     Path("endless.csv").symlink_to("/dev/zero")
     texts = [pa.array(["a"]), pa.array(["b"])]

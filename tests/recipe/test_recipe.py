@@ -507,3 +507,18 @@ def test_a_recipe_of_the_matrix_differs_by_what_its_first_lines_say(
     heading = " ".join(heading.replace("\n#", " ").split())
     for leaf, value in change.items():
         assert f"{leaf} {str(value).lower() if isinstance(value, bool) else value}" in heading
+
+
+def test_every_number_has_an_upper_bound() -> None:
+    numbers = [spec for spec in field_specs().values() if spec.kind in ("int", "float")]
+    assert [spec.path for spec in numbers if not {"max", "below"} & spec.limits.keys()] == []
+
+
+def test_of_a_thousand_faults_the_first_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("".join(f"key{number}: 1\n" for number in range(1000)))
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: 1000 problems")
+    assert message.endswith("... and 960 more")

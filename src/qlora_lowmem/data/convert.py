@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qlora_lowmem.data.check import Walk
-from qlora_lowmem.data.sources import LINE_LIMIT, JsonLines
+from qlora_lowmem.data.sources import LINE_LIMIT, JsonLines, no_constant, object_once
 from qlora_lowmem.data.tables import check_once, values_of
 from qlora_lowmem.data.values import FaultySampleError, Row
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import read_json, write_whole
+from qlora_lowmem.files import read_text, write_whole
 from qlora_lowmem.units import GIB, MIB
 
 CONVERTED_SUFFIXES = (".json", ".csv", ".tsv", ".jsonl", ".parquet")
@@ -126,7 +126,12 @@ def _unreadable(source: Path, error: Exception) -> UsageError:
 
 
 def _array_of(source: Path) -> list[Value]:
-    content = read_json(source, _WHOLE)
+    try:
+        content = json.loads(read_text(source, _WHOLE), parse_constant=no_constant, object_pairs_hook=object_once)
+    except FaultySampleError as fault:
+        raise UsageError(f"{str(source)!r} {fault}") from None
+    except RecursionError:
+        raise UsageError(f"{str(source)!r} is nested too deeply; write an array of flat objects") from None
     arrays = [each for each in (content.values() if isinstance(content, dict) else [content]) if isinstance(each, list)]
     if len(arrays) != 1:
         raise UsageError(

@@ -156,7 +156,7 @@ def parse_line(raw: bytes, *, first: bool = False) -> dict[str, Any]:
             "encoding", f"byte {raw[fault.start]:#04x} at {fault.start + 1} is not UTF-8; save the file as UTF-8"
         ) from None
     try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=no_constant, object_pairs_hook=object_once)
     except json.JSONDecodeError as fault:
         raise FaultySampleError(
             "not JSON", f"is not JSON: {fault.msg} at column {fault.colno}; {_advice(text)}"
@@ -182,11 +182,13 @@ def _advice(text: str) -> str:
     return "write one JSON object a line"
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
+    """For `json.loads`: raises `FaultySampleError` for NaN and infinities."""
     raise FaultySampleError("not JSON", f"holds {name}, which is not JSON; a sample holds text only")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: raises `FaultySampleError` for a key that an object has twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

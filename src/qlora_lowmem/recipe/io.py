@@ -25,6 +25,7 @@ from qlora_lowmem.recipe.other_names import INSTEAD, OURS
 from qlora_lowmem.recipe.sections import SYNTHETIC, is_hub_data
 from qlora_lowmem.recipe.yaml_text import Entry, read_recipe
 
+_SHOWN = 40  # faults; more than a person's own file has
 _METAVARS = {
     "int": "N",
     "float": "X",
@@ -163,7 +164,8 @@ def _finish(draft: _Draft, source: str) -> Recipe:
             draft.faults.append(f"{said} contradict each other: {message}")
     if draft.faults:
         count = "1 problem" if len(draft.faults) == 1 else f"{len(draft.faults)} problems"
-        raise UsageError("\n  ".join([f"{source}: {count}", *draft.faults]))
+        shown, rest = draft.faults[:_SHOWN], len(draft.faults) - _SHOWN
+        raise UsageError("\n  ".join([f"{source}: {count}", *shown, *([f"... and {rest} more"] if rest > 0 else [])]))
     filled = recipe.run.output_dir.replace("{name}", recipe.name)
     return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output_dir=filled))
 

@@ -199,12 +199,14 @@ class Lean:
         "tokens of a tile of a decoder layer; null is 512 up to 4,096 tokens, then an eighth, 2,048 at most",
         "activations of one layer grow with it; small tiles cost more launches",
         min=16,
+        max=2**24,
     )
     scan_chunk_length: int = knob(
         64,
         "tokens of a chunk of the Mamba-2 scan; the result does not depend on it",
         "(chunk, chunk) matrices per head inside a tile",
         min=8,
+        max=2**24,
     )
     scan: Literal["auto", "plain", "triton"] = knob(
         "auto",
@@ -217,13 +219,14 @@ class Lean:
         "(batch, seq, hidden) for each that is kept; host keeps none on the GPU and states what it takes of RAM",
     )
     loss_tile_bytes: int = knob(
-        64 * 2**20, "bytes of the logits that exist at a time", "the LM head's working set", min=2**20
+        64 * 2**20, "bytes of the logits that exist at a time", "the LM head's working set", min=2**20, max=2**40
     )
     dequantised_tile_bytes: int = knob(
         16 * 2**20,
         "bytes of a 4-bit layer's weight that exist dequantised at a time",
         "else the largest layer's whole weight in the compute dtype: 48 MiB in Llama-3.2-3B, 112 MiB in an 8B",
         min=2**20,
+        max=2**40,
     )
     quantised_embeddings: Literal["none", "8bit", "4bit"] = knob(
         "none",
