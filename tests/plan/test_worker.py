@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import RECIPES
 from qlora_lowmem.plan import worker
@@ -129,6 +131,35 @@ def test_a_checkpoint_is_run_forward_twice() -> None:
         checkpoint(squared, inputs, use_reentrant=False).sum().backward()
     product = 2 * 3 * 5 * 7
     assert counted.total == 4 * product  # twice forward, and the gradients of both operands
+
+
+def test_what_does_not_come_through_python_counts_nothing() -> None:
+    """As PyTorch's own counter, which looks at each operator; and other modes see each again."""
+    block = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    inputs = torch.randn(2, 3, 8)
+
+    def step() -> None:
+        mixed = torch.nn.functional.conv1d(block(inputs), torch.ones(3, 3, 1))
+        torch.einsum("bsd,btd->bst", mixed, mixed.exp()).sum().backward()
+
+    with FlopCounterMode(display=False) as theirs:
+        step()
+    with FlopCount() as ours:
+        step()
+    assert ours.total == theirs.get_total_flops() > 0
+    with _Seen() as seen:
+        torch.ones(2, 3).view(3, 2) * 2
+    assert {"aten::view", "aten::mul"} <= seen.names
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_product_with_a_4bit_weight_is_one_with_its_shape() -> None:

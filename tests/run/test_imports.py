@@ -12,16 +12,17 @@ from qlora_lowmem.run.imports import heavy_imports
 
 LEFT_OUT = (
     "torch._dynamo.utils",
-    "torch._inductor",
+    "torch._inductor.utils",
     "torch.distributed.fsdp",
     "torch.distributed.tensor._api",
     "sympy",
 )
 PROGRAM = f"""
-import gc, sys
+import gc, sys, threading
 from qlora_lowmem.run.imports import heavy_imports
 with heavy_imports():
     from qlora_lowmem.run.execute import execute
+import transformers
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
 import torch
 found = [name for name in {LEFT_OUT} if name in sys.modules]
@@ -30,7 +31,33 @@ from bitsandbytes.cextension import CudaBNBNativeLibrary, lib
 assert isinstance(lib, CudaBNBNativeLibrary)
 import torch.distributed.tensor as sharding
 assert not isinstance(torch.ones(1), sharding.DTensor)
+# Nor is it for what a step asks.
+weight = torch.ones(2, requires_grad=True)
+torch.autograd.grad(weight * 2, weight, torch.ones(2))
+torch.cuda.memory._record_memory_history(stacks="python")
+kept = torch.empty(1, device="cuda")
+frames = [each for segment in torch.cuda.memory._snapshot()["segments"] for block in segment["blocks"]
+          for each in block.get("frames", ())]
+assert __file__ in [frame["filename"] for frame in frames]
+assert not [name for name in {LEFT_OUT} if name in sys.modules]
+from huggingface_hub.utils import send_telemetry
+send_telemetry("nothing")
+assert threading.active_count() == 1
 # What is asked for all the same is there.
+assert torch.export.Dim("tokens").__name__ == "tokens"
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, sym_eq
+assert sym_eq((2, 3), (2, 3)) is True and "sympy" in sys.modules
+from trl.import_utils import PACKAGE_DISTRIBUTION_MAPPING as distributions
+assert distributions["yaml"] == ["PyYAML"]
+try:
+    raise SystemExit(f"nobody brought {{distributions['no_such_package']}}")
+except KeyError:
+    pass
+fetch = transformers.utils.import_utils.fetch__all__
+assert fetch('a = 1\\n__all__ = ["b", "c"]\\nd = __all__\\n') == ["b", "c"]
+assert fetch('__all__ = [\\n    "b",\\n]\\n') == ["b"]
+assert fetch("the __all__ of none") == []
+assert torch.library.infer_schema and ".py:" in torch._library.utils.get_source(1)
 assert torch.distributed.is_available()
 assert sharding.Shard(0).dim == 0
 assert issubclass(sharding.DTensor, torch.Tensor)

@@ -7,11 +7,13 @@ all the same is imported then.
 
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
+import operator
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -42,29 +44,26 @@ def heavy_imports() -> Iterator[None]:
 def _leave_out_what_no_trial_needs(undone: ExitStack) -> None:
     """A process on a virtual card trains alone, and compiles nothing: its kernels do nothing.
 
-    - `torch._dynamo` and `torch.distributed.tensor` are imported for decorators and for `isinstance` (by transformers,
-      accelerate, TRL and PyTorch's own checkpointing): stand-ins answer these.
+    - What `_POSTPONED` names is imported for decorators, `isinstance` and rare questions: stand-ins answer these.
     - transformers and accelerate ask once whether PyTorch has `torch.distributed`, and import sharding where it has.
     - transformers asks whether there is flex attention, which no recipe can choose. Models that come later may ask.
     - bitsandbytes compiles four operators for CPUs as it is imported, and takes them as they are where that fails.
-    - transformers reads the 2,300 files of its models twice: what it remembers of their folders is too few.
+    - transformers reads the 2,300 files of its models twice, line by line: what it remembers of their folders is too
+      few.
+    - TRL reads what each installed distribution has brought, to know the versions of packages that it may use.
+    - TRL tells Hugging Face of each trainer that is made, from a thread with a client of its own.
     """
-    finder = _Remembering()
+    finder = _Finder()
     sys.meta_path.insert(0, finder)
     undone.callback(sys.meta_path.remove, finder)
     import torch
     import torch.distributed
 
-    _postpone(
-        "torch._dynamo",
-        disable=_as_it_is,
-        allow_in_graph=_as_it_is,
-        assume_constant_result=_as_it_is,
-        graph_break=lambda *_: None,
-        eval_frame=SimpleNamespace(OptimizedModule=_Nothing),
-    )
-    _postpone("torch.distributed.tensor", DTensor=_Nothing)
+    for name in _POSTPONED:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
     _replace(undone, torch.distributed, "is_available", lambda: False)
+    _replace(undone, importlib.metadata, "packages_distributions", _Distributions)
     import transformers.utils
 
     for module in (transformers.utils, transformers.utils.import_utils):
@@ -72,6 +71,9 @@ def _leave_out_what_no_trial_needs(undone: ExitStack) -> None:
     with ExitStack() as meanwhile:
         _replace(meanwhile, torch, "compile", _refuse)
         import bitsandbytes  # noqa: F401
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 class _Nothing:
@@ -87,55 +89,102 @@ def _refuse(*_arguments: Any, **_options: Any) -> Any:
     raise RuntimeError("nothing is compiled on a virtual card")
 
 
+def _none(*_arguments: Any) -> None:
+    return None
+
+
 def _as_it_is(function: Any = None, *_arguments: Any, **_options: Any) -> Any:
     """Stands in for a decorator of the compiler's."""
     return function if function is not None else _as_it_is
 
 
-class _Remembering:
-    """Finds transformers' module that reads the folders of its models, and lets it remember all of them."""
+class _Finder:
+    """Finds the modules that are postponed, or made quicker, and leaves the others to others."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, _target: Any = None) -> ModuleSpec | None:
-        if name != "transformers.utils.import_utils":
-            return None
-        spec = PathFinder.find_spec(name, path)
-        loader: Any = spec.loader if spec is not None else None
-        execute = loader.exec_module
-
-        def execute_and_widen(module: Any) -> None:
-            execute(module)
-            module.create_import_structure_from_path = cache(module.create_import_structure_from_path.__wrapped__)
-
-        loader.exec_module = execute_and_widen
+        instead = _postpone if name in _POSTPONED else _CHANGED.get(name)
+        spec = PathFinder.find_spec(name, path) if instead is not None else None
+        if spec is not None:
+            loader: Any = spec.loader
+            loader.exec_module = partial(_execute, instead, loader)
         return spec
 
 
+def _execute(instead: Any, loader: Any, module: ModuleType) -> None:
+    del loader.exec_module  # the class's own is there again
+    instead(module)
+
+
 class _Postponed(ModuleType):
-    """A package imported without its `__init__.py`, which runs when more is asked of it than stands in."""
+    """A module that is not executed before more is asked of it than stands in."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name == "config":  # a module that needs no other
+        if name == "config" and hasattr(self, "__path__"):  # a module that needs no other
             return importlib.import_module(f"{self.__name__}.config")
         assert self.__spec__ is not None
         assert self.__spec__.loader is not None
         self.__class__ = ModuleType  # type: ignore[assignment]
-        for each in self.__dict__.pop("_stand_ins"):
-            del self.__dict__[each]
+        for each, value in _POSTPONED[self.__name__].items():
+            if self.__dict__.get(each) is value:
+                del self.__dict__[each]
         self.__spec__.loader.exec_module(self)
         return getattr(self, name)
 
 
-def _postpone(name: str, **stand_ins: Any) -> None:
-    """Put a postponed package in the place of one that is not imported yet."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or name in sys.modules:
-        return
-    package = importlib.util.module_from_spec(spec)
-    package.__class__ = _Postponed
-    package.__dict__.update(stand_ins, _stand_ins=tuple(stand_ins))
-    sys.modules[name] = package
-    parent, _, leaf = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], leaf, package)
+def _postpone(module: ModuleType) -> None:
+    module.__class__ = _Postponed
+    module.__dict__.update(_POSTPONED[module.__name__])
+
+
+def _widen(structure: Any) -> None:
+    """Let transformers remember all folders of its models, and read of a file what `__all__` is and no line before."""
+    structure.__spec__.loader.exec_module(structure)
+    structure.create_import_structure_from_path = cache(structure.create_import_structure_from_path.__wrapped__)
+    fetch = structure.fetch__all__
+    structure.fetch__all__ = lambda content: fetch(content[max(content.rfind("\n__all__"), 0) :].lstrip("\n"))
+
+
+def _shorten(utils: Any) -> None:
+    """Let PyTorch say where an operator is registered (`file.py:42`) without a search for the file's module."""
+    utils.__spec__.loader.exec_module(utils)
+
+    def get_source(stacklevel: int) -> str:
+        frame = sys._getframe(stacklevel)
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+    utils.get_source = get_source
+
+
+_CHANGED = {"transformers.utils.import_utils": _widen, "torch._library.utils": _shorten}
+
+
+class _Distributions(dict[str, list[str]]):
+    """`importlib.metadata.packages_distributions()`, read when it is asked for one."""
+
+    def __missing__(self, package: str) -> list[str]:
+        from importlib.metadata import packages_distributions
+
+        found = dict(packages_distributions())
+        self.update(found)
+        return found[package]
+
+
+_POSTPONED: dict[str, dict[str, Any]] = {
+    "torch._dynamo": {
+        "disable": _as_it_is,
+        "allow_in_graph": _as_it_is,
+        "assume_constant_result": _as_it_is,
+        "graph_break": _none,
+        "eval_frame": SimpleNamespace(OptimizedModule=_Nothing),
+    },
+    # Asked whether it wrote a line of code, when the allocator's history tells where something was allocated.
+    "torch._inductor": {"codecache": SimpleNamespace(PyCodeCache=SimpleNamespace(stack_frames_for_code=_none))},
+    "torch.distributed.tensor": {"DTensor": _Nothing},
+    "torch.export": {},
+    # Asked whether two shapes are the same, of numbers or of symbols.
+    "torch.fx.experimental.symbolic_shapes": {"expect_true": bool, "sym_eq": operator.eq},
+    # A loop of events that huggingface_hub's client can run in, if it is installed.
+    "trio": {},
+}
