@@ -10,12 +10,15 @@ import pytest
 from helpers import RECIPES, TINY_HYBRID
 from qlora_lowmem.memory.profile import read_live
 from qlora_lowmem.models.sources import architecture
+from qlora_lowmem.plan.recipe_runs import submit_recipe
+from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.virtual_gpu import Server, get_card
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 OPTIMISED = ("--config", str(RECIPES / "optimised.yaml"), "--weights", "random", "--device", "virtual")
 
 
-def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_path: Path) -> None:
+def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_path: Path, recipe_runs: Server) -> None:
     arguments = [*OPTIMISED, "--model", str(tiny_hybrid), "--max-seq-length", "64", "--json", "-"]
     arguments += ["--output-dir", str(tmp_path)]
     run = command("train", *arguments, "--card", "rtx-3060-laptop-6gb")
@@ -25,6 +28,11 @@ def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_path: Pa
     assert 0 < content["peak_allocated_bytes"] <= content["peak_reserved_bytes"] < content["peak_device_bytes"]
     assert [phase["name"] for phase in content["phases"]] == ["load", "first step", "steady"]
     assert "final_loss" not in content, "a virtual GPU computes no loss"
+    # The same from all of its micro-batches, of which the command leaves out those that show nothing new.
+    recipe = load_recipe(RECIPES / "optimised.yaml", {"model": str(tiny_hybrid), "max_seq_length": 64})
+    whole = submit_recipe(recipe_runs, recipe, get_card("rtx-3060-laptop-6gb")).result().profile
+    assert whole is not None
+    assert content["phases"] == whole.to_dict()["phases"]
     # What the watch would have seen last: the same peaks, though the recorder began anew at each step.
     live = read_live(tmp_path)
     assert (live.phase, live.outcome, live.step) == ("ended", "done", 2)

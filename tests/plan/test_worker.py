@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import RECIPES
-from qlora_lowmem.plan import worker
 from qlora_lowmem.plan.recipe_runs import submit_recipe, two_steps
-from qlora_lowmem.plan.worker import Brevity, FlopCount, product_with_4bit
+from qlora_lowmem.plan.worker import FlopCount, product_with_4bit
 from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.run import brevity
+from qlora_lowmem.run.brevity import Brevity
 from qlora_lowmem.virtual_gpu import Server, get_card
 
 CARD = get_card("rtx-4050-laptop-6gb")
@@ -44,7 +45,7 @@ def test_what_is_left_out_is_what_came_before(circle: int, before: int, micro_ba
         )
         last = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker, "_allocator_state", lambda: state)
+            patch.setattr(brevity, "_allocator_state", lambda: state)
             if brief:
                 Brevity(SimpleNamespace(trainer=trainer), None)  # type: ignore[arg-type]
             for _ in range(2):

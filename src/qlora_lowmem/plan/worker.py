@@ -22,13 +22,13 @@ from transformers import TrainerCallback
 
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
-from qlora_lowmem.memory.profile import MemoryProfile
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.random_weights import write_zero_checkpoint
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import RecipeRun
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import recipe_from_dict, replace_field, replace_fields
+from qlora_lowmem.run.brevity import Brevity, OverError
 from qlora_lowmem.run.execute import execute
 from qlora_lowmem.run.job import Job
 from qlora_lowmem.run.merge import merge_run
@@ -72,7 +72,7 @@ def _run(content: dict[str, Any], attribute: bool, snapshot: str | None, on_read
             )
     except OutOfGpuMemoryError as error:
         return RecipeRun(error.profile, out_of_memory=error.torch_message, phase=error.phase)
-    except _Over as over:
+    except OverError as over:
         return RecipeRun(over.profile, stopped=True)
     except UsageError as error:
         return RecipeRun(None, failure=str(error), bad_input=True)
@@ -87,67 +87,6 @@ def _run(content: dict[str, Any], attribute: bool, snapshot: str | None, on_read
         refused=torch.cuda.memory_stats()["num_alloc_retries"] > 0,
         attribution=outcome.attribution,
     )
-
-
-class _Over(Exception):
-    """The card holds more than it may: whatever comes, the run does not fit."""
-
-    def __init__(self, profile: MemoryProfile) -> None:
-        self.profile = profile
-
-
-class Brevity:
-    """Leaves out micro-batches whose memory is known, and ends a run that has taken too much.
-
-    A micro-batch that ends with the allocator as an earlier one of its step left it has come full circle: what follows
-    does again, to the byte, what came since. All of a step's micro-batches have the same shapes. Its last is always
-    run: there gradients are complete and the optimizer steps.
-    """
-
-    def __init__(self, job: Job, recorder: Recorder, most: int | None = None) -> None:
-        self._plain: Any = job.trainer.training_step
-        self._recorder = recorder
-        self._most = most
-        self._micro_batches = int(job.trainer.args.gradient_accumulation_steps)
-        self._seen = 0
-        self._left_out = 0
-        self._states: list[Any] = []
-        self._loss: Any = None
-        job.trainer.training_step = self._training_step  # type: ignore[method-assign]
-
-    def _training_step(self, *arguments: Any, **options: Any) -> Any:
-        place = self._seen % self._micro_batches
-        self._seen += 1
-        if place == 0:
-            self._states.clear()
-        if self._left_out:
-            self._left_out -= 1
-            return self._loss
-        self._loss = self._plain(*arguments, **options)
-        if self._most is not None and self._recorder.peak().device > self._most:
-            raise _Over(self._recorder.profile())
-        before_last = self._micro_batches - 2 - place
-        if before_last > 0:
-            state = _allocator_state()
-            self._states.insert(0, state)
-            circle = self._states.index(state, 1) if state in self._states[1:] else before_last + 1
-            self._left_out = before_last // circle * circle
-        return self._loss
-
-
-def _allocator_state() -> Any:
-    """The caching allocator's segments and the blocks in them, by address.
-
-    Of small blocks (1 MiB at most, in segments of their own) only how many bytes there are: scalars trade places.
-    """
-    segments = torch.cuda.memory_snapshot(include_traces=False)
-    large = [
-        (each["address"], each["stream"], *((block["size"], block["state"]) for block in each["blocks"]))
-        for each in segments
-        if each["segment_type"] == "large"
-    ]
-    small = [(each["total_size"], each["allocated_size"]) for each in segments if each["segment_type"] == "small"]
-    return sorted(large), [sum(sizes) for sizes in zip(*small, strict=True)]
 
 
 def live_here(content: dict[str, Any], folder: str, part: str) -> Any:

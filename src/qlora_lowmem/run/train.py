@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.environment import command, is_first, words_of
+from qlora_lowmem.environment import command, is_first, processes, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.moves import Change
@@ -106,6 +106,7 @@ def train_here(
     output_dir = Path(recipe.run.output_dir)
     with _held(recipe) as resume_from:
         with heavy_imports():
+            from qlora_lowmem.run.brevity import Brevity
             from qlora_lowmem.run.execute import execute
             from qlora_lowmem.run.out_of_memory import OutOfGpuMemoryError
             from qlora_lowmem.run.summary import data_summary, last_lines, summary_of, write_model_card
@@ -117,6 +118,8 @@ def train_here(
         line = ProgressLine(real_values=real, quiet=quiet or not is_first())
 
         def ready(job: Any, recorder: Any) -> None:
+            if not real and recorder is not None and inputs.samples is None and processes() == 1:
+                Brevity(job, recorder)  # samples are all alike, and there is no loss to tell
             for each in (line, heartbeat, log):
                 each.watch(job, recorder)
             _describe(job, inputs, quiet=quiet)
