@@ -47,7 +47,6 @@ class Case:
         what: is wrong; unique in a command.
         words: of the command line, made in a place.
         says: what the message names, regardless of case.
-        env: changes of the environment; "" removes a variable.
     """
 
     command: str
@@ -55,7 +54,6 @@ class Case:
     words: Callable[[Place], list[str]]
     says: tuple[str, ...] = ()
     code: int = EXIT_USAGE
-    env: tuple[tuple[str, str], ...] = ()
 
 
 def fault_of(case: Case, good: Path) -> str | None:
@@ -64,10 +62,9 @@ def fault_of(case: Case, good: Path) -> str | None:
         place = Place(Path(name), good)
         words = case.words(place)
         before = set(_inside(place.folder))
-        env = {key: value for key, value in {**os.environ, **dict(case.env)}.items() if value}
         module, words = ("pytest", words) if case.command == "pytest" else ("qlora_lowmem", [case.command, *words])
         try:
-            done = run_forked(module, tuple(words), env, SECONDS, room=_ROOM)
+            done = run_forked(module, tuple(words), os.environ, SECONDS, room=_ROOM)
         except subprocess.TimeoutExpired:
             return f"still runs after {SECONDS} s"
         left = sorted(str(path.relative_to(place.folder)) for path in set(_inside(place.folder)) - before)

@@ -162,7 +162,7 @@ def _plan() -> Iterator[Case]:
         ("--write to nowhere", (*config, "--card", "12GB", "--write", "/nowhere/x.yaml"), "--write"),
         ("--write into no folder", (*config, "--card", "12GB", "--write", "GOOD/good.txt/x.yaml"), "--write"),
         ("--write of many pairs", (*config, "--card", "12GB", "24GB", "--write", "NEW/x.yaml"), "--write"),
-        ("--write with a name too long", (*config, "--card", "12GB", "--write", "x" * 300 + ".yaml"), "--write"),
+        ("--write with a name too long", (*config, "--card", "12GB", "--write", "x" * 300 + ".yaml"), "too long"),
         ("an unknown model", ("--model", "granite-9", "--card", "12GB", "--no-cache"), "base.model"),
         ("a model folder that is empty", ("--model", "GOOD/empty", "--card", "12GB", "--no-cache"), "config.json"),
         ("two bad recipes", ("--config", "GOOD/none.yaml", "GOOD/none2.yaml", "--card", "12GB"), "none.yaml"),

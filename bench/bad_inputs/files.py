@@ -121,7 +121,7 @@ _TAKES: list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = [
 
 
 def cases() -> Iterator[Case]:
-    """Each of those paths for each of those flags, files of a folder, and an environment without a home."""
+    """Each of those paths for each of those flags, and as a file of a folder."""
     for command, flag, suffix, words, left_out in _TAKES:
         for what, make in PATHS.items():
             if what not in left_out:
@@ -137,8 +137,6 @@ def cases() -> Iterator[Case]:
         for what, make in PATHS.items():
             if not what.endswith("too long") and what not in ("a user's who is not there", "in a file"):
                 yield Case(command, f"{name} in a folder: {what}", _inside(make, name, words))
-    words = ("--config", "GOOD/good.yaml", "--card", "12GB")
-    yield Case("plan", "a cache that is a file", _put(words), env=(("QLORA_LOWMEM_CACHE", "/dev/null"),))
 
 
 def _put(words: tuple[str, ...], path: Path | None = None, folder: Path | None = None) -> Callable[[Place], list[str]]:
