@@ -1,4 +1,4 @@
-"""Bad inputs, every command's: each ends with exit code 2 and one message, without a traceback, and leaves nothing.
+"""Bad inputs, every command's: each ends with exit code 2 (pytest's own is 4) and one message, and leaves nothing.
 
     python -m pytest bench/test_bad_inputs.py
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from forked_commands import run_forked
 from qlora_lowmem.errors import EXIT_USAGE
 
@@ -53,7 +55,6 @@ class Case:
     what: str
     words: Callable[[Place], list[str]]
     says: tuple[str, ...] = ()
-    code: int = EXIT_USAGE
 
 
 def fault_of(case: Case, good: Path) -> str | None:
@@ -70,9 +71,10 @@ def fault_of(case: Case, good: Path) -> str | None:
         left = sorted(str(path.relative_to(place.folder)) for path in set(_inside(place.folder)) - before)
         left = [] if "out/tokenised" in left else left  # samples are tokenised once, whatever is wrong after that
         said = (done.stdout if case.command == "pytest" else "") + done.stderr
+    expected = pytest.ExitCode.USAGE_ERROR if case.command == "pytest" else EXIT_USAGE
     said = said.replace(name, "PLACE").replace(str(good), "GOOD")
     faults = [
-        f"exit code {done.returncode}" if done.returncode != case.code else "",
+        f"exit code {done.returncode}" if done.returncode != expected else "",
         "a traceback" if "Traceback" in said else "",
         "no message" if not said.strip() else "",
         f"left behind: {', '.join(left)}" if left else "",
