@@ -13,9 +13,8 @@ from forked_commands import run_forked
 from qlora_lowmem.errors import EXIT_USAGE
 
 SECONDS = 90
-_ROOM = (
-    6 * 2**30
-)  # of address space, beyond what a fork begins with: an input that never ends must not fill the machine
+# Bytes of address space beyond what a fork begins with: an input that never ends must not fill the machine.
+_ROOM = 6 * 2**30
 
 
 @dataclass(frozen=True)
