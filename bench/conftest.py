@@ -34,6 +34,8 @@ PROOFS = {
     "witness": "a second method of knowing a recipe's peak",
     "claims": "the statements that guided the set-up, put to the test",
     "reality": "published fine-tuning peaks beside the plan's",
+    "gate_property": "the gate on 200 random programs whose peak is known",
+    "operators": "every operator that torch has samples of, on a virtual card",
     "plan": "ten (model, card) pairs planned, and each proposal run again",
 }
 

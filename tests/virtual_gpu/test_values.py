@@ -49,3 +49,14 @@ def test_what_the_host_wrote_and_only_sent_around_can_be_read(job):
         "computed since": [0, 0],
         "reduced since": [0, 0],
     }
+
+
+def test_what_needs_a_value_is_refused_by_name(job):
+    (said,) = job("evaluate", given="", expressions=["torch.mode(torch.ones(3000, device='cuda'))"]).value.values()
+    assert said.startswith("NotImplementedError: torch.mode of more than 2,048 values a row")
+
+
+def test_operators_that_check_their_values_keep_their_gradients(job):
+    made = "a = torch.ones(2, 8, device='cuda', requires_grad=True); torch.cov(a, fweights=a.new_ones(8).int()).sum()"
+    given = f"{made}.backward()"
+    assert job("evaluate", given=given, expressions=["a.grad.shape"]).value == {"a.grad.shape": "torch.Size([2, 8])"}

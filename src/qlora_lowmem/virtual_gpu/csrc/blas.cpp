@@ -59,6 +59,25 @@ SETTING(PointerMode_v2, int, pointer_mode)
 SETTING(AtomicsMode, int, atomics_mode)
 SETTING(SmCountTarget, int, sm_count_target)
 
+// Factorisations of batches tell the host whether their arguments were in order: 0, they were.
+#define BATCHED(T) \
+  API int cublas##T##geqrfBatched(void*, int, int, void*, int, void*, int* info, int) { \
+    *info = 0; \
+    return vgpu_launched(); \
+  } \
+  API int cublas##T##getrsBatched(void*, int, int, int, void*, int, void*, void*, int, int* info, int) { \
+    *info = 0; \
+    return vgpu_launched(); \
+  } \
+  API int cublas##T##gelsBatched(void*, int, int, int, int, void*, int, void*, int, int* info, void*, int) { \
+    *info = 0; \
+    return vgpu_launched(); \
+  }
+BATCHED(S)
+BATCHED(D)
+BATCHED(C)
+BATCHED(Z)
+
 #endif
 
 #ifdef VGPU_LIBRARY_cublasLt

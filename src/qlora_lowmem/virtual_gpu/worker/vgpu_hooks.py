@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -105,6 +106,9 @@ def _take_the_worst_case(torch: Any) -> None:
         inverse = indices(count, tensor).view(tensor.shape) if return_inverse else indices(0, tensor)
         return torch.empty_like(tensor).view(-1), inverse, indices(count if return_counts else 0, tensor)
 
+    def unique_values(tensor: Any, _sorted: bool = True, return_inverse: bool = False) -> Any:
+        return unique(tensor, True, return_inverse)[:2]
+
     def unique_dim(tensor: Any, dim: int, *_options: bool) -> Any:
         count = tensor.size(dim)
         return torch.empty_like(tensor), indices(count, tensor), indices(count, tensor)
@@ -119,6 +123,7 @@ def _take_the_worst_case(torch: Any) -> None:
 
     operators = {
         "nonzero": nonzero,
+        "_unique": unique_values,
         "_unique2": unique,
         "unique_consecutive": unique_consecutive,
         "unique_dim": unique_dim,
@@ -131,6 +136,53 @@ def _take_the_worst_case(torch: Any) -> None:
 
 
 _keep: list[Any] = []
+
+# Operators that ask whether all values are valid (finite, not negative, of the right sum), and fail on the zero: how
+# often they ask. What they ask after that is whether something went wrong.
+_VALIDATE = {
+    ("linalg_eig", "CUDA"): 1,
+    ("linalg_eig.out", "CUDA"): 1,
+    ("segment_reduce", "CUDA"): 2,
+    ("cov", "CUDA"): 2,
+    ("cov", "AutogradCUDA"): 2,
+}
+
+
+def _let_values_be_valid(torch: Any) -> None:
+    """Answers yes where an operator in C++ asks about its values; refuses by name one that looks for a value."""
+    library = torch.library.Library("aten", "IMPL")
+    answer_yes = ctypes.CDLL(None).vgpu_answer_yes
+
+    def replace(name: str, key: str, kernel: Any, around: Callable[[Callable[[], Any]], Any]) -> None:
+        def operator(keys: Any, *arguments: Any, **options: Any) -> Any:
+            return around(lambda: kernel.call_boxed(keys, *arguments, **options))
+
+        library.impl(name, operator, key, with_keyset=True, allow_override=True)
+
+    def answering(times: int, call: Callable[[], Any]) -> Any:
+        answer_yes(times)
+        try:
+            return call()
+        finally:
+            answer_yes(0)
+
+    def refusing(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except RuntimeError as error:
+            if "INTERNAL ASSERT" not in str(error):
+                raise
+            raise NotImplementedError(
+                "torch.mode of more than 2,048 values a row looks for the one it has found, and on a virtual GPU there "
+                "are no values"
+            ) from None
+
+    wanted = {where: partial(answering, times) for where, times in _VALIDATE.items()} | {("mode", "CUDA"): refusing}
+    # All of them before the first is replaced: one may lead to another.
+    kernels = {(name, key): torch.library.get_kernel(f"aten::{name}", key) for name, key in wanted}
+    for where, around in wanted.items():
+        replace(*where, kernels[where], around)
+    _keep.append(library)
 
 
 def _wait_for_the_threads_of_backward(torch: Any) -> None:
@@ -171,19 +223,24 @@ def _wait_for_the_threads_of_backward(torch: Any) -> None:
     torch.autograd.Variable._execution_engine = Engine()
 
 
-def _all_is_true_for_transformers(torch: Any) -> None:
-    def true_for_transformers(ask: Callable[..., Any]) -> Callable[..., Any]:
+# Whether a batch has no padding; whether the parameters of a distribution and what is drawn from it are valid.
+_ASK_FOR_VALIDITY = ("transformers", "torch.distributions")
+
+
+def _all_is_true_for_libraries(torch: Any) -> None:
+    def true_for_libraries(ask: Callable[..., Any]) -> Callable[..., Any]:
         def all_of(*arguments: Any, **options: Any) -> Any:
             answer = ask(*arguments, **options)
             if len(arguments) != 1 or options or not arguments[0].is_cuda:
                 return answer
             asked_by = str(sys._getframe(1).f_globals.get("__name__", ""))
-            return torch.ones((), dtype=torch.bool) if asked_by.startswith("transformers") else answer
+            return torch.ones((), dtype=torch.bool) if asked_by.startswith(_ASK_FOR_VALIDITY) else answer
 
         return all_of
 
-    torch.Tensor.all = true_for_transformers(torch.Tensor.all)
-    torch.all = true_for_transformers(torch.all)
+    torch.Tensor.all = true_for_libraries(torch.Tensor.all)
+    torch.all = true_for_libraries(torch.all)
+    torch._is_all_true = true_for_libraries(torch._is_all_true)
 
 
 def _on_the_machine() -> bool:
@@ -207,8 +264,9 @@ def _hook_torch(torch: ModuleType) -> None:
     _report_before_resets(torch)
     _report_when_initialized(torch)
     _take_the_worst_case(torch)
+    _let_values_be_valid(torch)
     _wait_for_the_threads_of_backward(torch)
-    _all_is_true_for_transformers(torch)
+    _all_is_true_for_libraries(torch)
 
 
 def _hook_triton(jit: ModuleType) -> None:
