@@ -137,14 +137,21 @@ def _take_the_worst_case(torch: Any) -> None:
 
 _keep: list[Any] = []
 
+
+def _asked_of_weights(fweights: Any = None, aweights: Any = None, **_: Any) -> int:
+    """Once of each kind, and once of their sum."""
+    given = (fweights is not None) + (aweights is not None)
+    return given + 1 if given else 0
+
+
 # Operators that ask whether all values are valid (finite, not negative, of the right sum), and fail on the zero: how
-# often they ask. What they ask after that is whether something went wrong.
-_VALIDATE = {
-    ("linalg_eig", "CUDA"): 1,
-    ("linalg_eig.out", "CUDA"): 1,
-    ("segment_reduce", "CUDA"): 2,
-    ("cov", "CUDA"): 2,
-    ("cov", "AutogradCUDA"): 2,
+# often they ask, by the options that they get. What they ask after that is whether something went wrong.
+_VALIDATE: dict[tuple[str, str], Callable[..., int]] = {
+    ("linalg_eig", "CUDA"): lambda **_: 1,
+    ("linalg_eig.out", "CUDA"): lambda **_: 1,
+    ("segment_reduce", "CUDA"): lambda **_: 2,
+    ("cov", "CUDA"): _asked_of_weights,
+    ("cov", "AutogradCUDA"): _asked_of_weights,
 }
 
 
@@ -153,20 +160,20 @@ def _let_values_be_valid(torch: Any) -> None:
     library = torch.library.Library("aten", "IMPL")
     answer_yes = ctypes.CDLL(None).vgpu_answer_yes
 
-    def replace(name: str, key: str, kernel: Any, around: Callable[[Callable[[], Any]], Any]) -> None:
+    def replace(name: str, key: str, kernel: Any, around: Callable[..., Any]) -> None:
         def operator(keys: Any, *arguments: Any, **options: Any) -> Any:
-            return around(lambda: kernel.call_boxed(keys, *arguments, **options))
+            return around(lambda: kernel.call_boxed(keys, *arguments, **options), options)
 
         library.impl(name, operator, key, with_keyset=True, allow_override=True)
 
-    def answering(times: int, call: Callable[[], Any]) -> Any:
-        answer_yes(times)
+    def answering(times: Callable[..., int], call: Callable[[], Any], options: dict[str, Any]) -> Any:
+        answer_yes(times(**options))
         try:
             return call()
         finally:
             answer_yes(0)
 
-    def refusing(call: Callable[[], Any]) -> Any:
+    def refusing(call: Callable[[], Any], _options: dict[str, Any]) -> Any:
         try:
             return call()
         except RuntimeError as error:
