@@ -184,11 +184,13 @@ def _let_values_be_valid(torch: Any) -> None:
                 "are no values"
             ) from None
 
-    wanted = {where: partial(answering, times) for where, times in _VALIDATE.items()} | {("mode", "CUDA"): refusing}
+    wanted: dict[tuple[str, str], Callable[..., Any]] = {
+        where: partial(answering, times) for where, times in _VALIDATE.items()
+    } | {("mode", "CUDA"): refusing}
     # All of them before the first is replaced: one may lead to another.
     kernels = {(name, key): torch.library.get_kernel(f"aten::{name}", key) for name, key in wanted}
-    for where, around in wanted.items():
-        replace(*where, kernels[where], around)
+    for (name, key), around in wanted.items():
+        replace(name, key, kernels[name, key], around)
     _keep.append(library)
 
 
