@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -37,16 +37,26 @@ def _answering_without_cuda(torch: Any) -> Iterator[None]:
     capability = tuple(json.loads(os.environ["VGPU_SERVER_CAPABILITY"]))
     name = os.environ["VGPU_SERVER_TITLE"]
     properties = SimpleNamespace(name=name, major=capability[0], minor=capability[1])
-    answers = {
-        "get_device_capability": lambda _device=None: capability,
-        "get_device_name": lambda _device=None: name,
-        "get_device_properties": lambda _device=None: properties,
+    answers: dict[str, Any] = {
+        "get_device_capability": capability,
+        "get_device_name": name,
+        "get_device_properties": properties,
     }
     originals = {attribute: getattr(torch.cuda, attribute) for attribute in answers}
-    vars(torch.cuda).update(answers)
+    importing = True
+
+    def answering(attribute: str) -> Callable[..., Any]:
+        def answer(*arguments: Any, **options: Any) -> Any:
+            # A module that keeps the function asks the card with it later, as Inductor does.
+            return answers[attribute] if importing else originals[attribute](*arguments, **options)
+
+        return answer
+
+    vars(torch.cuda).update({attribute: answering(attribute) for attribute in answers})
     try:
         yield
     finally:
+        importing = False
         vars(torch.cuda).update(originals)
 
 
