@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qlora_lowmem.virtual_gpu import get_card
-
 MIB = 2**20
 CARD = "rtx-4090-24gb"
 # Ways of starting a process. Those of `HEAVY` import torch anew, which takes seconds; `plain` has none and takes its
@@ -115,6 +113,8 @@ def program(seed: int, *, heavy: bool = False, compiled: bool = False) -> Progra
     if not found.peak:
         note(*take(0, "here"))
     if compiled:
+        from qlora_lowmem.virtual_gpu import get_card
+
         size = 2 * MIB * chance.randint(10, 40)
         processes[0].held |= {"x": size, "y": size, "to empty the cache": get_card(CARD).l2_bytes}
         note(0, "compile", size)

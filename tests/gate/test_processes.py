@@ -48,3 +48,19 @@ def test_it():
     regressed = run_here(*flags)
     assert "REGRESSED" in regressed.stdout
     assert "1 other process of the test used the card" in regressed.stdout
+
+
+def test_what_workers_import_knows_the_card_that_a_test_is_on(
+    pytester: pytest.Pytester, run_here: Callable[..., Run]
+) -> None:
+    """Inductor keeps the function that it asks with, and workers import it where there is no card yet."""
+    (pytester.path / "test_it.py").write_text("""
+import pytest
+from torch._dynamo.device_interface import get_interface_for_device
+
+@pytest.mark.vram_budget("1 GB", card="rtx-4050-laptop-6gb")
+def test_it():
+    assert get_interface_for_device("cuda").get_device_properties(0).multi_processor_count == 20
+""")
+    run = run_here()
+    assert run.returncode == 0, run.stdout
