@@ -32,6 +32,7 @@ _NOT_UTF8 = {
 }
 
 Content = TypeVar("Content")
+_SHORT = 50  # characters of a name, so that one of full length (255 bytes) has a scratch file beside it
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**60)]  # of bytes or tokens in a file: no card and no run has more
 
 
@@ -165,7 +166,7 @@ def write_whole(path: Path, content: str | bytes | Iterable[str], *, fsync: bool
         OSError: it cannot be written; what was there is as it was.
     """
     target = Path(os.path.realpath(path))
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    scratch = target.with_name(f".{target.name[:_SHORT]}.{os.getpid()}")
     try:
         if isinstance(content, str | bytes):
             scratch.write_bytes(content.encode() if isinstance(content, str) else content)

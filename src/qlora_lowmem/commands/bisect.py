@@ -28,6 +28,7 @@ from qlora_lowmem.files import cache_folder, read_text, whole_folder
 from qlora_lowmem.recipe import SYNTHETIC
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.run.preflight import inputs_of
+from qlora_lowmem.targets import check_folder
 from qlora_lowmem.units import format_bytes, format_signed
 
 _PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*==\s*([^\s;#]+)")
@@ -232,17 +233,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bad", metavar="FILE", type=Path, required=True, help="constraints after")
     parser.add_argument("--config", metavar="RECIPE", type=Path, required=True, help="what is measured")
     parser.add_argument("--card", metavar="NAME", help="a virtual card on which it fits (default: the recipe's)")
-    parser.add_argument("--overlays", metavar="DIR", type=Path, help="where packages are kept (default: the cache)")
+    parser.add_argument("--overlays", metavar="DIR", help="where packages are kept (default: the cache)")
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    folder = options.overlays or cache_folder("overlays")
+    check_folder("--overlays", options.overlays)
+    folder = cache_folder("overlays") if options.overlays is None else Path(options.overlays)
     good, bad = read_constraints(options.good), read_constraints(options.bad)
     changes = {"device": "virtual", "data": SYNTHETIC} | ({"card": options.card} if options.card else {})
     inputs_of(load_recipe(options.config, changes))  # refused here, and not in an environment that is made for it
     found = bisect(good, bad, partial(measure_recipe, config=options.config, card=options.card, folder=folder))
-    write_json(options.json, asdict(found))
     if options.json != "-":
         print(found.render())
+    write_json(options.json, asdict(found))
     return EXIT_OK

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from qlora_lowmem.commands.frame import add_json_argument, check_parent, write_json
+from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.errors import EXIT_OK, UsageError
+from qlora_lowmem.targets import check_file
 
 _KEYS = ("messages", "prompt", "completion", "text")
 
@@ -65,7 +66,7 @@ def _target_of(options: argparse.Namespace) -> Path:
     target = Path(options.target)
     if target.suffix.lower() != ".jsonl":
         raise UsageError(f"data convert: {options.target!r} is no .jsonl file; name one")
-    check_parent("data convert", options.target)
+    check_file("data convert", options.target)
     if target.exists() and not options.force:
         raise UsageError(f"data convert: {options.target!r} exists already; give another file, or --force")
     return target

@@ -11,12 +11,15 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, check_parent, write_json
+from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from qlora_lowmem.models.sources import source_of
@@ -24,6 +27,8 @@ from qlora_lowmem.plan.recipe_runs import roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field
 from qlora_lowmem.run.preflight import recipe_card
+from qlora_lowmem.signals import importing
+from qlora_lowmem.targets import check_file, write, write_each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     recipe = replace_field(recipe, "data", SYNTHETIC)
     source_of(recipe)
     for flag in ("markdown", "svg", "png", "snapshot"):
-        check_parent(f"--{flag}", getattr(options, flag))
+        check_file(f"--{flag}", getattr(options, flag))
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
         return _on_virtual_card(recipe, options.words)
     return _explain(recipe, options)
@@ -67,12 +72,13 @@ def _can_grow(card: virtual_gpu.Card | None) -> bool:
 
 
 def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
-    from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
-    from qlora_lowmem.results.kinds import attribution as report
-    from qlora_lowmem.run.execute import execute
-    from qlora_lowmem.run.out_of_memory import OutOfGpuMemoryError
-    from qlora_lowmem.run.preflight import inputs_of
-    from qlora_lowmem.training.progress import quiet_libraries
+    with importing():
+        from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
+        from qlora_lowmem.results.kinds import attribution as report
+        from qlora_lowmem.run.execute import execute
+        from qlora_lowmem.run.out_of_memory import OutOfGpuMemoryError
+        from qlora_lowmem.run.preflight import inputs_of
+        from qlora_lowmem.training.progress import quiet_libraries
 
     quiet_libraries()
     recorder = AttributionRecorder()  # synthetic samples are all of full length
@@ -86,17 +92,19 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
             return EXIT_DOES_NOT_FIT
     found = outcome.attribution
     assert found is not None  # every recipe has at least one step
-    page = report.markdown(found, recipe.name or Path(options.config).stem, outcome.floor.total)
+    name = recipe.name or Path(options.config).stem
+    page = report.markdown(found, name, outcome.floor.total)
     if options.json != "-":
         print(page)
     record = provenance_record(found.device, found.provenance)
-    content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "environment": record}
-    write_json(options.json, content | {"floor_bytes": outcome.floor.total, "attribution": msgspec.to_builtins(found)})
-    if options.markdown:
-        Path(options.markdown).write_text(page, encoding="utf-8")
-    pictures = [Path(target) for target in (options.svg, options.png) if target]
-    if pictures:
-        report.write_picture(found, recipe, *pictures)
-    if options.snapshot:
-        recorder.save_snapshot(Path(options.snapshot))
+    content: dict[str, Any] = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "environment": record}
+    content |= {"floor_bytes": outcome.floor.total, "attribution": msgspec.to_builtins(found)}
+    made: dict[str, Callable[[], bytes]] = {"markdown": page.encode, "snapshot": recorder.snapshot}
+    made |= {kind: partial(report.picture_as, kind, found, recipe) for kind in ("svg", "png")}
+    asked = [(f"--{flag}", target, make) for flag, make in made.items() if (target := getattr(options, flag))]
+    write_each(partial(write_json, options.json, content), *(partial(_write_made, *each) for each in asked))
     return EXIT_OK
+
+
+def _write_made(flag: str, target: str, make: Callable[[], bytes]) -> None:
+    write(flag, target, make())

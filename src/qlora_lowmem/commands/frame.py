@@ -14,20 +14,18 @@ new process takes its first words from `environment.words_of("explain")`, so tha
 
 import argparse
 import difflib
-import errno
 import importlib
 import json
 import logging
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import qlora_lowmem
+from qlora_lowmem import targets
 from qlora_lowmem.commands import COMMANDS
 from qlora_lowmem.environment import SCRIPT, typed
 from qlora_lowmem.errors import (
@@ -39,7 +37,7 @@ from qlora_lowmem.errors import (
     StoppedBySignal,
     UsageError,
 )
-from qlora_lowmem.files import json_values, write_whole
+from qlora_lowmem.files import json_values
 from qlora_lowmem.recipe.other_names import OURS
 from qlora_lowmem.signals import importing, unwinding
 
@@ -102,6 +100,10 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
     prog = prog or f"python -m {COMMANDS[name][0]}"
 
     def run() -> int:
+        try:
+            os.getcwd()  # noqa: PTH109
+        except FileNotFoundError:
+            raise UsageError("the working directory does not exist any more; change into another one (cd)") from None
         module = _module(name)
         return int(module.run(parser_of(name, prog).parse_args(words, argparse.Namespace(words=words))))
 
@@ -187,73 +189,16 @@ def add_json_argument(parser: argparse.ArgumentParser, *, checked: bool = True) 
 
 
 def check_json_target(target: str | None, *, coming: Path | None = None) -> str | None:
-    """`target`, if a `--json FILE` can be written there; else it is refused before hours of work for it.
-
-    Args:
-        coming: a folder that the command will make; what is to be in it can be told only then.
-
-    Raises:
-        UsageError: nothing can be written there.
-    """
-    if target is None or target == "-":
-        return target
-    path = Path(os.path.realpath(target))
-    if target and coming is not None and not path.parent.exists() and path.parent == Path(os.path.realpath(coming)):
-        return target
-    with _writing("--json", target):
-        if not target.strip():
-            raise FileNotFoundError(errno.ENOENT, "it is empty")
-        if Path(target).is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if not _is_special(Path(target)):
-            with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
-                pass
+    """`target`, if a `--json FILE` can be written there (`targets.check_file`)."""
+    if target != "-":
+        targets.check_file("--json", target, coming=coming)
     return target
 
 
 def write_json(target: str | None, content: Any) -> None:
     """Write `content` to a file, whole or not at all (`UsageError`); `-` is standard output, None is nowhere."""
-    if target is None:
-        return
     text = json.dumps(json_values(content), indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
-        return
-    with _writing("--json", target):
-        if _is_special(Path(target)):
-            Path(target).write_text(text, encoding="utf-8")
-        else:
-            write_whole(Path(target), text)
-
-
-def _is_special(path: Path) -> bool:
-    """Whether it is a pipe or a device, which is written into and not replaced."""
-    return path.exists() and not path.is_file()
-
-
-def check_new_folder(flag: str, target: str) -> Path:
-    """The new folder of a command, made sure of before there is work to lose: `UsageError` if it cannot be made."""
-    if not target.strip():
-        raise UsageError(f"{flag}: {target!r} names no folder; give a new one")
-    path = Path(os.path.realpath(target))
-    with _writing(flag, target, "folder"):
-        if path.exists() and (not path.is_dir() or path == Path.cwd() or any(path.iterdir())):
-            raise UsageError(f"{flag}: {target!r} exists already; give a new folder")
-        with tempfile.TemporaryDirectory(dir=next(each for each in path.parents if each.exists())):
-            pass
-    return Path(target)
-
-
-def check_parent(flag: str, target: str | None) -> None:
-    """Raise `UsageError` for a file in a folder that is not there; None is no file."""
-    if target is not None and not Path(target).resolve().parent.is_dir():
-        raise UsageError(f"{flag}: the folder of {target!r} does not exist; make it, or give another file")
-
-
-@contextmanager
-def _writing(flag: str, target: str, kind: str = "file") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"{flag}: {target!r} cannot be written ({reason}); give another {kind}") from None
+    else:
+        targets.write("--json", target, text)

@@ -26,6 +26,7 @@ from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.run_folder.ownership import RECIPE_FILE, recipe_of_run
+from qlora_lowmem.signals import importing
 
 _NARROWEST = 20
 
@@ -63,9 +64,10 @@ def run(options: argparse.Namespace) -> int:
     checked = check_data(options.data, recipe.data.train_on, quiet=options.quiet) if options.data else None
     adapter = _adapter_of(folder)
 
-    from qlora_lowmem.memory.device import device_name
-    from qlora_lowmem.run.before_after import answer, held_out_loss, load_adapted
-    from qlora_lowmem.training.progress import quiet_libraries
+    with importing():
+        from qlora_lowmem.memory.device import device_name
+        from qlora_lowmem.run.before_after import answer, held_out_loss, load_adapted
+        from qlora_lowmem.training.progress import quiet_libraries
 
     quiet_libraries(bars=not options.quiet)
     adapted = load_adapted(recipe, adapter)

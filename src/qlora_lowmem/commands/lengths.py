@@ -11,6 +11,7 @@ imports are paid once.
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from qlora_lowmem.commands.frame import add_json_argument, whole_number, write_json
@@ -24,6 +25,7 @@ from qlora_lowmem.results.kinds.lengths import lengths_table, write_lengths
 from qlora_lowmem.results.subject import model_names
 from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 from qlora_lowmem.run.preflight import recipe_card
+from qlora_lowmem.targets import check_folder, write_each, writing
 
 # Up to where a model of one billion parameters without lean no longer fits a 6 GB card.
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -48,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     lengths, which are meant to go past its end.
     """
     started = time.perf_counter()
+    check_folder("--table", options.table)
     recipes = [load_recipe(path, overrides_from(options)) for path in options.config]
     card = recipe_card(recipes[0])
     with recipe_server() as server:
@@ -56,12 +59,17 @@ def run(options: argparse.Namespace) -> int:
     print(lengths_table(rows), file=sys.stderr)
     usable = f"virtual {card.name}, {gib(card.usable_bytes)} GiB usable"
     print(f"{len(rows)} runs in {seconds:.1f} s ({usable})", file=sys.stderr)
-    if options.table:
-        model = model_names(recipe.base.model for recipe in recipes)
-        write_lengths(Path(options.table), model, rows, card, seconds, provenance_record(card.name, "virtual"))
+    record, model = provenance_record(card.name, "virtual"), model_names(recipe.base.model for recipe in recipes)
     highest = peak_fields(Peak.highest(row.peak for row in rows))
     report = {"device": card.name, "provenance": "virtual", "usable_bytes": card.usable_bytes, "seconds": seconds}
-    write_json(options.json, highest | report | {"cases": [plain_row(row) for row in rows]})
+    content = highest | report | {"cases": [plain_row(row) for row in rows]}
+
+    def write_table() -> None:
+        if options.table is not None:
+            with writing("--table", options.table, "folder", instead=f"{lengths_table(rows)}\n"):
+                write_lengths(Path(options.table), model, rows, card, seconds, record)
+
+    write_each(write_table, partial(write_json, options.json, content))
     fitting = [row for row in rows if row.fits]
     fits = len(fitting) == len(rows) if options.lengths else {row.recipe for row in fitting} == {r.recipe for r in rows}
     return EXIT_OK if fits else EXIT_DOES_NOT_FIT

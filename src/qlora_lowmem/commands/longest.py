@@ -8,6 +8,7 @@ sample at full length. A step of more micro-batches takes as much, and a few byt
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from qlora_lowmem.commands.frame import add_json_argument, whole_number, write_json
@@ -21,6 +22,7 @@ from qlora_lowmem.results.kinds.longest import write_longest
 from qlora_lowmem.results.subject import model_names
 from qlora_lowmem.results.tables import gib, peak_fields, plain_row
 from qlora_lowmem.run.preflight import recipe_card
+from qlora_lowmem.targets import check_folder, write_each, writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,22 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The command. Exit code 3 if a recipe does not fit at any length."""
+    check_folder("--table", options.table)
     changes = overrides_from(options)
     recipes = [load_recipe(path, changes) for path in options.config]
     card = recipe_card(recipes[0])
     with recipe_server() as server:
         rows = [longest(recipe, card, server, limit=options.limit, step=options.step) for recipe in recipes]
     record = provenance_record(card.name, "virtual")
+    lines = []
     for row in rows:
         further = f"{row.next_tokens:,} do not fit" if row.next_tokens else "no longer one was tried"
-        print(
+        lines.append(
             f"{row.recipe}: {row.tokens:,} tokens on {row.card} (virtual); {further}; "
-            f"{gib(row.peak.device)} GiB on the card, {gib(row.host_bytes)} GiB of host memory pinned",
-            file=sys.stderr,
+            f"{gib(row.peak.device)} GiB on the card, {gib(row.host_bytes)} GiB of host memory pinned\n"
         )
-    if options.table:
-        write_longest(Path(options.table), model_names(r.base.model for r in recipes), rows, record, changes)
+    print(*lines, sep="", end="", file=sys.stderr)
     highest = peak_fields(Peak.highest(row.peak for row in rows))
     cases = [plain_row(row) for row in rows]
-    write_json(options.json, highest | {"device": card.name, "provenance": "virtual", "cases": cases})
+    content = highest | {"device": card.name, "provenance": "virtual", "cases": cases}
+
+    def write_table() -> None:
+        if options.table is not None:
+            with writing("--table", options.table, "folder", instead="".join(lines)):
+                write_longest(Path(options.table), model_names(r.base.model for r in recipes), rows, record, changes)
+
+    write_each(write_table, partial(write_json, options.json, content))
     return EXIT_OK if all(row.tokens for row in rows) else EXIT_DOES_NOT_FIT

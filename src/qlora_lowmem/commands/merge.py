@@ -16,12 +16,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from qlora_lowmem.commands.frame import add_json_argument, check_json_target, check_new_folder, write_json
+from qlora_lowmem.commands.frame import add_json_argument, check_json_target, write_json
 from qlora_lowmem.environment import provenance_record, share_cores
 from qlora_lowmem.errors import EXIT_OK
 from qlora_lowmem.recipe import recipe_hash
 from qlora_lowmem.results.tables import phase_table
 from qlora_lowmem.run_folder.ownership import recipe_of_run
+from qlora_lowmem.signals import importing
+from qlora_lowmem.targets import check_new_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     recipe = recipe_of_run(folder)
     share_cores(options.device)
 
-    from qlora_lowmem.run.merge import merge_run
+    with importing():
+        from qlora_lowmem.run.merge import merge_run
 
     profile = merge_run(recipe, folder, to, options.dtype, options.device, quiet=options.quiet)
     print(f"merged model in {to}: {options.dtype}, for transformers' from_pretrained({str(to)!r})", file=sys.stderr)

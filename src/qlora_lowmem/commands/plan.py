@@ -33,7 +33,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.commands.frame import add_json_argument, check_parent, whole_number, write_json
+from qlora_lowmem.commands.frame import add_json_argument, whole_number, write_json
 from qlora_lowmem.environment import provenance_record, typed
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, UsageError
 from qlora_lowmem.memory.device import card_of_this_machine
@@ -46,6 +46,7 @@ from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.plan.sweep import pairs_of, sweep
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_fields
+from qlora_lowmem.targets import check_file, write
 from qlora_lowmem.units import format_bytes, parse_bytes
 
 DEFAULT_SEQ = 2048
@@ -126,13 +127,17 @@ def run(options: argparse.Namespace) -> int:
     )
     if target is not None and len(asked) > 1:
         raise UsageError(f"--write: one file holds one recipe, and this asks for {len(asked)} pairs; name one pair")
-    plans = _answers(asked, options, target)
-    if target is not None and isinstance(asked[0], Pair) and (plans[0].fits or plans[0].proposal is not None):
+    unwritten: list[UsageError] = []
+    plans = _answers(asked, options, target, unwritten)
+    found = plans[0].fits or plans[0].proposal is not None
+    if target is not None and not unwritten and found and isinstance(asked[0], Pair):
         _say_what_next(target, asked[0].model.recipe, asked[0].model.asked)
     device = cards[0].name if len(cards) == 1 else f"{len(cards)} cards"
     content = {"device": device, "provenance": "virtual", "fits": all(plan.fits for plan in plans)}
     content["environment"] = provenance_record(device, "virtual")
     write_json(options.json, content | {"cases": [plan.to_dict() for plan in plans]})
+    if unwritten:
+        raise unwritten[0]
     if any(plan.bad_input for plan in plans):
         return EXIT_USAGE
     if any(plan.failure for plan in plans):
@@ -155,7 +160,7 @@ def _checked_target(options: argparse.Namespace) -> Path | None:
         raise UsageError(f"--write: {options.write!r} is no recipe's name; end it in .yaml")
     if target.exists() and not options.force:
         raise UsageError(f"--write: {options.write!r} exists; --force replaces it, or give another name")
-    check_parent("--write", options.write)
+    check_file("--write", options.write)
     return target
 
 
@@ -222,15 +227,20 @@ def _card(name: str, memory: str | None) -> virtual_gpu.Card:
         return virtual_gpu.get_card(memory)
 
 
-def _answers(asked: list[Pair | Plan], options: argparse.Namespace, target: Path | None) -> list[Plan]:
-    """The answers in their order, and shown; the screen of one alone grows as they become known."""
+def _answers(
+    asked: list[Pair | Plan], options: argparse.Namespace, target: Path | None, unwritten: list[UsageError]
+) -> list[Plan]:
+    """The answers in their order, and shown; the screen of one alone grows as they become known.
+
+    Why the recipe that fits cannot be written is kept in `unwritten`: the other answers are made all the same.
+    """
     cache = RunCache(None) if options.no_cache else RunCache.of_this_user()
     workers = len(os.sched_getaffinity(0))  # a container's or a scheduler's share, not the machine's
     shown = options.json != "-"
     pairs = [each for each in asked if isinstance(each, Pair)]
     with recipe_server(workers) as server:
         if len(asked) == 1:
-            return [_answer(pairs[0], server, cache, target, shown=shown)]
+            return [_answer(pairs[0], server, cache, target, unwritten, shown=shown)]
         planned = iter(_sweep(pairs, server, cache, workers))
     plans = [next(planned) if isinstance(each, Pair) else each for each in asked]
     if shown:
@@ -238,7 +248,15 @@ def _answers(asked: list[Pair | Plan], options: argparse.Namespace, target: Path
     return plans
 
 
-def _answer(pair: Pair, server: virtual_gpu.Server, cache: RunCache, target: Path | None, *, shown: bool) -> Plan:
+def _answer(
+    pair: Pair,
+    server: virtual_gpu.Server,
+    cache: RunCache,
+    target: Path | None,
+    unwritten: list[UsageError],
+    *,
+    shown: bool,
+) -> Plan:
     """One pair's answer, shown as it becomes known; the recipe is written before what else there is to say."""
     lines: list[str] = []
 
@@ -250,11 +268,16 @@ def _answer(pair: Pair, server: virtual_gpu.Server, cache: RunCache, target: Pat
         lines.extend(new)
 
     def found(answer: Plan) -> None:
-        text = recipe_file(pair, answer, target) if target is not None else None
-        if target is not None:
-            bar.write(f"{target} is {'written' if text else 'not written: nothing fits'}", file=sys.stderr)
-        if target is not None and text is not None:
-            target.write_text(text, encoding="utf-8")
+        if target is None:
+            return
+        text = recipe_file(pair, answer, target)
+        if text is not None:
+            try:
+                write("--write", str(target), text)
+            except UsageError as fault:
+                unwritten.append(fault)
+                return
+        bar.write(f"{target} is {'written' if text else 'not written: nothing fits'}", file=sys.stderr)
 
     with tqdm(desc="plan", unit="run") as bar:
         plan = Planner(pair, Runs(server, cache, bar.update), bar.set_postfix_str, say, found).plan()

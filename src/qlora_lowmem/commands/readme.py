@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import read_json, read_text
 from qlora_lowmem.results.kinds.matrix import readme_block
+from qlora_lowmem.targets import check_file, write
 
 CARD = "rtx-4050-laptop-6gb"
 _BLOCK = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
@@ -19,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     source, readme = Path(options.results) / CARD / "matrix.json", Path(options.readme)
+    check_file("--readme", options.readme)
+    if not readme.is_file():
+        raise UsageError(f"--readme: {options.readme!r} is no file; give the one that has the markers")
     try:
         content, text = read_json(source), read_text(readme)
     except OSError as error:
@@ -28,5 +32,5 @@ def run(options: argparse.Namespace) -> int:
     if not _BLOCK.search(text):
         raise UsageError(f"{readme} has no <!-- matrix --> ... <!-- /matrix -->; put the markers where the table goes")
     block = readme_block(content)
-    readme.write_text(_BLOCK.sub(lambda found: found[1] + block + found[2], text), encoding="utf-8")
+    write("--readme", options.readme, _BLOCK.sub(lambda found: found[1] + block + found[2], text))
     return EXIT_OK

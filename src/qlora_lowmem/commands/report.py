@@ -14,10 +14,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_lowmem.commands.frame import check_parent
-from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.files import write_whole
+from qlora_lowmem.errors import EXIT_OK
 from qlora_lowmem.results.page import render, save_charts, sections_of, title_of
+from qlora_lowmem.targets import check_file, check_folder, write, writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,18 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     output = Path(options.output)
-    check_parent("--output", options.output)
-    if options.charts and Path(options.charts).exists() and not Path(options.charts).is_dir():
-        raise UsageError(f"--charts: {options.charts!r} is a file; give a folder, which is made if it is not there")
+    check_file("--output", options.output)
+    check_folder("--charts", options.charts)
     made = sections_of(options.results)
     count = sum(len(section.charts) for section in made.sections)
     with tqdm(total=count * (2 if options.charts else 1), desc="charts", unit="chart") as bar:
         page = render(options.title or title_of(made.sections), made.sections, bar.update)
-        try:
-            write_whole(output, page)
-            charts = save_charts(Path(options.charts), made.sections, bar.update) if options.charts else []
-        except OSError as error:
-            raise UsageError(f"{error.filename} cannot be written ({error.strerror}); give another place") from None
+        charts: list[Path] = []
+        if options.charts:
+            with writing("--charts", options.charts, "folder"):
+                charts = save_charts(Path(options.charts), made.sections, bar.update)
+        write("--output", options.output, page)
     print(f"{output}: {', '.join(section.title for section in made.sections)}")
     if charts:
         print(f"{options.charts}: {len(charts)} files, one SVG and one PNG for each of {count} charts")

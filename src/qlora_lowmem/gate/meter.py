@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from qlora_lowmem.environment import versions
+from qlora_lowmem.files import write_whole
 from qlora_lowmem.gate import REPORT_ATTRIBUTE
 from qlora_lowmem.gate.budget import over_budget
 from qlora_lowmem.gate.records import allocator_of_environment, key_of, record_of
@@ -68,12 +69,12 @@ class Case:
         if attribution is not None:
             path = Path(self.artefacts) / f"attribution-{self._file_name}.json"
             content = {"case": self.name, "attribution": msgspec.to_builtins(attribution)}
-            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            write_whole(path, json.dumps(content, indent=1))
             kept.append(str(path))
         if snapshot is not None:
-            from qlora_lowmem.memory.recorder import write_snapshot
+            from qlora_lowmem.memory.recorder import snapshot_file
 
-            write_snapshot(snapshot, self.snapshot_path)
+            write_whole(self.snapshot_path, snapshot_file(snapshot))
         if self.snapshot_path.is_file():
             kept.append(str(self.snapshot_path))
         return tuple(kept)

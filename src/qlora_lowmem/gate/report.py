@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from qlora_lowmem.environment import provenance_record
+from qlora_lowmem.files import write_whole
 from qlora_lowmem.gate.verdicts import QUIET
 from qlora_lowmem.results.kinds.verdicts import Row, verdicts, verdicts_table
 from qlora_lowmem.results.style import save
@@ -28,11 +29,20 @@ def publish(rows: Sequence[Row], folder: str | None) -> list[str]:
     record = provenance_record(device, provenance)
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if path:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(summary(rows, record))
+        try:
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(summary(rows, record))
+        except OSError as error:
+            lines.append(f"GITHUB_STEP_SUMMARY: {path!r} cannot be written ({error.strerror or error})")
     if folder:
-        write_report(Path(folder), rows, record)
-        lines.append(f"report: {folder}/gate.json, summary.md, trend.json, chart.svg")
+        try:
+            write_report(Path(folder), rows, record)
+        except OSError as error:
+            why = error.strerror or str(error)
+            lines.append(f"--vram-report: {folder!r} cannot be written ({why}); this is its summary")
+            lines += summary(rows, record).splitlines()
+        else:
+            lines.append(f"report: {folder}/gate.json, summary.md, trend.json, chart.svg")
     return lines
 
 
@@ -45,7 +55,7 @@ def write_report(folder: Path, rows: Sequence[Row], record: dict[str, Any]) -> N
         ("trend.json", json.dumps(trend(rows), indent=1) + "\n"),
         ("summary.md", summary(rows, record)),
     ):
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     shown = [row for row in rows if row.record is not None]
     where = "{device} ({provenance})".format_map(record)
     save(lambda style: verdicts(style, shown), f"{_CHART}: {where}", folder / "chart.svg")

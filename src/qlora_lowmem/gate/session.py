@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from qlora_lowmem import virtual_gpu
+from qlora_lowmem.errors import UsageError
 from qlora_lowmem.gate.baselines import BaselineError, baseline_path, read_baselines, record_baselines
 from qlora_lowmem.gate.budget import budget_of
 from qlora_lowmem.gate.meter import Case, Meter, settle
@@ -22,6 +23,7 @@ from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.device import device_name
 from qlora_lowmem.owned import own_folder
 from qlora_lowmem.results.kinds.verdicts import Budget, Record, Row
+from qlora_lowmem.targets import check_folder
 from qlora_lowmem.units import parse_bytes
 
 _BUDGET: pytest.StashKey[Budget] = pytest.StashKey()
@@ -51,10 +53,11 @@ class GateSession:
         config.pluginmanager.register(Meter(self.case_of), "qlora_lowmem-meter")
 
     def check_items(self, items: Sequence[pytest.Item]) -> None:
-        """Read every budget of tests that have one or ask for the gate.
+        """Read every budget of tests that have one or ask for the gate; try the folders that are written in the end.
 
         Raises:
-            pytest.UsageError: a budget that cannot be read, or reruns asked for of memory tests.
+            pytest.UsageError: a budget that cannot be read, reruns asked for of memory tests, or a folder in which
+                nothing can be written.
         """
         limit = self._option("vram_budget") or self._ini("vram_budget") or None
         wrong = []
@@ -70,6 +73,12 @@ class GateSession:
                     f"{item.nodeid}: reruns hide what it measures: a peak that comes and goes is a finding. Leave "
                     "--reruns and the flaky marker out"
                 )
+        if not hasattr(self._config, "workerinput"):
+            try:
+                check_folder("--vram-report", self._option("vram_report"))
+                check_folder("--vram-baselines", str(self._folder) if self._names else None)
+            except UsageError as error:
+                wrong.append(str(error))
         if wrong:
             raise pytest.UsageError(*wrong)
 

@@ -5,7 +5,6 @@ looked at only if the phase's allocated peak rose in it. Nothing is allocated on
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from qlora_lowmem.memory.history import replay
 from qlora_lowmem.memory.kinds import RecipeNamer
 from qlora_lowmem.memory.owners import Found, Owner, Owners
 from qlora_lowmem.memory.profile import MemoryProfile
-from qlora_lowmem.memory.recorder import begin_history, library_workspaces, no_collection, take_snapshot, write_snapshot
+from qlora_lowmem.memory.recorder import begin_history, library_workspaces, no_collection, snapshot_file, take_snapshot
 from qlora_lowmem.memory.scopes import BETWEEN, ModelScopes, Scope
 
 _WORKSPACE = Owner("libraries", "cuBLAS workspace", "")
@@ -80,10 +79,10 @@ class AttributionRecorder(TrainerCallback):
         with no_collection():
             return explain(replay(before, after), evidence, self._namer, profile, self._phase)
 
-    def save_snapshot(self, path: Path) -> None:
-        """Write the window that `finish` attributed, as `write_snapshot` does."""
+    def snapshot(self) -> bytes:
+        """The window that `finish` attributed, as a file of it (`snapshot_file`)."""
         assert self._kept is not None
-        write_snapshot(self._kept[1], path)
+        return snapshot_file(self._kept[1])
 
     def on_step_begin(self, *event: Any, **__: Any) -> None:
         """Before the first micro-batch of an optimizer step."""

@@ -275,10 +275,9 @@ def take_snapshot() -> dict[str, Any]:
         return snapshot
 
 
-def write_snapshot(snapshot: dict[str, Any], path: Path) -> None:
-    """Write a snapshot for https://pytorch.org/memory_viz, which opens it as torch's own `_dump_snapshot`."""
-    with path.open("wb") as file:
-        pickle.dump(snapshot, file)
+def snapshot_file(snapshot: dict[str, Any]) -> bytes:
+    """What a file of a snapshot holds that https://pytorch.org/memory_viz opens, as torch's own `_dump_snapshot`."""
+    return pickle.dumps(snapshot)
 
 
 def library_workspaces(device: int = 0) -> set[int]:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import TrainerCallback
 
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.files import write_whole
 from qlora_lowmem.memory.attribution_recorder import AttributionRecorder
 from qlora_lowmem.memory.recorder import Recorder
 from qlora_lowmem.models.random_weights import write_zero_checkpoint
@@ -79,7 +80,7 @@ def _run(content: dict[str, Any], attribute: bool, snapshot: str | None, on_read
     except Exception:  # what a person reads is made of this in the parent
         return RecipeRun(None, failure=traceback.format_exc())
     if recorder is not None and snapshot is not None and outcome.attribution is not None:
-        recorder.save_snapshot(Path(snapshot))
+        write_whole(Path(snapshot), recorder.snapshot())
     return RecipeRun(
         outcome.profile,
         trainable_parameters=outcome.trainable_parameters,

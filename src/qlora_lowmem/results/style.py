@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+
+from qlora_lowmem.files import write_whole
 
 if TYPE_CHECKING:  # matplotlib is imported when something is drawn; these names are for annotations only
     from matplotlib.artist import Artist as Artist
@@ -224,7 +226,16 @@ def svg_text(draw: Drawing, style: Style) -> str:
 
 
 def save(draw: Drawing, title: str, *paths: Path) -> None:
-    """Write the drawing under its title, wide and on white; the paths' suffixes (.svg, .png) say the formats."""
+    """Write the drawing under its title, wide and on white, each file whole or not at all.
+
+    The paths' suffixes (.svg, .png) say the formats.
+    """
+    for path in paths:
+        write_whole(path, as_file(path.suffix[1:], draw, title))
+
+
+def as_file(kind: str, draw: Drawing, title: str) -> bytes:
+    """What a file of the drawing under its title holds, wide and on white: `svg` or `png`."""
 
     def titled(style: Style) -> Figure:
         figure = draw(style)
@@ -232,15 +243,15 @@ def save(draw: Drawing, title: str, *paths: Path) -> None:
         return figure
 
     style = Style()
-    for path in paths:
-        if path.suffix == ".svg":
-            root = _compact(svg_text(titled, style))
-            root.insert(0, ET.Element(f"{{{_SVG}}}title"))
-            root[0].text = title
-            path.write_text(ET.tostring(root, encoding="unicode") + "\n", encoding="utf-8")
-        else:
-            with drawing(style):
-                titled(style).savefig(path, dpi=_DPI)
+    if kind == "svg":
+        root = _compact(svg_text(titled, style))
+        root.insert(0, ET.Element(f"{{{_SVG}}}title"))
+        root[0].text = title
+        return (ET.tostring(root, encoding="unicode") + "\n").encode()
+    content = BytesIO()
+    with drawing(style):
+        titled(style).savefig(content, format=kind, dpi=_DPI)
+    return content.getvalue()
 
 
 def inline(text: str, prefix: str, label: str, described_by: str) -> str:

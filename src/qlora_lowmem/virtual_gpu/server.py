@@ -172,7 +172,7 @@ class Server:
         try:
             job.folder.mkdir()
             account.create(job.folder / ACCOUNT_FILE, job.card, 1)
-            order = {"function": job.function, "kwargs": job.kwargs, "variables": card_variables(job.card, job.folder)}
+            order = {"function": job.function, "kwargs": job.kwargs, "variables": _variables(job)}
             (job.folder / "job.json").write_text(json.dumps(order), encoding="utf-8")
             status, timed_out = self._wait(job, parent)
             return _result(job, status, timed_out)
@@ -290,6 +290,11 @@ def _result(job: _Job, status: int, timed_out: bool) -> JobResult:
         )
     except (OSError, ValueError) as error:
         raise job.failed(f"its report cannot be read: {error}") from error
+
+
+def _variables(job: _Job) -> dict[str, str]:
+    # What a job that is killed leaves in its folder for temporary files goes with its own folder.
+    return card_variables(job.card, job.folder) | {"TMPDIR": str(job.folder)}
 
 
 def _tail(path: Path) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.files import as_dataclass
+from qlora_lowmem.files import as_dataclass, write_whole
 from qlora_lowmem.memory.attribution import Attribution, OwnerLine
 from qlora_lowmem.memory.kinds import KINDS, OUTSIDE_ALLOCATED
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.results import timeline
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, provenance_of, together
 from qlora_lowmem.results.reading import read_as
-from qlora_lowmem.results.style import GROUPS, SMALL, Artist, Axes, Figure, Style, note, save
+from qlora_lowmem.results.style import GROUPS, SMALL, Artist, Axes, Figure, Style, as_file, note
 from qlora_lowmem.results.subject import Said, model_names, subject
 from qlora_lowmem.results.tables import (
     Cell,
@@ -125,14 +125,15 @@ def write_attribution(
     head = {"environment": record, "recipe": recipe.to_dict(), "floor_bytes": floor_bytes}
     content = head | {"attribution": msgspec.to_builtins(found)}
     write_result(folder, f"attribution-{name}", content, page, rows)
-    write_picture(found, recipe, folder / f"attribution-{name}.svg", folder / f"attribution-{name}.png")
+    for kind in ("svg", "png"):
+        write_whole(folder / f"attribution-{name}.{kind}", picture_as(kind, found, recipe))
 
 
-def write_picture(found: Attribution, recipe: Recipe, *paths: Path) -> None:
-    """Draw the peak by kind and the step's memory over time; the paths' suffixes (.svg, .png) say the formats."""
+def picture_as(kind: str, found: Attribution, recipe: Recipe) -> bytes:
+    """What a file of that kind, `svg` or `png`, holds of the peak by kind and the step's memory over time."""
     said = msgspec.convert(recipe.to_dict(), Said)
     title = _subject(said, found, f"recipe {recipe.name}" if recipe.name else "")
-    save(lambda style: picture(style, found), title, *paths)
+    return as_file(kind, lambda style: picture(style, found), title)
 
 
 def _subject(said: Said, found: Attribution, name: str = "") -> str:

@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ def _run_job(folder: Path) -> NoReturn:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     os.environ.update(job["variables"])
     ctypes.CDLL(None).vgpu_say_in_force()  # to the account of the job's own
+    tempfile.tempdir = None  # where that is may have been asked before the fork
     for action in _after_fork:
         action()
     code, result = 0, {}
