@@ -14,6 +14,7 @@ import pytest
 
 from qlora_lowmem.commands.frame import guarded
 from qlora_lowmem.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.memory.profile import LiveMemory, write_live
 
 READS = "import os; open('found', 'w').write(str([os.readlink(f'/proc/self/fd/{n}') for n in range(3)]))"
@@ -69,6 +70,21 @@ def test_a_signal_in_the_midst_of_work_undoes_it(
         assert ended.value.code == 128 + number
     assert not Path(folders[0]).exists()
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_what_a_killed_command_leaves_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = "import os; from qlora_lowmem.files import scratch_folder\nwith scratch_folder(): os.kill(os.getpid(), 9)"
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", killed], env=env, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch_folder() as mine:
+        assert {*tmp_path.iterdir()} == {left, mine}, "it may be new, without its lock yet"
+        for each in (left, mine):
+            os.utime(each, (0, 0))
+        with scratch_folder() as other:
+            assert {*tmp_path.iterdir()} == {mine, other}
+    assert list(tmp_path.iterdir()) == []
 
 
 def ended(words: str, **streams: int) -> "subprocess.CompletedProcess[str]":

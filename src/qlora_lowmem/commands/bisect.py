@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -24,7 +23,7 @@ from packaging.utils import canonicalize_name
 from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import installed, words_of
 from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.files import cache_folder, read_text, whole_folder
+from qlora_lowmem.files import cache_folder, read_text, scratch_folder, whole_folder
 from qlora_lowmem.recipe import SYNTHETIC
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.run.preflight import inputs_of
@@ -141,11 +140,11 @@ def measure_recipe(versions: Mapping[str, str], *, config: Path, card: str | Non
     """
     different = {name: version for name, version in versions.items() if installed(name) != version}
     named = ", ".join(f"{name} {version}" for name, version in sorted(different.items())) or "what is installed"
-    with tempfile.TemporaryDirectory() as scratch:
-        summary = Path(scratch) / "summary.json"
+    with scratch_folder() as scratch:
+        summary = scratch / "summary.json"
         command = [*words_of("train"), "--config", str(config), "--quiet", *(["--card", card] if card else [])]
         command += ["--device", "virtual", "--data", "synthetic", "--no-advice"]
-        command += ["--output-dir", str(Path(scratch) / "out"), "--json", str(summary)]
+        command += ["--output-dir", str(scratch / "out"), "--json", str(summary)]
         environment = overlaid(different, folder)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         content = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}

@@ -10,7 +10,6 @@ adapter. A recipe that the virtual card cannot hold is explained on one of its k
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
@@ -82,9 +82,9 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
 
     quiet_libraries()
     recorder = AttributionRecorder()  # synthetic samples are all of full length
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         try:
-            outcome = execute(inputs_of(recipe), output_dir=Path(folder), save=False, attribution=recorder)
+            outcome = execute(inputs_of(recipe), output_dir=folder, save=False, attribution=recorder)
         except OutOfGpuMemoryError as error:
             if not _can_grow(virtual_gpu.current_card()):
                 raise

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ import msgspec
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import command, is_first, processes, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
+from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.moves import Change
 from qlora_lowmem.run.imports import heavy_imports
@@ -176,8 +176,8 @@ def train_on_virtual_card(
     """
     assert inputs.card is not None
     while True:
-        with tempfile.TemporaryDirectory() as folder:
-            found, result = Path(folder) / "inputs.json", Path(folder) / "summary.json"
+        with scratch_folder() as folder:
+            found, result = folder / "inputs.json", folder / "summary.json"
             found.write_bytes(msgspec.json.encode(replace(inputs, card=None), enc_hook=str))
             started = [*words_of("train"), *words, "--no-advice", "--json", str(result), "--inputs", str(found)]
             # That values are not real is said by the summary, which has no loss.
