@@ -106,10 +106,12 @@ def test_a_command_is_recorded_and_started_again_as_it_was_typed(script: Path, t
     """`explain` starts itself again on the virtual card: the record is the child's."""
     target = tmp_path / "peak.json"
     words = ["explain", "--config", str(RECIPES / "demo.yaml"), "--weights", "random", "--model", "granite-4.0-h-1b"]
-    words += ["--max-seq-length", "64", "--max-steps", "1", "--json", str(target)]
+    words += ["--max-seq-length", "64", "--max-steps", "1", "--json", str(target), "--svg", str(tmp_path / "s")]
     run = subprocess.run([script, *words], capture_output=True, text=True, env=_env(), check=False)
     assert run.returncode == EXIT_OK, run.stderr
     assert json.loads(target.read_text())["environment"]["command"] == f"qlora-lowmem {' '.join(words)}"
+    assert (tmp_path / "s").read_text().startswith("<svg "), "whatever its suffix"
+    assert {path.name for path in tmp_path.iterdir()} == {"peak.json", "s"}
 
 
 def _env() -> dict[str, str]:

@@ -222,6 +222,7 @@ class _ForkParent:
             "VGPU_SERVER_TITLE": card.title,
             "VGPU_SERVER_FOLDER": str(folder.parent),
             "VGPU_SERVER_PROCESSES": processes.__file__,
+            "VGPU_SERVER_PARENT": str(os.getpid()),
             "VGPU_SERVER_PATH": json.dumps([str(_SCRIPT.parent), *sys.path]),
             # Asking whether there is a card must not make a context either.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",

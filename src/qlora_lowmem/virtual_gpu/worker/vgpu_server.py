@@ -87,6 +87,7 @@ _after_fork: list[Any] = []
 
 def _run_job(folder: Path) -> NoReturn:
     """In the child: runs the function, leaves its result, and ends the process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)
     with (folder / "output").open("wb") as output:
@@ -149,6 +150,12 @@ class _Server:
                     return
                 self._start(Path(folder.decode()), socket.socket(fileno=sockets[0]))
 
+    def end(self) -> NoReturn:
+        """Leave nothing behind."""
+        self.processes.end_children()
+        shutil.rmtree(os.environ["VGPU_SERVER_FOLDER"], ignore_errors=True)
+        os._exit(0)
+
     def _start(self, folder: Path, job: socket.socket) -> None:
         pid = os.fork()
         if pid == 0:
@@ -188,6 +195,11 @@ def main() -> None:
     """Entry of the server process. It is killed when the parent closes it, and ends by itself if that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     server = _Server(socket.socket(fileno=int(sys.argv[1])), _processes())
+    # Modules take seconds to import, in which nobody looks whether the parent is there.
+    signal.signal(signal.SIGTERM, lambda *_: server.end())
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(os.environ.pop("VGPU_SERVER_PARENT")):
+        server.end()
     sys.path[:] = json.loads(os.environ.pop("VGPU_SERVER_PATH"))
     try:
         _preload(json.loads(sys.argv[2]))
@@ -196,9 +208,7 @@ def main() -> None:
         server.connection.send(f"{type(error).__name__}: {error}"[:10000].encode())
         return
     server.serve()
-    server.processes.end_children()
-    shutil.rmtree(os.environ["VGPU_SERVER_FOLDER"], ignore_errors=True)
-    os._exit(0)  # nothing is left to end
+    server.end()
 
 
 if __name__ == "__main__":
