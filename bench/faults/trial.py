@@ -43,12 +43,12 @@ SIGNALS = {
     "SIGTERM at the start": Fault("SIGTERM at the start", signal.SIGTERM, early=True),
     "SIGINT": Fault("SIGINT", signal.SIGINT),
     "SIGTERM": Fault("SIGTERM", signal.SIGTERM),
-    "SIGHUP": Fault("SIGHUP", signal.SIGHUP),
     "SIGKILL": Fault("SIGKILL", signal.SIGKILL),
 }
+UNHEARD = Fault("full stream", stream=2)  # which disturbs nothing
 STREAMS = (
     *(Fault("closed stream", stream=number) for number in range(3)),
-    *(Fault("full stream", stream=number) for number in (1, 2)),
+    Fault("full stream", stream=1),
     Fault("unread pipe", stream=1),
 )
 DISKS = (Fault("full disk"), Fault("target that takes nothing"))
@@ -61,6 +61,7 @@ class Outcome:
 
     Attributes:
         moment: seconds from the start to the signal.
+        seconds: how long it ran.
         code: the exit code, minus the signal's number where that ended it.
         short: what is not as it should be.
         before_ours: the signal came while Python itself was starting, which no command can answer for.
@@ -70,6 +71,7 @@ class Outcome:
     command: str
     kind: str
     moment: float
+    seconds: float
     code: int
     short: tuple[str, ...]
     before_ours: bool
@@ -84,6 +86,7 @@ def try_one(name: str, fault: Fault, prepared: Path, folder: Path, seconds: floa
     _spoil(folder / "cache", fault, rng)
     words = _words(name, fault)
     moment = rng.uniform(0.0, 0.5 if fault.early else seconds) if fault.number else 0.0
+    began = time.monotonic()
     process = _start(words, fault, folder)
     if fault.number:
         time.sleep(moment)
@@ -96,7 +99,7 @@ def try_one(name: str, fault: Fault, prepared: Path, folder: Path, seconds: floa
     except subprocess.TimeoutExpired:
         process.kill()
         told = process.communicate()
-    code = process.returncode
+    code, took = process.returncode, time.monotonic() - began
     said = b"".join(filter(None, told)).decode(errors="replace")
     said += "".join((folder / name).read_text(errors="replace") for name in ("printed", "said"))
     before_ours = fault.early and "Traceback" in said and _OURS not in said
@@ -104,7 +107,7 @@ def try_one(name: str, fault: Fault, prepared: Path, folder: Path, seconds: floa
     short += _left_behind(folder, fault)
     short += [f"{record} is no JSON" for record in COMMANDS[name].records if not _is_whole(folder / record)]
     shutil.rmtree(folder, ignore_errors=True)
-    return Outcome(name, fault.kind, round(moment, 3), code, tuple(short), before_ours, said[-600:])
+    return Outcome(name, fault.kind, round(moment, 3), round(took, 3), code, tuple(short), before_ours, said[-600:])
 
 
 def _words(name: str, fault: Fault) -> list[str]:
@@ -113,7 +116,7 @@ def _words(name: str, fault: Fault) -> list[str]:
     words = list(command.words)
     if fault.kind == "target that takes nothing":
         return [*words[:1], "--json", "/dev/full", *words[1:]] if command.records else [*words, "--nonsense"]
-    if fault.stream and not command.light and (fault.kind, fault.stream) != ("full stream", 2):
+    if fault.stream and not command.light and fault != UNHEARD:
         return [*words[:1], "--help"]
     return words
 
@@ -176,7 +179,11 @@ def _what_is_short(name: str, fault: Fault, code: int, said: str) -> list[str]:
     elif fault.number:
         # Before a command has its signals, and once it is done, the system's own way ends it.
         allowed |= {128 + fault.number, -fault.number}
-    elif fault.kind in ("closed stream", "unread pipe") or fault.kind in {each.kind for each in CACHES}:
+    elif (
+        fault == UNHEARD
+        or fault.kind in ("closed stream", "unread pipe")
+        or fault.kind in {each.kind for each in CACHES}
+    ):
         allowed |= set()
     else:
         allowed |= {2}
