@@ -114,6 +114,8 @@ def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_places_that_are_not_there_are_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(results), "--output", str(results / "no" / "report.html")]) == 2
-    assert "--output: the folder of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--output: " in said
+    assert "its folder does not exist; make it" in said
     assert main([str(results), "--output", str(results / "a.html"), "--charts", str(results / "matrix.json")]) == 2
     assert "--charts: " in capsys.readouterr().err
