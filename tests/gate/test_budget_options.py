@@ -44,6 +44,22 @@ def test_a_budget_that_cannot_be_read_stops_collection(
 
 
 @pytest.mark.parametrize(
+    "flags", [("--vram-report", "test_it.py/report"), ("--vram-baselines", "test_it.py", "--vram-record")]
+)
+def test_a_folder_in_which_nothing_can_be_written_in_the_end(
+    pytester: pytest.Pytester, run_here: Callable[..., Run], flags: tuple[str, ...]
+) -> None:
+    (pytester.path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.vram_budget('6 GB')\ndef test_it(): raise SystemExit('ran')\n"
+    )
+    run = run_here(*flags)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"{flags[0]}: " in run.stderr
+    assert "cannot be written" in run.stderr
+    assert "Traceback" not in run.stderr + run.stdout
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--vram-gpu", "-n", "2"), "measures one job at a time"),
