@@ -14,6 +14,7 @@ new process takes its first words from `environment.words_of("explain")`, so tha
 
 import argparse
 import difflib
+import errno
 import importlib
 import json
 import logging
