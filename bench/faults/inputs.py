@@ -92,7 +92,7 @@ def prepare(folder: Path) -> None:
     command = [sys.executable, "-m", "qlora_lowmem", *COMMANDS["train"].words, "--output-dir", "run"]
     subprocess.run(command, cwd=folder, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
     (folder / "out.json").write_text('{"from": "before"}\n')
-    shutil.copytree(cache_folder() / "virtual_gpu", folder / "cache" / "virtual_gpu")
+    shutil.copytree(cache_folder("virtual_gpu"), folder / "cache" / "virtual_gpu")
     (folder / "watched").mkdir()
     started = psutil.Process().create_time()
     write_live(folder / "watched", LiveMemory(os.getpid(), started, started, "mine", "cpu", phase="training"))
