@@ -1,7 +1,6 @@
 """Kinds sum to the peaks, always; what a table and a timeline are made of."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,7 +16,7 @@ from qlora_lowmem.memory.owners import Owner
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.memory.scopes import Scope
 from qlora_lowmem.recipe import Recipe
-from qlora_lowmem.results.kinds.attribution import markdown, owners_table, write_picture
+from qlora_lowmem.results.kinds.attribution import markdown, owners_table, picture_as
 
 MIB = 2**20
 SCOPES = (
@@ -193,7 +192,7 @@ def test_few_points_keep_the_peak_and_both_ends(totals: list[int]) -> None:
     assert max(totals[index] for index in chosen) == max(totals)
 
 
-def test_table_and_picture(tmp_path: Path) -> None:
+def test_table_and_picture() -> None:
     found, _ = attributed([(MIB, 0, [])], [(5 * MIB, index, FRAMES[2]) for index in range(5)], MIB, 3 * MIB)
 
     table = markdown(found, "a recipe", MIB)
@@ -203,7 +202,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert "somewhere/else.py:7 work" in owners_table(found)
 
     pytest.importorskip("matplotlib")
-    write_picture(found, Recipe("mine"), tmp_path / "a.svg", tmp_path / "a.png")
-    assert "on the card" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    write_picture(found, Recipe("mine"), tmp_path / "b.svg")
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    drawn = picture_as("svg", found, Recipe("mine"))
+    assert b"on the card" in drawn
+    assert drawn == picture_as("svg", found, Recipe("mine"))
+    assert picture_as("png", found, Recipe("mine")).startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from qlora_lowmem.memory.kinds import KINDS
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results import style, timeline
 from qlora_lowmem.results.kinds import attribution, families, lengths, phases, verdicts, waterfall
-from qlora_lowmem.results.kinds.attribution import write_picture
+from qlora_lowmem.results.kinds.attribution import picture_as
 from qlora_lowmem.results.page import sections_of
 from results.examples import STEPS, named
 from results.examples import attribution as example
@@ -167,12 +167,12 @@ def test_a_waterfall_shows_the_card_twice_where_the_baseline_is_far_beyond_it() 
 def test_the_picture_of_a_peak_says_what_it_is_of_and_where_the_card_ends(tmp_path: Path) -> None:
     """Model, length, recipe, card; and of a peak that the card cannot hold, where it ran."""
     path = tmp_path / "a.svg"
-    write_picture(example(), named("mine"), path)
+    path.write_bytes(picture_as("svg", example(), named("mine")))
     words = _words(path)
     assert "granite-4.0-h-1b, 1,024 tokens, recipe mine, on rtx-4050-laptop-6gb (virtual)" in words
     assert "usable on the card: 5.50" in words
     assert "more than" not in words
-    write_picture(example(6000 * 2**20), named("large"), path)
+    path.write_bytes(picture_as("svg", example(6000 * 2**20), named("large")))
     where = "more than the 5.500 GiB that a job can use there, so it ran on a card of the same kind with room for it"
     assert where in _words(path)
 
