@@ -98,7 +98,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is with neither HOME nor an entry
     with pytest.raises(UsageError, match="set QLORA_LOWMEM_CACHE to a folder"):
-        cache_folder()
+        cache_folder("plan")
     assert user_path("~/x") == Path("~/x")
     assert build._cache_roots() == [build._temporary_folder() / "virtual_gpu"]
 
