@@ -191,7 +191,8 @@ def values_page() -> str:
     return (
         "# Values on a virtual GPU\n\nNothing is computed there, so a value that is read is made up. With\n\n"
         f"```python\n{table['given']}```\n\n{_table(('expression', 'gives', 'why'), values)}\n\n## Libraries\n\n"
-        f"{_table(('what', 'does', 'why'), facts)}\n"
+        f"{_table(('what', 'does', 'why'), facts)}\n\n"
+        "```{include} ../../results/operators.md\n:heading-offset: 1\n```\n"
     )
 
 

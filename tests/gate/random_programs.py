@@ -188,9 +188,11 @@ class _Asker:
     def _wait_for_the_end(self, pid: int) -> None:
         while Path(f"/proc/{pid}").exists():
             with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                if fields[0] == "Z":
                     return
-                if Path(f"/proc/{pid}/exe").readlink() != Path("/proc/self/exe").readlink():
+                another = Path(f"/proc/{pid}/exe").readlink() != Path("/proc/self/exe").readlink()
+                if another and int(fields[25]):  # its stack is there: exec is through
                     return
             time.sleep(0.001)
 
