@@ -34,6 +34,9 @@ lora_dropout: 0.05
 lora_target_modules:
   - q_proj
 lora_target_linear: true
+lora_modules_to_save: [embed_tokens, lm_head]
+tokens: ["<|im_start|>"]
+added_tokens_overrides: {128041: "<|im_end|>"}
 peft_use_rslora: true
 wandb_project:
 gradient_accumulation_steps: 4
@@ -69,6 +72,9 @@ do_train: true
 finetuning_type: lora
 lora_rank: 8
 lora_target: all
+additional_target: embed_tokens,lm_head
+new_special_tokens: <|im_start|>
+resize_vocab: true
 dataset: identity,alpaca_en_demo
 template: llama3
 cutoff_len: 2048
@@ -111,6 +117,9 @@ def test_every_key_of_a_foreign_recipe_gets_an_answer(tmp_path: Path, content: s
         "val_set_size": "data.eval_fraction", "datasets": "data.data", "lora_target_linear": "all-linear",
         "lora_target_modules": "lora.target_modules", "peft_use_rslora": "lora.use_rslora", "adapter": "load_in_4bit",
         "quantization_bit": "load_in_4bit", "cutoff_len": "batch.max_seq_length", "eval_dataset": "data.eval_data",
+        "lora_modules_to_save": "lora.modules_to_save", "additional_target": "lora.modules_to_save",
+        "tokens": "data.added_tokens", "new_special_tokens": "data.added_tokens",
+        "added_tokens_overrides": "data.added_tokens",
         "warmup_ratio": "the section optimizer", "neftune_noise_alpha": "the section data",
     }.items():  # fmt: skip
         assert ours in said.get(key, ours), key

@@ -74,6 +74,16 @@ BAD_RECIPES = [
     ),
     ("lora:\n  exclude_modules: []", "lora.exclude_modules = []", "excludes nothing", "the default (null)"),
     ("lora:\n  exclude_modules: [0]", "lora.exclude_modules", "holds 0", "names look like q_proj"),
+    ("lora:\n  modules_to_save: lm_head", "lora.modules_to_save = lm_head", "is not a list", "[embed_tokens, lm_head]"),
+    ("lora:\n  modules_to_save: [a.b, a.b]", "lora.modules_to_save", "names a.b twice", "remove the second"),
+    ("lora:\n  trainable_token_indices: 5", "lora.trainable_token_indices = 5", "is not a list", "indices and texts"),
+    ("lora:\n  trainable_token_indices: [-1]", "lora.trainable_token_indices", "holds -1", "indices and texts"),
+    (
+        "data:\n  added_tokens: [7]",
+        "data.added_tokens = [7]",
+        "holds 7, which is no token",
+        '["<|step|>", "<|answer|>"]',
+    ),
     ("optimizer:\n  warmup_ratio: 1", "optimizer.warmup_ratio = 1", "out of range", "at least 0 and below 1"),
     ("data:\n  eval_data: held.csv", "data.eval_data = held.csv", "is neither JSON Lines", "a .jsonl or .parquet file"),
     ("data:\n  neftune_noise_alpha: -5", "data.neftune_noise_alpha = -5", "out of range", "at most 1000"),
@@ -152,6 +162,11 @@ CONTRADICTIONS = [
     ({"device": "cpu", "optimizer": "paged_adamw_8bit"}, "has no GPU", "set optimizer to adamw_8bit"),
     ({"device": "cpu", "optimizer": "paged_adamw_32bit"}, "has no GPU", "set optimizer to adamw_torch"),
     ({"device": "cpu", "compute_dtype": "fp16"}, "is for GPUs", "set compute_dtype to auto"),
+    (
+        {"quantised_embeddings": "8bit", "lean": "true", "added_tokens": "<|a|>"},
+        "a table in a few bits is not trained",
+        "added_tokens to null",
+    ),
     ({"quantised_embeddings": "8bit", "lean": "false"}, "one of the lean implementations", "set lean to true"),
     ({"lean": "true", "gradient_checkpointing": "false"}, "which is checkpointing", "gradient_checkpointing to true"),
     ({"lean": "true", "loss": "full"}, "never holds the full logits", "set loss to fused"),
@@ -260,6 +275,9 @@ def test_a_bad_argument_is_refused(arguments: list[str], named: str, advice: str
         (["--exclude-modules", "layers.0,lm_head"], "exclude_modules", ("layers.0", "lm_head")),
         (["--exclude-modules", r".*\.[0-9]{1,2}\..*"], "exclude_modules", r".*\.[0-9]{1,2}\..*"),
         (["--exclude-modules", "none"], "exclude_modules", None),
+        (["--modules-to-save", "embed_tokens, lm_head"], "modules_to_save", ("embed_tokens", "lm_head")),
+        (["--trainable-token-indices", "5,<|a|>"], "trainable_token_indices", (5, "<|a|>")),
+        (["--added-tokens", "<|a|>,7"], "added_tokens", ("<|a|>", "7")),
         (["--eval-data", "held.jsonl"], "eval_data", "held.jsonl"),
         (["--warmup-ratio", "0.03"], "warmup_ratio", 0.03),
         (["--max-memory", "5368709120"], "max_memory", 5 * GIB),
@@ -419,7 +437,13 @@ def test_the_hash_is_of_the_job_not_of_its_place() -> None:
 def test_a_field_that_came_later_leaves_the_hash_as_it_was_where_it_changes_nothing() -> None:
     recipe = load_recipe(RECIPES / "demo.yaml")
     assert recipe_hash(recipe) == "234782204e5a", "as in results recorded before these fields came"
-    later = {"template": "none", "use_rslora": True, "exclude_modules": ("q_proj",), "warmup_ratio": 0.1}
+    later: dict[str, object] = {
+        "template": "none",
+        "use_rslora": True,
+        "exclude_modules": ("q_proj",),
+        "warmup_ratio": 0.1,
+    }
+    later |= {"modules_to_save": ("lm_head",), "trainable_token_indices": (3, "<|a|>"), "added_tokens": ("<|b|>",)}
     for leaf, value in {**later, "eval_data": "held.jsonl", "neftune_noise_alpha": 5.0}.items():
         changed = replace_field(recipe, leaf, value)
         assert recipe_hash(changed) != recipe_hash(recipe), leaf

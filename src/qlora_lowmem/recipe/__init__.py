@@ -40,9 +40,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as a YAML or JSON file holds them."""
         plain: dict[str, Any] = dataclasses.asdict(self)
-        plain["lora"] = {
-            leaf: list(value) if isinstance(value, tuple) else value for leaf, value in plain["lora"].items()
-        }
+        for section in ("lora", "data"):
+            plain[section] = {
+                leaf: list(value) if isinstance(value, tuple) else value for leaf, value in plain[section].items()
+            }
         return plain
 
     def to_yaml(self) -> str:
@@ -75,9 +76,12 @@ CAME_LATER: dict[tuple[str, str], Any] = {
     ("data", "template"): "auto",
     ("lora", "use_rslora"): False,
     ("lora", "exclude_modules"): None,
+    ("lora", "modules_to_save"): None,
+    ("lora", "trainable_token_indices"): None,
     ("optimizer", "warmup_ratio"): 0.0,
     ("data", "eval_data"): None,
     ("data", "neftune_noise_alpha"): 0.0,
+    ("data", "added_tokens"): None,
 }
 # What says where and how often, not what is trained or what it needs.
 _OUTSIDE_THE_HASH = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")

@@ -21,7 +21,8 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")  # what a regular expression has, and no module's name
 _NAME = re.compile(r"(?!\.)[^/\\{}\x00-\x1f]+")
 _CONTROL = re.compile(r"[\x00-\x1f]")
-_NAME_LISTS = ("modules", "exclusions")
+_LISTS = ("modules", "exclusions", "names", "tokens", "words")
+_OF_NAMES = ("modules", "exclusions")  # or an expression
 _BOOLEANS = {"true": True, "false": False}
 _LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "min": ("at least", operator.ge),
@@ -114,9 +115,15 @@ def parse_text(spec: FieldSpec, text: str) -> Any:
         value = int(text[:40])  # beyond any limit already; int() itself refuses thousands of digits
     elif spec.kind in ("int", "float", "memory"):
         value = _number(text)
-    elif spec.kind in _NAME_LISTS and not (_PATTERN.search(text) or (spec.kind == "modules" and _is_preset(text))):
-        value = [name.strip() for name in text.split(",")]
+    elif spec.kind in _LISTS and not (
+        spec.kind in _OF_NAMES and (_PATTERN.search(text) or (spec.kind == "modules" and _is_preset(text)))
+    ):
+        value = [int(each) if spec.kind == "tokens" and _INTEGER.fullmatch(each) else each for each in _listed(text)]
     return check_value(spec, value)
+
+
+def _listed(text: str) -> list[str]:
+    return [each.strip() for each in text.split(",")]
 
 
 def _number(text: str) -> float | str:
@@ -148,6 +155,9 @@ def allowed(spec: FieldSpec) -> str:
         "modules": f"one of {', '.join(TARGET_PRESETS)}, a list such as [q_proj, v_proj], or a regular expression such "
         r"as '.*\.layers\.[0-7]\..*_proj'",
         "exclusions": r"a list such as [down_proj, layers.0], or a regular expression such as '.*\.layers\.[0-7]\..*'",
+        "names": "a list such as [embed_tokens, lm_head]",
+        "tokens": 'a list of indices and texts, such as [128002, "<|im_start|>"]',
+        "words": 'a list such as ["<|step|>", "<|answer|>"]',
         "memory": '"N%" with N above 0 and up to 100, a size such as "5.5 GiB", or a number of bytes',
         "data": f"the path of a .jsonl or .parquet file, a hub id (owner/name or owner/name:split), or {SYNTHETIC}",
         "path": "a folder, in which {name} stands for the recipe's name",
@@ -256,6 +266,30 @@ def _check_names(spec: FieldSpec, value: Any, empty: str) -> str | tuple[str, ..
     return tuple(value)
 
 
+def _check_list(spec: FieldSpec, value: Any) -> tuple[str, ...]:
+    names = _check_names(spec, value, "is as null") if isinstance(value, list | tuple) else value
+    if not isinstance(names, tuple):
+        raise InvalidValueError(f"is not a list of module names; {_advice(spec)}")
+    return names
+
+
+def _check_tokens(spec: FieldSpec, value: Any) -> tuple[int | str, ...]:
+    """Texts that are tokens; with the kind `tokens`, indices too."""
+    if not isinstance(value, list | tuple):
+        raise InvalidValueError(f"is not a list of tokens; {_advice(spec)}")
+    if not value:
+        raise InvalidValueError(f"is an empty list, which is as null; {_advice(spec)}")
+    kinds = (str, int) if spec.kind == "tokens" else (str,)
+    for each in value:
+        negative = isinstance(each, int) and each < 0
+        if not isinstance(each, kinds) or isinstance(each, bool) or each == "" or negative:
+            raise InvalidValueError(f"holds {each!r}, which is no token; {_advice(spec)}")
+    twice = [each for place, each in enumerate(value) if each in value[:place]]
+    if twice:
+        raise InvalidValueError(f"names {', '.join(map(repr, twice))} twice; remove the second")
+    return tuple(value)
+
+
 def _is_preset(text: str) -> bool:
     """As it is, or misspelt."""
     return text in TARGET_PRESETS or _near_preset(text) is not None
@@ -307,6 +341,9 @@ _CHECKS: dict[str, Callable[[FieldSpec, Any], Any]] = {
     "name": _check_name,
     "modules": _check_modules,
     "exclusions": _check_exclusions,
+    "names": _check_list,
+    "tokens": _check_tokens,
+    "words": _check_tokens,
     "memory": _check_memory,
     "data": _check_data,
     "path": _check_path,

@@ -20,6 +20,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     steps, half = recipe.schedule.max_steps, recipe.quantization.compute_dtype == "fp16"
     too_long = warm_up_beyond(warmup, steps) if steps is not None else None
     gguf = base.model.lower().endswith(".gguf")
+    of_the_base: dict[str, object] = {
+        "modules_to_save": recipe.lora.modules_to_save,
+        "trainable_token_indices": recipe.lora.trainable_token_indices,
+        "added_tokens": recipe.data.added_tokens,
+    }
     rows: list[Row] = [
         (half and recipe.lora.adapter_dtype == "bf16", ("compute_dtype", "adapter_dtype"),
          "fp16 arithmetic needs loss scaling, which cannot unscale bf16 gradients; set adapter_dtype to fp32"),
@@ -57,6 +62,9 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
          "a GGUF file is its weights; set weights to pretrained, or name a folder with config.json"),
         (not lean.lean and lean.quantised_embeddings != "none", ("quantised_embeddings", "lean"),
          "quantised embeddings are one of the lean implementations; set lean to true, or quantised_embeddings to none"),
+        *((lean.quantised_embeddings != "none" and value is not None, ("quantised_embeddings", leaf),
+           f"a table in a few bits is not trained; set quantised_embeddings to none, or {leaf} to null")
+          for leaf, value in of_the_base.items()),
         (lean.lean and not memory.gradient_checkpointing, ("lean", "gradient_checkpointing"),
          "lean layers keep their inputs only, which is checkpointing; set gradient_checkpointing to true"),
         (lean.lean and memory.loss == "full", ("lean", "loss"),

@@ -32,6 +32,9 @@ _METAVARS = {
     "memory": "SIZE",
     "modules": "NAMES",
     "exclusions": "NAMES",
+    "names": "NAMES",
+    "tokens": "TOKENS",
+    "words": "TOKENS",
     "data": "FILE",
     "path": "DIR",
 }

@@ -17,7 +17,7 @@ _HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.\
 TARGET_PRESETS = ("attention", "attention-qv", "all-linear")
 _STEPS: dict[str, Any] = {"min": 1, "max": 2**31 - 1}
 
-Kind = Literal["auto", "name", "modules", "exclusions", "memory", "data", "path"]
+Kind = Literal["auto", "name", "modules", "exclusions", "names", "tokens", "words", "memory", "data", "path"]
 
 
 def knob(default: Any, help: str, memory: str = "none", *, kind: Kind = "auto", **limits: float) -> Any:
@@ -86,7 +86,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapters: all that is trained."""
+    """The adapters, and what of the base model itself is trained beside them."""
 
     lora_r: int = knob(
         8,
@@ -120,9 +120,22 @@ class Lora:
         "a layer without an adapter keeps no input for one, and adds neither gradients nor optimizer state",
         kind="exclusions",
     )
+    modules_to_save: tuple[str, ...] | None = knob(
+        None,
+        "modules of the base model that are trained whole and saved with the adapters: a list of names, such as "
+        "[embed_tokens, lm_head]; tied weights stay tied, and are saved once",
+        "their gradients and optimizer state, each as large as their weights: three times an embedding with AdamW",
+        kind="names",
+    )
+    trainable_token_indices: tuple[int | str, ...] | None = knob(
+        None,
+        "tokens, as indices or as text, whose rows of the embedding and of the LM head are trained and no others",
+        "a few rows with lean; without, PEFT copies the embedding, and makes a gradient of all of its rows",
+        kind="tokens",
+    )
     adapter_dtype: Literal["auto", "bf16", "fp32"] = knob(
         "auto",
-        "dtype of the adapters; auto is bf16 with bf16 arithmetic, else fp32",
+        "dtype of all that is trained; auto is bf16 with bf16 arithmetic, else fp32",
         "bf16 halves the adapters, their gradients and their optimizer state",
     )
 
@@ -343,6 +356,12 @@ class Data:
         "data of the same kinds for the evaluation loss, instead of a share held out; beside synthetic data, none",
         "an evaluation holds one batch, no gradients and never the full logits",
         kind="data",
+    )
+    added_tokens: tuple[str, ...] | None = knob(
+        None,
+        "texts that become a token each, such as [<|step|>]; their rows are trained, alone or with the modules_to_save",
+        "as trainable_token_indices; the embedding grows by a row each where the model has none to spare",
+        kind="words",
     )
     neftune_noise_alpha: float = knob(
         0.0,
