@@ -20,6 +20,7 @@ from qlora_lowmem.lean.linear4bit import patch_linear_4bit
 from qlora_lowmem.lean.norms import rms_norms_of
 from qlora_lowmem.lean.options import Idea, LeanOptions, LeanReport, RefusedOptionError
 from qlora_lowmem.lean.scan_triton import choose_scan, refused_triton, why_never_triton
+from qlora_lowmem.lean.token_rows import patch_token_rows
 
 _OF_TILES = ("tiles", "scan", "attention", "swiglu")  # what needs a model's layers in tiles
 _CAUSAL = ("ForCausalLM", "LMHeadModel")  # the second are GPT-2 and others of its time
@@ -54,6 +55,9 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
     ideas: list[Idea] = []
     if options.quantised_embeddings is not None:
         ideas.append(quantise_embeddings(causal, options.quantised_embeddings))
+    rows = patch_token_rows(causal)
+    if rows is not None:
+        ideas.append(rows)
     family, refusal = _family_of(causal)
     if family is not None:
         mixers = _mamba_mixers(causal)

@@ -24,6 +24,7 @@ from qlora_lowmem.lean.loss import IGNORE_INDEX, DenseHead, Head, HeadOptions, t
 from qlora_lowmem.lean.norms import rms_norm
 from qlora_lowmem.lean.options import LeanOptions
 from qlora_lowmem.lean.tiles import TilePlan
+from qlora_lowmem.lean.token_rows import trained_rows
 
 
 @dataclass
@@ -175,6 +176,10 @@ def head_of(module: Any) -> Head | None:
     """An LM head as something to multiply by in tiles, or None where it is something else (adapted, biased)."""
     if isinstance(module, QuantisedHead):
         return module.table
+    adapter = getattr(module, "token_adapter", None)
+    if adapter is not None:
+        head = head_of(adapter.base_layer)
+        return replace(head, trained=trained_rows(module)) if isinstance(head, DenseHead) else None
     if type(module) is nn.Linear and module.bias is None:
         return DenseHead(module.weight)
     return None

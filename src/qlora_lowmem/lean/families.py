@@ -85,4 +85,5 @@ HOLDS: Mapping[str, Holding | None] = {
     "scan_triton.py": "mamba",
     "swiglu.py": "mlp",
     "tiles.py": None,
+    "token_rows.py": None,
 }

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qlora_lowmem.lean.token_rows import TrainedRows
+
 IGNORE_INDEX = -100
 _ENTROPY_ROWS = 8  # a temporary of 8 x 100,352 x 4 bytes = 3 MiB
 
@@ -35,9 +37,14 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class DenseHead:
-    """A plain weight (vocabulary, hidden): one tile, the weight itself."""
+    """A plain weight (vocabulary, hidden): one tile, the weight itself.
+
+    Attributes:
+        trained: rows that are trained in the place of the weight's own, which then stays frozen.
+    """
 
     weight: Tensor
+    trained: TrainedRows | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -75,7 +82,7 @@ def token_log_probs(
     Args:
         hidden: (batch, seq, hidden), before the final norm.
         labels: (batch, seq), already shifted: what each position is to predict.
-        head: the output embedding. The weight of a `DenseHead` receives a gradient where it is trained.
+        head: the output embedding. The weight of a `DenseHead` receives a gradient where it is trained, or its rows.
         norm: the final norm, with frozen parameters (pass normed rows and `lambda x: x` where it is trained).
         options: scale, tile size, entropy.
 
@@ -84,7 +91,8 @@ def token_log_probs(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    weight = head.weight if isinstance(head, DenseHead) and head.weight.requires_grad else None
+    learns = None if not isinstance(head, DenseHead) else head.trained.rows if head.trained else head.weight
+    weight = learns if learns is not None and learns.requires_grad else None
     scorer = _Scorer(head, norm, options, dtype)
     return _TokenLogProbs.apply(hidden, weight, labels, scorer, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
@@ -147,6 +155,7 @@ class _Tile:
     def __init__(self, scorer: _Scorer, rows: Tensor, targets: Tensor, gradient: bool) -> None:
         head, options, dtype = scorer.head, scorer.options, scorer.dtype
         self.head, self.targets, self.scale, self.dtype = head, targets, options.logit_scale, dtype
+        self.trained = head.trained if isinstance(head, DenseHead) else None
         with torch.set_grad_enabled(gradient):
             self.rows = rows.detach().requires_grad_(gradient)
             self.normed = scorer.norm(self.rows)
@@ -157,6 +166,8 @@ class _Tile:
                 torch.mm(self.inputs, weight.t(), out=logits)
             else:
                 logits[:, part] = self.inputs @ weight.t()
+        if self.trained is not None:
+            logits[:, self.trained.tokens] = self.inputs @ self.trained.rows.detach().to(dtype).t()
         # From here on one fp32 buffer: scaled logits, then exponentials, then probabilities.
         wide = logits.float() if dtype != torch.float32 else logits.clone() if options.entropy else logits
         wide.mul_(self.scale)
@@ -184,6 +195,9 @@ class _Tile:
         """(tokens, hidden): the gradient of each row's log-probability, back through the final norm."""
         grad = self.logit_gradient()
         total: Tensor | None = None
+        if self.trained is not None:
+            total = grad[:, self.trained.tokens] @ self.trained.rows.detach().to(self.dtype)
+            grad.index_fill_(1, self.trained.tokens, 0)
         for part, weight in self.head.tiles(self.dtype):
             product = grad[:, part] @ weight
             total = product if total is None else total.float().add_(product)
@@ -192,8 +206,11 @@ class _Tile:
 
 
 def _weight_gradient(grad: Tensor, scorer: _Scorer, rows: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
-    """(vocabulary, hidden), summed over tiles in fp32."""
-    total = torch.zeros(scorer.head.vocabulary, rows.shape[-1], dtype=torch.float32, device=rows.device)
+    """(vocabulary, hidden), or of the rows that are trained (n, hidden), summed over tiles in fp32."""
+    trained = scorer.head.trained if isinstance(scorer.head, DenseHead) else None
+    words = scorer.head.vocabulary if trained is None else len(trained.tokens)
+    total = torch.zeros(words, rows.shape[-1], dtype=torch.float32, device=rows.device)
     for index, tile in scorer.tiles(rows, targets, scored, gradient=False):
-        total += (tile.logit_gradient() * grad[index, None].to(scorer.dtype)).t() @ tile.inputs
+        of_logits = tile.logit_gradient() if trained is None else tile.logit_gradient()[:, trained.tokens]
+        total += (of_logits * grad[index, None].to(scorer.dtype)).t() @ tile.inputs
     return total.to(scorer.dtype)
