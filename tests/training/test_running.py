@@ -194,11 +194,19 @@ def test_the_warm_up_leaves_no_trace(tiny_recipe: Make, tmp_path: Path) -> None:
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "sgd", "adafactor"])
-def test_the_room_held_for_the_optimizer_is_what_its_state_takes(tiny_recipe: Make, optimizer: str) -> None:
-    recipe = tiny_recipe("run", max_steps=1, optimizer=optimizer, lora_r=64, target_modules="all-linear")
+@pytest.mark.parametrize(
+    ("optimizer", "whole"),
+    [("adamw_torch", None), ("adamw_8bit", None), ("adamw_8bit", "lm_head"), ("sgd", None), ("adafactor", None)],
+)
+def test_the_room_held_for_the_optimizer_is_what_its_state_takes(
+    tiny_recipe: Make, optimizer: str, whole: str | None
+) -> None:
+    """An embedding's is in 32 bits, whatever its optimizer is called."""
+    more = {"optimizer": optimizer, "modules_to_save": whole}
+    recipe = tiny_recipe("run", max_steps=1, lora_r=64, target_modules="all-linear", **more)
     jobs: list[Job] = []
     run(recipe, on_ready=lambda job, _: jobs.append(job), save=False)
+    assert not any("in 4 bits already" in note for note in jobs[0].checked.notes), "what they are put into is not"
     states = jobs[0].trainer.optimizer.state.values()
     tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
     taken = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel() > 1}.values())

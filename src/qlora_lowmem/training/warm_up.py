@@ -73,8 +73,10 @@ def optimizer_state_bytes(model: nn.Module, optimizer: str, dtype: torch.dtype |
     if optimizer in _TWO_VALUES:
         return sum(2 * parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in trained)
     if optimizer == "adamw_8bit":
-        sizes = [parameter.numel() for parameter in trained]
-        return sum(round(_EIGHT_BIT * size) if size >= _SMALLEST_IN_8_BITS else 8 * size for size in sizes)
+        # transformers keeps the state of an embedding's weight in 32 bits (`Trainer.create_optimizer`).
+        wide = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        sizes = [(each.numel(), id(each) in wide or each.numel() < _SMALLEST_IN_8_BITS) for each in trained]
+        return sum(8 * size if in_32_bits else round(_EIGHT_BIT * size) for size, in_32_bits in sizes)
     return 0
 
 
