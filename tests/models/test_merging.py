@@ -150,7 +150,7 @@ def test_no_disk_has_room_for_this(
 ) -> None:
     run = tmp_path / "run"
     trained(base, run)
-    monkeypatch.setattr(merging, "merged_bytes", lambda _: 2**60)
+    monkeypatch.setattr(merging, "merged_bytes", lambda *_: 2**60)
     assert "the merged model takes" in refused(capsys, "--run", str(run), "--to", str(tmp_path / "merged"))
 
 

@@ -171,7 +171,7 @@ def test_merge(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from qlora_lowmem.run import merge
 
     pretrained = replace_fields(recipe, {"weights": "pretrained", "model": str(write_tiny_chat(tmp_path / "model"))})
-    monkeypatch.setattr(merging.Adapter, "read", lambda _: merging.Adapter({}, 1.0))
+    monkeypatch.setattr(merging.Adapter, "read", lambda *_: merging.Adapter({}, 1.0))
     monkeypatch.setattr(merge, "weights_folder", lambda *_: tmp_path / "model")
     monkeypatch.setattr(merge, "start_recorder", lambda _: FakeRecorder("merge"))
     monkeypatch.setattr(merge, "apply_memory_limit", lambda *_: 0)

@@ -133,8 +133,8 @@ class ProgramNamer:
         return name
 
     def is_adapter(self, name: str, _parameter: "nn.Parameter") -> bool:
-        """By its name: anyone's parameters may be trained."""
-        return "lora_" in name
+        """By PEFT's names: anyone's parameters may be trained."""
+        return any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta"))
 
     def kind(self, scope: "Scope | None", block: Block) -> str:
         """By the scope; outside of modules, by what its functions are called."""

@@ -1,9 +1,11 @@
-"""A run's adapter as files: plain LoRA of the run's recipe, or refused. Tensors decide; configuration is checked.
+"""A run's adapter as files: plain LoRA of the run's recipe, and what of the base the recipe trains, or refused. Tensors
+decide; configuration is checked.
 
 `adapter_config.json` is text that anyone can edit, and its `r` and `lora_alpha` scale every weight that is merged: what
 it says is held against the shapes of the tensors and against the recipe that they were trained by.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter, read_jso
 from qlora_lowmem.recipe import Recipe
 
 ADAPTER_ADVICE = "Give the folder of another checkpoint of the run, or train again"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of the base model's names in an adapter's file
+ROWS = ".token_adapter.trainable_tokens_delta"  # the end of its names of rows of an embedding
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What of a PEFT configuration (peft/tuners/lora/config.py) changes the formula: these must be as LoRA's paper has them.
 _PLAIN = {
@@ -27,22 +30,50 @@ _PLAIN = {
 }
 
 
-def check_adapter_files(folder: Path, recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """By module: the names of its A (r, in_features) and its B (out_features, r) in the adapter's safetensors file.
+@dataclass(frozen=True)
+class AdapterFiles:
+    """Names of tensors in an adapter's safetensors file.
+
+    Attributes:
+        modules: by module, its A (r, in_features) and its B (out_features, r).
+        whole: by weight of the base, what takes its place.
+        rows: by module of the base, rows (tokens, hidden) of its weight, and of which tokens.
+    """
+
+    modules: dict[str, tuple[str, str]]
+    whole: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+
+def check_adapter_files(folder: Path, recipe: Recipe) -> AdapterFiles:
+    """What is in an adapter's file.
 
     Raises:
         UsageError: there is no adapter, it cannot be read, it is more than plain LoRA on Linear modules, or it is not
             what the recipe trains.
     """
     check_adapter(folder)
-    _check_settings(folder / "adapter_config.json", recipe)
+    settings = _check_settings(folder / "adapter_config.json", recipe)
+    whole: dict[str, str] = {}
+    rows: dict[str, tuple[str, tuple[int, ...]]] = {}
     path = folder / ADAPTER_WEIGHTS
     halves: dict[str, dict[str, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     with reading(path, ADAPTER_ADVICE), safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
-            module, _, half = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+            module, _, half = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
             part: Any = file.get_slice(key)
+            name = key.removeprefix(PREFIX)
+            if recipe.lora.modules_to_save and ".lora_" not in key and not name.endswith(ROWS):
+                whole[name] = key
+                continue
+            if (recipe.lora.trainable_token_indices or recipe.data.added_tokens) and name.endswith(ROWS):
+                module = name.removesuffix(ROWS)
+                tokens = tuple(int(each) for each in settings["trainable_token_indices"][module])
+                if len(tokens) != part.get_shape()[0]:
+                    raise UsageError(f"{path}: {key} has not a row for each trained token. {ADAPTER_ADVICE}")
+                rows[module] = (key, tokens)
+                continue
             if half not in ("lora_A", "lora_B") or part.get_dtype() not in _FLOATS:
                 raise UsageError(f"{path}: {key} belongs to no LoRA adapter of a Linear module. {ADAPTER_ADVICE}")
             halves.setdefault(module, {})[half] = key
@@ -59,10 +90,11 @@ def check_adapter_files(folder: Path, recipe: Recipe) -> dict[str, tuple[str, st
                 f"{path}: the tensors of {module} are {a} and {b}, and lora.lora_r of the recipe is {rank}: they are "
                 f"another run's. {ADAPTER_ADVICE}"
             )
-    return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in halves.items()}
+    modules = {module: (pair["lora_A"], pair["lora_B"]) for module, pair in halves.items()}
+    return AdapterFiles(modules, whole, rows)
 
 
-def _check_settings(path: Path, recipe: Recipe) -> None:
+def _check_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
     settings = read_json(path, ADAPTER_ADVICE)
     if settings.get("peft_type") != "LORA":
         raise UsageError(
@@ -82,3 +114,4 @@ def _check_settings(path: Path, recipe: Recipe) -> None:
                 f"{path}: {name} is {found!r}, and the recipe trained with {value!r}: the adapter would be scaled by "
                 f"another factor. Put {value!r} back, or: {ADAPTER_ADVICE[0].lower()}{ADAPTER_ADVICE[1:]}"
             )
+    return settings

@@ -38,6 +38,7 @@ from qlora_lowmem.models.refusals import cannot_load, cannot_make, check_config,
 from qlora_lowmem.models.sources import ModelSource, hub_out_of_reach
 from qlora_lowmem.models.stored import check_stored
 from qlora_lowmem.models.targets import EMBEDDING_BITS, READ_PAST, lean_refusals
+from qlora_lowmem.models.vocabulary import add_tokens, begin_rows, grow, indices_of
 from qlora_lowmem.recipe import Recipe
 
 # transformers' words where weights do not become the model's (modeling_utils.py, core_model_loading.py).
@@ -85,7 +86,8 @@ def skeleton(recipe: Recipe, source: ModelSource, dtype: torch.dtype | None = No
 
     Raises:
         UsageError: the hub cannot be reached; the model is none that can be fine-tuned; a file of its is damaged;
-            transformers cannot make it so; the weights of its folder are those of another model.
+            transformers cannot make it so; the weights of its folder are those of another model; it cannot grow by the
+            tokens that the recipe adds.
     """
     base, config = recipe.base, _load_config(recipe, source)
     try:
@@ -97,6 +99,8 @@ def skeleton(recipe: Recipe, source: ModelSource, dtype: torch.dtype | None = No
     folder = source.folder if source.gguf is None else None
     if base.weights == "pretrained" and folder is not None:
         check_stored(recipe, model, folder)
+    if recipe.data.added_tokens:
+        grow(model, indices_of(load_tokenizer(recipe, source), recipe.data.added_tokens))
     return model
 
 
@@ -124,6 +128,10 @@ def load_base(
             model = random_model(on_meta, dtype, quantization, device, bits)
     else:
         model = _pretrained(recipe, source, dtype, device, quantization)
+        if recipe.data.added_tokens:
+            added = indices_of(load_tokenizer(recipe, source), recipe.data.added_tokens)
+            grow(model, added)
+            begin_rows(model, added)
         if bits is not None:
             embedding: Any = model.get_input_embeddings()
             embedding.weight.requires_grad_(False)
@@ -200,10 +208,12 @@ def assert_on_device(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; without pretrained weights and tokenizer files, a stand-in for synthetic data.
+    """The model's tokenizer with the tokens that the recipe adds; without pretrained weights and tokenizer files, a
+    stand-in for synthetic data.
 
     Raises:
-        UsageError: the tokenizer cannot be found or read, or real data was asked for without one.
+        UsageError: the tokenizer cannot be found or read, or real data was asked for without one; it has a token that
+            the recipe adds.
     """
     has_one = source.gguf is not None or (source.folder is not None and (source.folder / "tokenizer.json").is_file())
     if not has_one and recipe.base.weights == "random":
@@ -212,9 +222,11 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
                 "data.data: text needs a tokenizer, and random weights come without one. Set data.data to 'synthetic', "
                 "put tokenizer.json into the model's folder, or set base.weights to 'pretrained'"
             )
-        return stand_in_tokenizer()
+        tokenizer = stand_in_tokenizer()
+        add_tokens(tokenizer, recipe.data.added_tokens or (), recipe.base.model)
+        return tokenizer
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             _location(source),
             revision=recipe.base.revision,
             # Always said: left open, transformers would ask on standard input.
@@ -224,6 +236,8 @@ def load_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBa
         raise
     except Exception as error:  # tokenizers raises a bare one for a file that is no tokenizer
         raise cannot_load(recipe, source, error) from error
+    add_tokens(tokenizer, recipe.data.added_tokens or (), recipe.base.model)
+    return tokenizer
 
 
 def _location(source: ModelSource) -> str:

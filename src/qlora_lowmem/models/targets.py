@@ -64,17 +64,17 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
             the LM head, which TRL's fused loss reads directly, past any adapter.
     """
     head = model.get_output_embeddings()
-    head_leaf = next((_leaf(name) for name, module in model.named_modules() if module is head), None)
+    head_leaf = next((own_name(name) for name, module in model.named_modules() if module is head), None)
     within = language_model_of(model)
-    linears = [name for name in _adaptable(model) if _leaf(name) != head_leaf and name.startswith(within)]
-    taken = {leaf for leaf in set(map(_leaf, linears)) if becomes_experts(model, leaf)}
-    linears = [name for name in linears if _leaf(name) not in taken]
-    by_leaf = Counter(map(_leaf, linears))
+    linears = [name for name in _adaptable(model) if own_name(name) != head_leaf and name.startswith(within)]
+    taken = {leaf for leaf in set(map(own_name, linears)) if becomes_experts(model, leaf)}
+    linears = [name for name in linears if own_name(name) not in taken]
+    by_leaf = Counter(map(own_name, linears))
     if asked in TARGET_PRESETS:
         modules = _preset(str(asked), model, linears)
-        wanted = tuple(sorted(set(map(_leaf, modules))))
+        wanted = tuple(sorted(set(map(own_name, modules))))
         if not modules:
-            inside = sorted(set(map(_leaf, _preset("attention", model, linears))))
+            inside = sorted(set(map(own_name, _preset("attention", model, linears))))
             has = f" (its attention has {', '.join(inside)})" if inside else ""
             raise UsageError(
                 f"lora.target_modules: the preset {asked!r} finds nothing in this architecture{has}. Name modules "
@@ -85,7 +85,7 @@ def resolve_targets(model: PreTrainedModel, asked: str | Iterable[str]) -> Targe
         for name in wanted:
             _refuse_experts(model, name, by_leaf)
             _check_name(name, head_leaf, linears, by_leaf)
-        modules = [name for name in linears if _matches(name, wanted)]
+        modules = [name for name in linears if matches(name, wanted)]
     names = [each for name in wanted for each in _precise(name, model, modules)]
     return Targets(tuple(names), tuple(modules), within, _left_out(asked, taken))
 
@@ -113,9 +113,9 @@ def _adaptable(model: PreTrainedModel) -> Iterator[str]:
     lora = peft.LoraConfig()
     past = READ_PAST.get(model.config.get_text_config().model_type, ())
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and _is_plain(module) and _leaf(name) not in past:
+        if isinstance(module, torch.nn.Linear | Conv1D) and _is_plain(module) and own_name(name) not in past:
             try:
-                refuse_for_mamba(lora, model, _leaf(name))
+                refuse_for_mamba(lora, model, own_name(name))
             except ValueError:
                 continue
             yield name
@@ -141,7 +141,7 @@ def _check_name(name: str, head_leaf: str | None, linears: Iterable[str], by_lea
             f"lora.target_modules: {name!r} is the LM head. The fused loss multiplies by its weight directly, so "
             f"an adapter there would never train. Remove it; these would match: {_listing(by_leaf)}"
         )
-    if not any(_matches(module, (name,)) for module in linears):
+    if not any(matches(module, (name,)) for module in linears):
         close = difflib.get_close_matches(name, by_leaf, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UsageError(
@@ -154,11 +154,11 @@ def _preset(asked: str, model: PreTrainedModel, linears: Iterable[str]) -> list[
     if asked == "all-linear":
         return list(linears)
     inside = [name for name in linears if _is_attention(model, name.rpartition(".")[0])]
-    return [name for name in inside if asked == "attention" or _leaf(name) in _QUERY_AND_VALUE]
+    return [name for name in inside if asked == "attention" or own_name(name) in _QUERY_AND_VALUE]
 
 
 def _is_attention(model: PreTrainedModel, name: str) -> bool:
-    return _leaf(name) in _ATTENTION_BLOCKS or type(model.get_submodule(name)).__name__.endswith("Attention")
+    return own_name(name) in _ATTENTION_BLOCKS or type(model.get_submodule(name)).__name__.endswith("Attention")
 
 
 def attends(model: PreTrainedModel) -> bool:
@@ -168,16 +168,17 @@ def attends(model: PreTrainedModel) -> bool:
 
 def _precise(name: str, model: PreTrainedModel, chosen: Iterable[str]) -> list[str]:
     """`name` where PEFT would match it with chosen modules alone; else the full names of those."""
-    matched = {each for each, _ in model.named_modules() if _matches(each, (name,))}
+    matched = {each for each, _ in model.named_modules() if matches(each, (name,))}
     return [name] if matched <= set(chosen) else sorted(matched & set(chosen))
 
 
-def _matches(module: str, wanted: Iterable[str]) -> bool:
+def matches(module: str, wanted: Iterable[str]) -> bool:
     """As PEFT matches a list: the full name or a suffix of whole parts."""
     return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
-def _leaf(name: str) -> str:
+def own_name(name: str) -> str:
+    """The last part of a module's full name."""
     return name.rpartition(".")[2]
 
 

@@ -29,6 +29,8 @@ from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
 from qlora_lowmem.tokens.store import TokenTally
 from qlora_lowmem.tokens.templates import TEMPLATE_ERRORS, check_templates
 
+# What an adapter of another model, or a file that is no adapter, provokes in PEFT.
+_UNSUITABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 # Positions whose logits exist at once: 512 x 100,352 words are 196 MiB in fp32.
 _SCORED_AT_ONCE = 512
 
@@ -66,12 +68,31 @@ class HeldOutLoss:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A base model on its device, with an adapter that can be switched off."""
+    """A base model on its device, with an adapter that can be switched off.
+
+    Attributes:
+        own: in host memory, weights of the base that loading the adapter has replaced, by their names in it.
+    """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     limits: Limits
+    own: dict[str, torch.Tensor]
+
+    @contextlib.contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """The base model as it was."""
+        weights = {name: self.model.get_base_model().get_parameter(name) for name in self.own}
+        trained = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+        with self.model.disable_adapter(), torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(self.own[name])
+            try:
+                yield
+            finally:
+                for name, weight in weights.items():
+                    weight.copy_(trained[name])
 
 
 def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
@@ -81,7 +102,8 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
         UsageError: a model or an adapter that is not there, or that do not go together.
         DoesNotFitError: out of GPU memory.
     """
-    modules = check_adapter_files(adapter, recipe)
+    files = check_adapter_files(adapter, recipe)
+    modules = files.modules
     source = source_of(recipe)
     if recipe.run.device != "cpu":
         apply_memory_limit(recipe, start_recorder(recipe))
@@ -93,8 +115,9 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
     with _fits("loading"):
         base = load_base(recipe, source, precision.compute, device)
         try:
+            own = {name: base.get_parameter(name).detach().cpu().clone() for name in files.whole}
             model = PeftModel.from_pretrained(base, str(adapter))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, SafetensorError) as error:
+        except (*_UNSUITABLE, RuntimeError, MemoryError) as error:
             if whose_memory(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -111,7 +134,7 @@ def load_adapted(recipe: Recipe, adapter: Path) -> Adapted:
         )
     assert_on_device(model, device)
     model.eval()
-    return Adapted(model, tokenizer, device, limits)
+    return Adapted(model, tokenizer, device, limits, own)
 
 
 def answer(
@@ -129,7 +152,7 @@ def answer(
             name, last = "the base model", int(asked.max())
             adapted.limits.check_token(last, adapted.tokenizer, name, f"makes of {prompt!r}")
             adapted.limits.check_length(asked.shape[1] + max_new_tokens, name, "--prompt and --max-new-tokens")
-            with adapted.model.disable_adapter():
+            with adapted.switched_off():
                 before = _continuation(adapted, asked, max_new_tokens)
             found.append(Answer(prompt, before, _continuation(adapted, asked, max_new_tokens)))
     return found
@@ -151,7 +174,7 @@ def held_out_loss(adapted: Adapted, recipe: Recipe, checked: CheckedData, sample
     before = after = 0.0
     with _fits("evaluating"), torch.inference_mode():
         for sample in tqdm(chosen, desc="evaluating", unit="sample", delay=2, disable=checked.quiet):
-            with adapted.model.disable_adapter():
+            with adapted.switched_off():
                 before += _loss(adapted, sample)
             after += _loss(adapted, sample)
     scored = sum(len(_scored(sample)) for sample in chosen)

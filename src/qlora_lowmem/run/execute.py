@@ -46,6 +46,7 @@ class Outcome:
         floor: bytes that no method of training this recipe avoids.
         profiles: peaks of every process, one a card, in the order of their ranks.
         attribution: the steady step's peak by kind, where it was asked for.
+        trained_of_the_base: as in `Adapted`.
         data: what tokenising came to; None for synthetic samples.
         evaluation_data: the same of `eval_data`.
         lean: what of the section `lean` the model took, and what not; None where it was not asked for.
@@ -64,6 +65,7 @@ class Outcome:
     floor: Floor
     profiles: tuple[MemoryProfile, ...] = ()
     attribution: "Attribution | None" = None
+    trained_of_the_base: tuple[str, ...] = ()
     data: TokenReport | None = None
     evaluation_data: TokenReport | None = None
     lean: LeanReport | None = None
@@ -161,6 +163,7 @@ def _outcome(job: Job, recorder: Recorder | None, seconds: float, attribution: "
         floor=floor_of(job.model, job.trainer.optimizer, batch.batch_size * batch.max_seq_length * hidden),
         profiles=tuple(profiles),
         attribution=attribution.finish(profile) if attribution is not None and profile is not None else None,
+        trained_of_the_base=adapted.base,
         data=job.data.report,
         evaluation_data=job.data.evaluation.report if job.data.evaluation is not None else None,
         lean=job.lean,

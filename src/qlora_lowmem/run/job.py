@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
@@ -18,7 +18,7 @@ from qlora_lowmem.environment import local_rank
 from qlora_lowmem.errors import DoesNotFitError, UsageError
 from qlora_lowmem.lean import LeanReport, apply_lean
 from qlora_lowmem.memory.recorder import Recorder
-from qlora_lowmem.models.adapters import lora_config
+from qlora_lowmem.models.adapters import adapt, of_the_base
 from qlora_lowmem.models.loading import Precision, assert_on_device, load_base
 from qlora_lowmem.models.mixtures import name_experts, router_loss_coefficient
 from qlora_lowmem.models.targets import lean_options, lean_refusals
@@ -136,7 +136,10 @@ def build_job(
     transformers.set_seed(recipe.schedule.seed)
     model = load_base(recipe, checked.inputs.source, precision.compute, device, checked.skeleton)
     name_experts(model)
-    adapted: Any = get_peft_model(model, lora_config(recipe, checked.targets.names, checked.targets.within))
+    adapted: Any = adapt(model, checked.lora_config, checked.trained_base.weights)
+    beside = of_the_base(adapted).values()
+    for parameter in beside:
+        parameter.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL warns of choices that the recipe states on purpose
         trainer = LowMemTrainer(
@@ -152,10 +155,17 @@ def build_job(
         )
     if recorder is not None and warm_up:
         trainer.add_callback(WarmUp(trainer))
-    # TRL casts a quantised model's adapters to bf16; the recipe decides.
+    # TRL casts what is trained of a quantised model to bf16; the recipe decides, and of the base nothing is rounded.
+    for parameter in beside:
+        parameter.requires_grad_(True)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(precision.adapter)
+    embedding = adapted.get_input_embeddings()
+    whole = isinstance(embedding, torch.nn.Embedding) and embedding.weight.requires_grad  # PEFT's wrapper makes a copy
+    if whole and precision.adapter is not precision.compute:
+        # So that all that comes after it is as wide as ever.
+        embedding.register_forward_hook(lambda _module, _given, embedded: embedded.to(precision.compute))
     with lean_refusals(recipe):
         lean = apply_lean(adapted, lean_options(recipe)) if recipe.lean.lean else None
     trainer.remove_callback(PrinterCallback)

@@ -53,7 +53,7 @@ def merge_run(
     source = source_of(recipe)
     model, base = skeleton(recipe, source), weights_folder(recipe, source)
     adapter = merging.Adapter.read(run, recipe).of(model).in_names_of(base, model)
-    _check_room(to, merging.merged_bytes(base))
+    _check_room(to, merging.merged_bytes(base, adapter))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     recorder = start_recorder(recipe) if on_gpu else None
     scratch = to.with_name(f".{to.name}.merging")
@@ -65,7 +65,8 @@ def merge_run(
             recorder.begin("merge")
         where = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         merging.merge(base, adapter, scratch, merging.DTYPES[dtype], where, quiet=quiet)
-        _copy_rest(base, run, scratch, recipe, dtype)
+        vocabulary = int(model.config.get_text_config().vocab_size) if recipe.data.added_tokens else None
+        _copy_rest(base, run, scratch, recipe, dtype, vocabulary)
         scratch.rename(to)  # in the place of an empty folder too
     except (RuntimeError, MemoryError) as error:
         raise_if_out_of_memory(error, recipe, "merge", recorder)
@@ -87,12 +88,18 @@ def _check_room(to: Path, needed: int) -> None:
         )
 
 
-def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str) -> None:
-    """Configuration from the base, tokenizer as it was trained with, and a word on what this is."""
+def _copy_rest(base: Path, run: Path, to: Path, recipe: Recipe, dtype: str, vocabulary: int | None) -> None:
+    """Configuration from the base, tokenizer as it was trained with, and a word on what this is.
+
+    Args:
+        vocabulary: rows of the embedding, where tokens were added; None leaves the configuration's.
+    """
     config = read_json(base / "config.json", "Copy or fetch the base model's file again")
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    if vocabulary is not None:
+        config.get("text_config", config)["vocab_size"] = vocabulary
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in _BESIDE_WEIGHTS:
         if (base / name).is_file():

@@ -20,6 +20,7 @@ from qlora_lowmem.models.sources import ModelSource, source_of
 from qlora_lowmem.recipe import SYNTHETIC, Recipe
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qlora_lowmem.lean import LeanReport
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qlora_lowmem.models.limits import Limits
     from qlora_lowmem.models.loading import Precision
     from qlora_lowmem.models.targets import Targets
+    from qlora_lowmem.models.trained_base import TrainedBase
     from qlora_lowmem.tokens.dataset import TrainingData
     from qlora_lowmem.tokens.store import TokenReport
 
@@ -64,41 +66,49 @@ class Preflight:
     Attributes:
         precision: the formats that the job computes in; None where the card is not known yet.
         skeleton: the model on the meta device. For random weights it is what they are put into.
+        trained_base: what of the base model is trained beside adapters.
         lean: which ideas of the section `lean` the model will take; None where they are not asked for.
+        notes: what was chosen for the model, and a person may not expect.
     """
 
     inputs: Inputs
     precision: "Precision | None"
     skeleton: "PreTrainedModel"
     targets: "Targets"
+    trained_base: "TrainedBase"
     lean: "LeanReport | None"
     tokenizer: "PreTrainedTokenizerBase"
     limits: "Limits"
+    notes: tuple[str, ...]
 
     @functools.cached_property
     def adapted(self) -> "Adapted":
         """What will be trained, counted on the adapted model: on the meta device, before weights are read."""
-        from qlora_lowmem.models.adapters import foresee_adapters, lora_config
+        from qlora_lowmem.models.adapters import foresee_adapters
 
-        targets = self.targets
-        return foresee_adapters(self.skeleton, lora_config(self.inputs.recipe, targets.names, targets.within))
+        return foresee_adapters(self.skeleton, self.lora_config, self.trained_base.weights)
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What was chosen for the model, and a person may not expect."""
-        from qlora_lowmem.models.refusals import quantised_by
-        from qlora_lowmem.models.targets import attends
+    def lora_config(self) -> "LoraConfig":
+        """All that PEFT is asked for."""
+        from qlora_lowmem.models.adapters import lora_config
 
-        model, notes = self.skeleton, list(self.targets.notes)
-        if self.inputs.recipe.base.attention == "auto" and attends(model) and not model._supports_sdpa:
-            notes.append(f"attention is eager: transformers has no sdpa for {type(model).__name__}")
-        # Random weights are put into the skeleton, in 4 bits of our own making.
-        if self.inputs.recipe.base.weights == "pretrained" and quantised_by(model.config) is not None:
-            notes.append(
-                f"the model is in 4 bits already ({quantised_by(model.config)}) and is trained as it is, whatever "
-                "quantization says; merge adds the adapter to what its 4 bits stand for"
-            )
-        return tuple(notes)
+        targets = self.targets
+        return lora_config(self.inputs.recipe, targets.names, targets.within, self.trained_base.rows)
+
+
+def _notes(recipe: Recipe, model: "PreTrainedModel") -> Iterator[str]:
+    """What was chosen for the model, and a person may not expect. Asked before random weights are put into it."""
+    from qlora_lowmem.models.refusals import quantised_by
+    from qlora_lowmem.models.targets import attends
+
+    if recipe.base.attention == "auto" and attends(model) and not model._supports_sdpa:
+        yield f"attention is eager: transformers has no sdpa for {type(model).__name__}"
+    if recipe.base.weights == "pretrained" and quantised_by(model.config) is not None:
+        yield (
+            f"the model is in 4 bits already ({quantised_by(model.config)}) and is trained as it is, whatever "
+            "quantization says; merge adds the adapter to what its 4 bits stand for"
+        )
 
 
 def inputs_of(recipe: Recipe, *, quiet: bool = True) -> Inputs:
@@ -126,13 +136,15 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
 
     Raises:
         UsageError: formats that the device or gradient release cannot take, packing that the model's layers cannot,
-            target modules that it does not have, an option of the section `lean` that it cannot take, a checkpoint
-            that could run code, a tokenizer that is not there, sequences longer than the model has positions.
+            target modules that it does not have, modules or tokens that cannot be trained, an option of the section
+            `lean` that it cannot take, a checkpoint that could run code, a tokenizer that is not there, sequences
+            longer than the model has positions.
     """
     from qlora_lowmem.lean import foresee_lean
     from qlora_lowmem.models.limits import Limits, with_padding
     from qlora_lowmem.models.loading import choose_precision, load_tokenizer, skeleton
     from qlora_lowmem.models.targets import lean_options, lean_refusals, targets_of, why_not_packed
+    from qlora_lowmem.models.trained_base import trained_base
     from qlora_lowmem.models.trusted import check_checkpoint
 
     recipe, source = inputs.recipe, inputs.source
@@ -155,7 +167,10 @@ def preflight(inputs: Inputs, *, supports_bf16: bool | None = None, resume_from:
         lean = foresee_lean(model, lean_options(recipe), inputs.device_type) if recipe.lean.lean else None
     if resume_from is not None:
         check_checkpoint(resume_from)
-    return Preflight(inputs, precision, model, targets, lean, with_padding(load_tokenizer(recipe, source)), limits)
+    tokenizer = with_padding(load_tokenizer(recipe, source))
+    trained = trained_base(model, recipe, tokenizer, targets)
+    notes = (*targets.notes, *trained.notes, *_notes(recipe, model))
+    return Preflight(inputs, precision, model, targets, trained, lean, tokenizer, limits, notes)
 
 
 @contextmanager

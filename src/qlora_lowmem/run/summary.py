@@ -45,6 +45,8 @@ def summary_of(recipe: Recipe, profile: MemoryProfile | None, outcome: "Outcome 
     if outcome is not None:
         content["trainable_parameters"] = outcome.trainable_parameters
         content["adapted_modules"] = outcome.adapted_modules
+        if outcome.trained_of_the_base:
+            content["trained_of_the_base"] = list(outcome.trained_of_the_base)
         content["steps"] = outcome.steps
         content["floor_bytes"] = outcome.floor.total
         if outcome.lean is not None:
@@ -109,7 +111,7 @@ tags: [lora, qlora, qlora_lowmem]
 
 A LoRA adapter of `{recipe.base.model}`, made with qlora_lowmem.
 
-- Trained parameters: {outcome.trainable_parameters:,} in {outcome.adapted_modules} modules
+- Trained parameters: {outcome.trainable_parameters:,} in {outcome.adapted_modules} modules{_of_the_base(outcome)}
 - Steps: {outcome.steps}, tokens: {outcome.tokens:,}
 - Training loss: {loss}
 - Loss on held-out samples: {evaluation}
@@ -130,6 +132,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("{folder.name}")
 {recipe.to_yaml()}```
 """
     replace_text(folder / "README.md", text, "the model card")
+
+
+def _of_the_base(outcome: "Outcome") -> str:
+    """What of the base model was trained too; nothing where that is nothing."""
+    return f" with adapters, and {', '.join(outcome.trained_of_the_base)}" if outcome.trained_of_the_base else ""
 
 
 def _lean_lines(report: "LeanReport | None") -> str:

@@ -44,7 +44,9 @@ def dry_run(inputs: Inputs, *, quiet: bool) -> tuple[dict[str, Any], list[str]]:
     modules, parameters = len(checked.adapted.modules), checked.adapted.parameters
     content = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "dry_run": True}
     content |= {"adapted_modules": modules, "trainable_parameters": parameters}
-    lines = [f"would train {parameters:,} parameters in adapters of {modules} modules"]
+    if checked.adapted.base:
+        content["trained_of_the_base"] = list(checked.adapted.base)
+    lines = [f"would train {parameters:,} parameters in {checked.adapted.where}"]
     lines += [f"note: {text}" for text in checked.notes]
     if checked.lean is not None:
         content["lean"] = checked.lean.to_dict()
@@ -248,7 +250,7 @@ def _describe(job: Any, inputs: Inputs, *, quiet: bool) -> None:
     if quiet:
         return
     adapted = Adapted.of(job.model)
-    say(f"training {adapted.parameters:,} parameters in adapters of {len(adapted.modules)} modules")
+    say(f"training {adapted.parameters:,} parameters in {adapted.where}")
     if job.lean is not None:
         say(f"lean: {', '.join(job.lean.applied) or 'nothing'}")
     if inputs.samples is not None:
