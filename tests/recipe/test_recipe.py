@@ -162,11 +162,6 @@ CONTRADICTIONS = [
     ({"device": "cpu", "optimizer": "paged_adamw_8bit"}, "has no GPU", "set optimizer to adamw_8bit"),
     ({"device": "cpu", "optimizer": "paged_adamw_32bit"}, "has no GPU", "set optimizer to adamw_torch"),
     ({"device": "cpu", "compute_dtype": "fp16"}, "is for GPUs", "set compute_dtype to auto"),
-    (
-        {"quantised_embeddings": "8bit", "lean": "true", "added_tokens": "<|a|>"},
-        "a table in a few bits is not trained",
-        "added_tokens to null",
-    ),
     ({"quantised_embeddings": "8bit", "lean": "false"}, "one of the lean implementations", "set lean to true"),
     ({"lean": "true", "gradient_checkpointing": "false"}, "which is checkpointing", "gradient_checkpointing to true"),
     ({"lean": "true", "loss": "full"}, "never holds the full logits", "set loss to fused"),
@@ -189,6 +184,13 @@ def test_a_contradiction_names_both_fields(tmp_path: Path, overrides: dict[str, 
     assert "contradict each other: " in message
     assert why in message
     assert advice in message
+
+
+@pytest.mark.parametrize("leaf", ["modules_to_save", "trainable_token_indices", "added_tokens"])
+def test_what_is_trained_is_not_quantised(tmp_path: Path, leaf: str) -> None:
+    message = refusal(write(tmp_path, "lean:\n  lean: true\n  quantised_embeddings: 8bit\n"), {leaf: "lm_head"})
+    assert f"(line 3) and {field_specs()[leaf].path} = ['lm_head']" in message
+    assert f"set quantised_embeddings to none, or {leaf} to null" in message
 
 
 def test_released_gradients_go_with_what_needs_no_gradient_later(tmp_path: Path) -> None:
