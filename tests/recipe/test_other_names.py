@@ -34,9 +34,6 @@ lora_dropout: 0.05
 lora_target_modules:
   - q_proj
 lora_target_linear: true
-lora_modules_to_save: [embed_tokens, lm_head]
-tokens: ["<|im_start|>"]
-added_tokens_overrides: {128041: "<|im_end|>"}
 peft_use_rslora: true
 wandb_project:
 gradient_accumulation_steps: 4
@@ -72,9 +69,6 @@ do_train: true
 finetuning_type: lora
 lora_rank: 8
 lora_target: all
-additional_target: embed_tokens,lm_head
-new_special_tokens: <|im_start|>
-resize_vocab: true
 dataset: identity,alpaca_en_demo
 template: llama3
 cutoff_len: 2048
@@ -99,9 +93,18 @@ eval_strategy: steps
 neftune_noise_alpha: 5
 disable_gradient_checkpointing: true
 """
+# What either calls tokens that are added, and what is trained of the base.
+TOKENS = """
+lora_modules_to_save: [embed_tokens, lm_head]
+tokens: ["<|im_start|>"]
+added_tokens_overrides: {128041: "<|im_end|>"}
+additional_target: embed_tokens,lm_head
+new_special_tokens: <|im_start|>
+resize_vocab: true
+"""
 
 
-@pytest.mark.parametrize("content", [AXOLOTL, LLAMA_FACTORY], ids=["axolotl", "LLaMA-Factory"])
+@pytest.mark.parametrize("content", [AXOLOTL, LLAMA_FACTORY, TOKENS], ids=["axolotl", "LLaMA-Factory", "tokens"])
 def test_every_key_of_a_foreign_recipe_gets_an_answer(tmp_path: Path, content: str) -> None:
     path = tmp_path / "theirs.yaml"
     path.write_text(content)
