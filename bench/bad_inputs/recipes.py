@@ -65,6 +65,9 @@ _BY_KIND: dict[str, dict[str, Any]] = {
         "none of the model's": ["nonesuch_proj"],
     },
     "exclusions": {"a number": 3, "an empty list": [], "no expression": "*(q", "no module's name": ["q proj"]},
+    "names": {"text": "lm_head", "a number": 3, "an empty list": [], "no module's name": ["lm head"]},
+    "tokens": {"text": "<|a|>", "a number": 3, "an empty list": [], "below 0": [-1], "a fraction": [1.5]},
+    "words": {"text": "<|a|>", "a number": 3, "an empty list": [], "an index": [7]},
 }
 _ON_THE_COMMAND_LINE: dict[str, list[str]] = {
     "bool": ["maybe", "2"],
@@ -78,6 +81,9 @@ _ON_THE_COMMAND_LINE: dict[str, list[str]] = {
     "memory": ["101%", "-5", "6 GiB of it", "0", "nan", "9" * 400],
     "modules": ["all-linaer", "q-proj,v-proj", "q_proj,q_proj", "(q_proj", ","],
     "exclusions": ["*(q", "q-proj", ","],
+    "names": ["lm-head", ","],
+    "tokens": [",", "5,5"],
+    "words": [",", "<|a|>,<|a|>"],
 }
 _CONTRADICTIONS: list[dict[str, Any]] = [
     {"compute_dtype": "fp16", "adapter_dtype": "bf16", "device": "cuda"},
