@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from forked_commands import READ_AT_IMPORT, run_alone, run_forked, start_server
@@ -17,6 +18,10 @@ from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.virtual_gpu.build import ensure_built
+
+# How long an example takes says what else the machine does.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

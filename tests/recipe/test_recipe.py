@@ -401,7 +401,7 @@ NEED_ANOTHER_FIELD = (
 NEED_ANOTHER_FIELD += ("optimizer_state_dtype", "gradient_release")
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_recipe_written_out_reads_back_the_same(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -39,7 +39,7 @@ def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[Tensor
     return state["exp_avg"], state["exp_avg_sq"]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shapes=SHAPES,
     dtype=st.sampled_from([BF16, FP32]),
@@ -65,7 +65,7 @@ def test_in_one_dtype_it_is_torchs_own_bit_by_bit(
             assert torch.equal(found, expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shapes=SHAPES,
     dtypes=st.sampled_from([(BF16, FP32), (FP32, BF16)]),

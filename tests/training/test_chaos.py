@@ -45,7 +45,7 @@ def test_killed_in_every_way_it_ends_as_if_undisturbed(
 
     whole = tmp_path / "whole"
     undisturbed = starter(made, arguments(whole, "undisturbed"))(tmp_path / "whole.txt")
-    assert undisturbed.wait(120) == 0, undisturbed.said
+    assert undisturbed.wait(300) == 0, undisturbed.said
     with SmallDisk(tmp_path / "disk", 64 * 2**20) as disk:
         struck = list(Chaos(starter(made, arguments(disk.folder / "run", "struck")), disk, tmp_path).strike(EVENTS))
         assert [each.kind for each in struck] == [each.kind for each in EVENTS]
