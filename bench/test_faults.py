@@ -1,7 +1,7 @@
 """Every command under 200 and more faults: none ends in a traceback, a leftover, a false exit code or a lost record.
 
 Signals at random moments, streams that are closed, full or unread, disks and targets that take nothing, caches that
-hold rubbish. Each trial is a process of its own, so this takes a while: about a minute a dozen trials on two cores.
+hold rubbish. Each trial is a process of its own, so this takes a while.
 The seed is printed with the table; a seed draws the same moments.
 """
 
