@@ -15,6 +15,7 @@ from pathlib import Path
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import write_whole
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ROOM = bytes(2**16)  # a disk that is full takes a new file, and nothing into it
 
 
@@ -112,8 +113,9 @@ def writing(flag: str, target: str, kind: str = "file", *, instead: str = "") ->
     except OSError as error:
         sys.stdout.write(instead)
         where = "; what was to be in it is on standard output" if instead else ""
+        room = "make room on that disk, or " if error.errno in _NO_ROOM else ""
         raise UsageError(
-            f"{flag}: {target!r} cannot be written ({error.strerror or error}){where}; give another {kind}"
+            f"{flag}: {target!r} cannot be written ({error.strerror or error}){where}; {room}give another {kind}"
         ) from None
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -43,6 +44,15 @@ class Ignoring:
         os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture
+def heard_hang_up() -> Iterator[None]:
+    """What started the tests may have had them ignore it, as `nohup` does, and commands leave it at that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard_hang_up")
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_midst_of_work_undoes_it(

@@ -107,7 +107,7 @@ def test_where_the_disk_fills_meanwhile_text_goes_to_standard_output(
     monkeypatch.setattr("sys.stdout", out)
     there.write_text("before")
     wrote: list[str] = []
-    message = r"(?s)a.json.* is on standard output.*there.md.* \(File too large\); give"
+    message = r"(?s)a.json.* is on standard output.*there.md.* \(File too large\); make room on that disk, or give"
     with pytest.raises(UsageError, match=message), no_room():
         targets.write_each(
             lambda: command.write_json(str(tmp_path / "a.json"), {"a": "b" * 100}),

@@ -50,7 +50,7 @@ def test_five_lengths_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_p
 def test_a_length_that_cannot_be_trained_is_refused(command: Command) -> None:
     run = command("lengths", *CONFIG, "--lengths", "1024", "1")
     assert run.returncode == 2
-    assert "--lengths: 1 is too short" in run.stderr
+    assert "--lengths: 1 is too few; give 2 to" in run.stderr
 
 
 @pytest.mark.parametrize(

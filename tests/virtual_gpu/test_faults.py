@@ -109,7 +109,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> It
     monkeypatch.setenv("TMPDIR", str(bench.temporary))
     monkeypatch.setattr(tempfile, "tempdir", str(bench.temporary))
     yield bench
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while left := [*bench.temporary.iterdir(), *processes_of(tmp_path)]:
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.02)

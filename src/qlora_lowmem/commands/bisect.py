@@ -206,7 +206,9 @@ def _overlay(folder: Path, name: str, version: str) -> Path:
 
 def _install(target: Path, requirements: list[str]) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *requirements]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The constraints of the environment that runs us name the very versions that others are wanted in place of.
+    free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    done = subprocess.run(command, env=free, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
         raise UsageError(f"{', '.join(requirements)} cannot be installed: {errors[-1]}")
