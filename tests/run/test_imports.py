@@ -21,6 +21,9 @@ PROGRAM = f"""
 import gc, sys, threading
 from qlora_lowmem.run.imports import heavy_imports
 with heavy_imports():
+    from importlib.metadata import packages_distributions
+    of_meanwhile = packages_distributions()
+    assert of_meanwhile.get("yaml") == ["PyYAML"] and "yaml" in of_meanwhile and len(of_meanwhile) > 20
     from qlora_lowmem.run.execute import execute
 import transformers
 assert gc.isenabled() and gc.get_freeze_count() > 100_000

@@ -11,10 +11,11 @@ import importlib.metadata
 import importlib.util
 import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import packages_distributions as _packages_distributions
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -160,15 +161,21 @@ def _shorten(utils: Any) -> None:
 _CHANGED = {"transformers.utils.import_utils": _widen, "torch._library.utils": _shorten}
 
 
-class _Distributions(dict[str, list[str]]):
-    """`importlib.metadata.packages_distributions()`, read when it is asked for one."""
+class _Distributions(Mapping[str, list[str]]):
+    """`importlib.metadata.packages_distributions()`, read when something is asked of it, also while this stands in."""
 
-    def __missing__(self, package: str) -> list[str]:
-        from importlib.metadata import packages_distributions
+    @cached_property
+    def _found(self) -> Mapping[str, list[str]]:
+        return _packages_distributions()
 
-        found = dict(packages_distributions())
-        self.update(found)
-        return found[package]
+    def __getitem__(self, package: str) -> list[str]:
+        return self._found[package]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 _POSTPONED: dict[str, dict[str, Any]] = {
