@@ -274,6 +274,26 @@ def test_ten_runs_give_the_same_bytes(pytester: pytest.Pytester, run_here: Calla
     assert len(files) == 1
 
 
+CACHES = """
+import os
+import pytest
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+SEEN = [os.environ["TORCHINDUCTOR_CACHE_DIR"]]
+def new():
+    assert cache_dir() not in SEEN and not os.listdir(cache_dir())
+    SEEN.append(cache_dir())
+    open(cache_dir() + "/compiled", "w").close()
+@pytest.mark.vram_budget("64 MiB")
+def test_first_cache():
+    new()
+@pytest.mark.vram_budget("64 MiB")
+def test_second_cache():
+    new()
+def test_without_a_budget():
+    assert cache_dir() == SEEN[0] and not os.path.exists(SEEN[1])
+"""
+
+
 def test_on_the_gpu_of_this_machine(tmp_path: Path) -> None:
     """`--vram-gpu` measures in the process itself, and fails where another of the test's processes used the GPU.
 
@@ -284,6 +304,7 @@ def test_on_the_gpu_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "test_model.py").write_text(TEST)
     (tmp_path / "test_limits.py").write_text("import pytest, torch\n" + limits.replace("def test", f"{marker}def test"))
     (tmp_path / "test_child.py").write_text(WITH_A_CHILD)
+    (tmp_path / "test_cache.py").write_text(CACHES)
     (tmp_path / "conftest.py").write_text(
         "from qlora_lowmem.virtual_gpu import together\ntogether.begin = lambda: False\n"
     )
@@ -300,6 +321,9 @@ def test_on_the_gpu_of_this_machine(tmp_path: Path) -> None:
         "test_a_peak_that_is_reset": "FAILED",
         "test_child": "FAILED",
         "test_child_on_the_host": "PASSED",
+        "test_first_cache": "PASSED",
+        "test_second_cache": "PASSED",
+        "test_without_a_budget": "PASSED",
     }, text
     assert "512 B over" in text
     assert "NOT COUNTED: python" in text

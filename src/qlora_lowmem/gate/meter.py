@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 
 from qlora_lowmem.environment import versions
-from qlora_lowmem.files import write_whole
+from qlora_lowmem.files import scratch_folder, write_whole
 from qlora_lowmem.gate import REPORT_ATTRIBUTE
 from qlora_lowmem.gate.budget import over_budget
 from qlora_lowmem.gate.records import allocator_of_environment, key_of, record_of
@@ -104,13 +105,20 @@ class Meter:
     def __init__(self, case_of: Callable[[pytest.Item], Case | None]) -> None:
         self._case_of = case_of
         self._recorder: ProgramRecorder | None = None
+        self._after = ExitStack()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Fixtures count: models are often made in them."""
+        """Fixtures count: models are often made in them.
+
+        What the test compiles goes to a cache of its own: a compilation takes memory that a warm cache would save, so
+        that a peak would depend on what ran before.
+        """
         if self._case_of(item) is not None:
             from qlora_lowmem.memory.recorder import ProgramRecorder
 
+            environment = self._after.enter_context(pytest.MonkeyPatch.context())
+            environment.setenv("TORCHINDUCTOR_CACHE_DIR", str(self._after.enter_context(scratch_folder())))
             self._recorder = ProgramRecorder(item.config.rootpath)
             self._recorder.start()
         return (yield)
@@ -135,7 +143,8 @@ class Meter:
         del item
         if self._recorder is not None:
             self._stop()
-        return (yield)
+        with self._after:
+            return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
