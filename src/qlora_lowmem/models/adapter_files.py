@@ -12,13 +12,12 @@ from typing import Any
 from safetensors import safe_open
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, check_adapter, read_json, reading
+from qlora_lowmem.models.trusted import ADAPTER_WEIGHTS, FLOATS, check_adapter, read_json, reading
 from qlora_lowmem.recipe import Recipe
 
 ADAPTER_ADVICE = "Give the folder of another checkpoint of the run, or train again"
 PREFIX = "base_model.model."  # of the base model's names in an adapter's file
 ROWS = ".token_adapter.trainable_tokens_delta"  # the end of its names of rows of an embedding
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # What of a PEFT configuration (peft/tuners/lora/config.py) changes the formula: these must be as LoRA's paper has them.
 _PLAIN = {
     "use_dora": False,
@@ -74,7 +73,7 @@ def check_adapter_files(folder: Path, recipe: Recipe) -> AdapterFiles:
                     raise UsageError(f"{path}: {key} has not a row for each trained token. {ADAPTER_ADVICE}")
                 rows[module] = (key, tokens)
                 continue
-            if half not in ("lora_A", "lora_B") or part.get_dtype() not in _FLOATS:
+            if half not in ("lora_A", "lora_B") or part.get_dtype() not in FLOATS:
                 raise UsageError(f"{path}: {key} belongs to no LoRA adapter of a Linear module. {ADAPTER_ADVICE}")
             halves.setdefault(module, {})[half] = key
             shapes[key] = tuple(part.get_shape())

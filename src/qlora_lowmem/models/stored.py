@@ -20,12 +20,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from qlora_lowmem.errors import UsageError
 from qlora_lowmem.files import is_file
 from qlora_lowmem.models.refusals import BNB_4BIT, quantised_by
-from qlora_lowmem.models.trusted import read_json, reading
+from qlora_lowmem.models.trusted import FLOATS, read_json, reading
 from qlora_lowmem.recipe import Recipe
 
 BASE_ADVICE = "Fetch or copy the base model's file again"
 _PACKED = ".quant_state.bitsandbytes__"
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _WIDTHS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 _SHOWN = 3
 
@@ -46,7 +45,7 @@ class Stored:
     @property
     def is_float(self) -> bool:
         """Whether it is a weight of 16 bits or more, or stands for one."""
-        return bool(self.state) or self.dtype in _FLOATS
+        return bool(self.state) or self.dtype in FLOATS
 
 
 def stored_tensors(base: Path) -> dict[str, Stored]:
@@ -71,7 +70,7 @@ def stored_tensors(base: Path) -> dict[str, Stored]:
                     continue
                 part: Any = file.get_slice(name)
                 shape, kind = tuple(part.get_shape()), str(part.get_dtype())
-                width = 2 if kind in _FLOATS else _WIDTHS.get(kind, 1)
+                width = 2 if kind in FLOATS else _WIDTHS.get(kind, 1)
                 found[name] = Stored(path, shape, kind, width * math.prod(shape))
     return found
 

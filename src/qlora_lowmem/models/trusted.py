@@ -22,6 +22,7 @@ from qlora_lowmem import files
 from qlora_lowmem.errors import UsageError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of weights of 16 bits or more, as a safetensors header names them
 _STATE = ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model_fsdp*.bin")
 _SHARDS_INDEX = ".metadata"
 _IN_AN_INDEX = {

@@ -39,10 +39,9 @@ def own_failure(recipe: Recipe, source: ModelSource, error: Exception) -> UsageE
     logger.setLevel(logging.CRITICAL)  # it logs what it raises
     try:
         model = skeleton(recipe, source)
-        with fake_tensor.FakeTensorMode(
-            allow_non_fake_inputs=True
-        ):  # on meta alone, transformers asks masks for values
-            model(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long, device="meta"), use_cache=False)
+        tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):  # transformers asks masks for values
+            model(input_ids=tokens, use_cache=False)
     except _NO_VALUES:
         return None
     except Exception as alone:
