@@ -314,6 +314,52 @@ def out_of_memory_while_loading(mib: int) -> str:
     return f"{len(loaded)} tensors fit"
 
 
+def launches_of(given: str, statements: list[str]) -> dict[str, list[int]]:
+    """Kernels, copies and memsets of each statement, run a second time: what is made once has been made."""
+    import torch
+
+    from qlora_lowmem.virtual_gpu import launches
+
+    names = {"torch": torch}
+    exec(given, names)
+    counts = {}
+    for statement in statements:
+        exec(statement, names)
+        before = launches.of_this_process()
+        exec(statement, names)
+        after = launches.of_this_process()
+        assert before is not None
+        assert after is not None
+        found = after - before
+        counts[statement] = [found.kernels, found.copies, found.memsets]
+    return counts
+
+
+def launches_of_a_child_and_a_fork() -> dict[str, list[int]]:
+    """A program of its own launches three kernels and ends; a fork of this process, which has a context, none."""
+    import subprocess
+
+    import torch
+
+    from qlora_lowmem.virtual_gpu import launches
+
+    tensor = torch.ones(1, device="cuda")
+    began = launches.of_this_process(), launches.of_all_processes()
+    program = "import torch; tensor = torch.ones(1, device='cuda'); (tensor + tensor) * tensor"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    if os.fork() == 0:
+        os._exit(int(launches.of_this_process() != launches.Launches()))
+    _, code = os.wait()
+    tensor.add_(1)
+    ended = launches.of_this_process(), launches.of_all_processes()
+    mine, everyone = (
+        after.kernels - before.kernels
+        for before, after in zip(began, ended, strict=True)
+        if before is not None and after is not None
+    )
+    return {"kernels": [mine, everyone], "exit code of the fork": [code]}
+
+
 def fork_after_use() -> str:
     import torch
 

@@ -105,7 +105,7 @@ def _print_summary(report: Report, card: Card) -> None:
     print(
         f"virtual {card.name}: peak allocated {gib(report.peak_allocated_bytes)}, reserved "
         f"{gib(report.peak_reserved_bytes)}, device {gib(report.peak_device_bytes)} of {gib(card.total_bytes)} "
-        f"with {gib(report.context_bytes)} of context{known}",
+        f"with {gib(report.context_bytes)} of context{known}; {report.launches.total:,} launches",
         file=sys.stderr,
     )
 

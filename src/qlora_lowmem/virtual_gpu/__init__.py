@@ -22,6 +22,7 @@ from .cards import (
     get_card,
 )
 from .launch import environment, run
+from .launches import Launches
 from .server import JobFailedError, JobResult, Server
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "DevicePeaks",
     "JobFailedError",
     "JobResult",
+    "Launches",
     "Report",
     "Server",
     "UnknownCardError",

@@ -8,17 +8,18 @@ import json
 import struct
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .cards import Card
+from .launches import KINDS, Launches
 
 ACCOUNT_FILE = "account.bin"
 PEAK_FILES = "torch-*.json"
 
 _MAGIC = b"VGPUACC\0"
-_LAYOUT_VERSION = 3
+_LAYOUT_VERSION = 4
 MAX_DEVICES = 16
 _MAX_PROCESSES = 256
 _MAX_MISSING = 256
@@ -29,12 +30,13 @@ _NOTICES = (
     "nccl_buffers", "dnn_workspaces", "solver_workspaces", "sparse_workspaces", "fft_workspaces", "no_hooks",
     "static_runtime", "values_read", "reached", "in_force",
 )  # fmt: skip
-# magic; layout version, devices, missing functions, notices; pinned now and peak, managed now and peak. What is left
-# out, here and of a device, only the processes read (together.py).
-_HEADER = struct.Struct("<8s4I4Q72x")
+# magic; layout version, devices, missing functions, notices; pinned now and peak, managed now and peak; launches of
+# processes that have ended. What is left out, here and of a device, only the processes read (together.py).
+_HEADER = struct.Struct(f"<8s4I4Q16x{KINDS}Q32x")
 # name, uuid; total, context, used, peak; capability, SMs, limits, clocks
 _DEVICE = struct.Struct(f"<{_NAME_BYTES}s16s4Q13I60x")
 _PROCESS_BYTES = 448
+_LAUNCHES = struct.Struct(f"<{KINDS}Q")  # the last of a process
 _PROCESSES_AT = _HEADER.size + MAX_DEVICES * _DEVICE.size
 _MISSING_AT = _PROCESSES_AT + _MAX_PROCESSES * _PROCESS_BYTES
 FILE_BYTES = _MISSING_AT + _MAX_MISSING * _NAME_BYTES
@@ -49,6 +51,7 @@ class AccountReading:
     managed_peak_bytes: int
     missing_functions: tuple[str, ...]
     notices: tuple[str, ...]
+    launches: Launches
 
 
 def create(path: Path, card: Card, count: int) -> None:
@@ -60,7 +63,7 @@ def create(path: Path, card: Card, count: int) -> None:
     if not 1 <= count <= MAX_DEVICES:
         raise ValueError(f"count is {count}; a virtual machine has 1 to {MAX_DEVICES} cards")
     content = bytearray(FILE_BYTES)
-    _HEADER.pack_into(content, 0, _MAGIC, _LAYOUT_VERSION, count, 0, 0, 0, 0, 0, 0)
+    _HEADER.pack_into(content, 0, _MAGIC, _LAYOUT_VERSION, count, *[0] * (6 + KINDS))
     for device in range(count):
         _DEVICE.pack_into(content, _HEADER.size + device * _DEVICE.size, *_device_row(card, device))
     path.write_bytes(content)
@@ -89,7 +92,7 @@ def read(path: Path) -> AccountReading:
     content = path.read_bytes()
     if len(content) != FILE_BYTES or not content.startswith(_MAGIC):
         raise ValueError(f"{path} is not the account of a virtual machine")
-    _, _, count, missing, notices, _, pinned_peak, _, managed_peak = _HEADER.unpack_from(content)
+    _, _, count, missing, notices, _, pinned_peak, _, managed_peak, *launches = _HEADER.unpack_from(content)
     rows = (_DEVICE.unpack_from(content, _HEADER.size + device * _DEVICE.size) for device in range(count))
     names = (
         content[start : start + _NAME_BYTES].split(b"\0", 1)[0].decode(errors="replace")
@@ -97,7 +100,10 @@ def read(path: Path) -> AccountReading:
     )
     told = tuple(name for bit, name in enumerate(_NOTICES) if notices >> bit & 1)
     device_peaks = tuple(row[5] for row in rows)
-    return AccountReading(device_peaks, pinned_peak, managed_peak, tuple(names), told)
+    ends = range(_PROCESSES_AT + _PROCESS_BYTES, _MISSING_AT + 1, _PROCESS_BYTES)
+    living = (Launches(*_LAUNCHES.unpack_from(content, end - _LAUNCHES.size)) for end in ends)
+    launched = sum(living, Launches(*launches))
+    return AccountReading(device_peaks, pinned_peak, managed_peak, tuple(names), told, launched)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ class Report:
             was killed), allocated and reserved are what was last known; the device's peak is exact all the same.
         reached: a process asked for a card, were it only how many there are. Where False, nothing was run on it.
         in_force: a process of the program had the machine's libraries loaded.
+        launches: kernels, copies and memsets that all processes submitted, from first to last.
     """
 
     exit_code: int
@@ -152,6 +159,7 @@ class Report:
     notices: tuple[str, ...] = ()
     reached: bool = True
     in_force: bool = True
+    launches: Launches = field(default_factory=Launches)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-able data; sizes are integers in bytes."""
@@ -192,5 +200,6 @@ def read_report(folder: Path, card: Card, exit_code: int) -> Report:
         notices=tuple(name for name in reading.notices if name not in ("values_read", "reached", "in_force")),
         reached=reached,
         in_force="in_force" in reading.notices,
+        launches=reading.launches,
         devices=tuple(devices),
     )

@@ -2,8 +2,10 @@
 
 What is not implemented in `csrc/` falls into one of these kinds, by its library's table in `functions.toml`:
 
-- *product*: computes on the device and reports nothing to the host: succeeds, and what was known there no longer is;
-- *idle*: has nothing to do where nothing computes: succeeds;
+- *product*: computes on the device and reports nothing to the host: succeeds, and what was known there no longer is.
+  It counts as one kernel, the least that it launches: how many more there are (a split product, a transposition) is
+  the library's choice on the card;
+- *idle*: has nothing to do where nothing computes, or only sets up: succeeds;
 - *handle*: makes an object that only such functions read: hands out the address of an empty one;
 - *number*: writes numbers where it is told to, and succeeds. The sizes of workspaces are 0: they are not known here,
   which is said once;

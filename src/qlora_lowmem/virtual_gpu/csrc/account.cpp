@@ -142,6 +142,7 @@ void clear_process(Process& process) {
     move(process.reserved_segments[d], mapped->devices[d].reserved_segments, 0);
   }
   for (int kind = 0; kind < 2; ++kind) mapped->host[kind].bytes -= process.host_bytes[kind];
+  for (int kind = 0; kind < kLaunchKinds; ++kind) mapped->launches[kind] += process.launches[kind];
   memset(&process, 0, sizeof process);
   --mapped->process_count;
 }
@@ -293,6 +294,25 @@ void give(int device, uint64_t bytes) {
 void count_torch(int device, uint64_t allocated, uint64_t reserved_segments) {
   if (mapped == nullptr || own == nullptr || device < 0 || device >= visible_count) return;
   hold_tensors(visible[device], allocated, reserved_segments, false);
+}
+
+void count_launch(Launch kind) {
+  if (own != nullptr) __atomic_fetch_add(&own->launches[kind], 1, __ATOMIC_RELAXED);
+}
+
+void read_launches(bool of_all, uint64_t* counts) {
+  memset(counts, 0, sizeof(uint64_t) * kLaunchKinds);
+  Lock lock;
+  if (mapped == nullptr) return;
+  auto add = [&](const uint64_t* launches) {
+    for (int kind = 0; kind < kLaunchKinds; ++kind) counts[kind] += __atomic_load_n(&launches[kind], __ATOMIC_RELAXED);
+  };
+  if (!of_all) {
+    if (own != nullptr) add(own->launches);
+    return;
+  }
+  add(mapped->launches);
+  for (const Process& process : mapped->processes) add(process.launches);
 }
 
 void begin_together() {

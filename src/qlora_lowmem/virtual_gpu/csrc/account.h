@@ -12,8 +12,12 @@ constexpr int kMaxDevices = 16;
 constexpr int kMaxProcesses = 256;
 constexpr int kMaxMissing = 256;
 constexpr int kNameBytes = 96;
-constexpr uint32_t kLayoutVersion = 3;
+constexpr uint32_t kLayoutVersion = 4;
 constexpr uint64_t kGranularity = 2u << 20;  // cudaMalloc and cuMemCreate hand out whole 2 MiB pages
+
+// What a program submits to a card. Each costs the host time, whatever its size.
+enum Launch { kKernel, kCopy, kFill };
+constexpr int kLaunchKinds = 3;
 
 struct Use {
   uint64_t bytes;
@@ -59,7 +63,7 @@ struct Process {
   uint64_t allocated[kMaxDevices];  // of these, as its caching allocator counts
   uint64_t reserved_segments[kMaxDevices];
   uint64_t image;  // tells a process from what it was before it called exec
-  uint8_t reserved[24];
+  uint64_t launches[kLaunchKinds];
 };
 static_assert(sizeof(Process) == 448, "account.py reads this layout");
 
@@ -73,7 +77,8 @@ struct Account {
   uint32_t process_count;  // rows in use, also of processes that have ended since
   int32_t first;  // the process that called begin_together
   uint32_t others;  // how many others have had a context since
-  uint8_t reserved[60];
+  uint64_t launches[kLaunchKinds];  // of processes that have ended
+  uint8_t reserved[32];
   Device devices[kMaxDevices];
   Process processes[kMaxProcesses];
   char missing[kMaxMissing][kNameBytes];
@@ -121,6 +126,12 @@ VGPU_SHARED uint64_t free_bytes(int device);
 
 // What PyTorch's caching allocator of this process counts now. Called for every tensor that comes or goes.
 VGPU_SHARED void count_torch(int device, uint64_t allocated, uint64_t reserved_segments);
+
+// Counts one of what this process submits; without a context, where nothing can be submitted, nothing. No lock is taken.
+VGPU_SHARED void count_launch(Launch kind);
+
+// How many there were of each kind: of this process, or of all that are and were on the machine.
+VGPU_SHARED void read_launches(bool of_all, uint64_t* counts);
 
 // Starts the peaks of all processes together afresh, from what they hold now.
 VGPU_SHARED void begin_together();

@@ -154,14 +154,17 @@ API CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr 
 // Copies in other directions are this function too: an address says whose it is.
 API CUresult cuMemcpyDtoH(void* target, CUdeviceptr source, size_t bytes) {
   copy(target, pointer(source), bytes);
+  if (bytes != 0) count_launch(kCopy);
   return CUDA_SUCCESS;
 }
 API CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char, size_t bytes, CUstream) {
   fill(pointer(target), 0, bytes);
+  if (bytes != 0) count_launch(kFill);
   return CUDA_SUCCESS;
 }
 API CUresult cuMemsetD32Async(CUdeviceptr target, unsigned, size_t count, CUstream) {
   fill(pointer(target), 0, count * 4);
+  if (count != 0) count_launch(kFill);
   return CUDA_SUCCESS;
 }
 

@@ -97,6 +97,7 @@ API int ncclWinGetUserPtr(Communicator*, void* window, void** buffer) { return t
 
 // Every rank is taken to have sent what this one did (written.h).
 API int ncclBroadcast(const void* from, void* to, size_t count, int type, int, Communicator*, void*) {
+  vgpu::count_launch(vgpu::kKernel);
   vgpu::note_copied(to, from, count * element_bytes(type));
   return kSuccess;
 }
@@ -105,6 +106,7 @@ API int ncclBcast(void* buffer, size_t count, int type, int root, Communicator* 
 }
 API int ncclAllGather(const void* from, void* to, size_t count, int type, Communicator* communicator, void*) {
   uint64_t bytes = count * element_bytes(type);
+  vgpu::count_launch(vgpu::kKernel);
   for (int rank = 0; rank < communicator->ranks; ++rank) {
     vgpu::note_copied(static_cast<char*>(to) + rank * bytes, from, bytes);
   }

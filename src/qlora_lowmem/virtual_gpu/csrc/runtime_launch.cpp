@@ -5,7 +5,6 @@
 
 #include "guard.h"
 #include "runtime.h"
-#include "written.h"
 
 using namespace vgpu;
 
@@ -104,8 +103,9 @@ API_NAMED(get_kernel(void** kernel, const void* host_function), "__cudaGetKernel
 }
 
 API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
-  forget_written();
-  return enter();
+  if (cudaError_t error = enter()) return error;
+  vgpu_launched();
+  return cudaSuccess;
 }
 
 API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {

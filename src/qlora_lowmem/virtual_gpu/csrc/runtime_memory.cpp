@@ -88,6 +88,7 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, cons
 API cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind) {
   if (cudaError_t error = enter()) return error;
   copy(target, source, bytes);
+  if (bytes != 0) count_launch(kCopy);
   return cudaSuccess;
 }
 
@@ -101,14 +102,22 @@ API cudaError_t cudaMemcpy2D(void* target, size_t target_pitch, const void* sour
   for (size_t row = 0; row < height; ++row) {
     copy(static_cast<char*>(target) + row * target_pitch, static_cast<const char*>(source) + row * source_pitch, width);
   }
+  if (width != 0 && height != 0) count_launch(kCopy);
   return cudaSuccess;
 }
 
 // A __device__ variable is known by the address of its host shadow; its value on the device does not exist.
 API cudaError_t cudaMemcpyFromSymbol(void* target, const void*, size_t bytes, size_t, cudaMemcpyKind) {
+  if (cudaError_t error = enter()) return error;
   vgpu_notice(kValuesRead);
   fill(target, 0, bytes);
-  return enter();
+  if (bytes != 0) count_launch(kCopy);
+  return cudaSuccess;
+}
+API cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t bytes, size_t, cudaMemcpyKind) {
+  if (cudaError_t error = enter()) return error;
+  if (bytes != 0) count_launch(kCopy);
+  return cudaSuccess;
 }
 API cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   *address = const_cast<void*>(symbol);
@@ -118,10 +127,13 @@ API cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
 API cudaError_t cudaMemset(void* target, int value, size_t bytes) {
   if (cudaError_t error = enter()) return error;
   fill(target, value, bytes);
+  if (bytes != 0) count_launch(kFill);
   return cudaSuccess;
 }
 
 API cudaError_t cudaMemset2DAsync(void* target, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
+  if (cudaError_t error = enter()) return error;
   for (size_t row = 0; row < height; ++row) fill(static_cast<char*>(target) + row * pitch, value, width);
-  return enter();
+  if (width != 0 && height != 0) count_launch(kFill);
+  return cudaSuccess;
 }

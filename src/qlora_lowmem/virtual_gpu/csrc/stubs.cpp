@@ -10,9 +10,18 @@ int vgpu_refuse(const char* name, int not_supported) {
 }
 
 int vgpu_launched() {
+  vgpu::count_launch(vgpu::kKernel);
   vgpu::forget_written();
   return 0;
 }
+
+int vgpu_copied() {
+  vgpu::count_launch(vgpu::kCopy);
+  vgpu::forget_written();
+  return 0;
+}
+
+void vgpu_read_launches(int of_all, uint64_t* counts) { vgpu::read_launches(of_all != 0, counts); }
 
 int vgpu_make(void** object) { return vgpu::tell(object, calloc(1, vgpu::kObjectBytes)); }
 

@@ -15,8 +15,14 @@ VGPU_SHARED int vgpu_notice(uint32_t notice);
 // Says once that the function is missing; returns its library's code for that.
 VGPU_SHARED int vgpu_refuse(const char* name, int not_supported);
 
-// A kernel ran: what the host wrote to a device is no longer known there.
+// A kernel ran, or a library's function that runs one at least: what the host wrote to a device is no longer known there.
 VGPU_SHARED int vgpu_launched();
+
+// A copy was made whose bytes are not looked at, with the same effect.
+VGPU_SHARED int vgpu_copied();
+
+// Kernels, copies and memsets that this process has submitted, or all of the machine have (account.h).
+VGPU_SHARED void vgpu_read_launches(int of_all, uint64_t* counts);
 
 // Handles and descriptors: zeroed memory, big enough for all of them.
 VGPU_SHARED int vgpu_make(void** object);

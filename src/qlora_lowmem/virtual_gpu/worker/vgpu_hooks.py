@@ -281,8 +281,9 @@ def _hook_torch(torch: ModuleType) -> None:
 def _hook_triton(jit: ModuleType) -> None:
     launched = getattr(ctypes.CDLL(None), "vgpu_launched", int)  # the second in a process that lost LD_PRELOAD
 
-    def launch_nothing(*_arguments: Any, **_options: Any) -> None:
-        launched()
+    def launch_nothing(*_arguments: Any, **options: Any) -> None:
+        if not options.get("warmup"):  # which compiles, and launches nothing
+            launched()
 
     jit.JITFunction.run = launch_nothing
 
