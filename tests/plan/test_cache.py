@@ -33,7 +33,7 @@ def test_what_was_put_is_got_and_nothing_else(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*")), "no scratch file stays"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"a":1}', b"\xff\xfe"])
 def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, damage: bytes) -> None:
     kept = RunCache(tmp_path)
     kept.put("ab12", {"a": 1})
@@ -41,6 +41,19 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, damage: bytes) -> Non
     assert kept.get("ab12", dict) is None
     kept.put("ab12", {"a": 2})
     assert kept.get("ab12", dict) == {"a": 2}
+
+
+def test_no_changed_bit_is_another_answer(tmp_path: Path) -> None:
+    kept = RunCache(tmp_path)
+    kept.put("ab12", {"a": 1})
+    (path,) = (tmp_path / "ab").iterdir()
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            assert kept.get("ab12", dict) is None
+    path.write_bytes(whole)
+    assert kept.get("ab12", dict) == {"a": 1}
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

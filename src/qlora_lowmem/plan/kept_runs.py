@@ -39,6 +39,13 @@ _ANSWERED_BY: dict[str, tuple[Question, ...]] = {
 }
 
 
+class _Kept(msgspec.Struct):
+    """A file of the cache; the digest is that of the answer's JSON."""
+
+    sha256: str
+    answer: msgspec.Raw
+
+
 class RunCache:
     """Answers by key, a JSON file each; a folder that cannot be written is said once and then done without."""
 
@@ -55,11 +62,12 @@ class RunCache:
             return cls(None)
 
     def get(self, key: str, kind: type[Answer]) -> Answer | None:
-        """What was kept under `key`; None if nothing was, or if it is damaged."""
+        """What was kept under `key`; None if nothing was, or if it is damaged by as much as a bit."""
         if self._folder is None:
             return None
         try:
-            return msgspec.json.decode(self._path(self._folder, key).read_bytes(), type=kind)
+            kept = msgspec.json.decode(self._path(self._folder, key).read_bytes(), type=_Kept)
+            return msgspec.json.decode(kept.answer, type=kind) if kept.sha256 == _digest(kept.answer) else None
         except (OSError, ValueError):
             return None
 
@@ -70,7 +78,8 @@ class RunCache:
         path = self._path(self._folder, key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, msgspec.json.encode(answer))
+            content = msgspec.json.encode(answer)
+            write_whole(path, msgspec.json.encode(_Kept(_digest(content), msgspec.Raw(content))))
         except OSError as error:
             print(f"plan: {self._folder} cannot be written ({error.strerror}); nothing is cached", file=sys.stderr)
             self._folder = None
@@ -78,6 +87,10 @@ class RunCache:
     @staticmethod
     def _path(folder: Path, key: str) -> Path:
         return folder / key[:2] / f"{key}.json"
+
+
+def _digest(content: bytes | msgspec.Raw) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def run_key(question: str, recipe: Recipe, card: virtual_gpu.Card) -> str:
