@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 _AT_FIRST = {
-    _signal.SIGINT: _signal.default_int_handler,
-    _signal.SIGTERM: _signal.SIG_DFL,
-    _signal.SIGHUP: _signal.SIG_DFL,
+    _signal.SIGINT: (_signal.default_int_handler, _signal.SIG_DFL),  # Python's; the package's while it imports this
+    _signal.SIGTERM: (_signal.SIG_DFL,),
+    _signal.SIGHUP: (_signal.SIG_DFL,),
 }
 _AGAIN_SECONDS = 0.05
 
@@ -82,7 +82,7 @@ def _handle(handler: "Any") -> "dict[int, Any]":
     before = {}
     for number, at_first in _AT_FIRST.items():
         now = _signal.getsignal(number)
-        if now in (at_first, _end, _unwind):
+        if now in (*at_first, _end, _unwind):
             try:
                 _signal.signal(number, handler)
             except ValueError:  # in another thread than the first, which takes no signals

@@ -34,6 +34,16 @@ def test_a_signal_while_the_packages_above_a_command_are_imported(
     assert (run.returncode, run.stdout, run.stderr) == (128 + number, "", said)
 
 
+def test_an_interrupt_before_a_command_has_its_signals_is_no_traceback(tmp_path: Path) -> None:
+    finder = "import sys\nclass Finder:\n    def find_spec(self, name, path=None, target=None):\n"
+    finder += "        if name == 'qlora_lowmem.signals':\n            import os; os.kill(os.getpid(), 2)\n"
+    (tmp_path / "sitecustomize.py").write_text(f"{finder}sys.meta_path.insert(0, Finder())\n")
+    command = [sys.executable, "-m", "qlora_lowmem", "--version"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")
+
+
 class Ignoring:
     """What is raised as it goes is ignored by Python."""
 
