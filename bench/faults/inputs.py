@@ -1,4 +1,4 @@
-"""What the commands work on, small and made once: a model that chats, an architecture, data, a run, results."""
+"""What the commands work on, small and made once: a model that chats, an architecture, data, a run, a plan."""
 
 import json
 import os
@@ -32,14 +32,17 @@ class Command:
         codes: exit codes of the command left alone.
         light: it takes a second or two, so that streams and disks fail its work, not only its first words.
         ends: False for the watch, which goes on as long as what it watches.
-        records: files that it replaces, and that must be whole JSON whatever befalls it.
+        target: the file that it writes at its end; it was there before, and must be whole whatever befalls the
+            command. None for the watch.
+        keeps: what it leaves for the same command to go on with: a pattern of paths. Nothing where that is empty.
     """
 
     words: tuple[str, ...]
     codes: tuple[int, ...] = (0,)
     light: bool = False
     ends: bool = True
-    records: tuple[str, ...] = ("out.json",)
+    target: str | None = "out.json"
+    keeps: str = ""
 
 
 def _of(text: str, **options: object) -> Command:
@@ -47,16 +50,19 @@ def _of(text: str, **options: object) -> Command:
 
 
 _TINY = "--config {recipes}/optimised.yaml --model arch --json out.json"
-_TRAIN = "train --config {recipes}/demo.yaml --model model --data data.jsonl --max-seq-length 64 --max-steps 2"
+_TRAIN = (
+    "train --config {recipes}/demo.yaml --model model --data data.jsonl --max-seq-length 64 --json out.json --quiet"
+)
 COMMANDS = {
-    "train": _of(f"{_TRAIN} --save-steps 1 --output-dir new --json out.json --quiet"),
-    "train, virtual": _of(f"{_TRAIN} --device virtual --card {{card}} --json out.json --quiet"),
+    "train": _of(f"{_TRAIN} --quiet --max-steps 8 --save-steps 1 --output-dir new", keeps="new/checkpoint-*"),
+    "train, virtual": _of(f"{_TRAIN} --quiet --max-steps 2 --device virtual --card {{card}}"),
     "explain": _of(f"explain {_TINY} --max-seq-length 64 --svg peak --snapshot peak.pickle"),
     "longest": _of(f"longest {_TINY} --limit 64 --step 64 --table table"),
     "lengths": _of(f"lengths {_TINY} --lengths 64 --table table"),
     "phases": _of(f"phases {_TINY} --max-seq-length 64"),
     "plan": _of(
-        "plan --model arch --card {card} --seq 64 --limit 64 --step 64 --json out.json --write mine.yaml --force"
+        "plan --model arch --card {card} --seq 64 --limit 64 --step 64 --json out.json --write mine.yaml --force",
+        keeps="cache/plan/*/*.json",
     ),
     "generate": _of("generate --run run --prompt hello --max-new-tokens 4 --json out.json --quiet"),
     "merge": _of("merge --run run --to merged --json out.json --quiet"),
@@ -66,11 +72,14 @@ COMMANDS = {
     ),
     "data check": _of("data check data.jsonl --json out.json", light=True),
     "data convert": _of("data convert data.json made.jsonl --json out.json --force", light=True),
-    "watch": _of("watch --output-dir watched --json --interval 0.1", light=True, ends=False, records=()),
-    "report": _of("report {results}/reality.json --output page.html", light=True, records=()),
-    "readme": _of("readme --results {results} --readme README.md", light=True, records=()),
+    "watch": _of("watch --output-dir watched --json --interval 0.1", light=True, ends=False, target=None),
+    "report": _of("report {results}/reality.json --output page.html", light=True, target="page.html"),
+    "readme": _of("readme --results {results} --readme README.md", light=True, target="README.md"),
     "virtual-gpu": _of("virtual-gpu --card {card} --json out.json -- python program.py", light=True),
 }
+BEFORE = '{"from": "before"}\n'  # what is in the targets but README.md
+# What a training and a plan that were left alone came to, for those that were not: folders of what `prepare` makes.
+RUN, PLAN = "run", "planned"
 
 
 def prepare(folder: Path) -> None:
@@ -81,7 +90,6 @@ def prepare(folder: Path) -> None:
     (folder / "arch" / "config.json").write_text(json.dumps(architecture("granite-4.0-h-350m") | TINY_HYBRID))
     (folder / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in _SAMPLES))
     (folder / "data.json").write_text(json.dumps(_SAMPLES))
-    (folder / "out.json").write_text('{"from": "before"}\n')
     shutil.copy(ROOT / "README.md", folder)
     (folder / "program.py").write_text("import ctypes, time\nctypes.CDLL('libcuda.so.1').cuInit(0)\ntime.sleep(1)\n")
     tiny = (RECIPES / "optimised.yaml").read_text() + "\n"
@@ -89,10 +97,30 @@ def prepare(folder: Path) -> None:
     for version, name in ((1, "good"), (2, "bad")):
         (folder / f"{name}.txt").write_text(f"nothing-at-all=={version}\n")
         (folder / "overlays" / f"nothing-at-all-{version}" / "site-packages").mkdir(parents=True)
-    command = [sys.executable, "-m", "qlora_lowmem", *COMMANDS["train"].words, "--output-dir", "run"]
-    subprocess.run(command, cwd=folder, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
-    (folder / "out.json").write_text('{"from": "before"}\n')
     shutil.copytree(cache_folder("virtual_gpu"), folder / "cache" / "virtual_gpu")
+    _run(folder, "train", "--output-dir", RUN)
+    (folder / "out.json").rename(folder / RUN / "out.json")
+    _run(folder, "plan")
+    (folder / PLAN).mkdir()
+    (folder / "out.json").rename(folder / PLAN / "out.json")
+    (folder / "cache" / "plan").rename(folder / PLAN / "cache")
+    (folder / "mine.yaml").unlink()
+    for name in ("out.json", "page.html"):
+        (folder / name).write_text(BEFORE)
     (folder / "watched").mkdir()
     started = psutil.Process().create_time()
     write_live(folder / "watched", LiveMemory(os.getpid(), started, started, "mine", "cpu", phase="training"))
+
+
+def _run(folder: Path, name: str, *more: str) -> None:
+    command = [sys.executable, "-m", "qlora_lowmem", *COMMANDS[name].words, *more]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a command that works in `folder`, caches in `cache` there and has its temporary files in `tmp`."""
+    env = os.environ | {"QLORA_LOWMEM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    if (folder / "tmp").is_dir():
+        env["TMPDIR"] = str(folder / "tmp")
+    return env | {"OMP_WAIT_POLICY": "passive"}
