@@ -24,7 +24,7 @@ from qlora_lowmem.results.kinds.matrix import write_matrix
 PROOFS = {
     "chaos": "a run killed again and again",
     "bad_inputs": "bad inputs, every command's",
-    "faults": "every command under 200 faults and kills",
+    "faults": "every command under 300 faults and kills",
     "ranks": "what each of several cards needs",
     "phases": "every phase of a run's life on a 6 GB card",
     "newcomer": "from clone to an answer, and the demo's skill, timed",
