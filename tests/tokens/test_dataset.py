@@ -16,7 +16,7 @@ from qlora_lowmem.recipe.io import load_recipe
 from qlora_lowmem.tokens import dataset as making
 from qlora_lowmem.tokens.dataset import count_tokens, show_sample, training_data
 from qlora_lowmem.tokens.encoding import NO_LOSS
-from qlora_lowmem.tokens.store import TokenReport
+from qlora_lowmem.tokens.store import REPORT_FILE, TOKENS_FILE, TokenReport
 from tiny_chat import MARKED, PLAIN, tiny_tokenizer
 
 
@@ -128,6 +128,23 @@ def test_an_interrupted_run_finds_its_tokens_again(
     assert [path.name for path in (out / making.TOKENS_FOLDER).iterdir() if path.is_dir()] == [replaced.folder.name]  # type: ignore[union-attr]
     replaced.discard()
     assert not (out / making.TOKENS_FOLDER).exists()
+
+
+@pytest.mark.parametrize("name", [TOKENS_FILE, REPORT_FILE])
+def test_tokens_that_are_damaged_are_made_again(write: Write, tmp_path: Path, name: str) -> None:
+    checked, out = write(*texts(4, 9)), tmp_path / "out"
+    first = training_data(recipe(), checked, tiny_tokenizer(), out)
+    assert first.folder is not None
+    (tokens, path) = first.dataset[:], first.folder / name
+    whole = path.read_bytes()
+    flipped = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in range(7, len(whole), 97)]
+    for damaged in (b"", whole[:-9], b"[1]", *flipped):
+        path.write_bytes(damaged)
+        again = training_data(recipe(), checked, tiny_tokenizer(), out)
+        assert (again.dataset[:], again.report) == (tokens, first.report)
+        assert path.read_bytes() == whole
+    path.unlink()
+    assert training_data(recipe(), checked, tiny_tokenizer(), out).dataset[:] == tokens
 
 
 def test_tokens_that_cannot_be_written_are_told(write: Write, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.contradictions import warm_up_beyond
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded, Encoder
-from qlora_lowmem.tokens.store import TokenReport, TokenTally, open_tokens, write_tokens
+from qlora_lowmem.tokens.store import TokenReport, TokenTally, are_whole, open_tokens, write_tokens
 from qlora_lowmem.tokens.templates import check_templates, choose_marking, end_tokens
 
 TOKENS_FOLDER, EVALUATION_FOLDER = "tokenised", "tokenised-evaluation"
@@ -106,8 +106,8 @@ def training_data(
         folder = parent / work.key()
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / _LOCK):  # of several processes, one writes
-            if not folder.is_dir():
-                _remove_ours(parent)  # of other data, or half written by a run that was killed
+            if not are_whole(folder):
+                _remove_ours(parent)  # of other data, damaged, or half written by a run that was killed
                 write_tokens(folder, work.seen(), work.tally(), checked.report.samples)
     dataset, report = open_tokens(folder)
     _check_not_empty(recipe, report)

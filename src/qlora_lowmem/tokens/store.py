@@ -1,6 +1,7 @@
 """Tokenised samples on disk: written once, one sample at a time, and memory-mapped from there."""
 
 import errno
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import whole_folder
+from qlora_lowmem.files import read_json, whole_folder
 from qlora_lowmem.tokens.encoding import NO_LOSS, Encoded
 
 TOKENS_FILE = "tokens.arrow"
@@ -122,8 +123,9 @@ def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], tally: To
             with pa.OSFile(str(scratch / TOKENS_FILE), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
                 for batch in _batches(tally.cut(samples)):
                     writer.write_batch(batch)
-            text = json.dumps(asdict(tally.report(of_samples)), indent=2) + "\n"
-            (scratch / REPORT_FILE).write_text(text, encoding="utf-8")
+            report = asdict(tally.report(of_samples))
+            content = {"report": report, "sha256": _digest(scratch, report)}
+            (scratch / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         full = error.errno == errno.ENOSPC
         raise UsageError(
@@ -132,10 +134,27 @@ def write_tokens(folder: Path, samples: Iterable[tuple[int, Encoded]], tally: To
         ) from None
 
 
+def are_whole(folder: Path) -> bool:
+    """Whether the tokens in a folder are to the bit what `write_tokens` wrote; reads them all."""
+    try:
+        content = read_json(folder / REPORT_FILE)
+        return bool(content["sha256"] == _digest(folder, content["report"]))
+    except (OSError, KeyError, TypeError):
+        return False
+
+
 def open_tokens(folder: Path) -> tuple[Dataset, TokenReport]:
     """What `write_tokens` wrote: columns `input_ids` and `labels`, memory-mapped."""
-    content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    return Dataset.from_file(str(folder / TOKENS_FILE)), TokenReport(**content)
+    content = read_json(folder / REPORT_FILE)
+    return Dataset.from_file(str(folder / TOKENS_FILE)), TokenReport(**content["report"])
+
+
+def _digest(folder: Path, report: dict[str, Any]) -> str:
+    """SHA-256 of the tokens and of their report."""
+    with (folder / TOKENS_FILE).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(report).encode())
+    return digest.hexdigest()
 
 
 def _batches(samples: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
