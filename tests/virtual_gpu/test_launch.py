@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lowmem.virtual_gpu import environment, read_report, run
+from qlora_lowmem.virtual_gpu import environment, launch, read_report, run
 from qlora_lowmem.virtual_gpu.build import find_compiler
 
 MIB = 2**20
@@ -156,6 +156,17 @@ time.sleep(60)
 
 
 @pytest.mark.usefixtures("built")
+def test_an_interrupt_of_what_every_python_runs_first_is_no_traceback_of_it():
+    strikes = "import importlib.util, os, runpy, signal, sys\nclass Finder:\n    def find_spec(self, name, *_):\n"
+    strikes += "        if name == 'importlib.util': os.kill(os.getpid(), 2)\n"
+    runs = f"runpy.run_path({str(launch._WORKER / 'sitecustomize.py')!r})\n"
+    then = "assert signal.getsignal(2) is signal.default_int_handler; print('listens')\n"
+    struck = "sys.meta_path.insert(0, Finder()); del sys.modules['importlib.util']\n"
+    command = [sys.executable, "-c", strikes + runs + then + struck + runs]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-2, "listens\n", "")
+
+
 def test_a_shadowed_sitecustomize_still_runs(laptop, script, tmp_path):
     folder = tmp_path / "site"
     folder.mkdir()

@@ -1,4 +1,14 @@
-"""Runs at the start of every Python process on a virtual GPU: arranges the hooks, and imports nothing for them."""
+"""Runs at the start of every Python process on a virtual GPU: arranges the hooks, and imports nothing for them.
+
+An interrupt while this runs ends the process, as one does before Python listens, and is no traceback of this file.
+"""
+
+# ruff: noqa: E402 - the other imports come after what an interrupt of them needs
+import _signal  # type: ignore[import-not-found]  # `signal` costs every process its import
+
+_LISTENS = _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
+if _LISTENS:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import importlib
 import importlib.machinery
@@ -53,10 +63,14 @@ class _HookFinder:
         return None
 
 
-def _run_shadowed_sitecustomize() -> None:
-    """Runs the sitecustomize that this one hides, as Python would have without us."""
+def _shadowed_sitecustomize() -> importlib.machinery.ModuleSpec | None:
+    """The sitecustomize that this one hides."""
     folders = [entry for entry in sys.path if os.path.abspath(entry or ".") != _HERE]  # noqa: PTH100
-    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", folders)
+    return importlib.machinery.PathFinder.find_spec("sitecustomize", folders)
+
+
+def _run(spec: importlib.machinery.ModuleSpec | None) -> None:
+    """Runs it, as Python would have without us."""
     if spec is None or spec.loader is None:
         return
     module = importlib.util.module_from_spec(spec)
@@ -66,4 +80,7 @@ def _run_shadowed_sitecustomize() -> None:
 
 if os.environ.get("VGPU_ACCOUNT"):
     sys.meta_path.insert(0, _HookFinder())
-_run_shadowed_sitecustomize()
+_hidden = _shadowed_sitecustomize()
+if _LISTENS:
+    _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+_run(_hidden)
