@@ -136,7 +136,7 @@ def _try_special(path: Path) -> None:
 
 
 def _try_folder(folder: Path) -> None:
-    with tempfile.NamedTemporaryFile(prefix=".", dir=folder, buffering=0) as file:
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # without a name, which an interrupt could leave
         left = len(_ROOM)
         while left:
             left -= file.write(_ROOM[:left])

@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,21 @@ def refused(name: str, words: list[str], target: str, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert said.startswith("error: --")
     return said
+
+
+def test_trying_a_folder_puts_no_name_there_that_an_interrupt_could_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    class Room(bytes):
+        def __getitem__(self, part: Any) -> Any:
+            seen.append(os.listdir(tmp_path))  # noqa: PTH208
+            return super().__getitem__(part)
+
+    monkeypatch.setattr(targets, "_ROOM", Room(9))
+    targets.check_file("--json", str(tmp_path / "out.json"))
+    assert seen == [[]]
 
 
 @pytest.mark.parametrize("target", ["none/x.json", ".", "new/", "", LONG, "/dev/full", "file/x.json"])

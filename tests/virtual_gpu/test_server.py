@@ -1,5 +1,7 @@
 """Jobs on virtual cards: what torch sees there, and what becomes of jobs that end badly."""
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,14 @@ def test_a_jobs_peaks_are_the_allocators_and_the_device_holds_the_context_too(jo
     assert (report.device, report.provenance) == ("rtx-4050-laptop-6gb", "virtual")
     assert report.missing_functions == ()
     assert report.complete
+
+
+def test_one_that_nobody_comes_to_close_leaves_no_folder(tmp_path):
+    script = "from qlora_lowmem.virtual_gpu import Server; server = Server(); raise KeyboardInterrupt"
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert run.stderr.endswith("KeyboardInterrupt\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [256, 2048])

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import versions
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
+from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.gate.records import key_of, record_of
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
@@ -88,11 +88,11 @@ class GpuRunner:
         return None
 
     def _run(self, recipe: Recipe, limit: Sequence[str]) -> CaseResult:
-        with tempfile.TemporaryDirectory() as folder:
-            config, summary = Path(folder) / f"{recipe.name}.yaml", Path(folder) / "summary.json"
+        with scratch_folder() as folder:
+            config, summary = folder / f"{recipe.name}.yaml", folder / "summary.json"
             config.write_text(recipe.to_yaml(), encoding="utf-8")
             command = [sys.executable, "-m", "qlora_lowmem.train", "--config", str(config), "--device", "cuda"]
-            command += ["--output-dir", str(Path(folder) / "out"), "--data", "synthetic", "--quiet", "--no-advice"]
+            command += ["--output-dir", str(folder / "out"), "--data", "synthetic", "--quiet", "--no-advice"]
             done = subprocess.run(
                 [*command, "--json", str(summary), *limit], capture_output=True, text=True, check=False
             )

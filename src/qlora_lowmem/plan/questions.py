@@ -1,6 +1,5 @@
 """What else is asked of recipes on a card: their memory at each length, and in each phase of a run's life."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
+from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, submit_recipe
 from qlora_lowmem.recipe import Recipe
@@ -72,9 +72,9 @@ def live(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server) -> 
         QloraLowmemError: a part failed for another reason than memory.
     """
     parts: list[RecipeRun] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for part in ("train", "resume", "merge"):
-            arguments = {"content": recipe.to_dict(), "folder": folder, "part": part}
+            arguments = {"content": recipe.to_dict(), "folder": str(folder), "part": part}
             job = server.submit("qlora_lowmem.plan.worker:live_here", arguments, card).result()
             if job.value is None:
                 raise QloraLowmemError(

@@ -98,7 +98,9 @@ class Server:
         if max_workers < 1:
             raise ValueError(f"max_workers is {max_workers}; it must be at least 1")
         self._preload = list(preload)
-        self._folder = Path(tempfile.mkdtemp(prefix="vgpu-server-"))
+        # An object, so that it goes with the process too where nobody comes to close this.
+        self._temporary = tempfile.TemporaryDirectory(prefix="vgpu-server-", ignore_cleanup_errors=True)
+        self._folder = Path(self._temporary.name)
         self._lock = threading.RLock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._submitted = 0
@@ -152,7 +154,7 @@ class Server:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._temporary.cleanup()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
