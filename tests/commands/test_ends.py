@@ -92,6 +92,28 @@ def test_a_signal_in_the_midst_of_work_undoes_it(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
+def test_what_a_command_runs_ends_by_itself_when_the_command_is_interrupted(tmp_path: Path) -> None:
+    """Not killed: it removes its temporary folder first."""
+    child = "import pathlib, sys, time\nfrom qlora_lowmem.commands.frame import guarded\n"
+    child += "from qlora_lowmem.files import scratch_folder\ndef run():\n    with scratch_folder():\n"
+    child += "        pathlib.Path('ready').touch(); time.sleep(60)\nsys.exit(guarded(run))\n"
+    script = (
+        "import os, sys; from qlora_lowmem.children import run_child; from qlora_lowmem.commands.frame import guarded\n"
+    )
+    script += f"sys.exit(guarded(lambda: run_child([sys.executable, '-c', {child!r}], os.environ).returncode))"
+    env = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=env, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert len(list((tmp_path / "tmp").iterdir())) == 1
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == (None, b"interrupted\n")
+    assert process.returncode == EXIT_INTERRUPTED
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_what_a_killed_command_leaves_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = "import os; from qlora_lowmem.files import scratch_folder\nwith scratch_folder(): os.kill(os.getpid(), 9)"
     env = {**os.environ, "TMPDIR": str(tmp_path)}

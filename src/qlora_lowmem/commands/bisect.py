@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from qlora_lowmem.children import run_child
 from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import installed, words_of
 from qlora_lowmem.errors import EXIT_OK, UsageError
@@ -146,7 +146,7 @@ def measure_recipe(versions: Mapping[str, str], *, config: Path, card: str | Non
         command += ["--device", "virtual", "--data", "synthetic", "--no-advice"]
         command += ["--output-dir", str(scratch / "out"), "--json", str(summary)]
         environment = overlaid(different, folder)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = run_child(command, environment)
         content = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     if not content.get("fits"):
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -208,7 +208,8 @@ def _install(target: Path, requirements: list[str]) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *requirements]
     # The constraints of the environment that runs us name the very versions that others are wanted in place of.
     free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-    done = subprocess.run(command, env=free, capture_output=True, text=True, check=False)
+    with scratch_folder() as temporary:  # where pip that is ended leaves what it has unpacked
+        done = run_child(command, free | {"TMPDIR": str(temporary)})
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
         raise UsageError(f"{', '.join(requirements)} cannot be installed: {errors[-1]}")
