@@ -75,8 +75,17 @@ COMMANDS = {
     "watch": _of("watch --output-dir watched --json --interval 0.1", light=True, ends=False, target=None),
     "report": _of("report {results}/reality.json --output page.html", light=True, target="page.html"),
     "readme": _of("readme --results {results} --readme README.md", light=True, target="README.md"),
-    "virtual-gpu": _of("virtual-gpu --card {card} --json out.json -- python program.py", light=True),
+    "virtual-gpu": _of("virtual-gpu --card {card} --json out.json -- ./program", light=True),
 }
+# Not in Python, whose own traceback of an interrupt would be the program's and not the command's.
+_PROGRAM = """#include <dlfcn.h>
+#include <unistd.h>
+int main() {
+  auto cuda = dlopen("libcuda.so.1", RTLD_NOW);
+  reinterpret_cast<int (*)(unsigned)>(dlsym(cuda, "cuInit"))(0);
+  sleep(1);
+}
+"""
 BEFORE = '{"from": "before"}\n'  # what is in the targets but README.md
 # What a training and a plan that were left alone came to, for those that were not: folders of what `prepare` makes.
 RUN, PLAN = "run", "planned"
@@ -91,7 +100,8 @@ def prepare(folder: Path) -> None:
     (folder / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in _SAMPLES))
     (folder / "data.json").write_text(json.dumps(_SAMPLES))
     shutil.copy(ROOT / "README.md", folder)
-    (folder / "program.py").write_text("import ctypes, time\nctypes.CDLL('libcuda.so.1').cuInit(0)\ntime.sleep(1)\n")
+    (folder / "program.cpp").write_text(_PROGRAM)
+    subprocess.run(["g++", "program.cpp", "-o", "program", "-ldl"], cwd=folder, check=True)
     tiny = (RECIPES / "optimised.yaml").read_text() + "\n"
     (folder / "tiny.yaml").write_text(tiny.replace("ibm-granite/granite-4.0-h-1b", str(folder / "arch")))
     for version, name in ((1, "good"), (2, "bad")):

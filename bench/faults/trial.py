@@ -56,7 +56,7 @@ def try_one(name: str, fault: Fault, prepared: Path, folder: Path, alone: Outcom
     moment = running.strike(alone.seconds, alone.kept_at, rng) if fault.number and alone else 0.0
     code, said, seconds = running.ended()
     before_ours = fault.number == signal.SIGINT and pythons_own(said, code)
-    short = [] if before_ours else what_is_short(name, fault, code, said)
+    short = [] if before_ours else what_is_short(name, fault, code, said, helped="--help" in words)
     short += ["it had to be ended"] * running.timed_out
     short += left_behind(folder, fault)
     short += not_whole(name, folder, written=code == 0 and "--help" not in words)

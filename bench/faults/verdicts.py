@@ -46,10 +46,10 @@ def pythons_own(said: str, code: int) -> bool:
     return found is not None and theirs and not runs and code == (1 if found[1] else -signal.SIGINT)
 
 
-def what_is_short(name: str, fault: Fault, code: int, said: str) -> list[str]:
-    """Of its words and its exit code."""
+def what_is_short(name: str, fault: Fault, code: int, said: str, *, helped: bool) -> list[str]:
+    """Of what it said and its exit code; `helped`, of `--help`."""
     short = [f"it says {words!r}" for words in _BAD_WORDS if words in said]
-    allowed = set(COMMANDS[name].codes)
+    allowed = {0} if helped else set(COMMANDS[name].codes)
     if fault.number == signal.SIGKILL:
         allowed |= {-signal.SIGKILL}
     elif fault.number:
