@@ -27,7 +27,7 @@ from qlora_lowmem.results.tables import markdown_table, provenance_lines, write_
 
 pytestmark = pytest.mark.faults
 SEED = 15
-EACH_AT_THE_START, EACH_AGAIN = 3, 3  # of each signal and command
+EACH_AT_THE_START, EACH_AGAIN = 3, 2  # of each signal and command
 _CACHED = ("plan", "virtual-gpu")
 
 
