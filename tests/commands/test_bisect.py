@@ -90,11 +90,12 @@ def test_constraints(tmp_path: Path) -> None:
 def test_overlays_are_made_once_and_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 
-    def pip(command: list[str], **_: object) -> object:
+    def pip(command: list[str], env: Mapping[str, str]) -> object:
+        assert Path(env["TMPDIR"]).is_dir()
         calls.append(command)
         return type("Done", (), {"returncode": 0, "stderr": ""})
 
-    monkeypatch.setattr(command.subprocess, "run", pip)
+    monkeypatch.setattr(command, "run_child", pip)
     monkeypatch.setattr(command, "installed", lambda name: {"same": "1"}.get(name))
     monkeypatch.setenv("PYTHONPATH", "/before")
     for _ in range(2):
