@@ -121,6 +121,14 @@ def test_bad_input(
         ("generate", ["--samples", "1.5"], "--samples: '1.5' is not a whole number"),
         ("longest", ["--config", OPTIMISED, "--limit", "9" * 30], "--limit"),
         ("lengths", ["--config", OPTIMISED, "--lengths", "1"], "--lengths: 1 is too few; give 2"),
+        *(
+            (command, ["--config", OPTIMISED, flag, value], f"{flag}: data.{flag[2:].replace('-', '_')} would change")
+            for command in ("explain", "longest", "lengths", "phases")
+            for flag, value in (
+                *(("--data", "my.jsonl"), ("--train-on", "all"), ("--template", "none")),
+                *(("--eval-data", "my.jsonl"), ("--eval-fraction", "0.1")),
+            )
+        ),
         ("plan", ["--config", OPTIMISED, "--card", "12GB", "--seq", "9" * 30], "--seq"),
         ("plan", ["--config", OPTIMISED, "--card", "12GB", "--memory", "9" * 30], "--memory"),
         ("plan", ["--config", OPTIMISED, "--card", "rtx-3060-12gb@2000GiB"], "at most (1 TiB)"),

@@ -43,7 +43,7 @@ def cases() -> Iterator[Case]:
             () if command in ("watch", "report", "readme") else ("", "/", "/nowhere/x.json", "GOOD", "/dev/full/x")
         ):
             words = _good(command)
-            yield Case(command, f"--json {target!r}", _json(words, target), ("--json",))
+            yield Case(command, f"--json: {target!r}", _json(words, target), ("--json",))
     for command in _WITH_RECIPE:
         yield Case(command, "--config without a value", _fixed("--config"), ("--config",))
         yield Case(command, "a flag without its value", _fixed(*_good(command), "--lora-r"), ("--lora-r",))
@@ -70,6 +70,9 @@ def cases() -> Iterator[Case]:
         yield Case(command, "an empty model", _fixed(*_good(command), "--model", ""), ("base.model",))
         yield Case(command, "a model of 5,000 letters", _fixed(*_good(command), "--model", "x" * 5000), ("base.model",))
         yield Case(command, "a model of nobody's", _fixed(*_good(command), "--model", "~nobody9/x"), ("base.model",))
+        for flag, value in () if command == "train" else (("--data", "my.jsonl"), ("--eval-fraction", "0.1")):
+            says = (f"data.{flag[2:].replace('-', '_')}",)
+            yield Case(command, f"samples that are not run: {flag}", _fixed(*_good(command), flag, value), says)
         yield Case(command, "a hub id of five parts", _fixed(*_good(command), "--model", "a/b/c/d/e"), ("base.model",))
     yield from _of_numbers("longest", ("--limit", "--step"))
     yield from _of_numbers("lengths", ("--lengths",))
@@ -77,39 +80,39 @@ def cases() -> Iterator[Case]:
     yield from _of_numbers("generate", ("--samples", "--max-new-tokens"))
     yield from _of_numbers("watch", ("--pid", "--gpu"), allowed=("0",))
     for text in ("0", "-1", "nan", "inf", "x", "", "1e-9"):
-        yield Case("watch", f"--interval {text}", _fixed(f"--interval={text}"), ("--interval",))
+        yield Case("watch", f"--interval: {text}", _fixed(f"--interval={text}"), ("--interval",))
     for text in _SIZES:
         yield (
-            Case("watch", f"--warn {text[:40]!r}", _fixed(f"--warn={text}"), ("--warn",))
+            Case("watch", f"--warn: {text[:40]!r}", _fixed(f"--warn={text}"), ("--warn",))
             if text not in ("0", _LONG, "1KB")
-            else Case("watch", f"--warn {text[:40]!r}", _fixed(f"--warn={text}"))
+            else Case("watch", f"--warn: {text[:40]!r}", _fixed(f"--warn={text}"))
         )
         yield Case(
             "plan",
-            f"--memory {text[:40]!r}",
+            f"--memory: {text[:40]!r}",
             _fixed("--config", "GOOD/good.yaml", "--card", "rtx-3060-12gb", "--no-cache", f"--memory={text}"),
         )
         yield Case(
             "plan",
-            f"--memory {text[:40]!r} alone",
+            f"--memory alone: {text[:40]!r}",
             _fixed("--config", "GOOD/good.yaml", "--no-cache", f"--memory={text}"),
         )
         yield Case(
             "virtual-gpu",
-            f"--memory {text[:40]!r}",
+            f"--memory: {text[:40]!r}",
             _fixed("--card", "rtx-3060-12gb", f"--memory={text}", "--", "true"),
         )
         yield Case(
             "plan",
-            f"--card @{text[:40]!r}",
+            f"--card NAME@: {text[:40]!r}",
             _fixed("--config", "GOOD/good.yaml", "--no-cache", f"--card=rtx-3060-12gb@{text}"),
             ("card",),
         )
         if text in ("", "0", "1KB"):  # nothing said, and budgets that no test meets
             continue
-        yield Case("pytest", f"--vram-budget {text[:40]!r}", _pytest(f"--vram-budget={text}"), ("--vram-budget",))
+        yield Case("pytest", f"--vram-budget: {text[:40]!r}", _pytest(f"--vram-budget={text}"), ("--vram-budget",))
         yield Case(
-            "pytest", f"vram_tolerance {text[:40]!r}", _pytest("-o", f"vram_tolerance={text}"), ("vram_tolerance",)
+            "pytest", f"vram_tolerance: {text[:40]!r}", _pytest("-o", f"vram_tolerance={text}"), ("vram_tolerance",)
         )
     yield from _plan()
     yield from _virtual_gpu()
@@ -143,7 +146,7 @@ def _of_numbers(command: str, flags: tuple[str, ...], allowed: tuple[str, ...] =
     for flag in flags:
         for text in _NUMBERS:
             if text not in allowed:
-                yield Case(command, f"{flag} {text[:40]!r}", _fixed(*_good(command), f"{flag}={text}"), (flag,))
+                yield Case(command, f"{flag}: {text[:40]!r}", _fixed(*_good(command), f"{flag}={text}"), (flag,))
 
 
 def _plan() -> Iterator[Case]:

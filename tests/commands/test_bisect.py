@@ -1,5 +1,6 @@
 """The bisection between two environments, with measurements made up."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from qlora_lowmem.commands import bisect as command
 from qlora_lowmem.commands.bisect import Found, bisect, overlaid, read_constraints
 from qlora_lowmem.commands.frame import run_command
 from qlora_lowmem.errors import UsageError
+from qlora_lowmem.recipe.io import load_recipe
 
 GOOD = dict.fromkeys("abcdefgh", "1") | {"same": "1"}
 BAD = dict.fromkeys("abcdefgh", "2") | {"same": "1", "only-here": "1"}
@@ -124,6 +126,26 @@ def test_the_command_says_what_it_found(
     assert run_command("bisect", [*flags, "--json", str(tmp_path / "found.json")]) == 0
     assert "b 1 -> 2: +50 B" in capsys.readouterr().out
     assert '"jump": 50' in (tmp_path / "found.json").read_text()
+
+
+def test_every_environment_reads_the_recipe_that_came_through_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, version in (("good", "1"), ("bad", "2")):
+        (tmp_path / f"{name}.txt").write_text(f"a=={version}\n")
+    read: list[int] = []
+
+    def measure(versions: Mapping[str, str], *, config: Path, **_: object) -> int:
+        read.append(load_recipe(config).lora.lora_r)
+        return int(versions["a"])
+
+    monkeypatch.setattr(command, "measure_recipe", measure)
+    reader, writer = os.pipe()
+    os.write(writer, b"lora: {lora_r: 5}\n")
+    os.close(writer)
+    flags = ["--good", str(tmp_path / "good.txt"), "--bad", str(tmp_path / "bad.txt"), "--config", f"/dev/fd/{reader}"]
+    assert run_command("bisect", flags) == 0
+    assert read == [5, 5]
 
 
 def test_found_is_data() -> None:

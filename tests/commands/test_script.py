@@ -114,6 +114,17 @@ def test_a_command_is_recorded_and_started_again_as_it_was_typed(script: Path, t
     assert {path.name for path in tmp_path.iterdir()} == {"peak.json", "s"}
 
 
+def test_a_recipe_from_a_pipe_is_explained_too(script: Path, tmp_path: Path) -> None:
+    recipe = f"cat {RECIPES / 'demo.yaml'}"
+    words = (
+        f"--weights random --model granite-4.0-h-1b --max-seq-length 64 --max-steps 1 --json {tmp_path / 'peak.json'}"
+    )
+    shell = ["bash", "-c", f"{script} explain --config <({recipe}) {words}"]
+    run = subprocess.run(shell, capture_output=True, text=True, env=_env(), check=False)
+    assert run.returncode == EXIT_OK, run.stderr
+    assert json.loads((tmp_path / "peak.json").read_text())["recipe"]["schedule"]["max_steps"] == 1
+
+
 def _env() -> dict[str, str]:
     return {**os.environ, "OMP_WAIT_POLICY": "passive"}
 

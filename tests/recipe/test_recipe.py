@@ -1,6 +1,7 @@
 """A recipe is read strictly: every fault names the field, where it was written, what is allowed and what to do."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,15 @@ from qlora_lowmem.commands.frame import CommandParser
 from qlora_lowmem.errors import EXIT_USAGE, UsageError
 from qlora_lowmem.recipe import CAME_LATER, SECTIONS, Recipe, recipe_fields, recipe_hash
 from qlora_lowmem.recipe.checks import field_specs
-from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, recipe_from_dict, replace_field
+from qlora_lowmem.recipe.io import (
+    add_override_arguments,
+    lasting_path,
+    load_recipe,
+    overrides_from,
+    recipe_from_dict,
+    replace_field,
+    words_for_another,
+)
 from qlora_lowmem.recipe.sections import Memory
 from qlora_lowmem.units import GIB
 
@@ -548,3 +557,31 @@ def test_of_a_thousand_faults_the_first_are_shown(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith(f"{path}: 1000 problems")
     assert message.endswith("... and 960 more")
+
+
+def test_what_comes_through_a_pipe_can_be_read_again_by_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reader, writer = os.pipe()
+    os.write(writer, b"lora: {lora_r: 5}\ndata: {data: mine.jsonl, eval_data: held.jsonl}\n")
+    os.close(writer)
+    path = f"/dev/fd/{reader}"
+    recipe = load_recipe(path, {"lora_alpha": 7})
+    assert recipe.data.data == "mine.jsonl", "relative to the working folder: a pipe lies in none"
+    copy = lasting_path(path, recipe)
+    for _ in range(2):
+        again = load_recipe(copy)
+        assert (again.name, again.lora) == (recipe.name, recipe.lora)
+        assert (again.data.data, again.data.eval_data) == (f"{tmp_path}/mine.jsonl", f"{tmp_path}/held.jsonl")
+    cat = [sys.executable, "-c", "import sys; print(open(sys.argv[1]).read())", copy]
+    assert "lora_r: 5" in subprocess.run(cat, capture_output=True, text=True, check=True).stdout
+    flag, another = words_for_another(path, recipe)
+    assert (flag, load_recipe(another)) == ("--config", again)
+
+
+def test_a_file_is_read_again_where_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("lora: {lora_r: 5}\n")
+    assert lasting_path(file, load_recipe(file)) == str(file)
+    assert words_for_another(file, load_recipe(file)) == []

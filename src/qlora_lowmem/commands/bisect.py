@@ -25,7 +25,7 @@ from qlora_lowmem.environment import installed, words_of
 from qlora_lowmem.errors import EXIT_OK, UsageError
 from qlora_lowmem.files import cache_folder, read_text, scratch_folder, whole_folder
 from qlora_lowmem.recipe import SYNTHETIC
-from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.recipe.io import lasting_path, load_recipe
 from qlora_lowmem.run.preflight import inputs_of
 from qlora_lowmem.targets import check_folder
 from qlora_lowmem.units import format_bytes, format_signed
@@ -244,8 +244,10 @@ def run(options: argparse.Namespace) -> int:
     folder = cache_folder("overlays") if options.overlays is None else Path(options.overlays)
     good, bad = read_constraints(options.good), read_constraints(options.bad)
     changes = {"device": "virtual", "data": SYNTHETIC} | ({"card": options.card} if options.card else {})
-    inputs_of(load_recipe(options.config, changes))  # refused here, and not in an environment that is made for it
-    found = bisect(good, bad, partial(measure_recipe, config=options.config, card=options.card, folder=folder))
+    recipe = load_recipe(options.config, changes)
+    inputs_of(recipe)  # refused here, and not in an environment that is made for it
+    config = Path(lasting_path(options.config, recipe))
+    found = bisect(good, bad, partial(measure_recipe, config=config, card=options.card, folder=folder))
     if options.json != "-":
         print(found.render())
     write_json(options.json, asdict(found))

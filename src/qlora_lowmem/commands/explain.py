@@ -25,7 +25,7 @@ from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
-from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field
+from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field, words_for_another
 from qlora_lowmem.run.preflight import recipe_card
 from qlora_lowmem.signals import importing
 from qlora_lowmem.targets import check_file, write, write_each
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svg", metavar="FILE", help="draw the peak by kind and the step over time")
     parser.add_argument("--png", metavar="FILE", help="the same picture as PNG")
     parser.add_argument("--snapshot", metavar="FILE", help="write what https://pytorch.org/memory_viz opens")
-    add_override_arguments(parser)
+    add_override_arguments(parser, synthetic=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     for flag in ("markdown", "svg", "png", "snapshot"):
         check_file(f"--{flag}", getattr(options, flag))
     if recipe.run.device == "virtual" and virtual_gpu.current_card() is None:
-        return _on_virtual_card(recipe, options.words)
+        return _on_virtual_card(recipe, [*options.words, *words_for_another(options.config, recipe)])
     return _explain(recipe, options)
 
 

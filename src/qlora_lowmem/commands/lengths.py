@@ -18,6 +18,7 @@ from qlora_lowmem.commands.frame import add_json_argument, whole_number, write_j
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.questions import measure_lengths
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--table", metavar="DIR", help="write lengths.json, .md and .csv there, as in results/CARD")
     add_json_argument(parser)
-    add_override_arguments(parser)
+    add_override_arguments(parser, synthetic=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
     check_folder("--table", options.table)
     recipes = [load_recipe(path, overrides_from(options)) for path in options.config]
     card = recipe_card(recipes[0])
+    for recipe in recipes:
+        source_of(recipe)
     with recipe_server() as server:
         rows = measure_lengths(recipes, sorted(set(options.lengths or DEFAULT_LENGTHS)), card, server)
     seconds = time.perf_counter() - started

@@ -15,6 +15,7 @@ from qlora_lowmem.commands.frame import add_json_argument, whole_number, write_j
 from qlora_lowmem.environment import provenance_record
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
 from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.maximum import longest
 from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--table", metavar="DIR", help="write longest.json, .md and .csv there, as in results/CARD")
     add_json_argument(parser)
-    add_override_arguments(parser)
+    add_override_arguments(parser, synthetic=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     changes = overrides_from(options)
     recipes = [load_recipe(path, changes) for path in options.config]
     card = recipe_card(recipes[0])
+    for recipe in recipes:
+        source_of(recipe)
     with recipe_server() as server:
         rows = [longest(recipe, card, server, limit=options.limit, step=options.step) for recipe in recipes]
     record = provenance_record(card.name, "virtual")

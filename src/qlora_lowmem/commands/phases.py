@@ -31,7 +31,7 @@ from qlora_lowmem.units import format_bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, nargs="+", metavar="RECIPE", help="recipes, YAML files")
     add_json_argument(parser)
-    add_override_arguments(parser)
+    add_override_arguments(parser, synthetic=True)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -18,7 +18,13 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, check_json_target, write_json
 from qlora_lowmem.environment import processes, share_cores
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK
-from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, recipe_from_dict
+from qlora_lowmem.recipe.io import (
+    add_override_arguments,
+    load_recipe,
+    overrides_from,
+    recipe_from_dict,
+    words_for_another,
+)
 from qlora_lowmem.run.preflight import inputs_of
 from qlora_lowmem.run.train import (
     NextChange,
@@ -75,13 +81,16 @@ def run(options: argparse.Namespace) -> int:
         write_json(options.json, content)
         return EXIT_OK
     next_change: NextChange | None = None
+    words = options.words
     if options.retreat and processes() == 1:
         from qlora_lowmem.plan.ladder import next_fallback as next_change
+
+        words = [*words, *words_for_another(options.config, recipe)]
     if inputs.card is not None and virtual_gpu.current_card() is None:
         stdout = sys.stderr if options.json == "-" else None
-        code, content = train_on_virtual_card(inputs, options.words, next_change=next_change, stdout=stdout)
+        code, content = train_on_virtual_card(inputs, words, next_change=next_change, stdout=stdout)
     else:
-        code, content = train_here(inputs, options.words, quiet=options.quiet, next_change=next_change)
+        code, content = train_here(inputs, words, quiet=options.quiet, next_change=next_change)
     if content is None:
         return code
     if code == EXIT_DOES_NOT_FIT:

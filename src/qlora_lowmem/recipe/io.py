@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lowmem.errors import UsageError
-from qlora_lowmem.files import user_path
+from qlora_lowmem.files import is_file, user_path
 from qlora_lowmem.recipe import CAME_LATER, SECTIONS, Recipe, field_values
 from qlora_lowmem.recipe.checks import (
     FieldSpec,
@@ -22,7 +22,7 @@ from qlora_lowmem.recipe.checks import (
 )
 from qlora_lowmem.recipe.contradictions import contradictions
 from qlora_lowmem.recipe.other_names import INSTEAD, OURS
-from qlora_lowmem.recipe.sections import SYNTHETIC, is_hub_data
+from qlora_lowmem.recipe.sections import OF_SAMPLES, SYNTHETIC, is_hub_data
 from qlora_lowmem.recipe.yaml_text import Entry, read_recipe
 
 _SHOWN = 40  # faults; more than a person's own file has
@@ -81,12 +81,34 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     for leaf in ("data", "eval_data"):
         data = draft.values.get(leaf) or SYNTHETIC
         if data != SYNTHETIC and not is_hub_data(data):
-            draft.values[leaf] = os.path.normpath(path.parent / user_path(data))
+            folder = path.parent if is_file(path) else Path()  # a pipe lies in none
+            draft.values[leaf] = os.path.normpath(folder / user_path(data))
     _take_overrides(draft, overrides or {})
     _keep_output_inside(draft)
     if "name" not in draft.values and "name" not in draft.faulty:
         draft.take("name", "the file's name", check_value, path.stem)
     return _finish(draft, str(path))
+
+
+def lasting_path(path: str | os.PathLike[str], recipe: Recipe) -> str:
+    """Where other processes read `recipe`, which is that of `path`, while this one lives, and what takes its place.
+
+    That is `path` itself where it is a file. A pipe (a shell's `<(...)`) is read once, and then a copy in memory is it.
+    """
+    if is_file(path):
+        return os.fspath(path)
+    named = {leaf: field_values(recipe)[leaf] for leaf in ("data", "eval_data")}
+    files = {leaf: name for leaf, name in named.items() if name not in (None, SYNTHETIC) and not is_hub_data(name)}
+    copy = replace_fields(recipe, {leaf: os.path.abspath(name) for leaf, name in files.items()})  # noqa: PTH100
+    handle = os.memfd_create("recipe", 0)  # kept open, by what this process turns into as well
+    with os.fdopen(handle, "w", encoding="utf-8", closefd=False) as file:
+        file.write(copy.to_yaml())
+    return f"/proc/{os.getpid()}/fd/{handle}"
+
+
+def words_for_another(path: str | os.PathLike[str], recipe: Recipe) -> list[str]:
+    """What follows this command's own words for a process that is given them: the later `--config` counts."""
+    return [] if is_file(path) else ["--config", lasting_path(path, recipe)]
 
 
 def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
@@ -198,19 +220,25 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def add_override_arguments(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+def add_override_arguments(
+    parser: argparse.ArgumentParser, without: Collection[str] = (), *, synthetic: bool = False
+) -> None:
     """Add a flag for every field of the recipe, a group a section; a flag that is not given is None.
 
     Values stay text here: `load_recipe` reads and checks them, so that a flag and a YAML value meet the same rules.
 
     Args:
         without: fields that get no flag, because the command asks for them in its own way.
+        synthetic: whatever the recipe names, the command runs synthetic samples: flags that are about others are
+            refused.
     """
     groups = {"": parser.add_argument_group("recipe", "Every field of the recipe, to override what its file says.")}
     for section, group in SECTIONS.items():
         groups[section] = parser.add_argument_group(f"recipe: {section}", (group.__doc__ or "").splitlines()[0])
     for spec in field_specs().values():
-        if spec.name not in without:
+        if synthetic and spec.name in OF_SAMPLES:
+            parser.add_argument(spec.flag, dest=spec.path, type=_only_synthetic(spec), help=argparse.SUPPRESS)
+        elif spec.name not in without:
             _add_flag(groups[spec.section], spec)
 
 
@@ -218,6 +246,18 @@ def overrides_from(namespace: argparse.Namespace) -> dict[str, str]:
     """The fields given on the command line, leaf name to text, as `load_recipe` takes them."""
     given = {name: getattr(namespace, name, None) for name in field_specs()}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _only_synthetic(spec: FieldSpec) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if spec.name == "data" and text == SYNTHETIC:
+            return text
+        raise argparse.ArgumentTypeError(
+            f"{spec.path} would change nothing here: samples are synthetic, each of full length, for memory does not "
+            "depend on what they say. Leave it out; --max-seq-length says how long they are"
+        )
+
+    return read
 
 
 def _add_flag(group: "argparse._ArgumentGroup", spec: FieldSpec) -> None:

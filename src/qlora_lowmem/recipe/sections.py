@@ -10,6 +10,8 @@ from typing import Any, Literal
 from qlora_lowmem.units import parse_memory_limit
 
 SYNTHETIC = "synthetic"
+# Fields of `data` that synthetic samples have no use for.
+OF_SAMPLES = ("data", "train_on", "template", "eval_fraction", "eval_data")
 DATA_SUFFIXES = (".jsonl", ".parquet")
 # Names of files that are no data set's: `data/train.csv` is a wrong file, not an owner and a name.
 _FILES = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|gz|bz2|zst|zip|tar|arrow|xlsx?|ya?ml|py|pkl|pt)$", re.IGNORECASE)
