@@ -47,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what the benchmark has beyond the gate's own options."""
     group = parser.getgroup("gpu memory")
     group.addoption("--results", metavar="DIR", default=TABLES, help=f"where tables are written (default: {TABLES})")
+    group.addoption("--every-input", action="store_true", help="of bad inputs try near-duplicates too: 20 minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:

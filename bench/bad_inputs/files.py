@@ -84,7 +84,7 @@ PATHS: dict[str, Make] = {
     "a torn object": _written(b'{"a": {"b": '),
     "gzip": _written(b"\x1f\x8b\x08\x08\x00\x00\x00\x00\xff"),
 }
-_RECIPE = ("--quiet",)
+_WAITED_FOR = ("a pipe that nobody writes",)
 _STREAMED = ("64 GiB of nothing",)  # it is read, a line at a time, and refused at its end
 # Command, flag, suffix, the words with PATH for the path, and what of PATHS it takes or refuses elsewhere.
 _TAKES: list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = [
@@ -125,7 +125,7 @@ def cases() -> Iterator[Case]:
     for command, flag, suffix, words, left_out in _TAKES:
         for what, make in PATHS.items():
             if what not in left_out:
-                yield Case(command, f"{flag}: {what}", _with(make, suffix, words))
+                yield Case(command, f"{flag}: {what}", _with(make, suffix, words), waits=what in _WAITED_FOR)
     inside: list[tuple[str, str, tuple[str, ...]]] = [
         ("train", "config.json", ("--config", "GOOD/good.yaml", "--quiet", "--model", "FOLDER")),
         ("generate", "recipe.json", ("--run", "FOLDER", "--prompt", "a")),
@@ -136,7 +136,9 @@ def cases() -> Iterator[Case]:
     for command, name, words in inside:
         for what, make in PATHS.items():
             if not what.endswith("too long") and what not in ("a user's who is not there", "in a file"):
-                yield Case(command, f"{name} in a folder: {what}", _inside(make, name, words))
+                yield Case(
+                    command, f"{name} in a folder: {what}", _inside(make, name, words), waits=what in _WAITED_FOR
+                )
 
 
 def _put(words: tuple[str, ...], path: Path | None = None, folder: Path | None = None) -> Callable[[Place], list[str]]:

@@ -182,7 +182,7 @@ def cases() -> Iterator[Case]:
         for text in _ON_THE_COMMAND_LINE[spec.kind]:
             command = next(each for each in others if name not in own.get(each, ()))
             command = "train" if spec.kind == "data" else command  # the others train on synthetic samples
-            yield Case(command, f"{spec.flag} {text[:40]!r}", _with_flag(command, spec, text), (name,))
+            yield Case(command, f"{spec.flag}: {text[:40]!r}", _with_flag(command, spec, text), (name,))
 
 
 def _values(spec: FieldSpec) -> Iterator[tuple[str, Any]]:
