@@ -585,3 +585,15 @@ def test_a_file_is_read_again_where_it_is(tmp_path: Path) -> None:
     file.write_text("lora: {lora_r: 5}\n")
     assert lasting_path(file, load_recipe(file)) == str(file)
     assert words_for_another(file, load_recipe(file)) == []
+
+
+def test_the_fields_of_a_section_are_told_once_however_many_keys_are_unknown(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("".join(f"zzz{n}: 1\n" for n in range(60)) + "lora: {zzz: 1, yyyy: 2}\n")
+    with pytest.raises(UsageError) as refused:
+        load_recipe(file)
+    message = str(refused.value)
+    assert message.count("unknown key; remove it") == 40
+    assert message.count("Known here: name, base") == 1
+    assert message.endswith("... and 22 more")
+    assert len(message) < 4000

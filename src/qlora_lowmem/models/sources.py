@@ -20,6 +20,8 @@ from qlora_lowmem.files import is_file, is_folder, read_json, user_path
 from qlora_lowmem.recipe import Recipe
 
 _MOST_LAYERS = 4096
+_AT_LEAST_ONE = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+_COMPARE = "compare it with the one that the model's makers publish"
 _ROOM = resources.files("qlora_lowmem.models")
 _SHIPPED = _ROOM / "architectures"
 _PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -193,7 +195,11 @@ def _local_folder(path: Path, weights: str) -> ModelSource:
         ) from None
     if not isinstance(content, dict) or "model_type" not in content:
         raise UsageError(f"base.model: {str(config)!r} names no model_type, so its architecture is unknown")
-    _check_layers(config, content)
+    text = content.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise UsageError(f"base.model: {str(config)!r} has a text_config that is no object; {_COMPARE}")
+    for part in (content, text or {}):
+        _check_counts(config, part)
     if weights == "pretrained" and not any(path.glob("*.safetensors")):
         pickled = sorted(each.name for pattern in _PICKLED_WEIGHTS for each in path.glob(pattern))
         instead = f", only {pickled[0]}: a pickle, which can run code when it is loaded" if pickled else ""
@@ -204,16 +210,25 @@ def _local_folder(path: Path, weights: str) -> ModelSource:
     return ModelSource(name=path.resolve().name, folder=path.resolve(), architecture=content)
 
 
-def _check_layers(config: Path, content: dict[str, Any]) -> None:
-    """Each layer is an object even without memory: a number that is none's would be made for hours."""
-    text = content.get("text_config")
-    for part in (content, text if isinstance(text, dict) else {}):
-        for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-            if isinstance(part.get(name), int) and not 1 <= part[name] <= _MOST_LAYERS:
-                raise UsageError(
-                    f"base.model: {str(config)!r} has {name} {part[name]}, and models have 1 to {_MOST_LAYERS:,} "
-                    "layers; compare it with the one that the model's makers publish"
-                )
+def _check_counts(config: Path, part: dict[str, Any]) -> None:
+    """Refuse what transformers builds without a word: layers for hours, each an object even without memory; a model of
+    no width, whose steps need no memory; key heads that do not share the heads.
+    """
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if isinstance(part.get(name), int) and not 1 <= part[name] <= _MOST_LAYERS:
+            raise UsageError(
+                f"base.model: {str(config)!r} has {name} {part[name]}, and models have 1 to {_MOST_LAYERS:,} "
+                f"layers; {_COMPARE}"
+            )
+    for name in _AT_LEAST_ONE:
+        if isinstance(part.get(name), int) and part[name] < 1:
+            raise UsageError(f"base.model: {str(config)!r} has {name} {part[name]}, and models have some; {_COMPARE}")
+    heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise UsageError(
+            f"base.model: {str(config)!r} has num_key_value_heads {shared}, which does not divide its "
+            f"num_attention_heads {heads}; {_COMPARE}"
+        )
 
 
 def _known(model: str, name: str, hub_id: str, context: int | None, weights: str) -> ModelSource:

@@ -48,6 +48,7 @@ class _Draft:
     written_at: dict[str, str] = field(default_factory=dict)
     faulty: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
+    listed: set[str] = field(default_factory=set)  # sections whose fields have been told
 
     def take(self, leaf: str, where: str, read: Callable[[FieldSpec, Any], Any], value: Any, shown: str = "") -> None:
         """The value of a field as `read` makes it, or the fault that it finds."""
@@ -151,7 +152,7 @@ def _take_entries(draft: _Draft, entries: list[Entry]) -> None:
             draft.take(key, where, check_value, entry.value, entry.shown)
         else:
             name = f"{section}.{key}" if section else key
-            draft.faults.append(f"{where}: {name}: {_unknown_key(key, section or '')}")
+            draft.faults.append(f"{where}: {name}: {_unknown_key(key, section or '', draft.listed)}")
 
 
 def _take_overrides(draft: _Draft, overrides: Mapping[str, Any]) -> None:
@@ -159,7 +160,7 @@ def _take_overrides(draft: _Draft, overrides: Mapping[str, Any]) -> None:
     for given, value in overrides.items():
         leaf = given.removeprefix("--").replace("-", "_")
         if leaf not in specs:
-            draft.faults.append(f"override {given}: {_unknown_key(given, '')}")
+            draft.faults.append(f"override {given}: {_unknown_key(given, '', draft.listed)}")
             continue
         read = parse_text if isinstance(value, str) else check_value
         draft.faulty.discard(leaf)
@@ -195,15 +196,22 @@ def _finish(draft: _Draft, source: str) -> Recipe:
     return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output_dir=filled))
 
 
-def _unknown_key(key: str, section: str) -> str:
-    """What an unknown key most likely meant: the field in its own section, another library's name, a misspelling."""
+def _unknown_key(key: str, section: str, listed: set[str]) -> str:
+    """What an unknown key most likely meant: the field in its own section, another library's name, a misspelling.
+
+    Args:
+        listed: sections whose fields have been told already; one whose fields are told here is added.
+    """
     specs = field_specs()
     known = [*specs, *SECTIONS] if not section else list(specs)
     near = key if key in specs else OURS.get(key)
     if near is None and key in INSTEAD:
         return f"unknown key; {INSTEAD[key]}"
     near = near or closest(key, known)
+    if near is None and section in listed:
+        return "unknown key; remove it"
     if near is None:
+        listed.add(section)
         choices = [name for name, spec in specs.items() if spec.section == section] or list(specs)
         return f"unknown key; remove it. Known here: {', '.join(choices + ([] if section else list(SECTIONS)))}"
     if near in SECTIONS and near not in specs:
