@@ -3,17 +3,15 @@ caches; what is told of a full disk."""
 
 import codecs
 import errno
-import fcntl
 import json
 import math
 import os
 import select
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,8 +32,6 @@ _NOT_UTF8 = {
 }
 
 Content = TypeVar("Content")
-_SCRATCH = "qlora_lowmem.scratch-"
-_JUST_MADE_SECONDS = 60.0  # in which a folder may not have its lock yet
 _SHORT = 50  # characters of a name, so that one of full length (255 bytes) has a scratch file beside it
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**60)]  # of bytes or tokens in a file: no card and no run has more
 
@@ -208,32 +204,6 @@ def whole_folder(folder: Path, *, fsync: bool = False) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A temporary folder for the block. Those that a process left behind because it was killed are removed on the way.
-
-    Whose process lives is told by a lock on the folder, which it and what it has forked hold.
-    """
-    root = Path(tempfile.gettempdir())
-    for left in root.glob(f"{_SCRATCH}*"):
-        with suppress(OSError):  # another user's, or gone meanwhile
-            if left.lstat().st_uid == os.getuid() and time.time() - left.lstat().st_mtime > _JUST_MADE_SECONDS:
-                with _locked(left):
-                    shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder, _locked(Path(folder)):
-        yield Path(folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import pytest
 
 from qlora_lowmem.commands.frame import guarded
 from qlora_lowmem.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
-from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.memory.profile import LiveMemory, write_live
+from qlora_lowmem.scratch import scratch_folder
 
 READS = "import os; open('found', 'w').write(str([os.readlink(f'/proc/self/fd/{n}') for n in range(3)]))"
 STRIKES = "import os\nos.kill(os.getpid(), {number:d})\n"
@@ -95,7 +95,7 @@ def test_a_signal_in_the_midst_of_work_undoes_it(
 def test_what_a_command_runs_ends_by_itself_when_the_command_is_interrupted(tmp_path: Path) -> None:
     """Not killed: it removes its temporary folder first."""
     child = "import pathlib, sys, time\nfrom qlora_lowmem.commands.frame import guarded\n"
-    child += "from qlora_lowmem.files import scratch_folder\ndef run():\n    with scratch_folder():\n"
+    child += "from qlora_lowmem.scratch import scratch_folder\ndef run():\n    with scratch_folder():\n"
     child += "        pathlib.Path('ready').touch(); time.sleep(60)\nsys.exit(guarded(run))\n"
     script = (
         "import os, sys; from qlora_lowmem.children import run_child; from qlora_lowmem.commands.frame import guarded\n"
@@ -115,7 +115,9 @@ def test_what_a_command_runs_ends_by_itself_when_the_command_is_interrupted(tmp_
 
 
 def test_what_a_killed_command_leaves_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed = "import os; from qlora_lowmem.files import scratch_folder\nwith scratch_folder(): os.kill(os.getpid(), 9)"
+    killed = (
+        "import os; from qlora_lowmem.scratch import scratch_folder\nwith scratch_folder(): os.kill(os.getpid(), 9)"
+    )
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", killed], env=env, check=False).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()

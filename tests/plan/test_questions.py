@@ -10,9 +10,9 @@ import pytest
 
 from helpers import RECIPES
 from qlora_lowmem import virtual_gpu
-from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.plan.questions import live
 from qlora_lowmem.recipe.io import load_recipe
+from qlora_lowmem.scratch import scratch_folder
 
 
 class Killed(BaseException):

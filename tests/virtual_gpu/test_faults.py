@@ -790,7 +790,7 @@ def a_server_whose_program_is_killed_while_its_modules_are_imported(bench: Bench
     program += f"sys.path.insert(0, {str(bench.folder)!r}); "
     program += "server.submit('virtual_gpu.jobs:card', {}, get_card('t4-16gb')).result()"
     started = subprocess.Popen([sys.executable, "-c", program])
-    wait_for(lambda: list(bench.temporary.glob("vgpu-server-*/parent-*/account.bin")))
+    wait_for(lambda: list(bench.temporary.glob("qlora_lowmem.scratch-*/parent-*/account.bin")))
     wait_for(lambda: processes_of(bench.folder))
     started.kill()
     started.wait()

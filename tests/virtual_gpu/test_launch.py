@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from qlora_lowmem.scratch import scratch_folder
 from qlora_lowmem.virtual_gpu import environment, launch, read_report, run
 from qlora_lowmem.virtual_gpu.build import find_compiler
 
@@ -156,6 +158,18 @@ time.sleep(60)
 
 
 @pytest.mark.usefixtures("built")
+def test_what_a_launcher_leaves_that_is_killed_before_its_program_starts_is_removed_by_the_next(tmp_path, monkeypatch):
+    script = "import os; from qlora_lowmem.virtual_gpu import get_card, launch\n"
+    script += "launch.variables = lambda *_: os.kill(os.getpid(), 9)\nlaunch.run(['true'], get_card('t4-16gb'))"
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch_folder():
+        assert not left.exists()
+
+
 def test_an_interrupt_of_what_every_python_runs_first_is_no_traceback_of_it():
     strikes = "import importlib.util, os, runpy, signal, sys\nclass Finder:\n    def find_spec(self, name, *_):\n"
     strikes += "        if name == 'importlib.util': os.kill(os.getpid(), 2)\n"

@@ -23,10 +23,11 @@ from qlora_lowmem.children import run_child
 from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import installed, words_of
 from qlora_lowmem.errors import EXIT_OK, UsageError
-from qlora_lowmem.files import cache_folder, read_text, scratch_folder, whole_folder
+from qlora_lowmem.files import cache_folder, read_text, whole_folder
 from qlora_lowmem.recipe import SYNTHETIC
 from qlora_lowmem.recipe.io import lasting_path, load_recipe
 from qlora_lowmem.run.preflight import inputs_of
+from qlora_lowmem.scratch import scratch_folder
 from qlora_lowmem.targets import check_folder
 from qlora_lowmem.units import format_bytes, format_signed
 

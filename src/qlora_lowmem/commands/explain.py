@@ -21,12 +21,12 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
-from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.models.sources import source_of
 from qlora_lowmem.plan.recipe_runs import roomy
 from qlora_lowmem.recipe import SYNTHETIC, Recipe, recipe_hash
 from qlora_lowmem.recipe.io import add_override_arguments, load_recipe, overrides_from, replace_field, words_for_another
 from qlora_lowmem.run.preflight import recipe_card
+from qlora_lowmem.scratch import scratch_folder
 from qlora_lowmem.signals import importing
 from qlora_lowmem.targets import check_file, write, write_each
 

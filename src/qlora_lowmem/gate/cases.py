@@ -11,7 +11,6 @@ from pathlib import Path
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import versions
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT
-from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.gate.records import key_of, record_of
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.memory.profile import MemoryProfile, provenance_here
@@ -19,6 +18,7 @@ from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.results.kinds.matrix import CaseResult
 from qlora_lowmem.results.kinds.verdicts import Record
+from qlora_lowmem.scratch import scratch_folder
 
 
 def recipe_record(result: CaseResult) -> Record:

@@ -12,13 +12,14 @@ import msgspec
 import pytest
 
 from qlora_lowmem.environment import versions
-from qlora_lowmem.files import scratch_folder, write_whole
+from qlora_lowmem.files import write_whole
 from qlora_lowmem.gate import REPORT_ATTRIBUTE
 from qlora_lowmem.gate.budget import over_budget
 from qlora_lowmem.gate.records import allocator_of_environment, key_of, record_of
 from qlora_lowmem.gate.verdicts import ALWAYS, Gate, Verdict, compare, not_counted
 from qlora_lowmem.memory.attribution import Attribution
 from qlora_lowmem.results.kinds.verdicts import Budget, Record, Row
+from qlora_lowmem.scratch import scratch_folder
 from qlora_lowmem.units import format_bytes
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from tqdm.auto import tqdm
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.errors import QloraLowmemError
-from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak
 from qlora_lowmem.plan.recipe_runs import RecipeRun, roomy, shortened, submit_recipe
 from qlora_lowmem.recipe import Recipe
 from qlora_lowmem.recipe.io import replace_field
 from qlora_lowmem.results.kinds.lengths import Length
 from qlora_lowmem.results.kinds.phases import PhaseBytes, phase_bytes
+from qlora_lowmem.scratch import scratch_folder
 
 
 def measure_lengths(

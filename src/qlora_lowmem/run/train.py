@@ -15,11 +15,11 @@ import msgspec
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.environment import command, is_first, processes, words_of
 from qlora_lowmem.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
-from qlora_lowmem.files import scratch_folder
 from qlora_lowmem.recipe import Recipe, recipe_hash
 from qlora_lowmem.recipe.moves import Change
 from qlora_lowmem.run.imports import heavy_imports
 from qlora_lowmem.run.preflight import Inputs, count_evaluation_of, count_tokens_of, preflight
+from qlora_lowmem.scratch import scratch_folder
 
 # What a run that is out of memory changes, if anything, before it starts again.
 NextChange = Callable[[Recipe], Change | None]

@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+from qlora_lowmem.scratch import scratch_folder
 
 from . import account, processes
 from .account import ACCOUNT_FILE, PEAK_FILES, Report, read_report
@@ -138,8 +139,7 @@ def run(
     """
     open_standard_streams()
     base = dict(os.environ if env is None else env)
-    with tempfile.TemporaryDirectory(prefix="vgpu-") as folder:
-        report = Path(folder)
+    with scratch_folder() as report:
         complete = base | variables(card, count, report, base)
         with _Program(command, complete, report, cwd, stdout, stderr) as program:
             code = program.wait(timeout)

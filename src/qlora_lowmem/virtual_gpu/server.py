@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_lowmem.scratch import scratch_folder
+
 from . import account, processes
 from .account import ACCOUNT_FILE, Report, read_report
 from .cards import Card, VirtualGPUError
@@ -98,9 +100,8 @@ class Server:
         if max_workers < 1:
             raise ValueError(f"max_workers is {max_workers}; it must be at least 1")
         self._preload = list(preload)
-        # An object, so that it goes with the process too where nobody comes to close this.
-        self._temporary = tempfile.TemporaryDirectory(prefix="vgpu-server-", ignore_cleanup_errors=True)
-        self._folder = Path(self._temporary.name)
+        self._temporary = contextlib.ExitStack()
+        self._folder = self._temporary.enter_context(scratch_folder())
         self._lock = threading.RLock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._submitted = 0
@@ -154,7 +155,7 @@ class Server:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-        self._temporary.cleanup()
+        self._temporary.close()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
