@@ -43,4 +43,4 @@ def test_kinds_sum_to_the_peak(runs: dict[str, "Future[RecipeRun]"], name: str, 
     assert found.unexplained_share < 0.02
     record = provenance_record(found.device, found.provenance)
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    write_attribution(results_folder / found.device, recipe, found, run.floor_bytes, record)
+    write_attribution(results_folder / found.device, recipe, found, run.floor_bytes, record, profile.step_launches)

@@ -67,7 +67,9 @@ def runs(
             return
         peaks = run.profile
         tokens = recipes[idea].batch.max_seq_length
-        steps.append(Step(idea, peaks.peak.allocated, peaks.peak.device, run.floor_bytes, tokens))
+        steps.append(
+            Step(idea, peaks.peak.allocated, peaks.peak.device, run.floor_bytes, tokens, run.micro_batch_launches)
+        )
     model = model_names(recipe.base.model for recipe in recipes.values())
     write_waterfall(results_folder / card.name, model, steps, provenance_record(card.name, "virtual"))
 

@@ -42,13 +42,16 @@ def rows(request: pytest.FixtureRequest, on_gpu: bool, results_folder: Path) -> 
         for tokens in LENGTHS
         for name in ("optimised", "lean")
     }
-    found = {key: _peaks(run) for key, run in tqdm(runs.items(), desc="models", unit="run")}
+    found = {key: run.result() for key, run in tqdm(runs.items(), desc="models", unit="run")}
     made = {
         (model, tokens): Pair(
             model,
             tokens,
-            found[model, tokens, "optimised"][0],
-            *found[model, tokens, "lean"],
+            _peak(found[model, tokens, "optimised"]),
+            _peak(found[model, tokens, "lean"]),
+            found[model, tokens, "lean"].floor_bytes,
+            found[model, tokens, "optimised"].micro_batch_launches,
+            found[model, tokens, "lean"].micro_batch_launches,
         )
         for model in MODELS
         for tokens in LENGTHS
@@ -57,12 +60,11 @@ def rows(request: pytest.FixtureRequest, on_gpu: bool, results_folder: Path) -> 
     return made
 
 
-def _peaks(run: "Future[RecipeRun]") -> tuple[int, int]:
-    """Allocated peak and floor, in bytes."""
-    done = run.result()
-    assert done.failure is None, done.failure
-    assert done.profile is not None
-    return done.profile.peak.allocated, done.floor_bytes
+def _peak(run: RecipeRun) -> int:
+    """Allocated, in bytes."""
+    assert run.failure is None, run.failure
+    assert run.profile is not None
+    return run.profile.peak.allocated
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)

@@ -33,6 +33,10 @@ def test_peaks_of_a_tiny_model(command: Command, tiny_hybrid: Path, tmp_path: Pa
     whole = submit_recipe(recipe_runs, recipe, get_card("rtx-3060-laptop-6gb")).result().profile
     assert whole is not None
     assert content["phases"] == whole.to_dict()["phases"]
+    assert whole.step_launches is not None
+    assert content["launches"]["steady"] == vars(whole.step_launches)
+    # Eight micro-batches, of which the first need not add to gradients; clipping and the optimizer.
+    assert content["micro_batch_launches"]["kernels"] * 7 < content["launches"]["steady"]["kernels"]
     # What the watch would have seen last: the same peaks, though the recorder began anew at each step.
     live = read_live(tmp_path)
     assert (live.phase, live.outcome, live.step) == ("ended", "done", 2)

@@ -107,6 +107,24 @@ def test_every_rung_is_a_row() -> None:
     assert "Not answered: the breakdown: no room" in shown
 
 
+def test_launches_stand_beside_flops_and_bytes() -> None:
+    need = replace(NEED, launches=132_129)
+    assert "An optimizer step is 132,129 launches: kernels, copies and memsets." in text(replace(FITS, need=need))
+    assert "launches" not in text(FITS), "nobody counted"
+    assert cost(replace(KNOB, launches_ratio=5.9), NEED) == (
+        "exact; tiles; 1.50 x the FLOPs; 5.90 x the launches; 64.0 MiB of host memory"
+    )
+    assert "launches" not in cost(replace(KNOB, launches_ratio=1.001), NEED)
+    rungs = (Reach("tiles", "exact", Limit(25_344, 25_600, 256, "memory"), 1.31, 0, 415_422),)
+    tried = (Tried("tiles", "exact; twice", True, 99_000),)
+    found = replace(PROPOSAL, need=need, launches_ratio=1.29)
+    shown = text(replace(FITS, recipe_given=False, tried=tried, proposal=found, reaches=rungs))
+    assert "   25,344 tokens  tiles: exact; 1.31 x the FLOPs; 415,422 launches a step" in shown
+    assert "  fits      tiles: exact; twice; 99,000 launches a step" in shown
+    assert "1.42 x the FLOPs of one that computes nothing twice, and 1.29 x its launches." in shown
+    assert row(replace(FITS, need=need))["launches"] == 132_129
+
+
 def test_nothing_fits_says_what_it_would_need_and_of_what() -> None:
     lacking = Shortfall("tiles, host", replace(NEED, device_bytes=7 * GIB, fits=False), KINDS)
     plan = replace(FITS, recipe_given=False, fits=False, need=None, kinds={}, longest=None, batch=None, knobs=(),

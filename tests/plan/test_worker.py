@@ -29,9 +29,12 @@ def test_what_is_left_out_is_what_came_before(circle: int, before: int, micro_ba
     """An allocator of so many states before it goes round in a circle: the same are seen, and the last is the same."""
     after: dict[int, int] = {n: n + 1 if n + 1 < before + circle else before for n in range(before + circle)}
 
-    def run(brief: bool) -> tuple[list[int], list[int]]:
-        """The states that each of two steps began its micro-batches in, and those of its last ones."""
+    def run(brief: bool) -> tuple[list[int], list[int], int]:
+        """The states that each of two steps began its micro-batches in, those of its last ones; how many were counted
+        again.
+        """
         began: list[int] = []
+        again: list[None] = []
         state = 0
 
         def training_step() -> torch.Tensor:
@@ -47,16 +50,18 @@ def test_what_is_left_out_is_what_came_before(circle: int, before: int, micro_ba
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(brevity, "_allocator_state", lambda: state)
             if brief:
-                Brevity(SimpleNamespace(trainer=trainer), None)  # type: ignore[arg-type]
+                recorder: Any = SimpleNamespace(micro_batch_again=lambda: again.append(None))
+                Brevity(SimpleNamespace(trainer=trainer), recorder)  # type: ignore[arg-type]
             for _ in range(2):
                 state = 0 if forgotten else state
                 for _ in range(micro_batches):
                     assert isinstance(trainer.training_step(), torch.Tensor)
                 last.append(began[-1])
-        return began, last
+        return began, last, len(again)
 
-    whole, last = run(brief=False)
-    seen, last_seen = run(brief=True)
+    whole, last, _ = run(brief=False)
+    seen, last_seen, again = run(brief=True)
+    assert len(seen) + again == len(whole)
     assert set(seen) == set(whole)
     assert last_seen == last
     assert len(seen) <= min(len(whole), 2 * (before + 2 * circle + 2))

@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lowmem.memory.profile import Peak
+from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.results.kinds import Provenance, Section, Source, each_its_own, has_rows, together
 from qlora_lowmem.results.reading import Cases, read_as
-from qlora_lowmem.results.tables import Cell, Column, markdown_of, page_table, plain_row, write_rows
+from qlora_lowmem.results.tables import (
+    Cell,
+    Column,
+    launches_column,
+    markdown_of,
+    page_table,
+    phase_table,
+    plain_row,
+    write_rows,
+)
+from qlora_lowmem.virtual_gpu import Launches
 from results.examples import ENVIRONMENT
 
 GIB = 2**30
@@ -51,6 +61,25 @@ def test_columns_are_said_once() -> None:
     ]
     assert [cell.value for cell in table.rows[1]] == [None, 4 * GIB, None, 2.0, None]
     assert table.figures == {1, 2, 3}
+
+
+def test_launches_stand_where_somebody_counted() -> None:
+    """Some rows may not have them; where none has, as on a GPU, there is no such column."""
+    columns = (*COLUMNS[:1], launches_column("launches", lambda row: row.limit))
+    lines = [line.replace(" ", "") for line in markdown_of(columns, ROWS).splitlines()]
+    assert [lines[0], *lines[2:]] == ["|recipe|launches|", "|a|-|", "|b|7|"]
+    assert "launches" not in markdown_of(columns, ROWS[:1])
+    assert page_table("A caption", columns, ROWS).headers == ("recipe", "launches")
+    assert page_table("A caption", columns, ROWS[:1]).headers == ("recipe",)
+
+
+def test_the_table_of_a_run_has_its_launches() -> None:
+    measured = MemoryProfile("card", "measured", GIB, 0, {"load": Peak(), "steady": Peak()})
+    assert "launches" not in phase_table(measured)
+    virtual = MemoryProfile("card", "virtual", GIB, 0, measured.phases, {"steady": Launches(15_000, 400, 3)})
+    shown = [line.split() for line in phase_table(virtual).splitlines()]
+    assert next(line for line in shown if line[:1] == ["steady"])[-1] == "15,403"
+    assert next(line for line in shown if line[:1] == ["load"])[-1] == "0.000"
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:

@@ -93,12 +93,14 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
     found = outcome.attribution
     assert found is not None  # every recipe has at least one step
     name = recipe.name or Path(options.config).stem
-    page = report.markdown(found, name, outcome.floor.total)
+    launches = outcome.profile.launches.get(found.phase) if outcome.profile is not None else None
+    page = report.markdown(found, name, outcome.floor.total, launches)
     if options.json != "-":
         print(page)
     record = provenance_record(found.device, found.provenance)
     content: dict[str, Any] = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "environment": record}
-    content |= {"floor_bytes": outcome.floor.total, "attribution": msgspec.to_builtins(found)}
+    content |= {"floor_bytes": outcome.floor.total, "launches": msgspec.to_builtins(launches)}
+    content["attribution"] = msgspec.to_builtins(found)
     made: dict[str, Callable[[], bytes]] = {"markdown": page.encode, "snapshot": recorder.snapshot}
     made |= {kind: partial(report.picture_as, kind, found, recipe) for kind in ("svg", "png")}
     asked = [(f"--{flag}", target, make) for flag, make in made.items() if (target := getattr(options, flag))]

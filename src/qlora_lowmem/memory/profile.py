@@ -1,11 +1,11 @@
-"""A job's memory as plain data: its peaks by phase, and what it says of itself while it runs.
+"""A job's memory as plain data: its peaks and launches by phase, and what it says of itself while it runs.
 
 Bytes are integers. Nothing here imports torch or touches a device.
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import msgspec
 
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.files import Count, as_dataclass, read_json, write_whole
+from qlora_lowmem.virtual_gpu import Launches
 
 Provenance = Literal["virtual", "measured"]
 
@@ -57,6 +58,9 @@ class MemoryProfile:
         total_bytes: the card's memory as CUDA reports it.
         outside_allocator_bytes: CUDA context, and library allocations that bypass the caching allocator.
         phases: peaks by phase, in the order of `PHASES`, those that were there.
+        launches: kernels, copies and memsets by phase, the most that one stretch of it submitted: of `steady`, one
+            optimizer step with all its micro-batches. Empty on a GPU, where nobody counts them.
+        micro_batch_launches: of those of a step, the last micro-batch: forward, recomputation, backward.
     """
 
     device: str
@@ -64,6 +68,13 @@ class MemoryProfile:
     total_bytes: int
     outside_allocator_bytes: int
     phases: Mapping[str, Peak]
+    launches: Mapping[str, Launches] = field(default_factory=dict)
+    micro_batch_launches: Launches | None = None
+
+    @property
+    def step_launches(self) -> Launches | None:
+        """Of one steady optimizer step; None where there was none, or nobody counted."""
+        return self.launches.get("steady")
 
     @property
     def peak(self) -> Peak:
@@ -71,10 +82,13 @@ class MemoryProfile:
         return Peak.highest(self.phases.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, the three peaks on top."""
+        """Plain data for JSON, the three peaks on top; without launches where nobody counted."""
         peaks = {f"peak_{figure}_bytes": count for figure, count in asdict(self.peak).items()}
-        phases = [{"name": name, **asdict(peak)} for name, peak in self.phases.items()]
-        return {**peaks, **msgspec.to_builtins(self), "phases": phases}
+        totals = {name: {"launches": launches.total} for name, launches in self.launches.items()}
+        phases = [{"name": name, **asdict(peak), **totals.get(name, {})} for name, peak in self.phases.items()]
+        content = {**peaks, **msgspec.to_builtins(self), "phases": phases}
+        counted = {"launches": self.launches, "micro_batch_launches": self.micro_batch_launches}
+        return {name: value for name, value in content.items() if counted.get(name, True)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "MemoryProfile":

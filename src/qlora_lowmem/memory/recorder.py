@@ -1,7 +1,7 @@
 """Read a job's peaks while it runs: the caching allocator's counters and history, and NVML for what lies outside it.
 
-The same readings on a real and a virtual GPU. Start a recorder before CUDA is initialised, so that what other programs
-hold can be told from the CUDA context of this one.
+The same readings on a real and a virtual GPU; launches are counted on a virtual one alone. Start a recorder before CUDA
+is initialised, so that what other programs hold can be told from the CUDA context of this one.
 """
 
 import gc
@@ -28,7 +28,7 @@ from qlora_lowmem.memory.kinds import ProgramNamer
 from qlora_lowmem.memory.owners import Owner, Owners
 from qlora_lowmem.memory.profile import PHASES, MemoryProfile, Peak, provenance_here
 from qlora_lowmem.memory.scopes import ProgramScopes
-from qlora_lowmem.virtual_gpu import together
+from qlora_lowmem.virtual_gpu import Launches, launches, together
 from qlora_lowmem.virtual_gpu.together import Together
 
 # Of the allocator's history; a program with more keeps its peak and loses its attribution.
@@ -82,6 +82,9 @@ class Recorder(_Readings):
         super().__init__(index)
         self.running_phase: str | None = None
         self._phases: dict[str, Peak] = {}
+        self._launches: dict[str, Launches] = {}
+        self._launched = Launches()  # by this process before the running phase; less what of the phase was left out
+        self._micro_batch: Launches | None = None
         torch.cuda.init()
         torch.empty(1, device=f"cuda:{index}")  # creates the context and the first segment
         torch.cuda.synchronize(index)
@@ -99,10 +102,18 @@ class Recorder(_Readings):
             raise ValueError(f"{name!r} is no phase; there are {', '.join(PHASES)}")
         self.end()
         torch.cuda.reset_peak_memory_stats(self.index)
+        self._launched = launches.of_this_process() or Launches()
         self.running_phase = name
 
     def end(self) -> None:
-        """End the running phase, if any, and keep its peaks."""
+        """End the running phase, if any, and keep its peaks and its launches."""
+        now = launches.of_this_process()
+        if self.running_phase is not None and now is not None:
+            stretches = (self._launches.get(self.running_phase, Launches()), now - self._launched)
+            self._launches[self.running_phase] = Launches.most(stretches)
+        self._keep_peaks()
+
+    def _keep_peaks(self) -> None:
         if self.running_phase is None:
             return
         torch.cuda.synchronize(self.index)
@@ -111,14 +122,30 @@ class Recorder(_Readings):
         self._phases[self.running_phase] = Peak.highest((earlier, self.peak()))
         self.running_phase = None
 
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around one micro-batch of a step, whose launches are kept."""
+        before = launches.of_this_process()
+        yield
+        after = launches.of_this_process()
+        if self.running_phase is not None and before is not None and after is not None:
+            self._micro_batch = after - before
+
+    def micro_batch_again(self) -> None:
+        """Count the last micro-batch once more: one that is left out would do the same."""
+        if self._micro_batch is not None:
+            self._launched -= self._micro_batch
+
     def room_bytes(self) -> int:
         """Bytes that the caching allocator could still take from the card without touching other programs' share."""
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).free)
 
     def profile(self) -> MemoryProfile:
-        """Everything recorded until now."""
-        self.end()
-        return self._profile({name: self._phases[name] for name in PHASES if name in self._phases})
+        """Everything recorded until now; of a phase that has not ended, the peaks alone."""
+        self._keep_peaks()
+        found = self._profile({name: self._phases[name] for name in PHASES if name in self._phases})
+        counted = {name: self._launches[name] for name in found.phases if name in self._launches}
+        return replace(found, launches=counted, micro_batch_launches=self._micro_batch)
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,7 @@ class Measurement:
     """What a program used.
 
     Attributes:
-        profile: its peaks as one phase, `test`: on a virtual card those of all its processes together.
+        profile: its peaks and launches as one phase, `test`: on a virtual card those of all its processes together.
         attribution: where they were; None where other processes took part, or the history could not be followed.
         snapshot: this process' allocator; None where it used none.
         together: of what the profile's peaks are made, where other processes took part.
@@ -159,6 +186,7 @@ class ProgramRecorder(_Readings):
         self._process, self._stopped = 0, False
         self._descendants: DescendantsOnTheCard | None = None
         self._highest = Peak()
+        self._launched: Launches | None = None  # on the machine, before
         self._undo: list[Callable[[], None]] = []
 
     def start(self) -> None:
@@ -166,6 +194,7 @@ class ProgramRecorder(_Readings):
         if not together.begin():
             self._descendants = DescendantsOnTheCard(self._handle)
         self._process = os.getpid()
+        self._launched = launches.of_all_processes()
         gc.collect()
         self._watch_resets()
         self._scopes.attach()
@@ -185,10 +214,13 @@ class ProgramRecorder(_Readings):
     def stop(self) -> Measurement:
         """End, and say what it came to."""
         self._stopped = True
+        now = launches.of_all_processes()
         for undo in self._undo:
             undo()
         self._scopes.remove()
         found = self._nothing_here() if self._before is None else self._stop_here(self._before)
+        if now is not None and self._launched is not None:
+            found = replace(found, profile=replace(found.profile, launches={"test": now - self._launched}))
         if self._descendants is not None:
             return replace(found, uncounted=self._descendants.stop())
         all_of_it = together.read(self.index)

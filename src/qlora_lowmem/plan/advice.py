@@ -24,6 +24,7 @@ class Knob:
     Attributes:
         kind, cost: as in `Move`.
         flops_ratio: multiplications of a step with it over those without; None where they were not counted.
+        launches_ratio: the same of kernels, copies and memsets.
         host_bytes: page-locked host memory that it takes.
         trainable_parameters: of the adapters with it.
     """
@@ -37,6 +38,7 @@ class Knob:
     flops_ratio: float | None = None
     host_bytes: int = 0
     trainable_parameters: int = 0
+    launches_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def knobs_of(
             change.move.cost,
             host_bytes=run.pinned_host_bytes,
             trainable_parameters=run.trainable_parameters,
+            launches_ratio=run.launches_over(base),
         )
         for change, run in zip(changes, runs, strict=True)
         if run.profile is not None and run.out_of_memory is None

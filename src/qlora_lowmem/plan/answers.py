@@ -28,6 +28,7 @@ class Need:
         floor_bytes: what no method of training the recipe avoids (`memory/owners.py`); 0 where no step ended.
         host_bytes: page-locked host memory.
         fits: on the card itself. A run that does not was made again with room for it: the figures are what it needs.
+        launches: kernels, copies and memsets of a steady optimizer step; None where none ended.
     """
 
     allocated_bytes: int
@@ -37,6 +38,7 @@ class Need:
     host_bytes: int
     trainable_parameters: int
     fits: bool
+    launches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,26 @@ class Limit:
 
 @dataclass(frozen=True)
 class Tried:
-    """A rung of the ladder at the wanted length, and whether it fits there."""
+    """A rung of the ladder at the wanted length, whether it fits there, and where it does, the launches of a step."""
 
     rung: str
     words: str
     fits: bool
+    launches: int | None = None
 
 
 @dataclass(frozen=True)
 class Reach:
-    """A rung of the ladder: how far it goes and, where they were asked for, what it costs in FLOPs and host memory."""
+    """A rung of the ladder: how far it goes and, where they were asked for, what it costs in FLOPs, in launches of a
+    step of that length and in host memory.
+    """
 
     rung: str
     words: str
     longest: Limit
     flops_ratio: float | None = None
     host_bytes: int = 0
+    launches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Proposal:
         need, kinds: of that recipe, as in `Plan`.
         reaches_wanted: whether `longest` is at least the wanted length.
         flops_ratio: FLOPs of a step over those of one that computes nothing twice; None where they were not counted.
+        launches_ratio: the same of launches, at this length.
     """
 
     rung: str
@@ -103,6 +110,7 @@ class Proposal:
     reaches_wanted: bool
     flops_ratio: float | None = None
     kinds: Mapping[str, int] = field(default_factory=dict)
+    launches_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,8 +164,8 @@ class Plan:
 
 def need_of(run: RecipeRun, *, fits: bool) -> Need:
     """A run's peaks; zeros where it failed."""
-    host, learn = run.pinned_host_bytes, run.trainable_parameters
-    return Need(run.peak.allocated, run.peak.reserved, run.peak.device, run.floor_bytes, host, learn, fits)
+    host, learn, peak = run.pinned_host_bytes, run.trainable_parameters, run.peak
+    return Need(peak.allocated, peak.reserved, peak.device, run.floor_bytes, host, learn, fits, run.step_launches)
 
 
 def limit_of(found: Maximum[RecipeRun], step: int, last: LimitedBy) -> Limit:

@@ -83,7 +83,7 @@ def longest(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server, 
         submit = functools.partial(submit_recipe, server)
         found = maximum_that_fits(shortened(recipe), "max_seq_length", card, submit, limit=limit, step=step, note=note)
     run, end = found.run or RecipeRun(None), found.next_value
-    held = (run.peak, run.floor_bytes, run.pinned_host_bytes)
+    held = (run.peak, run.floor_bytes, run.pinned_host_bytes, run.micro_batch_launches)
     return Longest(recipe.name, card.name, found.value, end, "memory" if end else "limit", *held)
 
 

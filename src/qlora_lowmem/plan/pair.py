@@ -133,7 +133,8 @@ class Planner:
             self._note(f"rung: {rung.name}")
             run = self._submit(two_steps(recipe), self._card, "probe").result()
             fits = room_left(run, self._card, recipe.name) >= 0
-            self._say(tried=(*self._answer.tried, Tried(rung.name, rung.words, fits)))
+            launches = run.step_launches if fits else None
+            self._say(tried=(*self._answer.tried, Tried(rung.name, rung.words, fits, launches)))
             if fits:
                 break
         proposal, longest_run = self._proposed(rung, recipe, run)
@@ -168,14 +169,19 @@ class Planner:
         return Proposal(rung.name, rung.words, proposed, need, longest, reaches), longest_run
 
     def _detail(self, proposal: Proposal, recipe: Recipe) -> None:
-        """Where the bytes of the proposed `recipe` go, and its FLOPs."""
+        """Where the bytes of the proposed `recipe` go, and its FLOPs and launches."""
         run = self._aside(
             "the breakdown", lambda: self._submit(two_steps(recipe), self._card, "attributed run").result()
         )
         if run is not None and run.attribution is not None:
             proposal = replace(proposal, kinds=run.attribution.kinds)
             self._say(proposal=proposal)
-        self._say(proposal=replace(proposal, flops_ratio=self._flops_ratio(recipe, computing_nothing_twice(recipe))))
+        plain = computing_nothing_twice(recipe)
+        proposal = replace(proposal, flops_ratio=self._flops_ratio(recipe, plain))
+        if run is not None and run.step_launches is not None and plain != recipe:
+            base = self._aside("counting launches", lambda: self._submit(two_steps(plain), self._roomy).result())
+            proposal = replace(proposal, launches_ratio=run.launches_over(base) if base is not None else None)
+        self._say(proposal=proposal)
 
     def _lacking(self, rung: Rung, recipe: Recipe) -> Shortfall:
         run = self._with_room(two_steps(recipe))
@@ -206,8 +212,8 @@ class Planner:
             # Rounded embeddings and optimizer states multiply as much.
             exact = replace_fields(recipe, {"max_seq_length": length, "quantised_embeddings": "none"})
             ratio = self._flops_ratio(exact, computing_nothing_twice(exact))
-            host = run.pinned_host_bytes if run is not None else 0
-            self._say(reaches=(*self._answer.reaches, Reach(rung.name, rung.words, longest, ratio, host)))
+            host, launches = (run.pinned_host_bytes, run.step_launches) if run is not None else (0, None)
+            self._say(reaches=(*self._answer.reaches, Reach(rung.name, rung.words, longest, ratio, host, launches)))
             if longest.limited_by != "memory":
                 break
 

@@ -15,6 +15,7 @@ from qlora_lowmem.recipe.io import replace_field
 from qlora_lowmem.results.kinds.lengths import Length
 from qlora_lowmem.results.kinds.phases import PhaseBytes, phase_bytes
 from qlora_lowmem.scratch import scratch_folder
+from qlora_lowmem.virtual_gpu import Launches
 
 
 def measure_lengths(
@@ -37,7 +38,9 @@ def measure_lengths(
         if run.profile is None or run.out_of_memory is not None:
             raise run.fault(f"{name} at {length:,} tokens fails")
         peak = run.profile.peak
-        rows.append(Length(name, length, peak.device <= card.usable_bytes, peak, run.floor_bytes))
+        rows.append(
+            Length(name, length, peak.device <= card.usable_bytes, peak, run.floor_bytes, run.micro_batch_launches)
+        )
     return rows
 
 
@@ -62,7 +65,9 @@ class Life:
 
     def phases(self, device_budget: int, allocated_budgets: Mapping[str, int] | None = None) -> tuple[PhaseBytes, ...]:
         """Its phases beside their budgets in bytes, as `phase_bytes` says."""
-        return phase_bytes(self.profile.phases, device_budget, allocated_budgets, self.out_of_memory, self.floor_bytes)
+        profile, ran_out = self.profile, self.out_of_memory
+        launches = {name: counted.total for name, counted in profile.launches.items()}
+        return phase_bytes(profile.phases, device_budget, allocated_budgets, ran_out, self.floor_bytes, launches)
 
 
 def live(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server) -> Life:
@@ -90,6 +95,7 @@ def live(recipe: Recipe, card: virtual_gpu.Card, server: virtual_gpu.Server) -> 
 def _joined(profiles: Sequence[MemoryProfile]) -> MemoryProfile:
     there = [name for name in PHASES if any(name in profile.phases for profile in profiles)]
     found = {name: Peak.highest(p.phases[name] for p in profiles if name in p.phases) for name in there}
+    launches = {name: Launches.most(p.launches[name] for p in profiles if name in p.launches) for name in there}
     first = profiles[0]
     outside = max(profile.outside_allocator_bytes for profile in profiles)
-    return MemoryProfile(first.device, first.provenance, first.total_bytes, outside, found)
+    return MemoryProfile(first.device, first.provenance, first.total_bytes, outside, found, launches)

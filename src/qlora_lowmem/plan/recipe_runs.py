@@ -59,6 +59,23 @@ class RecipeRun:
         """The highest of all phases; zeros where it failed."""
         return self.profile.peak if self.profile is not None else Peak()
 
+    @property
+    def step_launches(self) -> int | None:
+        """Kernels, copies and memsets of a steady optimizer step; None where none ended."""
+        launches = self.profile.step_launches if self.profile is not None else None
+        return launches.total if launches is not None else None
+
+    @property
+    def micro_batch_launches(self) -> int | None:
+        """The same of a step's last micro-batch alone."""
+        launches = self.profile.micro_batch_launches if self.profile is not None else None
+        return launches.total if launches is not None else None
+
+    def launches_over(self, base: "RecipeRun") -> float | None:
+        """Those over another's; None where one is not known."""
+        here, there = self.step_launches, base.step_launches
+        return here / there if here is not None and there else None
+
     def fault(self, what: str) -> QloraLowmemError:
         """What to raise of a run that failed for another reason than memory; `what` begins it, where it is ours."""
         text = (self.failure or self.out_of_memory or "no output").strip()

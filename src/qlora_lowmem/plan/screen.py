@@ -61,6 +61,7 @@ def _of_the_recipe(plan: Plan) -> Iterator[str]:
     yield f"{plan.subject} at {plan.wanted_tokens:,} tokens on {plan.card}: {verdict}. (virtual)"
     if plan.need is not None:
         yield _needs(plan.need, plan.usable_bytes)
+        yield from _step(plan.need)
         yield from _breakdown(plan.kinds, plan.need)
     if plan.longest is not None:
         yield ""
@@ -95,6 +96,7 @@ def _of_the_model(plan: Plan) -> Iterator[str]:
     yield f"{plan.model} on {plan.card}: {verdict}. (virtual)"
     if found is not None:
         yield _needs(found.need, plan.usable_bytes)
+        yield from _step(found.need)
     yield ""
     yield from _proposal(plan)
     if found is not None:
@@ -112,6 +114,8 @@ def _reach(reach: Reach) -> str:
     said = [f"{length:>16}  {reach.rung}: {reach.words}"]
     if reach.flops_ratio is not None:
         said.append(f"{reach.flops_ratio:.2f} x the FLOPs")
+    if reach.launches is not None:
+        said.append(_launches(reach.launches))
     if reach.host_bytes >= MIB:
         said.append(f"{format_bytes(reach.host_bytes)} of host memory")
     return f"{'; '.join(said)} {_ENDS[reach.longest.limited_by]}".rstrip()
@@ -119,7 +123,12 @@ def _reach(reach: Reach) -> str:
 
 def _tried(plan: Plan) -> Iterator[str]:
     for tried in plan.tried:
-        yield f"  {'fits' if tried.fits else 'too much':<9} {tried.rung}: {tried.words}"
+        launches = f"; {_launches(tried.launches)}" if tried.launches is not None else ""
+        yield f"  {'fits' if tried.fits else 'too much':<9} {tried.rung}: {tried.words}{launches}"
+
+
+def _launches(count: int) -> str:
+    return f"{count:,} launches a step"
 
 
 def _needs(need: Need, usable: int) -> str:
@@ -128,6 +137,11 @@ def _needs(need: Need, usable: int) -> str:
         f"Needs {gib(need.device_bytes)} GiB of {gib(usable)} usable, the CUDA context in it "
         f"({gib(need.allocated_bytes)} allocated, {gib(need.reserved_bytes)} reserved){host}."
     )
+
+
+def _step(need: Need) -> Iterator[str]:
+    if need.launches is not None:
+        yield f"An optimizer step is {need.launches:,} launches: kernels, copies and memsets."
 
 
 def _breakdown(kinds: Mapping[str, int], need: Need) -> Iterator[str]:
@@ -170,6 +184,8 @@ def cost(knob: Knob, base: Need) -> str:
     text = knob.cost
     if knob.flops_ratio is not None:
         text += f"; {knob.flops_ratio:.2f} x the FLOPs"
+    if knob.launches_ratio is not None and f"{knob.launches_ratio:.2f}" != "1.00":
+        text += f"; {knob.launches_ratio:.2f} x the launches"
     if knob.host_bytes - base.host_bytes >= MIB:
         text += f"; {format_bytes(knob.host_bytes)} of host memory"
     if 0 < knob.trainable_parameters < base.trainable_parameters:
@@ -196,12 +212,14 @@ def _proposed(found: Proposal, plan: Plan) -> Iterator[str]:
     yield f"  {_settings(found)}"
     if plan.recipe_given:
         yield f"  {_needs(found.need, plan.usable_bytes)}"
+        yield from (f"  {line}" for line in _step(found.need))
 
 
 def _flops(plan: Plan) -> Iterator[str]:
     found = plan.proposal
     if found is not None and found.flops_ratio is not None and found.rung != "fastest":
-        yield f"A step takes {found.flops_ratio:.2f} x the FLOPs of one that computes nothing twice."
+        also = f", and {found.launches_ratio:.2f} x its launches" if found.launches_ratio is not None else ""
+        yield f"A step takes {found.flops_ratio:.2f} x the FLOPs of one that computes nothing twice{also}."
 
 
 def _settings(found: Proposal) -> str:
@@ -264,6 +282,7 @@ def cells(plan: Plan) -> dict[str, str]:
         "allocated GiB": known_gib(need.allocated_bytes) if need is not None else "",
         "floor GiB": known_gib(need.floor_bytes) if need is not None else "",
         "x floor": times_floor(need.allocated_bytes, need.floor_bytes) if need is not None else "",
+        "launches": f"{need.launches:,}" if need is not None and need.launches is not None else "",
         "longest": f"{longest.value:,}" if longest is not None else "",
         "next": following,
     }
@@ -302,6 +321,7 @@ def row(plan: Plan) -> dict[str, Any]:
         "peak_reserved_bytes": need.reserved_bytes if need is not None else 0,
         "peak_device_bytes": need.device_bytes if need is not None else 0,
         "floor_bytes": need.floor_bytes if need is not None else 0,
+        "launches": need.launches if need is not None else None,
         "usable_bytes": plan.usable_bytes,
         "runs": plan.runs,
         "cached": plan.cached,

@@ -35,12 +35,13 @@ def one_of(names: Iterable[str]) -> msgspec.Meta:
 
 @dataclass(frozen=True)
 class PhasePeak:
-    """A phase with its peak, in bytes, as `MemoryProfile.to_dict` lists them."""
+    """A phase with its peak, in bytes, and its launches, as `MemoryProfile.to_dict` lists them."""
 
     name: Annotated[str, one_of(PHASES)]
     allocated: Count
     reserved: Count
     device: Count
+    launches: Count | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from qlora_lowmem import virtual_gpu
 from qlora_lowmem.files import write_whole
 from qlora_lowmem.memory.profile import MemoryProfile, Peak
 from qlora_lowmem.units import GIB, format_bytes
+from qlora_lowmem.virtual_gpu import Launches
 
 # For the text of a table that has the column.
 FLOOR_TEXT = "The floor is what no method avoids: weights as stored, adapters with their state, two residual tensors."
@@ -49,6 +50,11 @@ class Cell:
         return cls.gib(count) if count else cls("-")
 
     @classmethod
+    def launches(cls, count: int | None) -> "Cell":
+        """How many there were, with a dash where nobody counted."""
+        return cls("-") if count is None else cls.count(count)
+
+    @classmethod
     def ratio(cls, text: str, value: float, tone: str = "") -> "Cell":
         """A figure without a unit of its own, to six digits for machines."""
         return cls(text, float(f"{value:.6g}"), tone)
@@ -81,22 +87,38 @@ class Table:
 
 @dataclass(frozen=True)
 class Column(Generic[_Row]):
-    """A column of a table: its heading and its cells in Markdown, and on a page where they are others there."""
+    """A column of a table: its heading and its cells in Markdown, and on a page where they are others there.
+
+    Attributes:
+        where_known: it is left out of a table in which no row has a figure for it.
+    """
 
     heading: str
     cell: Callable[[_Row], Cell]
     page_heading: str = ""
     page_cell: Callable[[_Row], Cell] | None = None
+    where_known: bool = False
+
+
+def launches_column(heading: str, count: Callable[[_Row], int | None]) -> Column[_Row]:
+    """Of launches, which nobody counts on a GPU, and did not in older files."""
+    return Column(heading, lambda row: Cell.launches(count(row)), where_known=True)
+
+
+def _known(columns: Sequence[Column[_Row]], rows: Sequence[_Row]) -> list[Column[_Row]]:
+    return [c for c in columns if not c.where_known or any(c.cell(row).value is not None for row in rows)]
 
 
 def markdown_of(columns: Sequence[Column[_Row]], rows: Sequence[_Row], text_columns: int = 1) -> str:
     """The rows as a GitHub table; the first `text_columns` columns are text, the rest figures."""
+    columns = _known(columns, rows)
     cells = [[column.cell(row).text for column in columns] for row in rows]
     return markdown_table([column.heading for column in columns], cells, text_columns)
 
 
 def page_table(caption: str, columns: Sequence[Column[_Row]], rows: Sequence[_Row]) -> Table:
     """The rows as a table of a page."""
+    columns = _known(columns, rows)
     headers = tuple(column.page_heading or column.heading.replace("x floor", "× floor") for column in columns)
     return Table(caption, headers, tuple(tuple((c.page_cell or c.cell)(row) for c in columns) for row in rows))
 
@@ -137,16 +159,23 @@ def floor_lines(allocated_bytes: int, floor_bytes: int) -> tuple[str, str]:
     )
 
 
+def launches_in_words(launches: Launches) -> str:
+    """`16,503 launches: 15,411 kernels, 1,092 copies, 0 memsets`."""
+    parts = ", ".join(f"{count:,} {kind}" for kind, count in dataclasses.asdict(launches).items())
+    return f"{launches.total:,} launches: {parts}"
+
+
 def phase_table(profile: MemoryProfile) -> str:
-    """Peaks by phase, in GiB, as text for a terminal."""
+    """Peaks by phase, in GiB, as text for a terminal; with launches where they were counted."""
     peaks = {**profile.phases, "peak": profile.peak}
     rows = [[name, gib(peak.allocated), gib(peak.reserved), gib(peak.device)] for name, peak in peaks.items()]
-    table = tabulate(
-        rows,
-        headers=[f"{profile.device} ({profile.provenance})", "allocated GiB", "reserved GiB", "with context GiB"],
-        disable_numparse=True,
-        colalign=("left", "right", "right", "right"),
-    )
+    headers = [f"{profile.device} ({profile.provenance})", "allocated GiB", "reserved GiB", "with context GiB"]
+    if profile.launches:
+        headers.append("launches")
+        for row in rows:
+            row.append(f"{profile.launches[row[0]].total:,}" if row[0] in profile.launches else "")
+    align = ["left", *["right"] * (len(headers) - 1)]
+    table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
     return f"\n{table}\n(card: {gib(profile.total_bytes)} GiB)"
 
 

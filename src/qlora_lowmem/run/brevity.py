@@ -21,7 +21,8 @@ class Brevity:
 
     A micro-batch that ends with the allocator as an earlier one of its step left it has come full circle: what follows
     does again, to the byte, what came since. All of a step's micro-batches have the same shapes. Its last is always
-    run: there gradients are complete and the optimizer steps.
+    run: there gradients are complete and the optimizer steps. What is left out counts among a step's launches as the
+    micro-batch before it: from the second on all submit the same.
     """
 
     def __init__(self, job: Job, recorder: Recorder, most: int | None = None) -> None:
@@ -42,6 +43,7 @@ class Brevity:
             self._states.clear()
         if self._left_out:
             self._left_out -= 1
+            self._recorder.micro_batch_again()
             return self._loss
         self._loss = self._plain(*arguments, **options)
         if self._most is not None and self._recorder.peak().device > self._most:

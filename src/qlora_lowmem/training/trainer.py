@@ -96,6 +96,12 @@ class LowMemTrainer(SFTTrainer):
         loss = loss - (1 - 1 / steps) * self.router_aux_loss_coef * outputs.aux_loss
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, forward and backward."""
+        with self._recorder.micro_batch() if self._recorder is not None else contextlib.nullcontext():
+            loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return loss
+
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
         """As TRL's own `compute_loss` does: tokens seen by all processes, padding left out."""
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()

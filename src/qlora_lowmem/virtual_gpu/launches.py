@@ -6,7 +6,7 @@ product split over several, a transposition first) is chosen on the card and is 
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,11 @@ class Launches:
     def total(self) -> int:
         """All of them: what the host waits for, one by one."""
         return self.kernels + self.copies + self.memsets
+
+    @staticmethod
+    def most(each: "Iterable[Launches]") -> "Launches":
+        """Those that are most in all; none of nothing."""
+        return max(each, key=lambda launches: launches.total, default=Launches())
 
     def __add__(self, other: "Launches") -> "Launches":
         return Launches(self.kernels + other.kernels, self.copies + other.copies, self.memsets + other.memsets)

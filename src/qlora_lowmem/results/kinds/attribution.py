@@ -23,6 +23,7 @@ from qlora_lowmem.results.tables import (
     Column,
     Table,
     gib,
+    launches_in_words,
     markdown_of,
     page_table,
     provenance_lines,
@@ -32,6 +33,7 @@ from qlora_lowmem.results.tables import (
 )
 from qlora_lowmem.results.timeline import draw_timeline, group_bytes, group_fill, group_legend
 from qlora_lowmem.units import GIB, MIB, format_bytes
+from qlora_lowmem.virtual_gpu import Launches
 
 _OWNERS = 12  # of a page
 
@@ -103,12 +105,14 @@ def _too_small(found: Attribution) -> str:
     return f", more than the {gib(usable)} GiB that a job can use there{where}"
 
 
-def markdown(found: Attribution, title: str, floor_bytes: int) -> str:
-    """A page: title, the peak in a sentence and its floor in another, both tables."""
+def markdown(found: Attribution, title: str, floor_bytes: int, launches: Launches | None = None) -> str:
+    """A page: title, the peak in a sentence, its floor and the launches of a step in others, both tables."""
     beside = (
         f"The floor, which no method avoids, is {format_bytes(floor_bytes)}; allocated is "
         f"{times_floor(found.allocated_bytes, floor_bytes)} times that."
     )
+    if launches is not None:
+        beside += f" An optimizer step takes {launches_in_words(launches)}."
     return (
         f"# {title}\n\n{headline(found)}. {beside}\n\n{markdown_of(_SHARES, _shares(found))}\n\n"
         f"The lines of code that own most of it:\n\n{owners_table(found)}\n"
@@ -116,14 +120,20 @@ def markdown(found: Attribution, title: str, floor_bytes: int) -> str:
 
 
 def write_attribution(
-    folder: Path, recipe: Recipe, found: Attribution, floor_bytes: int, record: dict[str, Any]
+    folder: Path,
+    recipe: Recipe,
+    found: Attribution,
+    floor_bytes: int,
+    record: dict[str, Any],
+    launches: Launches | None = None,
 ) -> None:
     """Write `attribution-NAME` under `folder`: JSON (the source), CSV, the page with its provenance, the picture."""
     name = recipe.name
     rows = [{"kind": kind, "bytes": count} for kind, count in found.kinds.items() if count]
-    page = f"{markdown(found, name, floor_bytes)}\n![{name}](attribution-{name}.svg)\n\n{provenance_lines(record)}\n"
+    text, drawn = markdown(found, name, floor_bytes, launches), f"![{name}](attribution-{name}.svg)"
+    page = f"{text}\n{drawn}\n\n{provenance_lines(record)}\n"
     head = {"environment": record, "recipe": recipe.to_dict(), "floor_bytes": floor_bytes}
-    content = head | {"attribution": msgspec.to_builtins(found)}
+    content = head | {"launches": msgspec.to_builtins(launches), "attribution": msgspec.to_builtins(found)}
     write_result(folder, f"attribution-{name}", content, page, rows)
     for kind in ("svg", "png"):
         write_whole(folder / f"attribution-{name}.{kind}", picture_as(kind, found, recipe))

@@ -12,19 +12,24 @@ from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_it
 from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style
 from qlora_lowmem.results.subject import subject
-from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, markdown_of, page_table, write_rows
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, launches_column, markdown_of, page_table, write_rows
 from qlora_lowmem.units import GIB
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Allocated peaks of both recipes with one model at one length, in bytes; the optimised one is above the floor."""
+    """Allocated peaks of both recipes with one model at one length, in bytes; the optimised one is above the floor.
+
+    Launches are of a micro-batch; None where nobody counted.
+    """
 
     model: str
     tokens: Count
     optimised_allocated_bytes: Count
     lean_allocated_bytes: Count
     floor_bytes: Count
+    optimised_launches: Count | None = None
+    lean_launches: Count | None = None
 
     @property
     def saves(self) -> int:
@@ -35,6 +40,13 @@ class Pair:
     def share(self) -> float:
         """That, of what the optimised recipe has above the floor."""
         return self.saves / (self.optimised_allocated_bytes - self.floor_bytes)
+
+    @property
+    def times_launches(self) -> float | None:
+        """Lean's launches over the optimised recipe's."""
+        if self.lean_launches is None or not self.optimised_launches:
+            return None
+        return self.lean_launches / self.optimised_launches
 
     @property
     def end(self) -> int:
@@ -51,7 +63,16 @@ _COLUMNS: tuple[Column[Pair], ...] = (
     Column("floor", lambda pair: Cell.gib(pair.floor_bytes)),
     Column("x floor", lambda pair: Cell.times_floor(pair.lean_allocated_bytes, pair.floor_bytes), "lean × floor"),
     Column("of what is above the floor", lambda pair: Cell.ratio(f"{pair.share:.0%}", pair.share)),
+    launches_column("launches a micro-batch, optimised", lambda pair: pair.optimised_launches),
+    launches_column("lean's", lambda pair: pair.lean_launches),
+    Column("x launches", lambda pair: _times(pair.times_launches), "lean × launches", where_known=True),
 )
+
+
+def _times(ratio: float | None) -> Cell:
+    return Cell("-") if ratio is None else Cell.ratio(f"{ratio:.2f}", ratio)
+
+
 _TITLE = "Lean on the models that people fine-tune"
 
 
@@ -69,7 +90,7 @@ def write_families(folder: Path, pairs: Sequence[Pair], record: dict[str, Any]) 
 def _read(content: Mapping[str, Any]) -> tuple[Pair, ...]:
     pairs = read_as(Cases[Pair], content).cases
     for number, pair in enumerate(pairs):
-        if not all(astuple(pair)[1:]):
+        if 0 in astuple(pair):
             raise ValueError(f"cases[{number}] has tokens, a peak or a floor of 0")
         if pair.optimised_allocated_bytes <= pair.floor_bytes:
             raise ValueError(f"cases[{number}].optimised_allocated_bytes is not above the floor")

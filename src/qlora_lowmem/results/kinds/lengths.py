@@ -20,6 +20,7 @@ from qlora_lowmem.results.tables import (
     Cell,
     Column,
     gib,
+    launches_column,
     markdown_of,
     page_table,
     write_rows,
@@ -39,6 +40,7 @@ class Length:
     Attributes:
         fits: what the device held, against the card's usable memory.
         floor_bytes: what no method avoids at that length (`memory.owners`).
+        launches: kernels, copies and memsets of a micro-batch; None where nobody counted.
     """
 
     recipe: str
@@ -46,6 +48,7 @@ class Length:
     fits: bool
     peak: Peak
     floor_bytes: Count
+    launches: Count | None = None
 
 
 _COLUMNS: tuple[Column[Length], ...] = (
@@ -62,6 +65,7 @@ _COLUMNS: tuple[Column[Length], ...] = (
         "verdict",
         lambda row: Cell("fits", tone="good") if row.fits else Cell("does not fit", tone="bad"),
     ),
+    launches_column("launches a micro-batch", lambda row: row.launches),
 )
 
 

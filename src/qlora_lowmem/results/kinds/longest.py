@@ -10,7 +10,7 @@ from qlora_lowmem.files import Count
 from qlora_lowmem.memory.profile import Peak
 from qlora_lowmem.results.kinds import Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.reading import Cases, read_as
-from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, markdown_of, page_table, write_rows
+from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, launches_column, markdown_of, page_table, write_rows
 from qlora_lowmem.units import format_bytes
 
 
@@ -22,6 +22,7 @@ class Longest:
         next_tokens: the shortest length that was seen not to fit; 0 where none was.
         limited_by: `memory`, or `limit` where the longest length asked for fits.
         floor_bytes, host_bytes: at that length: what no method avoids (`memory.owners`); page-locked host memory.
+        launches: kernels, copies and memsets of a micro-batch of that length; None where nobody counted.
     """
 
     recipe: str
@@ -32,6 +33,14 @@ class Longest:
     peak: Peak
     floor_bytes: Count
     host_bytes: Count
+    launches: Count | None = None
+
+    @property
+    def launches_a_token(self) -> Cell:
+        """What a token costs the host."""
+        if self.launches is None or not self.tokens:
+            return Cell("-")
+        return Cell.ratio(f"{self.launches / self.tokens:.2f}", self.launches / self.tokens)
 
 
 _COLUMNS: tuple[Column[Longest], ...] = (
@@ -48,6 +57,8 @@ _COLUMNS: tuple[Column[Longest], ...] = (
         "pinned host memory",
         lambda row: Cell(format_bytes(row.host_bytes), row.host_bytes),
     ),
+    launches_column("launches a micro-batch", lambda row: row.launches),
+    Column("launches a token", lambda row: row.launches_a_token, where_known=True),
 )
 
 

@@ -1,7 +1,7 @@
 """The comparison table of a benchmark run: one row a recipe, one set of files a device."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from qlora_lowmem.results.tables import (
     Cell,
     Column,
     gib,
+    launches_column,
     markdown_of,
     markdown_page,
     page_table,
@@ -64,6 +65,7 @@ class Case:
         target_modules: names with spaces between, or what the recipe says in one word.
         phases: peaks by phase; not in the CSV.
         failure: the last line of what went wrong other than memory; only in the Markdown.
+        launches: kernels, copies and memsets of an optimizer step; None where nobody counted, or no step ended.
     """
 
     recipe: str
@@ -84,11 +86,13 @@ class Case:
     out_of_memory: str
     phases: tuple[PhasePeak, ...]
     failure: str = ""
+    launches: Count | None = None
 
 
 def _case(result: CaseResult) -> Case:
     recipe, profile = result.recipe, result.profile
     targets = recipe.lora.target_modules
+    launches = profile.step_launches if profile else None
     return Case(
         recipe=recipe.name,
         recipe_hash=result.recipe_hash,
@@ -106,8 +110,17 @@ def _case(result: CaseResult) -> Case:
         peak=profile.peak if profile else Peak(),
         floor_bytes=result.floor_bytes,
         out_of_memory=result.out_of_memory or "",
-        phases=tuple(PhasePeak(name, *astuple(peak)) for name, peak in profile.phases.items()) if profile else (),
+        phases=_phases(profile) if profile else (),
         failure=(result.failure or "").strip().rpartition("\n")[2],
+        launches=launches.total if launches else None,
+    )
+
+
+def _phases(profile: MemoryProfile) -> tuple[PhasePeak, ...]:
+    launches = {name: counted.total for name, counted in profile.launches.items()}
+    return tuple(
+        PhasePeak(name, peak.allocated, peak.reserved, peak.device, launches.get(name))
+        for name, peak in profile.phases.items()
     )
 
 
@@ -134,6 +147,7 @@ _COLUMNS: tuple[Column[Case], ...] = (
     Column("x floor", lambda case: Cell.times_floor(case.peak.allocated, case.floor_bytes)),
     Column("reserved", lambda case: Cell.known_gib(case.peak.reserved)),
     Column("on the card", lambda case: Cell.known_gib(case.peak.device)),
+    launches_column("launches a step", lambda case: case.launches),
     Column("verdict", lambda case: Cell(_reason(case)), page_cell=lambda case: _verdict(case)),
 )
 
@@ -190,10 +204,13 @@ _read = partial(read_as, _File)
 
 # What is asked for first stands first: a narrow screen shows few columns at a time.
 _PAGE = (
-    *("recipe", "card", "verdict", "on the card", "reserved", "allocated", "floor", "x floor"),
+    *("recipe", "card", "verdict", "on the card", "reserved", "allocated", "floor", "x floor", "launches a step"),
     *("load", "first step", "steady", "seq", "batch", "r", "targets", "ckpt", "loss"),
 )
-_README = ("recipe", "seq", "ckpt", "loss", "allocated", "floor", "x floor", "reserved", "on the card", "verdict")
+_README = (
+    *("recipe", "seq", "ckpt", "loss", "allocated", "floor", "x floor", "reserved", "on the card", "launches a step"),
+    "verdict",
+)
 
 
 def _chosen(headings: Sequence[str]) -> list[Column[Case]]:

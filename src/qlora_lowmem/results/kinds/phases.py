@@ -11,7 +11,17 @@ from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_it
 from qlora_lowmem.results.reading import Cases, one_of, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, legend_label, note
 from qlora_lowmem.results.subject import subject
-from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, Table, gib, markdown_of, page_table, write_rows
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    Cell,
+    Column,
+    Table,
+    gib,
+    launches_column,
+    markdown_of,
+    page_table,
+    write_rows,
+)
 from qlora_lowmem.units import GIB
 
 
@@ -25,6 +35,7 @@ class PhaseBytes:
         device_budget, allocated_budget: what the card may hold; what tensors may take, None where nobody set that.
         floor: what no method of training the recipe avoids; 0 where no step ended.
         out_of_memory: torch's message if memory ran out in this phase, else empty.
+        launches: the most that one stretch of it submitted to the card, a step for instance; None where nobody counted.
     """
 
     phase: str
@@ -33,6 +44,7 @@ class PhaseBytes:
     allocated_budget: int | None = None
     floor: int = 0
     out_of_memory: str = ""
+    launches: int | None = None
 
     @property
     def over(self) -> list[str]:
@@ -65,6 +77,7 @@ def phase_bytes(
     allocated_budgets: Mapping[str, int] | None = None,
     out_of_memory: Mapping[str, str] | None = None,
     floor: int = 0,
+    launches: Mapping[str, int | None] | None = None,
 ) -> tuple[PhaseBytes, ...]:
     """The phases of a profile beside their budgets, in bytes and in the order of a run's life.
 
@@ -72,6 +85,7 @@ def phase_bytes(
         allocated_budgets: by phase; None where nobody set budgets.
         out_of_memory: torch's message by the phase in which memory ran out. A phase that has no readings gets zeros; a
             moment that is no phase (between two of them) counts to the last phase with readings.
+        launches: by phase, where they were counted.
     """
     peaks = dict(phases)
     messages = {}
@@ -80,8 +94,9 @@ def phase_bytes(
         messages[phase] = message or "out of memory"
         peaks.setdefault(phase, Peak())
     budgets = allocated_budgets or dict.fromkeys(peaks)
+    counted = launches or {}
     return tuple(
-        PhaseBytes(name, peaks[name], device_budget, budgets[name], floor, messages.get(name, ""))
+        PhaseBytes(name, peaks[name], device_budget, budgets[name], floor, messages.get(name, ""), counted.get(name))
         for name in PHASES
         if name in peaks
     )
@@ -105,6 +120,7 @@ _COLUMNS: tuple[Column[_Row], ...] = (
     Column("reserved", lambda row: Cell.gib(row[1].peak.reserved)),
     Column("on the card", lambda row: Cell.gib(row[1].peak.device)),
     Column("budget on the card", lambda row: Cell.gib(row[1].device_budget), "card budget"),
+    launches_column("launches", lambda row: row[1].launches),
 )
 _FLOOR_COLUMNS: tuple[Column[_Row], ...] = (
     Column("recipe", lambda row: Cell(row[0])),
@@ -137,6 +153,7 @@ class _Case:
     device_budget_bytes: Count
     floor_bytes: Count
     out_of_memory: str | None
+    launches: Count | None = None
 
 
 def phases_content(model: str, lives: Lives, record: dict[str, Any]) -> dict[str, Any]:
@@ -152,6 +169,7 @@ def phases_content(model: str, lives: Lives, record: dict[str, Any]) -> dict[str
             each.device_budget,
             each.floor,
             each.out_of_memory or None,
+            each.launches,
         )
         for recipe, each in _rows(lives)
     ]
@@ -194,7 +212,7 @@ def _read(content: Mapping[str, Any]) -> tuple[str, Lives]:
         peak = Peak(case.allocated_bytes, case.reserved_bytes, case.device_bytes)
         budgets, ran_out = (case.device_budget_bytes, case.allocated_budget_bytes), case.out_of_memory
         said = "" if ran_out is None else ran_out or "out of memory"
-        life[case.phase] = PhaseBytes(case.phase, peak, *budgets, case.floor_bytes, said)
+        life[case.phase] = PhaseBytes(case.phase, peak, *budgets, case.floor_bytes, said, case.launches)
     return file.model, {r: tuple(life[name] for name in PHASES if name in life) for r, life in lives.items()}
 
 

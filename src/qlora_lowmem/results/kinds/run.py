@@ -49,7 +49,8 @@ def _read(content: Mapping[str, Any]) -> tuple[str, _Told]:
         raise ValueError("floor_bytes is missing")
     peaks = {each.name: Peak(each.allocated, each.reserved, each.device) for each in file.phases}
     floor = 0 if ran_out else file.floor_bytes or 0
-    phases = phase_bytes(peaks, budget, out_of_memory=ran_out, floor=floor)
+    launches = {each.name: each.launches for each in file.phases}
+    phases = phase_bytes(peaks, budget, out_of_memory=ran_out, floor=floor, launches=launches)
     return file.recipe.name or "", _Told(file.recipe, file.device, phases)
 
 

@@ -9,7 +9,7 @@ import msgspec
 from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_its_own, has_rows
 from qlora_lowmem.results.reading import Cases
 from qlora_lowmem.results.style import Figure, Style
-from qlora_lowmem.results.tables import Cell, Column, markdown_of, page_table
+from qlora_lowmem.results.tables import Cell, Column, launches_column, markdown_of, page_table
 from qlora_lowmem.units import MIB, format_bytes, format_signed
 
 PeakFigure = Literal["allocated", "reserved", "device"]
@@ -56,6 +56,8 @@ class Record:
         modules: requested bytes by the block of the model that holds them (`model.layers.4`) at that peak.
         lines: bytes by `kind | line of code` at that peak, the largest ones.
         versions: all that were installed and could matter, also those that the key leaves out.
+        launches: kernels, copies and memsets, of a recipe's optimizer step or of a whole test; None where nobody
+            counted them: on a GPU, and in older baselines.
     """
 
     key: Key
@@ -67,6 +69,7 @@ class Record:
     modules: Mapping[str, int] = field(default_factory=dict)
     lines: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    launches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,14 @@ class Budget:
             that with the CUDA context (`device`).
         card: the virtual card that it runs on; not used with --vram-gpu.
         given: the limit as somebody wrote it, `6 GB`; empty where that was a number of bytes.
+        launches: how many kernels, copies and memsets it may submit; None is any number. A GPU does not count them.
     """
 
     limit: int
     of: PeakFigure
     card: str
     given: str = ""
+    launches: int | None = None
 
     def used(self, record: Record) -> int:
         """The figure that it is for, in bytes."""
@@ -140,6 +145,8 @@ class Row:
         if self.record is not None:
             found["vram_card"] = self.record.key.device
             found |= {f"vram_{figure}_bytes": getattr(self.record, figure) for figure in FIGURES}
+            if self.record.launches is not None:
+                found["vram_launches"] = self.record.launches
         if self.baseline is not None:
             found["vram_baseline_allocated_bytes"] = self.baseline.allocated
         if self.budget is not None:
@@ -171,6 +178,7 @@ _COLUMNS: tuple[Column[Row], ...] = (
     Column("difference", _difference),
     Column("reserved MiB", lambda row: _mib(row.record.reserved if row.record else None), "reserved"),
     Column("on the card MiB", lambda row: _mib(row.record.device if row.record else None), "on the card"),
+    launches_column("launches", lambda row: row.record.launches if row.record else None),
 )
 
 

@@ -11,7 +11,17 @@ from qlora_lowmem.results.kinds import Chart, Kind, Provenance, Section, each_it
 from qlora_lowmem.results.reading import Cases, read_as
 from qlora_lowmem.results.style import Axes, Figure, Style, save
 from qlora_lowmem.results.subject import subject
-from qlora_lowmem.results.tables import FLOOR_TEXT, Cell, Column, gib, markdown_of, page_table, usable_bytes, write_rows
+from qlora_lowmem.results.tables import (
+    FLOOR_TEXT,
+    Cell,
+    Column,
+    gib,
+    launches_column,
+    markdown_of,
+    page_table,
+    usable_bytes,
+    write_rows,
+)
 from qlora_lowmem.units import GIB
 
 
@@ -21,6 +31,7 @@ class Step:
 
     Attributes:
         tokens: of a sample, with this idea; 0 where the file does not say.
+        launches: kernels, copies and memsets of a micro-batch with it; None where the file does not say.
     """
 
     idea: str
@@ -28,6 +39,7 @@ class Step:
     peak_device_bytes: Count
     floor_bytes: Count
     tokens: Count = 0
+    launches: Count | None = None
 
 
 _Row = tuple[Step, int | None]  # with what its idea saved; None for the first
@@ -42,6 +54,7 @@ _COLUMNS: tuple[Column[_Row], ...] = (
     Column("on the card", lambda row: Cell.gib(row[0].peak_device_bytes)),
     Column("floor", lambda row: Cell.gib(row[0].floor_bytes)),
     Column("x floor", lambda row: Cell.times_floor(row[0].peak_allocated_bytes, row[0].floor_bytes)),
+    launches_column("launches a micro-batch", lambda row: row[0].launches),
 )
 
 
@@ -69,6 +82,7 @@ def write_waterfall(folder: Path, model: str, steps: Sequence[Step], record: dic
             "peak_device_bytes": step.peak_device_bytes,
             "floor_bytes": step.floor_bytes,
             "tokens": step.tokens,
+            "launches": step.launches,
         }
         for step, saved in rows
     ]

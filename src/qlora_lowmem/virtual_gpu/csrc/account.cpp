@@ -302,8 +302,6 @@ void count_launch(Launch kind) {
 
 void read_launches(bool of_all, uint64_t* counts) {
   memset(counts, 0, sizeof(uint64_t) * kLaunchKinds);
-  Lock lock;
-  if (mapped == nullptr) return;
   auto add = [&](const uint64_t* launches) {
     for (int kind = 0; kind < kLaunchKinds; ++kind) counts[kind] += __atomic_load_n(&launches[kind], __ATOMIC_RELAXED);
   };
@@ -311,6 +309,8 @@ void read_launches(bool of_all, uint64_t* counts) {
     if (own != nullptr) add(own->launches);
     return;
   }
+  Lock lock;
+  if (mapped == nullptr) return;
   add(mapped->launches);
   for (const Process& process : mapped->processes) add(process.launches);
 }
