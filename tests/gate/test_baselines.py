@@ -33,6 +33,16 @@ def test_what_is_recorded_is_read(path: Path) -> None:
     assert path.name == "card.json"
 
 
+def test_launches_are_recorded_and_a_case_without_them_stays_as_it_was(path: Path) -> None:
+    """A file of a version that did not count them is read, and written again as it was."""
+    before = path.read_text()
+    assert "launches" not in before
+    record_baselines(path, {"c": record(3, launches=70)})
+    assert read_baselines(path) == CASES | {"c": record(3, launches=70)}
+    record_baselines(path, {}, forget={"c"})
+    assert path.read_text() == before
+
+
 def test_no_file_is_no_baselines(tmp_path: Path) -> None:
     assert read_baselines(tmp_path / "none.json") == {}
 

@@ -29,6 +29,9 @@ pytestmark = pytest.mark.slow
         ("", "has no limit"),
         ('"6 GB", of="total"', "allocated, reserved, device"),
         ('"6 GB", crad="t4-16gb"', "unknown: crad"),
+        ('"6 GB", launches="5 GB"', "launches='5 GB' is not a number of launches; write launches=5000"),
+        ('"6 GB", launches=True', "launches=True is not a number of launches"),
+        ('"6 GB", launches=-1', "launches=-1 is not a number of launches"),
     ],
 )
 def test_a_budget_that_cannot_be_read_stops_collection(

@@ -17,6 +17,30 @@ from qlora_lowmem import virtual_gpu
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("built")]
 
+# One kernel makes the tensor; a fixture and a process of the test's own count, too.
+LAUNCHES = """\
+import subprocess, sys
+import pytest, torch
+
+
+@pytest.fixture
+def tensor():
+    return torch.ones(1, device="cuda")
+
+
+@pytest.mark.vram_budget("64 MiB", card="t4-16gb", launches=6)
+@pytest.mark.parametrize("count", [5, 6])
+def test_kernels(tensor, count):
+    for _ in range(count):
+        tensor.add_(1)
+
+
+@pytest.mark.vram_budget("64 MiB", card="t4-16gb", launches=3)
+def test_a_copy_and_a_process(tensor):
+    tensor.cpu()
+    subprocess.run([sys.executable, "-c", "import torch; torch.ones(1, device='cuda').add_(1)"], check=True)
+"""
+
 # Every way in which a test can end, with what it prints.
 MANY = """\
 import pytest, torch
@@ -344,3 +368,15 @@ def test_all_constants_of_4bit_weights_are_named(pytester: pytest.Pytester, run_
     # a byte a block, in fp32 a scale for 256 of these, an offset, and the tables of 16 and 256 values
     assert case["kinds"]["quantisation"] == blocks + 4 * (blocks // 256 + 1 + 16 + 256)
     assert case["kinds"]["weights_4bit"] == 1024 * 4096 // 2
+
+
+def test_a_test_that_launches_too_much_fails(pytester: pytest.Pytester, run_here: Callable[..., Run]) -> None:
+    (pytester.path / "test_launches.py").write_text(LAUNCHES)
+    run = run_here("-rA", "--vram-report=report")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "Launches over budget: test_launches.py::test_kernels[6]" in run.stdout
+    assert "7 kernels, copies and memsets, limit 6: 1 over" in run.stdout
+    assert "4 kernels, copies and memsets, limit 3: 1 over" in run.stdout
+    assert "PASSED test_launches.py::test_kernels[5]" in run.stdout
+    cases = json.loads((pytester.path / "report" / "gate.json").read_text())["cases"]
+    assert [(case["record"]["launches"], case["fails"]) for case in cases] == [(4, True), (6, False), (7, True)]

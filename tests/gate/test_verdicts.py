@@ -45,6 +45,36 @@ def test_reserved_has_a_looser_gate() -> None:
     assert "reserved grew by 64.0 MiB; allowed are 64.0 MiB" in verdict.render()
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "verdict"),
+    [
+        (100, 100, "PASS"),
+        (100, 101, "REGRESSED"),
+        (100, 99, "IMPROVED"),
+        (None, 100, "PASS"),  # recorded before they were counted
+        (100, None, "PASS"),  # on a GPU
+    ],
+)
+def test_launches_are_compared_where_both_have_counted(before: int | None, now: int | None, verdict: str) -> None:
+    found = compare("case", record(launches=before), record(launches=now), EXACT)
+    assert found.name == verdict
+    if verdict != "PASS":
+        assert f"launches {now}, baseline 100" in found.render()
+
+
+def test_less_memory_from_more_launches_is_a_regression_that_says_both() -> None:
+    verdict = compare("case", record(1000, launches=100), record(900, launches=2500), EXACT)
+    assert verdict.name == "REGRESSED"
+    assert "launches 2,500, baseline 100, +2,400" in verdict.render()
+    assert "difference -100 B" in verdict.render()
+
+
+def test_more_memory_is_told_first() -> None:
+    verdict = compare("case", record(1000, launches=100), record(1001, launches=99), EXACT)
+    assert verdict.name == "REGRESSED"
+    assert "launches" not in verdict.render()
+
+
 def test_new_and_missing_say_what_to_do() -> None:
     new = compare("case", None, record(), EXACT)
     assert (new.name, new.fails) == ("NEW", False)

@@ -113,6 +113,8 @@ def render(records: Mapping[str, Record]) -> str:
     cases = {}
     for name, record in sorted(records.items()):
         content = msgspec.to_builtins(record, order="sorted")
+        if record.launches is None:  # a case without them stays as it was recorded
+            content.pop("launches", None)  # msgspec leaves out a default that it did not read
         cases[name] = {"checksum": _checksum(content), **content}
     return json.dumps({"schema": SCHEMA, "cases": cases}, indent=1, ensure_ascii=False) + "\n"
 

@@ -1,4 +1,4 @@
-"""A budget on a test's GPU memory, and what is said when it is exceeded."""
+"""A budget on a test's GPU memory and its launches, and what is said when it is exceeded."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,12 @@ def budget_of(
     Raises:
         ValueError: no limit, one that is not a size, an unknown figure, card or argument.
     """
-    unknown = options.keys() - {"limit", "of", "card"}
+    unknown = options.keys() - {"limit", "of", "card", "launches"}
     if unknown or len(arguments) > 1 or (arguments and "limit" in options):
         what = f"unknown: {', '.join(sorted(unknown))}" if unknown else "the limit is given more than once"
-        raise ValueError(f'vram_budget takes a limit, card= and of=; {what}. Write vram_budget("6 GB", card="NAME")')
+        raise ValueError(
+            f'vram_budget takes a limit, card=, of= and launches=; {what}. Write vram_budget("6 GB", card="NAME")'
+        )
     limit = arguments[0] if arguments else options.get("limit", default_limit)
     if limit is None:
         raise ValueError(
@@ -49,7 +51,10 @@ def budget_of(
         card = card_named(options.get("card", default_card)).name
     except ValueError as error:
         raise ValueError(f"vram_budget: card={options.get('card', default_card)!r}: {error}") from None
-    return Budget(size, of, card, limit.strip() if isinstance(limit, str) else "")
+    launches = options.get("launches")
+    if launches is not None and (type(launches) is not int or launches < 0):
+        raise ValueError(f"vram_budget: launches={launches!r} is not a number of launches; write launches=5000")
+    return Budget(size, of, card, limit.strip() if isinstance(limit, str) else "", launches)
 
 
 def card_named(name: object) -> "Card":
@@ -103,6 +108,19 @@ def over_budget(
         rows = [[format_bytes(each.bytes), KINDS[each.kind], each.module, each.line] for each in owners]
         parts.append(_table("largest owners:", rows, "", "kind", "largest for", "line"))
     return Verdict("OVER BUDGET", "\n\n".join(parts), kept="kept")
+
+
+def too_many_launches(case: str, record: Record, limit: int, reference: Record | None, reference_name: str) -> Verdict:
+    """The verdict on a test that launched more than it may; `reference` and its name as in `over_budget`."""
+    key, used = record.key, record.launches or 0
+    found = (
+        f"Launches over budget: {case}\n"
+        f"  {used:,} kernels, copies and memsets, limit {limit:,}: {used - limit:,} over\n"
+        f"  on {key.device} ({key.provenance})"
+    )
+    if reference is not None and reference.launches is not None:
+        found += f"; {used - reference.launches:+,} since {reference_name} ({reference.launches:,})"
+    return Verdict("OVER BUDGET", found, kept="kept")
 
 
 def _table(title: str, rows: list[list[str]], *headers: str) -> str:

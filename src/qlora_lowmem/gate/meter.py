@@ -14,7 +14,7 @@ import pytest
 from qlora_lowmem.environment import versions
 from qlora_lowmem.files import write_whole
 from qlora_lowmem.gate import REPORT_ATTRIBUTE
-from qlora_lowmem.gate.budget import over_budget
+from qlora_lowmem.gate.budget import over_budget, too_many_launches
 from qlora_lowmem.gate.records import allocator_of_environment, key_of, record_of
 from qlora_lowmem.gate.verdicts import ALWAYS, Gate, Verdict, compare, not_counted
 from qlora_lowmem.memory.attribution import Attribution
@@ -179,13 +179,16 @@ def _judged(item: pytest.Item, case: Case, measurement: "Measurement") -> Row:
     profile, attribution = measurement.profile, measurement.attribution
     key = key_of(profile.device, profile.provenance, allocator_of_environment(), versions())
     record = record_of(key, profile, attribution)
+    reference, name = case.last_pass, "it last passed"
+    if case.baseline is not None and not case.baseline.key.differences(key):
+        reference, name = case.baseline, "its baseline"
+    launches = case.budget.launches
     if measurement.uncounted:
         verdict = not_counted(case.name, record, measurement.uncounted)
     elif case.budget.used(record) > case.budget.limit:
-        reference, name = case.last_pass, "it last passed"
-        if case.baseline is not None and not case.baseline.key.differences(key):
-            reference, name = case.baseline, "its baseline"
         verdict = over_budget(case.name, case.budget, record, attribution, reference, name)
+    elif launches is not None and record.launches is not None and record.launches > launches:
+        verdict = too_many_launches(case.name, record, launches, reference, name)
     else:
         verdict = case.verdict(record)
     if verdict.found and measurement.together is not None:

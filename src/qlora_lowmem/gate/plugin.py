@@ -58,7 +58,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker; check the options before anything runs, but in a worker, where they are not its own."""
     config.addinivalue_line(
-        "markers", 'vram_budget(limit, card=NAME, of="allocated"): GPU memory that the test may use, as in "6 GB"'
+        "markers",
+        'vram_budget(limit, card=NAME, of="allocated", launches=N): GPU memory that the test may use, as in "6 GB"; '
+        "kernels, copies and memsets that it may launch",
     )
     if not config.pluginmanager.is_blocked(JUDGE):
         _check_options(config)

@@ -41,6 +41,7 @@ def record_of(
     key: Key, profile: MemoryProfile, attribution: Attribution | None = None, versions: Mapping[str, str] | None = None
 ) -> Record:
     """The record of a run."""
+    launches = profile.step_launches or profile.launches.get("test")
     record = Record(
         key=key,
         allocated=profile.peak.allocated,
@@ -48,6 +49,7 @@ def record_of(
         device=profile.peak.device,
         phases={name: peak.allocated for name, peak in profile.phases.items()},
         versions=dict(versions or {}),
+        launches=launches.total if launches is not None else None,
     )
     return attributed(record, attribution) if attribution is not None else record
 

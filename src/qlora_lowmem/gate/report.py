@@ -62,12 +62,15 @@ def write_report(folder: Path, rows: Sequence[Row], record: dict[str, Any]) -> N
 
 
 def trend(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The format `customSmallerIsBetter` of github-action-benchmark, in bytes."""
-    found = []
+    """The format `customSmallerIsBetter` of github-action-benchmark, in bytes, and launches where they were counted."""
+    found: list[dict[str, Any]] = []
     for row, record in ((row, row.record) for row in rows if row.record is not None):
         extra = f"{row.verdict} on {record.key.device} ({record.key.provenance})"
         for what, value in (("allocated", record.allocated), ("reserved", record.reserved)):
             found.append({"name": f"{row.case}: {what}", "unit": "bytes", "value": value, "extra": extra})
+        if record.launches is not None:
+            name, count = f"{row.case}: launches", record.launches
+            found.append({"name": name, "unit": "launches", "value": count, "extra": extra})
     return found
 
 

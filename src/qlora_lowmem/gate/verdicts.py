@@ -94,13 +94,27 @@ def compare(
                 found += f"\n{figure} grew by {format_bytes(now - before)}; allowed are {format_bytes(allowed)}"
             found += f"\n\n{difference(baseline, measured).render()}"
             return Verdict("REGRESSED", found, "kept of this run", f"If it is meant: {record_it} the new baseline.")
-    if -grown <= gate.allocated.bytes(baseline.allocated):
+    launched = launches_grown(baseline, measured)
+    counts = f"launches {measured.launches:,}, baseline {baseline.launches:,}" if launched else ""
+    if launched > 0:
+        found = f"{case}: REGRESSED on {measured.key.device} ({measured.key.provenance})\n{counts}, {launched:+,}"
+        found += f"\n{sizes}\n\n{difference(baseline, measured).render()}"
+        return Verdict("REGRESSED", found, "kept of this run", f"If it is meant: {record_it} the new baseline.")
+    less = -grown > gate.allocated.bytes(baseline.allocated)
+    if not less and not launched:
         return Verdict("PASS")
     return Verdict(
         "IMPROVED",
-        f"{case}: IMPROVED: {sizes}\n"
+        f"{case}: IMPROVED: {'; '.join(text for text in (sizes if less else '', counts) if text)}\n"
         f"Keep it: {record_it} the new baseline, and a later return to the old peak is then a regression.",
     )
+
+
+def launches_grown(baseline: Record, measured: Record) -> int:
+    """How many launches there are more, exactly; 0 where one of both has not counted them."""
+    if baseline.launches is None or measured.launches is None:
+        return 0
+    return measured.launches - baseline.launches
 
 
 def _not_comparable(
