@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked_commands import run_forked, start_server
 from helpers import RECIPES, ROOT
 from tiny_chat import write_tiny_chat
 
@@ -32,9 +33,10 @@ def run(command: list[str]) -> str:
     return done.stderr
 
 
-def trained(folder: Path, model: Path, processes: int, accumulation: int, *more: str) -> tuple[dict[str, Any], str]:
+def trained(
+    folder: Path, model: Path, processes: int, accumulation: int, *more: str, torchrun: bool = False
+) -> tuple[dict[str, Any], str]:
     """The summary and what was printed of a run with `processes * accumulation` samples a step."""
-    launch = [*TORCHRUN, str(processes), "-m"] if processes > 1 else [sys.executable, "-m"]
     summary = folder.with_suffix(".json")
     flags = [
         "--config",
@@ -47,7 +49,15 @@ def trained(folder: Path, model: Path, processes: int, accumulation: int, *more:
         "3",
     ]
     flags += ["--save-steps", "2", "--batch-size", "1", "--gradient-accumulation-steps", str(accumulation)]
-    said = run([*launch, "qlora_lowmem.train", *flags, *more, "--output-dir", str(folder), "--json", str(summary)])
+    flags += [*more, "--output-dir", str(folder), "--json", str(summary)]
+    if torchrun:
+        said = run([*TORCHRUN, str(processes), "-m", "qlora_lowmem.train", *flags])
+    else:
+        start_server()
+        ranks = ("programs.forked_ranks", (str(processes), "qlora_lowmem.train", *flags))
+        done = run_forked(*ranks, ENVIRONMENT, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = done.stderr
     return json.loads(summary.read_text(encoding="utf-8")), said
 
 
@@ -55,14 +65,14 @@ def trained(folder: Path, model: Path, processes: int, accumulation: int, *more:
 def test_more_processes_with_the_same_batch_learn_the_same(tmp_path: Path) -> None:
     model = write_tiny_chat(tmp_path / "model")
     alone, _ = trained(tmp_path / "one", model, 1, 4)
-    together, said = trained(tmp_path / "four", model, 4, 1)
+    together, said = trained(tmp_path / "two", model, 2, 2, torchrun=True)
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     assert len(together["losses"]) == 3
     assert said.count("adapter saved to") == 1, "one process speaks for all"
-    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("four", "one"))
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
-    log = [json.loads(line) for line in (tmp_path / "four" / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3]
 
 

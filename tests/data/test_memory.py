@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from forked_commands import run_forked, start_server
 from tiny_chat import word_tokenizer
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).parents[1]
 MIB = 2**20
 WORDS = ["".join(chr(97 + (number * prime) % 26) for prime in (1, 3, 5, 7, 11, 17)) for number in range(26)]
 
@@ -39,9 +37,9 @@ def write_parquet(path: Path, size: int) -> None:
 
 def growth(path: Path, size: int, *more: str) -> int:
     """KiB by which reading the file raised the highest resident memory of a process."""
-    command = [sys.executable, str(TESTS / "programs" / "data_memory.py"), str(path), *more]
-    env = os.environ | {"PYTHONPATH": str(TESTS), "TMPDIR": str(path.parent), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    env = os.environ | {"TMPDIR": str(path.parent), "TOKENIZERS_PARALLELISM": "false"}
+    start_server()
+    done = run_forked("programs.data_memory", (str(path), *more), env, timeout=300)
     assert done.returncode == 0, done.stderr
     grown, samples, duplicates = map(int, done.stdout.split())
     assert samples == len(lines(size))
@@ -53,7 +51,7 @@ def growth(path: Path, size: int, *more: str) -> int:
 @pytest.mark.parametrize(("suffix", "write"), [("jsonl", write_jsonl), ("parquet", write_parquet)])
 def test_checking(tmp_path: Path, suffix: str, write: Callable[[Path, int], None]) -> None:
     grown = []
-    for size in (20 * MIB, 200 * MIB):
+    for size in (10 * MIB, 100 * MIB):
         path = tmp_path / f"{size}.{suffix}"
         write(path, size)
         grown.append(growth(path, size))
@@ -61,11 +59,11 @@ def test_checking(tmp_path: Path, suffix: str, write: Callable[[Path, int], None
 
 
 def test_tokenising(tmp_path: Path) -> None:
-    """Held in lists, the larger file's three million tokens and labels would be 200 MiB."""
+    """Held in lists, the larger file's 1.5 million tokens and labels would be 100 MiB."""
     word_tokenizer(WORDS).save_pretrained(tmp_path / "tokenizer")
     grown = []
-    for size in (2 * MIB, 20 * MIB):
+    for size in (MIB, 10 * MIB):
         path = tmp_path / f"{size}.jsonl"
         write_jsonl(path, size)
         grown.append(growth(path, size, str(tmp_path / "tokenizer")))
-    assert grown[1] < grown[0] + 64 * 2**10, grown
+    assert grown[1] < grown[0] + 32 * 2**10, grown

@@ -22,6 +22,8 @@ from qlora_lowmem.plan.recipe_runs import submit_recipe, two_steps
 from qlora_lowmem.recipe.io import load_recipe, replace_fields
 from qlora_lowmem.virtual_gpu import Server, get_card
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CARD = "rtx-3060-laptop-6gb"
 

@@ -206,7 +206,9 @@ def _overlay(folder: Path, name: str, version: str) -> Path:
 
 
 def _install(target: Path, requirements: list[str]) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *requirements]
+    # Not compiled: Python does that for the few of its files that a run imports.
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps"]
+    command += ["--target", str(target), *requirements]
     # The constraints of the environment that runs us name the very versions that others are wanted in place of.
     free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     with scratch_folder() as temporary:  # where pip that is ended leaves what it has unpacked
