@@ -1,5 +1,6 @@
 """What tests share: a tiny hybrid model as a folder, a small data file, the commands run as a user runs them."""
 
+import gc
 import json
 import os
 import subprocess
@@ -31,6 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Counter(item.path for item in items)
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries made as they were imported lives as long as the process: collections need not walk over it.
+
+    Each would take half a second of it otherwise, and a run that trains, or a session of pytest, makes one or more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -92,4 +92,3 @@ def test_the_collector_waits_and_goes_on() -> None:
     with heavy_imports():
         assert not gc.isenabled()
     assert gc.isenabled()
-    gc.unfreeze()

@@ -1,12 +1,11 @@
 """Fused or full, the routers' loss of a mixture weighs the same in a step, however many micro-batches the step has."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -61,14 +60,6 @@ ROUTED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TARGETS = {"deepseek_v4": "q_a_proj", "phimoe": "attention"}
 NO_ROUTER_LOSS = ("doge", "granitemoehybrid")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

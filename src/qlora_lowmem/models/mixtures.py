@@ -5,6 +5,7 @@ TRL's fused LM head computes the loss that balances experts itself, as Mixtral's
 """
 
 import ast
+import functools
 import inspect
 from typing import Any
 
@@ -33,5 +34,6 @@ def router_loss_coefficient(model: Any) -> float | None:
     return None if own is not None and _code(own) == _code(load_balancing_loss_func) else 0.0
 
 
+@functools.cache
 def _code(function: Any) -> str:
     return ast.dump(ast.parse(inspect.getsource(function)))
