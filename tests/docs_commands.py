@@ -78,6 +78,13 @@ AS = {
         "python -m qlora_lowmem.plan --model tiny-model --card rtx-3060-laptop-6gb t4-16gb "
         "--seq 64 --limit 64 --step 64 --no-cache"
     ),
+    (
+        "python -m qlora_lowmem.report.page results/rtx-4050-laptop-6gb results/reality.json "
+        "results/lean-families.json --output report.html"
+    ): (  # as another page has it, over a page that is there
+        "python -m qlora_lowmem.report.page results/rtx-4050-laptop-6gb results/reality.json "
+        "results/lean-families.json --output results/rtx-4050-laptop-6gb/report.html"
+    ),
     "pytest bench/": "pytest bench/ --collect-only -q",
     "pytest bench/ --card t4-16gb": "pytest bench/ --collect-only -q",
     "pytest": "pytest -q -p qlora_lowmem.gate.plugin project",  # the page's own example, see the fixture `folder`
@@ -144,6 +151,16 @@ def _joined(lines: tuple[str, ...]) -> Iterator[str]:
 def run_as(command: str) -> str:
     """What a test runs for a command of the pages."""
     return tiny(AS.get(command, command))
+
+
+def words_of(command: str) -> tuple[str, list[str]] | None:
+    """Which of the project's commands it is, and its arguments; None of any other program."""
+    program, *words = shlex.split(command)
+    if program == "qlora-lowmem" and words:
+        return words[0], words[1:]
+    if program == "python" and words[0] == "-m" and words[1].startswith("qlora_lowmem."):
+        return words[1].removeprefix("qlora_lowmem."), words[2:]
+    return None
 
 
 def tiny(command: str) -> str:

@@ -38,19 +38,26 @@ def run_alone(
 
 
 def run_forked(
-    module: str, arguments: tuple[str, ...], env: Mapping[str, str], timeout: float, room: int | None = None
+    module: str,
+    arguments: tuple[str, ...],
+    env: Mapping[str, str],
+    timeout: float,
+    room: int | None = None,
+    folder: Path = ROOT,
 ) -> "subprocess.CompletedProcess[str]":
     """What `python -m MODULE ARGUMENTS` prints and ends with, from a fork.
 
     Args:
         room: bytes of address space that it may take beyond what it begins with.
+        folder: the one that it works in.
 
     Raises:
         subprocess.TimeoutExpired: it ran longer than `timeout` seconds, and was killed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = Path(folder, "stdout"), Path(folder, "stderr")
-        process = _context.Process(target=_command, args=(module, arguments, {**env, **_AT_IMPORT}, outputs, room))
+    with tempfile.TemporaryDirectory() as place:
+        outputs = Path(place, "stdout"), Path(place, "stderr")
+        given = (module, arguments, {**env, **_AT_IMPORT}, outputs, room, folder)
+        process = _context.Process(target=_command, args=given)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -61,7 +68,12 @@ def run_forked(
 
 
 def _command(
-    module: str, arguments: tuple[str, ...], env: Mapping[str, str], outputs: tuple[Path, Path], room: int | None
+    module: str,
+    arguments: tuple[str, ...],
+    env: Mapping[str, str],
+    outputs: tuple[Path, Path],
+    room: int | None,
+    folder: Path,
 ) -> None:
     """In the fork."""
     if room is not None:
@@ -69,7 +81,7 @@ def _command(
         resource.setrlimit(resource.RLIMIT_AS, (taken + room, resource.RLIM_INFINITY))
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
     sys.argv = [module, *arguments]

@@ -5,11 +5,13 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -17,15 +19,24 @@ import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from docs_commands import AS, NOT_RUN, TINY, blocks, commands, pages, run_as
+from docs_commands import AS, NOT_RUN, TINY, blocks, commands, pages, run_as, words_of
+from forked_commands import run_forked, start_server
 from helpers import RECIPES, ROOT, write_script
+from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands import COMMANDS
+from qlora_lowmem.commands import lengths as lengths_command
+from qlora_lowmem.commands import longest as longest_command
+from qlora_lowmem.commands import plan as plan_command
+from qlora_lowmem.commands.frame import main, run_command
 from qlora_lowmem.memory.profile import LiveMemory, write_live
 from qlora_lowmem.recipe.checks import field_specs
 from qlora_lowmem.recipe.io import load_recipe
 
 TYPED = commands()
 RUN = sorted({run_as(command) for command in TYPED if command not in NOT_RUN})
+# Those that try recipes, each on a server of its own whose imports take longer than all that it tries.
+TRYING = {"plan": plan_command, "longest": longest_command, "lengths": lengths_command}
+TRIED_HERE = [command for command in RUN if (words_of(command) or ("", []))[0] in TRYING]
 LANGUAGES = {"sh", "python", "text", "yaml", "json"}
 
 SCRIPT = """
@@ -71,6 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_hybrid: Path) -> Path:
 def runs(request: pytest.FixtureRequest, folder: Path) -> Iterator[dict[str, "Future[str]"]]:
     """What each command said, two at a time; those that no selected test asks for are not run."""
     wanted = {item.callspec.params["command"] for item in request.session.items if _runs_a_command(item)}
+    start_server()
     with ThreadPoolExecutor(2) as pool:
         yield {command: pool.submit(run, command, folder) for command in RUN if command in wanted}
 
@@ -80,19 +92,54 @@ def _runs_a_command(item: pytest.Item) -> bool:
 
 
 def run(command: str, folder: Path) -> str:
-    """Run a command with this Python's programs first; the end of what it says where it fails."""
+    """Run a command with this Python's programs first; the end of what it says where it fails.
+
+    Where it trains in its own process, that is the fork of one that has imported what it needs.
+    """
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(
-        command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
+    name, words = words_of(command) or ("", [])
+    if name == "train" and "virtual" not in words:
+        module, *arguments = _as_module(command)
+        done = run_forked(module, tuple(arguments), env, timeout=300, folder=folder)
+    else:
+        done = subprocess.run(
+            command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
     return "" if done.returncode == 0 else f"exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
 
 
-@pytest.mark.parametrize("command", RUN, ids=str)
+def _as_module(command: str) -> list[str]:
+    """The module that `python -m` runs, and its arguments."""
+    program, *words = shlex.split(command)
+    return ["qlora_lowmem", *words] if program == "qlora-lowmem" else words[1:]
+
+
+@pytest.mark.parametrize("command", [command for command in RUN if command not in TRIED_HERE], ids=str)
 def test_a_command_of_the_pages_runs(command: str, runs: dict[str, "Future[str]"]) -> None:
     failure = runs[command].result()
-    assert not failure, f"{[page for said, page in TYPED.items() if run_as(said) == command]}: {failure}"
+    assert not failure, f"{_pages_with(command)}: {failure}"
+
+
+@pytest.mark.parametrize("command", TRIED_HERE, ids=str)
+def test_a_command_that_tries_recipes_runs(
+    command: str,
+    folder: Path,
+    recipe_runs: virtual_gpu.Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, on the server that all tests share."""
+    for module in TRYING.values():
+        monkeypatch.setattr(module, "recipe_server", lambda *_: nullcontext(recipe_runs))
+    monkeypatch.chdir(folder)
+    name, words = words_of(command) or ("", [])
+    code = main([name, *words]) if command.startswith("qlora-lowmem") else run_command(name, words)
+    assert code == 0, f"{_pages_with(command)}: {capfd.readouterr()}"
+
+
+def _pages_with(command: str) -> list[str]:
+    return [page for said, page in TYPED.items() if run_as(said) == command]
 
 
 def test_the_lists_name_no_command_that_no_page_has() -> None:
