@@ -1,11 +1,13 @@
 """One page for all tests that read one: the committed attributions, and a small file of every other kind."""
 
+import os
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
+from filelock import FileLock
 
 from helpers import ROOT
 from qlora_lowmem.commands.frame import run_command
@@ -44,9 +46,14 @@ def page_folder(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def page(page_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of it."""
-    output = tmp_path_factory.mktemp("page") / "report.html"
-    assert main([str(page_folder), "--output", str(output)]) == 0
+    """The page of it. Its charts take seconds: the first of xdist's processes that asks for it makes it for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    output = folder / "report.html"
+    with FileLock(folder / "report.lock"):
+        if not output.exists():
+            assert main([str(page_folder), "--output", str(output)]) == 0
     return output
 
 

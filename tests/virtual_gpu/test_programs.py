@@ -38,8 +38,6 @@ def script(name: str) -> tuple[str, ...]:
     [
         ("cnn.py", ["dnn_workspaces"]),
         ("compiled.py", []),
-        ("evaluate.py", []),
-        ("llama.py", []),
         ("linear_algebra.py", ["dnn_workspaces", "solver_workspaces", "sparse_workspaces", "fft_workspaces"]),
     ],
 )
@@ -49,6 +47,18 @@ def test_a_program_runs_unmodified(program, name, notices):
     assert report["complete"]
     assert report["missing_functions"] == []
     assert report["notices"] == notices
+
+
+@pytest.mark.slow
+def test_programs_of_transformers_run_unmodified(program):
+    """Its evaluation and its training, one after the other: importing it takes longer than both."""
+    both = [str(PROGRAMS / name) for name in ("evaluate.py", "llama.py")]
+    one_by_one = f"import runpy\nfor path in {both}:\n    runpy.run_path(path, run_name='__main__')"
+    report = program(sys.executable, "-W", "ignore", "-c", one_by_one)
+    assert report["peak_allocated_bytes"] > 0
+    assert report["complete"]
+    assert report["missing_functions"] == []
+    assert report["notices"] == []
 
 
 @pytest.mark.slow
