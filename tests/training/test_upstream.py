@@ -91,7 +91,8 @@ ATTRIBUTES = {
 
 
 def _is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    of_every_abstract_class = name == "_abc_impl"
+    return name.startswith("_") and not name.startswith("__") and not of_every_abstract_class
 
 
 def _our_classes() -> Iterator[type]:
