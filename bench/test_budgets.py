@@ -37,3 +37,7 @@ def test_budget(matrix: Matrix, name: str) -> None:
         limit = parse_bytes(budget[what])
         sizes = (format_bytes(each, budget[what]) for each in (peak, peak - limit))
         assert peak <= limit, f"{name}: {what} {' is '.join(sizes)} over its budget of {budget[what]}"
+    counted = result.profile.step_launches
+    if counted is not None and "launches" in budget:
+        over = counted.total - budget["launches"]
+        assert over <= 0, f"{name}: {counted.total:,} launches a step is {over:,} over its budget"
