@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._decomp import decompositions
 from torch.nn import functional as F
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
     GraniteMoeHybridRMSNorm,
@@ -54,6 +55,32 @@ def test_rms_norm(dtype: torch.dtype) -> None:
     lean = outcome(lambda x, w: rms_norm(x, w, 1e-5), x, weight)
     assert lean[0].dtype == dtype
     assert_no_further(lean, outcome(plain, x, weight), truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_kernels_of_a_gpu_are_the_plain_operators(
+    dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PyTorch's own decomposition of the backward that it has on CUDA alone."""
+    torch.manual_seed(0)
+    x, wide = torch.randn(2, 37, 96), torch.randn(2, 37, 96).to(dtype)
+    weight = torch.rand(96).add(0.5).to(dtype)
+    functions = [
+        (lambda x, w: rms_norm(x, w, 1e-5), (wide, weight)),
+        (lambda x, g, w: gated_rms_norm(x, g, w, 1e-5, 96 // groups, dtype), (x, wide, weight)),
+    ]
+    plain = [outcome(function, *tensors) for function, tensors in functions]
+    monkeypatch.setattr(norms, "_fuses", lambda _: True)
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("_fused_rms_norm_backward", decompositions._fused_rms_norm_backward, "CPU")
+        fused = [outcome(function, *tensors) for function, tensors in functions]
+    finally:
+        library._destroy()
+    for ours, theirs in zip(fused, plain, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert relative(one, other) <= (6e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

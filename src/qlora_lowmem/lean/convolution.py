@@ -41,20 +41,22 @@ def next_tail(x: Tensor, tail: Tensor) -> Tensor:
 
 
 def _window(x: Tensor, tail: Tensor, block: slice) -> Tensor:
-    """The block's rows of x in fp32, after the taps - 1 rows before it; those before 0 come from the tail."""
+    """The block's rows of x after the taps - 1 rows before it; those before 0 come from the tail."""
     first = block.start - tail.shape[1]
     if first >= 0:
-        return x[:, first : block.stop].float()
-    return torch.cat([tail[:, block.start :], x[:, : block.stop]], 1).float()
+        return x[:, first : block.stop]
+    return torch.cat([tail[:, block.start :], x[:, : block.stop]], 1)
 
 
 def _preactivation(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution in fp32, weight (channels, taps) in fp32; each product casts its rows as it reads them."""
     taps = weight.shape[1]
     length = window.shape[1] - taps + 1
-    out = window[:, taps - 1 :] * weight[:, taps - 1]
+    last = window[:, taps - 1 :], weight[:, taps - 1]
+    out = torch.mul(*last) if bias is None else torch.addcmul(bias, *last)
     for tap in range(taps - 1):
         out.addcmul_(window[:, tap : tap + length], weight[:, tap])
-    return out if bias is None else out.add_(bias)
+    return out
 
 
 class _CausalConvSiLU(torch.autograd.Function):
@@ -70,7 +72,7 @@ class _CausalConvSiLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         x, tail, weight, bias = ctx.saved_tensors
         batch, seq, channels = x.shape
         taps, rows = weight.float(), tail.shape[1]
@@ -79,27 +81,27 @@ class _CausalConvSiLU(torch.autograd.Function):
         grad_bias = taps.new_zeros(channels) if bias is not None and ctx.needs_input_grad[3] else None
         # A block's rows also feed the block after it: what reaches back by `rows` is carried to the block before,
         # and from the first block into the tail. So the blocks are walked from the last.
-        reaching_back = torch.zeros(batch, rows, channels, dtype=torch.float32, device=x.device)
+        reaching_back: Tensor | None = None
         for block in reversed(row_blocks(seq, batch * channels)):
             length = block.stop - block.start
             window = _window(x, tail, block)
-            pre = _preactivation(window, taps, bias)
-            grad = torch.ops.aten.silu_backward(grad_out[:, block].float(), pre)
-            del pre
+            grad = torch.ops.aten.silu_backward(grad_out[:, block], _preactivation(window, taps, bias))
             if grad_weight is not None:
                 for tap in range(rows + 1):
                     grad_weight[:, tap] += (grad * window[:, tap : tap + length]).sum((0, 1))
             if grad_bias is not None:
                 grad_bias += grad.sum((0, 1))
-            wide = torch.zeros_like(window)
+            wide = grad.new_zeros(batch, rows + length, channels)
             for tap in range(rows + 1):
                 wide[:, tap : tap + length].addcmul_(grad, taps[:, tap])
-            wide[:, length:] += reaching_back
+            if reaching_back is not None:
+                wide[:, length:] += reaching_back
             grad_x[:, block] = wide[:, rows:]
-            reaching_back = wide[:, :rows].clone()
+            reaching_back = wide[:, :rows].clone() if block.start else wide[:, :rows]
+        assert reaching_back is not None
         return (
             grad_x,
-            reaching_back.to(tail.dtype),
+            reaching_back.to(tail.dtype, copy=True) if ctx.needs_input_grad[1] else None,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
         )

@@ -5,7 +5,9 @@ Plain PyTorch under autograd keeps, for one token of width H, the fp32 input (4 
 Here the backward recomputes all of that from the inputs, which the layers around hold anyway, so a norm keeps nothing
 of its own but one fp32 number a row (the reciprocal root mean square), 4 bytes.
 
-Both work in blocks of rows, so that their fp32 temporaries stay below `_TEMPORARY_BYTES` each, whatever the length.
+On a GPU PyTorch's own kernel normalises rows in one launch, forward and backward, without a temporary. What it does not
+take, and a CPU, gets plain operators. Those, and what the gate adds, work in blocks of rows, so that an fp32 temporary
+stays below `_TEMPORARY_BYTES`, whatever the length; a tile is one block.
 """
 
 import functools
@@ -20,13 +22,13 @@ from torch.nn import functional as F
 from qlora_lowmem.lean.options import Idea
 from qlora_lowmem.lean.tiles import spans
 
-# One fp32 temporary of a block: 2 MiB is 341 rows of 1536 and 170 rows of 3072. The backward of the gated norm holds
-# about eight of them.
-_TEMPORARY_BYTES = 2 * 2**20
+# One fp32 temporary of a block: 24 MiB is 4,096 rows of 1536 and 2,048 of 3072. The backward of the gated norm holds
+# four of them.
+_TEMPORARY_BYTES = 24 * 2**20
 
 
 def row_blocks(rows: int, width: int) -> list[slice]:
-    """Blocks of rows whose fp32 copy, `width` wide, stays below 2 MiB."""
+    """Blocks of rows whose fp32 copy, `width` wide, stays below `_TEMPORARY_BYTES`."""
     return spans(0, rows, max(1, _TEMPORARY_BYTES // (4 * width)))
 
 
@@ -44,39 +46,71 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(rows, dtype=torch.promote_types(x.dtype, weight.dtype))
-        rstd = torch.empty(rows.shape[0], 1, dtype=torch.float32, device=x.device)
-        for block in row_blocks(*rows.shape):
-            wide = rows[block].float()
-            torch.mean(wide.square(), -1, keepdim=True, out=rstd[block]).add_(eps).rsqrt_()
-            out[block] = (wide * rstd[block]).mul_(weight)
+        ctx.fused = _fuses(x) and x.dtype == weight.dtype
+        normalise = _fused_forward if ctx.fused else _plain_forward
+        out, rstd = normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        rows, grads = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, x.shape[-1])
-        grad_x = torch.empty_like(rows) if wants_x else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for block in row_blocks(*rows.shape):
-            normalised, grad = rows[block] * rstd[block], grads[block].float()
-            if grad_weight is not None:
-                grad_weight += (grad * normalised).sum(0)
-            if grad_x is not None:
-                grad_x[block] = _through_normalisation(grad * weight, normalised, rstd[block])
-        return (
-            None if grad_x is None else grad_x.view(x.shape),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-        )
+        wanted = ctx.needs_input_grad[:2]
+        back = _fused_backward if ctx.fused else _plain_backward
+        return *back(grad_out, x, weight, rstd, wanted), None
 
 
-def _through_normalisation(grad: Tensor, normalised: Tensor, rstd: Tensor) -> Tensor:
-    """With n = x * r and r = rsqrt(mean(x²) + eps): dx = r * (dn - n * mean(dn * n)), in place of `grad`."""
-    return grad.sub_(normalised * (grad * normalised).mean(-1, keepdim=True)).mul_(rstd)
+_Gradients = tuple[Tensor | None, Tensor | None]
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether PyTorch has its kernel for x: only on CUDA does it have a backward."""
+    return x.is_cuda
+
+
+def _fused_forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed rows, and the reciprocal root mean square of each (..., 1) in fp32."""
+    return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)  # type: ignore[no-any-return]
+
+
+def _fused_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, wanted: tuple[bool, bool]
+) -> _Gradients:
+    found = torch.ops.aten._fused_rms_norm_backward(grad_out, x, [x.shape[-1]], rstd, weight, list(wanted))
+    return found[0] if wanted[0] else None, found[1] if wanted[1] else None
+
+
+def _plain_forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows, dtype=x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype))
+    rstd = torch.empty(rows.shape[0], 1, dtype=torch.float32, device=x.device)
+    for block in row_blocks(*rows.shape):
+        wide = rows[block].float()
+        torch.mean(wide.square(), -1, keepdim=True, out=rstd[block]).add_(eps).rsqrt_()
+        normalised = wide * rstd[block]
+        out[block] = normalised if weight is None else normalised.mul_(weight)
+    return out.view(x.shape), rstd
+
+
+def _plain_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, wanted: tuple[bool, bool]
+) -> _Gradients:
+    rows, grads = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, x.shape[-1])
+    grad_x = torch.empty_like(rows) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] and weight is not None else None
+    for block in row_blocks(*rows.shape):
+        normalised, grad = rows[block] * rstd[block], grads[block].float()
+        if grad_weight is not None:
+            grad_weight += (grad * normalised).sum(0)
+        if grad_x is not None:
+            # With n = x * r and r = rsqrt(mean(x²) + eps): dx = r * (dn - n * mean(dn * n)).
+            grad = grad.clone() if weight is None else grad * weight
+            grad.sub_(normalised * (grad * normalised).mean(-1, keepdim=True))
+            grad_x[block] = grad.mul_(rstd[block])
+    return (
+        None if grad_x is None else grad_x.view(x.shape),
+        None if grad_weight is None or weight is None else grad_weight.to(weight.dtype),
+    )
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int, dtype: torch.dtype) -> Tensor:
@@ -86,14 +120,14 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_si
     section 7.1: the norm before the output projection), with `norm_before_gate=False`.
 
     Args:
-        x: (..., width), the scan's output.
-        gate: (..., width), may be a view into the input projection's output.
+        x: (..., seq, width), the scan's output.
+        gate: as x, may be a view into the input projection's output.
         weight: (width,).
         group_size: channels per group; divides width.
         dtype: of the result, the output projection's input.
 
     Returns:
-        (..., width) in `dtype`.
+        (..., seq, width) in `dtype`.
     """
     return _GatedRMSNorm.apply(x, gate, weight, eps, group_size, dtype)  # type: ignore[no-any-return]
 
@@ -103,56 +137,51 @@ class _GatedRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int, dtype: torch.dtype
     ) -> Tensor:
-        groups = (-1, x.shape[-1] // group_size, group_size)
-        grouped_weight = weight.view(groups[1:])
+        groups = (x.shape[-1] // group_size, group_size)
+        normalise = _fused_forward if _fuses(x) else _plain_forward
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        # Batch rows apart, because a gate that is a view into a wider tensor flattens only row by row.
-        for x_row, gate_row, out_row in zip(_rows(x), _rows(gate), _rows(out), strict=True):
-            for block in row_blocks(*x_row.shape):
-                gated = F.silu(gate_row[block].float()).mul_(x_row[block]).view(groups)
-                rstd = gated.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-                out_row[block] = gated.mul_(rstd).mul_(grouped_weight).flatten(1)
-        ctx.save_for_backward(x, gate, weight)
-        ctx.eps, ctx.groups = eps, groups
+        rstds = []
+        for block in _blocks(x):
+            gated = F.silu(gate[block].to(torch.float32, copy=True), inplace=True).mul_(x[block])
+            normalised, rstd = normalise(gated.unflatten(-1, groups), None, eps)
+            torch.mul(normalised.flatten(-2), weight, out=out[block])
+            rstds.append(rstd)
+        ctx.save_for_backward(x, gate, weight, *rstds)
+        ctx.groups = groups
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
-        x, gate, weight = ctx.saved_tensors
-        eps, groups = ctx.eps, ctx.groups
-        grouped_weight = weight.view(groups[1:])
-        grad_x, grad_gate = torch.empty_like(x), torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        grad_weight = torch.zeros(groups[1:], device=x.device) if ctx.needs_input_grad[2] else None
-        rows = zip(*map(_rows, (x, gate, grad_out, grad_x, grad_gate)), strict=True)
-        for x_row, gate_row, grad_row, grad_x_row, grad_gate_row in rows:
-            for block in row_blocks(*x_row.shape):
-                wide, wide_gate = x_row[block].float(), gate_row[block].float()
-                sigmoid = torch.sigmoid(wide_gate)
-                silu = wide_gate * sigmoid
-                normalised = (wide * silu).view(groups)
-                rstd = normalised.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-                normalised.mul_(rstd)
-                grad = grad_row[block].float().view(groups)
-                if grad_weight is not None:
-                    grad_weight += (grad * normalised).sum(0)
-                grad = _through_normalisation(grad * grouped_weight, normalised, rstd).flatten(1)
-                grad_x_row[block] = silu.mul_(grad)
-                # d silu(g) / dg = s * (1 + g * (1 - s)), with s = sigmoid(g)
-                slope = (wide_gate * (1 - sigmoid)).add_(1).mul_(sigmoid)
-                grad_gate_row[block] = slope.mul_(wide).mul_(grad)
-        return (
-            grad_x,
-            grad_gate,
-            None if grad_weight is None else grad_weight.flatten().to(weight.dtype),
-            None,
-            None,
-            None,
-        )
+        x, gate, weight, *rstds = ctx.saved_tensors
+        groups = ctx.groups
+        back = _fused_backward if _fuses(x) else _plain_backward
+        wide_weight = weight.float()
+        parts: list[tuple[Tensor, Tensor]] = []
+        grad_weight = torch.zeros_like(wide_weight) if ctx.needs_input_grad[2] else None
+        for block, rstd in zip(_blocks(x), rstds, strict=True):
+            wide_gate = gate[block].float()
+            silu = F.silu(wide_gate)
+            gated = (silu * x[block]).unflatten(-1, groups)
+            if grad_weight is not None:
+                normalised = (gated * rstd.view(*gated.shape[:-1], 1)).flatten(-2)
+                grad_weight += (normalised * grad_out[block]).flatten(0, -2).sum(0)
+                del normalised
+            grad = (grad_out[block] * wide_weight).unflatten(-1, groups)
+            grad, _ = back(grad, gated, None, rstd, (True, False))
+            assert grad is not None
+            del gated
+            grad = grad.flatten(-2)
+            # In the place of what is no longer needed.
+            grad_x = silu.mul_(grad).to(x.dtype)
+            parts.append((grad_x, torch.ops.aten.silu_backward(grad.mul_(x[block]), wide_gate).to(gate.dtype)))
+        grads = parts[0] if len(parts) == 1 else [torch.cat(each, -2) for each in zip(*parts, strict=True)]
+        return *grads, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _rows(x: Tensor) -> tuple[Tensor, ...]:
-    """(..., length, width) as a tuple of views (length, width)."""
-    return tuple(x.flatten(0, -3)) if x.dim() > 2 else (x,)
+def _blocks(x: Tensor) -> list[tuple[Any, ...]]:
+    """Indices of blocks of x (..., seq, width), whose fp32 copies stay below `_TEMPORARY_BYTES`."""
+    width = x.shape[:-2].numel() * x.shape[-1]
+    return [(..., block, slice(None)) for block in row_blocks(x.shape[-2], width)]
 
 
 def rms_norms_of(model: nn.Module) -> tuple[Idea, Callable[[], None]]:
