@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import mamba2_chunk_scan
 
+from qlora_lowmem.lean import scan
 from qlora_lowmem.lean.scan import ScanInputs, ScanOptions, advance_state, mamba2_scan
 
 from .conftest import relative
@@ -74,6 +75,17 @@ def test_equals_the_recurrence(batch: int, seq: int, groups: int, heads: int, di
     for ours, true in zip(found, truth, strict=True):
         # A gradient that almost cancels is compared with the size of its neighbours.
         assert (ours - true).norm() <= 1e-5 * true.norm() + 1e-7 * scale
+
+
+def test_blocks_of_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs(2, 50, 4, 8, 2, 8)
+    whole = with_gradients(lambda *t: mamba2_scan(ScanInputs(*t), ScanOptions(8, LIMITS)), tensors)
+    monkeypatch.setattr(scan, "_TEMPORARY_BYTES", 4 * 2 * 4 * 8 * 8 * 2)  # two chunks of 8 a block, and a rest of 2
+    options = ScanOptions(8, LIMITS)
+    assert [block.count for block in scan.blocks(ScanInputs(*tensors), options)] == [2, 2, 2, 1]
+    parts = with_gradients(lambda *t: mamba2_scan(ScanInputs(*t), options), tensors)
+    for ours, expected in zip(parts, whole, strict=True):
+        assert relative(ours, expected) < 2e-6
 
 
 def test_as_exact_as_the_plain_scan() -> None:
