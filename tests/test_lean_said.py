@@ -60,7 +60,7 @@ def test_a_model_that_an_idea_does_not_know_is_told(
     assert lean["model_class"] == "LlamaForCausalLM"
     applied = {idea["name"]: idea["applied"] for idea in lean["ideas"]}
     assert applied == dict.fromkeys(("tiles", "scan", "attention", "swiglu"), False) | dict.fromkeys(
-        ("rms_norm", "checkpointing", "loss", "dequantisation"), True
+        ("rms_norm", "checkpointing", "loss", "dequantisation", "adapters"), True
     )
     card = (conversations.parent / "out" / "README.md").read_text()
     assert "  - scan: left out, attention_dropout=0.1" in card

@@ -199,7 +199,7 @@ def test_what_tiles_do_not_know_keeps_the_general_ideas(
 ) -> None:
     plain = adapted(family, **changes)
     report = apply_lean(copy.deepcopy(plain), SMALL)
-    assert set(report.applied) == {"rms_norm", "checkpointing", "loss"}
+    assert set(report.applied) == {"adapters", "rms_norm", "checkpointing", "loss"}
     assert words in str(report)
     if "attention_dropout" not in changes:
         assert_same_step(plain, SMALL, batch_of(2, 30))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_lowmem.lean.adapters import patch_adapters
 from qlora_lowmem.lean.decoder import head_of, patch
 from qlora_lowmem.lean.embeddings import check_quantisable, quantise_embeddings
 from qlora_lowmem.lean.families import TILED_FAMILIES, Family, why_not_tiles
@@ -71,9 +72,9 @@ def apply_lean(model: nn.Module, options: LeanOptions | None = None) -> LeanRepo
     for idea, switch_on in general:
         if idea.applied:
             switch_on()
-    dequantisation = patch_linear_4bit(causal, options.dequantised_tile_bytes)
-    if dequantisation is not None:
-        ideas.append(dequantisation)
+    linear = (patch_linear_4bit, patch_adapters)  # in this order: adapters ask a layer that the first has patched
+    found = (switch_on(causal, options.dequantised_tile_bytes) for switch_on in linear)
+    ideas += [idea for idea in found if idea is not None]
     return LeanReport(type(causal).__name__, tuple(ideas))
 
 

@@ -69,6 +69,7 @@ Holding = Literal["mamba", "attention", "mlp", "norm", "loss", "checkpoints"]
 # whose tensors belong to what calls it.
 HOLDS: Mapping[str, Holding | None] = {
     "__init__.py": None,
+    "adapters.py": None,
     "apply.py": None,
     "attention.py": "attention",
     "checkpointing.py": "checkpoints",

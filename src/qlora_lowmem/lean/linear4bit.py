@@ -64,8 +64,8 @@ class PackedWeight:
         """Tiles of whole columns, (out_features, columns) each in dtype; one tile where rows are no whole blocks."""
         rows, columns = self.shape
         block = self.state.blocksize
-        if columns % block:
-            _, whole = next(self.row_tiles(tile_bytes, dtype))
+        if columns % block or rows * columns * dtype.itemsize <= tile_bytes:
+            _, whole = next(self.row_tiles(max(tile_bytes, rows * columns * dtype.itemsize), dtype))
             yield slice(0, columns), whole
             return
         constants = self._constants(0, rows * columns // block).view(rows, -1)
@@ -97,35 +97,57 @@ class PackedWeight:
         )
 
 
+@dataclass(frozen=True)
+class TiledWeight:
+    """A frozen 4-bit weight as the factor of a product; of it no more than `tile_bytes` exist dequantised at a time.
+
+    Attributes:
+        whole: multiplies rows by the whole weight at once, as bitsandbytes does; None where there are only tiles.
+    """
+
+    weight: PackedWeight
+    tile_bytes: int
+    whole: Callable[[Tensor], Tensor] | None = None
+
+    def product(self, rows: Tensor) -> Tensor:
+        """`rows @ weight.T`: (n, in_features) to a new tensor (n, out_features), in rows' dtype. Without gradients."""
+        if self.whole is not None:
+            return self.whole(rows)
+        out = rows.new_empty(rows.shape[0], self.weight.shape[0])
+        for span, tile in self.weight.row_tiles(self.tile_bytes, rows.dtype):
+            torch.mm(rows, tile.t(), out=out[:, span])
+            del tile  # before the next is made
+        return out
+
+    def back(self, grad: Tensor) -> Tensor:
+        """`grad @ weight`: (n, out_features) to a new tensor (n, in_features), in grad's dtype."""
+        grad_rows = grad.new_empty(grad.shape[0], self.weight.shape[1])
+        for span, tile in self.weight.column_tiles(self.tile_bytes, grad.dtype):
+            torch.mm(grad, tile, out=grad_rows[:, span])
+            del tile
+        return grad_rows
+
+
 def linear_4bit(x: Tensor, weight: PackedWeight, tile_bytes: int) -> Tensor:
     """`x @ weight.T`: (..., in_features) to (..., out_features), in x's dtype. The weight is frozen, and of it no more
     than `tile_bytes` exist dequantised at a time."""
-    return _Linear4bit.apply(x, weight.packed, weight.state, tile_bytes)  # type: ignore[no-any-return]
+    return _Linear4bit.apply(x, weight.packed, TiledWeight(weight, tile_bytes))  # type: ignore[no-any-return]
 
 
 class _Linear4bit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, state: Any, tile_bytes: int) -> Tensor:
-        weight = PackedWeight(packed, state)
-        rows = x.reshape(-1, x.shape[-1])
-        out = x.new_empty(rows.shape[0], weight.shape[0])
+    def forward(ctx: Any, x: Tensor, packed: Tensor, weight: TiledWeight) -> Tensor:
+        del packed  # a tensor of the graph's, in the weight
+        ctx.weight = weight
         with torch.autocast(x.device.type, enabled=False):
-            for span, tile in weight.row_tiles(tile_bytes, x.dtype):
-                torch.mm(rows, tile.t(), out=out[:, span])
-                del tile  # before the next is made
-        ctx.weight, ctx.tile_bytes = weight, tile_bytes
-        return out.view(*x.shape[:-1], -1)
+            return weight.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
-        weight: PackedWeight = ctx.weight
-        rows = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_x = rows.new_empty(rows.shape[0], weight.shape[1])
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        weight: TiledWeight = ctx.weight
         with torch.autocast(grad_out.device.type, enabled=False):
-            for span, tile in weight.column_tiles(ctx.tile_bytes, rows.dtype):
-                torch.mm(rows, tile, out=grad_x[:, span])
-                del tile
-        return grad_x.view(*grad_out.shape[:-1], -1), None, None, None
+            grad_x = weight.back(grad_out.reshape(-1, grad_out.shape[-1]))
+        return grad_x.view(*grad_out.shape[:-1], -1), None, None
 
 
 def patch_linear_4bit(model: nn.Module, tile_bytes: int) -> Idea | None:
@@ -140,24 +162,32 @@ def patch_linear_4bit(model: nn.Module, tile_bytes: int) -> Idea | None:
         if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes.")
     ]
     for layer in layers:
-        plain = layer.__dict__.get("_plain_forward") or layer.forward
-        layer._plain_forward = plain
-        forward = functools.partial(_forward, plain=plain, tile_bytes=tile_bytes)
+        layer._plain_forward = layer.__dict__.get("_plain_forward") or layer.forward
+        forward = functools.partial(_forward, tile_bytes=tile_bytes)
         layer.forward = types.MethodType(forward, layer)
     if not layers:
         return None
     return Idea("dequantisation", True, f"{len(layers)} 4-bit layers, their weights in tiles of {tile_bytes} bytes")
 
 
-def _forward(self: Any, x: Tensor, *, plain: Callable[[Tensor], Tensor], tile_bytes: int) -> Tensor:
-    """Mirrors `Linear4bit.forward` of bitsandbytes, which also settles what is settled at the first call."""
-    state = getattr(self.weight, "quant_state", None)
-    few = x.numel() <= _FEW_ROWS * x.shape[-1]
-    settled = state is not None and self.compute_type_is_set and self.bias is None
-    if few or not settled or getattr(state, "packing_format_for_cpu", False):
-        return plain(x)
+def tiled_weight(layer: Any, rows: int, dtype: torch.dtype, tile_bytes: int) -> TiledWeight | None:
+    """The weight of a patched layer, for `rows` rows in dtype; None where bitsandbytes' own forward must be called:
+    for few rows, at a first call, with a bias, and in the layout that it has for CPUs."""
+    state = getattr(layer.weight, "quant_state", None)
+    settled = state is not None and layer.compute_type_is_set and layer.bias is None
+    if rows <= _FEW_ROWS or not settled or getattr(state, "packing_format_for_cpu", False):
+        return None
     assert state is not None
+    small = math.prod(state.shape) * dtype.itemsize <= tile_bytes
+    # In evaluation bitsandbytes packs a weight anew for a CPU when rows want no gradient, as they never do in here.
+    whole = layer._plain_forward if small and layer.training else None
+    return TiledWeight(PackedWeight(layer.weight, state), tile_bytes, whole)
+
+
+def _forward(self: Any, x: Tensor, *, tile_bytes: int) -> Tensor:
+    """Mirrors `Linear4bit.forward` of bitsandbytes, which also settles what is settled at the first call."""
     dtype = self.compute_dtype or x.dtype
-    if math.prod(state.shape) * dtype.itemsize <= tile_bytes:
-        return plain(x)
-    return linear_4bit(x.to(dtype), PackedWeight(self.weight, state), tile_bytes).to(x.dtype)
+    weight = tiled_weight(self, x.numel() // x.shape[-1], dtype, tile_bytes)
+    if weight is None or math.prod(weight.weight.shape) * dtype.itemsize <= tile_bytes:
+        return self._plain_forward(x)  # type: ignore[no-any-return]
+    return linear_4bit(x.to(dtype), weight.weight, tile_bytes).to(x.dtype)
