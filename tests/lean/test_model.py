@@ -219,7 +219,7 @@ def test_bad_options(field: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seq", "tiles"), [(100, (512, 512)), (4096, (512, 512)), (8192, (1024, 1024)), (131072, (2048, 1024))]
+    ("seq", "tiles"), [(100, (512, 512)), (2048, (512, 512)), (4096, (1024, 1024)), (131072, (2048, 1024))]
 )
 def test_tiles_grow_with_the_sequence(seq: int, tiles: tuple[int, int]) -> None:
     assert LeanOptions().tiles_for(seq) == tiles

@@ -117,6 +117,9 @@ class MambaLayer(DecoderLayer):
         low, high = layer.mamba.time_step_limit
         self.scan_options = ScanOptions(options.scan_chunk_length, (float(low), float(high)))
         self.scan: Any = scan_triton if options.scan == "triton" else scan
+        a_log = layer.mamba.A_log
+        # Of a frozen A once for all tiles.
+        self._a = None if a_log.requires_grad else -torch.exp(a_log.detach().float())
 
     def begin(self, x: Tensor) -> tuple[None, Carry]:
         mixer, batch = self.mixer, x.shape[0]
@@ -140,7 +143,7 @@ class MambaLayer(DecoderLayer):
         inputs = ScanInputs(
             x=xs.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
             dt=dt,
-            a=-torch.exp(mixer.A_log.float()),
+            a=-torch.exp(mixer.A_log.float()) if self._a is None else self._a,
             b=b.unflatten(-1, (mixer.n_groups, -1)),
             c=c.unflatten(-1, (mixer.n_groups, -1)),
             d=mixer.D,

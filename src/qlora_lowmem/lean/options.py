@@ -29,8 +29,9 @@ class LeanOptions:
 
     Args:
         tile_length: tokens of a tile of a decoder layer. Smaller: less memory, more launches and more sweeps. None
-            chooses by the sequence: 512 up to 4,096 tokens, above it an eighth of the sequence, at most 2,048 (a tile
-            of Granite-4.0-H-1B works in about 0.1 MiB a token, so it stays small beside the checkpoints).
+            chooses by the sequence: 512 up to 2,048 tokens, above it a quarter of the sequence, at most 2,048 (a tile
+            of Granite-4.0-H-1B works in about 0.1 MiB a token, so it stays small beside the checkpoints). A pass
+            without gradients takes two tiles at a time.
         feed_forward_tile_length: tokens of a tile of the feed-forward part, at most tile_length. None: up to 1,024.
         scan_chunk_length: tokens of a chunk of the Mamba-2 scan. The result does not depend on it.
         scan: `plain` PyTorch, `triton` kernels (see `scan_triton.py`), or `auto`: Triton where it works.
@@ -68,7 +69,7 @@ class LeanOptions:
 
     def tiles_for(self, seq: int) -> tuple[int, int]:
         """Tile lengths of a layer and of its feed-forward part, in tokens, for a sequence of `seq`."""
-        tile = self.tile_length or min(max(_SHORT_TILE, seq // 8), _LONG_TILE)
+        tile = self.tile_length or min(max(_SHORT_TILE, seq // 4), _LONG_TILE)
         return tile, min(self.feed_forward_tile_length or _FEED_FORWARD_TILE, tile)
 
 

@@ -13,7 +13,7 @@ the mixer's graph is walked: the two never exist together at their largest.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,16 @@ class TilePlan:
     def tiles(self, seq: int) -> list[slice]:
         return spans(0, seq, self.tile_length)
 
+    @property
+    def forward(self) -> "TilePlan":
+        """The plan of a pass without gradients, which keeps nothing for backward: a tile takes less than half of the
+        memory, so it may be twice as long. Dropout is replayed tile by tile, which then are the same."""
+        if self.seed is not None:
+            return self
+        return replace(
+            self, tile_length=2 * self.tile_length, feed_forward_tile_length=2 * self.feed_forward_tile_length
+        )
+
     def feed_forward_tiles(self, tile: slice) -> list[slice]:
         """Tiles of the feed-forward part within a tile, in positions of the sequence."""
         return spans(tile.start, tile.stop, self.feed_forward_tile_length)
@@ -80,6 +90,7 @@ def forward_in_tiles(layer: TiledLayer, x: Tensor, out: Tensor, plan: TilePlan) 
     """Write the layer's output for x into out, both (batch, seq, hidden). out may be x: each tile is read before it is
     written, and the carry holds what later tiles need. Call without gradients."""
     shared, carry = layer.begin(x)
+    plan = plan.forward
     for tile in plan.tiles(x.shape[1]):
         with plan.random(tile.start, 0, x.device):
             h, carry = layer.mix(x[:, tile], tile.start, shared, carry)
@@ -92,24 +103,51 @@ def forward_in_tiles(layer: TiledLayer, x: Tensor, out: Tensor, plan: TilePlan) 
 class GradientSum:
     """Gradients of parameters, summed over tiles in fp32 (a layer's adapters at rank 8: 0.9 MiB).
 
-    In bf16 a sum of many tiles would stop growing once a tile's share falls below 1/256 of it.
+    In bf16 a sum of many tiles would stop growing once a tile's share falls below 1/256 of it. The gradients of all
+    parameters are cast, and added, in one launch; of one tile alone they are the sum as they are.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
-        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._only: list[Tensor | None] | None = None  # of the first tile, until there is another
+        self._sums: dict[int, Tensor] = {}
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        for index, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            total = self._sums[index]
-            self._sums[index] = gradient.float() if total is None else total.add_(gradient)
+        if self._only is None and not self._sums:
+            self._only = list(gradients)
+            return
+        if self._only is not None:
+            first, self._only = self._only, None
+            self._sums = _wide(first)
+        found = _wide(gradients)
+        both = self._sums.keys() & found.keys()
+        if both:
+            torch._foreach_add_([self._sums[i] for i in both], [found[i] for i in both])
+        self._sums = found | self._sums
 
     def take(self) -> list[Tensor | None]:
         """The sums in their parameters' dtype."""
-        sums, self._sums = self._sums, []
-        return [None if s is None else s.to(p.dtype) for s, p in zip(sums, self._parameters, strict=True)]
+        if self._only is not None:
+            return [None if g is None else g.to(p.dtype) for g, p in zip(self._only, self._parameters, strict=True)]
+        places = list(self._sums)
+        taken: list[Tensor | None] = [None] * len(self._parameters)
+        sums = [self._sums[i] for i in places]
+        ends = [torch.empty_like(s, dtype=self._parameters[i].dtype) for i, s in zip(places, sums, strict=True)]
+        if ends:
+            torch._foreach_copy_(ends, sums)
+        for place, end in zip(places, ends, strict=True):
+            taken[place] = end
+        self._sums.clear()
+        return taken
+
+
+def _wide(gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """Copies in fp32 of those that there are, by their place."""
+    there = {place: g for place, g in enumerate(gradients) if g is not None}
+    wide = {place: torch.empty_like(g, dtype=torch.float32) for place, g in there.items()}
+    if there:
+        torch._foreach_copy_(list(wide.values()), list(there.values()))
+    return wide
 
 
 def backward_in_tiles(layer: TiledLayer, x: Tensor, grad: Tensor, plan: TilePlan, wants_x: bool) -> list[Tensor | None]:
@@ -122,13 +160,16 @@ def backward_in_tiles(layer: TiledLayer, x: Tensor, grad: Tensor, plan: TilePlan
         wants_x: whether the input's gradient is needed; without it grad is left undefined.
     """
     shared, carry = layer.begin(x)
-    carries, tiles = [], plan.tiles(x.shape[1])
+    tiles = plan.tiles(x.shape[1])
+    carries = [carry]
+    # Where nothing is carried, the sweep is for what is shared, in longer tiles.
+    sweep = tiles[:-1] if carry else spans(0, tiles[-1].start, plan.forward.tile_length)
     with torch.no_grad():
-        for tile in tiles:
+        for tile in sweep:
+            with plan.random(tile.start, 0, x.device):
+                carry = layer.advance(x[:, tile], tile.start, shared, carry)
             carries.append(carry)
-            if tile is not tiles[-1]:
-                with plan.random(tile.start, 0, x.device):
-                    carry = layer.advance(x[:, tile], tile.start, shared, carry)
+    carries += [()] * (len(tiles) - len(carries))
     mixer, feed_forward = GradientSum(layer.mixer_parameters), GradientSum(layer.feed_forward_parameters)
     wants_mixer = wants_x or bool(layer.mixer_parameters)
     grad_carry: Sequence[Tensor | None] = [None] * len(carry)
