@@ -21,7 +21,7 @@ from torch import Tensor
 from qlora_lowmem.lean.token_rows import TrainedRows
 
 IGNORE_INDEX = -100
-_ENTROPY_ROWS = 8  # a temporary of 8 x 100,352 x 4 bytes = 3 MiB
+_ENTROPY_BYTES = 24 * 2**20  # of the temporary that entropies take: 62 rows of 100,352 words in fp32
 
 
 class Head(Protocol):
@@ -111,15 +111,17 @@ class _TokenLogProbs(torch.autograd.Function):
         row_gradients = torch.zeros_like(rows) if wants_hidden else None
         # A trained head's gradient needs the loss's scale, so it is recomputed tile by tile in backward.
         ctx.weight_call = (scorer, rows, targets, scored) if gradient and weight is not None else None
+        found: list[tuple[Tensor, Tensor, Tensor | None]] = []
         with torch.autocast(device.type, enabled=False):
             for index, tile in scorer.tiles(rows, targets, scored, wants_hidden):
-                log_probs[index] = tile.log_probs
-                is_top1[index] = tile.is_top1
-                if tile.entropies is not None:
-                    entropies[index] = tile.entropies
+                found.append((tile.log_probs, tile.is_top1, tile.entropies))
                 if row_gradients is not None:
                     row_gradients[index] = tile.row_gradient()
                 del tile
+        if found:
+            for whole, parts in zip((log_probs, is_top1, entropies), zip(*found, strict=True), strict=True):
+                if parts[0] is not None:
+                    whole[scored] = torch.cat(parts)
         ctx.row_gradients, ctx.shape = row_gradients, hidden.shape
         ctx.mark_non_differentiable(entropies, is_top1)
         return log_probs.view(labels.shape), entropies.view(labels.shape), is_top1.view(labels.shape)
@@ -145,14 +147,19 @@ class _Scorer:
 
     def tiles(self, rows: Tensor, targets: Tensor, scored: Tensor, gradient: bool) -> Iterator[tuple[Tensor, "_Tile"]]:
         """Tiles of the `scored` positions. To have one at a time, delete each before the next is asked for."""
+        # Numbers in fp32 that are no scalars: 16-bit logits are cast as they are scaled.
+        scale = torch.full((1,), self.options.logit_scale, dtype=torch.float32, device=rows.device)
+        scales = scale, -scale
         for index in scored.split(self.options.tile_length(self.head.vocabulary, self.dtype)):
-            yield index, _Tile(self, rows[index], targets[index], gradient)
+            yield index, _Tile(self, rows[index], targets[index], scales, gradient)
 
 
 class _Tile:
     """Some scored tokens: their logits, and what is computed from them while they exist."""
 
-    def __init__(self, scorer: _Scorer, rows: Tensor, targets: Tensor, gradient: bool) -> None:
+    def __init__(
+        self, scorer: _Scorer, rows: Tensor, targets: Tensor, scales: tuple[Tensor, Tensor], gradient: bool
+    ) -> None:
         head, options, dtype = scorer.head, scorer.options, scorer.dtype
         self.head, self.targets, self.scale, self.dtype = head, targets, options.logit_scale, dtype
         self.trained = head.trained if isinstance(head, DenseHead) else None
@@ -168,28 +175,31 @@ class _Tile:
                 logits[:, part] = self.inputs @ weight.t()
         if self.trained is not None:
             logits[:, self.trained.tokens] = self.inputs @ self.trained.rows.detach().to(dtype).t()
-        # From here on one fp32 buffer: scaled logits, then exponentials, then probabilities.
-        wide = logits.float() if dtype != torch.float32 else logits.clone() if options.entropy else logits
-        wide.mul_(self.scale)
+        # From here on one fp32 buffer: scaled logits, then exponentials.
+        in_place = dtype == torch.float32 and not options.entropy
+        wide = logits if in_place else torch.empty_like(logits, dtype=torch.float32)
+        scale, self.against = scales
+        torch.mul(logits, scale, out=wide)
         largest, best = wide.max(-1, keepdim=True)
         target = wide.gather(1, targets[:, None])
-        total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
-        log_sum = total.log().add_(largest)
+        self.total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
+        log_sum = self.total.log().add_(largest)
         self.log_probs = (target - log_sum).squeeze(1)
         self.is_top1 = best.squeeze(1) == targets
-        self.probabilities = wide.div_(total)
+        self.exponentials = wide
         self.entropies: Tensor | None = None
         if options.entropy:  # -sum p log p = log Z - sum p z
-            pairs = zip(wide.split(_ENTROPY_ROWS), logits.split(_ENTROPY_ROWS), strict=True)
-            expected = torch.cat([(p * z).sum(-1) for p, z in pairs]).mul_(self.scale)
-            self.entropies = log_sum.squeeze(1) - expected
+            length = max(1, _ENTROPY_BYTES // (4 * head.vocabulary))
+            pairs = zip(wide.split(length), logits.split(length), strict=True)
+            sums = [(e * z).sum(-1, keepdim=True) for e, z in pairs]
+            expected = sums[0] if len(sums) == 1 else torch.cat(sums)
+            self.entropies = torch.addcdiv(log_sum, expected, self.total, value=-self.scale).squeeze(1)
 
     def logit_gradient(self) -> Tensor:
         """(tokens, vocabulary) in the head's dtype: d log_prob / d logits = one-hot - p, times the logits' scale."""
-        wide = self.probabilities.neg_()
-        wide.scatter_add_(1, self.targets[:, None], torch.ones_like(wide[:, :1]))
-        wide.mul_(self.scale)
-        return wide if wide.dtype == self.dtype else self.logits.copy_(wide)
+        # With exponentials e and their sum Z: p - one-hot is (e - Z one-hot) / Z.
+        wide = self.exponentials.scatter_add_(1, self.targets[:, None], -self.total)
+        return torch.mul(wide, self.against / self.total, out=wide if wide.dtype == self.dtype else self.logits)
 
     def row_gradient(self) -> Tensor:
         """(tokens, hidden): the gradient of each row's log-probability, back through the final norm."""
