@@ -4,15 +4,15 @@ For S tokens of Granite-4.0-H-1B (12 heads, 4 KV heads of 128) queries and outpu
 gradients as much again; keys and values are 1 KiB a token each. So only keys and values exist for the whole sequence,
 in the model's dtype and never repeated per query head, and queries come a tile at a time.
 
-Softmax over a row of keys splits over blocks of keys: each block gives its output and the logarithm of its sum of
-exponentials (LSE), and two blocks merge exactly. The backward of a block needs only the final output and the final
-LSE (Dao, "FlashAttention-2", 2023, section 3.1; as Liu et al., "Ring Attention", 2023, split it), so it also goes block
-by block. That matters with grouped heads: PyTorch's flash backward first writes dK and dV once per *query* head, 6 KiB
-a key: 768 MiB at 131,072 keys, 12 MiB for a block of 2,048. Their sums over tiles of queries are kept in fp32 (4 KiB a
-token), because a sum of hundreds of terms in bf16 loses the small ones.
+On a GPU in half precision PyTorch's flash kernel takes a tile's queries and all keys before them in one call. Its
+backward, and plain products, go by blocks of keys: softmax over a row of keys splits over them. Each block gives its
+output and the logarithm of its sum of exponentials (LSE), and two blocks merge exactly. The backward of a block needs
+only the final output and the final LSE (Dao, "FlashAttention-2", 2023, section 3.1; as Liu et al., "Ring Attention",
+2023, split it), so it also goes block by block. That matters with grouped heads: PyTorch's flash backward first writes
+dK and dV once per *query* head, 6 KiB a key: 768 MiB at 131,072 keys, 12 MiB for a block of 2,048. Their sums over
+tiles of queries are kept in fp32 (4 KiB a token), because a sum of hundreds of terms in bf16 loses the small ones.
 
-A block runs in PyTorch's flash kernel on a GPU in half precision, else in plain products. A padding mask takes the
-plain products, a smaller block at a time.
+A padding mask takes the plain products, a smaller block at a time.
 """
 
 from typing import Any
@@ -79,6 +79,14 @@ class KeyValues:
         past = [_Block(self, span, causal=False) for span in spans(0, tile.start, keys)]
         return [*past, _Block(self, tile, causal=True)]
 
+    def flash_blocks(self, tile: slice, keys: int) -> "list[_Block]":
+        """As `blocks`, but that the last holds, beside the tile's own keys, as many before them as `keys` leave room
+        for: the flash kernels align a causal mask with the last query and the last key
+        (`torch.nn.attention.bias.causal_lower_right`)."""
+        own = max(min(tile.start, tile.stop - keys), 0)
+        past = [_Block(self, span, causal=False) for span in spans(0, own, keys)]
+        return [*past, _Block(self, slice(own, tile.stop), causal=True)]
+
     def accumulate(self, span: slice, grad_k: Tensor, grad_v: Tensor) -> None:
         """Add the gradients of a block's keys and values, (batch, kv_heads, keys, head_dim)."""
         if not hasattr(self, "grad_keys"):
@@ -97,9 +105,10 @@ class _Attend(torch.autograd.Function):
             heads_first = q.transpose(1, 2)
             flash = _can_use_flash(heads_first, cache)
             merged: _Triple | None = None
-            # The flash forward needs no memory that grows with the keys: one call for all of the past.
-            for block in cache.blocks(tile, max(start, 1) if flash else _PLAIN_KEYS):
-                part = block.flash_forward(heads_first) if flash else block.plain_forward(heads_first)
+            if flash:  # its forward needs no memory that grows with the keys
+                merged = _Block(cache, slice(0, tile.stop), causal=True).flash_forward(heads_first)
+            for block in () if flash else cache.blocks(tile, _PLAIN_KEYS):
+                part = block.plain_forward(heads_first)
                 merged = part if merged is None else _merge(merged, part)
         assert merged is not None
         out = merged[0].to(q.dtype).transpose(1, 2)
@@ -113,12 +122,16 @@ class _Attend(torch.autograd.Function):
         cache, tile = ctx.cache, ctx.tile
         with torch.autocast(q.device.type, enabled=False):
             heads_first, out, grad_out = q.transpose(1, 2), out.transpose(1, 2), grad_out.transpose(1, 2)
-            grad_q = torch.zeros_like(heads_first, dtype=torch.float32)
-            for block in cache.blocks(tile, _FLASH_KEYS if ctx.flash else _PLAIN_KEYS):
+            blocks = cache.flash_blocks(tile, _FLASH_KEYS) if ctx.flash else cache.blocks(tile, _PLAIN_KEYS)
+            grad_q: Tensor | None = None
+            for block in blocks:
                 backward = block.flash_backward if ctx.flash else block.plain_backward
                 part, grad_k, grad_v = backward(heads_first, out, largest, total, grad_out)
-                grad_q += part
+                if len(blocks) > 1:
+                    part = part.float() if grad_q is None else grad_q.add_(part)
+                grad_q = part
                 cache.accumulate(block.span, grad_k, grad_v)
+            assert grad_q is not None
         grad_k, grad_v = cache.grad_keys[:, tile], cache.grad_values[:, tile]
         return grad_q.transpose(1, 2).to(q.dtype), grad_k.to(q.dtype), grad_v.to(q.dtype), None, None
 
@@ -154,13 +167,13 @@ class _Block:
         self.causal = causal  # the tile's own keys; all earlier ones are visible to every query
 
     def flash_forward(self, q: Tensor) -> _Triple:
+        """Output and, twice, the LSE: the kernel knows no largest score and sum apart."""
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, self.k, self.v, 0.0, self.causal, False, scale=self.scale
         )
-        return out, lse, torch.ones_like(lse)
+        return out, lse, lse
 
-    def flash_backward(self, q: Tensor, out: Tensor, largest: Tensor, total: Tensor, grad_out: Tensor) -> _Triple:
-        lse = total.log().add_(largest)
+    def flash_backward(self, q: Tensor, out: Tensor, lse: Tensor, _: Tensor, grad_out: Tensor) -> _Triple:
         no_seed = torch.empty(0, dtype=torch.uint64, device=q.device)  # dropout is 0: it is not read
         sizes = (None, None, q.shape[2], self.k.shape[2])
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
@@ -216,5 +229,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Mirrors `apply_rotary_pos_emb` of transformers (Su et al., "RoFormer", 2021, equation 34, with split halves: a
     number is paired with the one half a head further, not with its neighbour).
     """
+    return _Rotate.apply(x, cos[:, :, None], sin[:, :, None])  # type: ignore[no-any-return]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = sin.chunk(2, -1)
+        return _rotated(x, cos, first, second, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, -1)
+        return _rotated(grad, cos, second, first, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, first_sin: Tensor, second_sin: Tensor, sign: int) -> Tensor:
+    """Each half of x times its cosines, plus the other half times sines, in two passes over one tensor."""
     first, second = x.chunk(2, -1)
-    return x * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]
+    out = x * cos
+    out_first, out_second = out.chunk(2, -1)
+    out_first.addcmul_(second, first_sin, value=-sign)
+    out_second.addcmul_(first, second_sin, value=sign)
+    return out
