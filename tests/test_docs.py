@@ -29,6 +29,7 @@ from qlora_lowmem.commands import longest as longest_command
 from qlora_lowmem.commands import plan as plan_command
 from qlora_lowmem.commands.frame import main, run_command
 from qlora_lowmem.memory.profile import LiveMemory, write_live
+from qlora_lowmem.plan.recipe_runs import recipe_server
 from qlora_lowmem.recipe.checks import field_specs
 from qlora_lowmem.recipe.io import load_recipe
 
@@ -121,17 +122,25 @@ def test_a_command_of_the_pages_runs(command: str, runs: dict[str, "Future[str]"
     assert not failure, f"{_pages_with(command)}: {failure}"
 
 
+@pytest.fixture(scope="module")
+def tries(built: None) -> Iterator[virtual_gpu.Server]:
+    """A server of theirs: its jobs find relative paths from where it was first asked, as those of a command do."""
+    del built
+    with recipe_server(max_workers=2) as server:
+        yield server
+
+
 @pytest.mark.parametrize("command", TRIED_HERE, ids=str)
 def test_a_command_that_tries_recipes_runs(
     command: str,
     folder: Path,
-    recipe_runs: virtual_gpu.Server,
+    tries: virtual_gpu.Server,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, on the server that all tests share."""
+    """In this process, on a server that they share."""
     for module in TRYING.values():
-        monkeypatch.setattr(module, "recipe_server", lambda *_: nullcontext(recipe_runs))
+        monkeypatch.setattr(module, "recipe_server", lambda *_: nullcontext(tries))
     monkeypatch.chdir(folder)
     name, words = words_of(command) or ("", [])
     code = main([name, *words]) if command.startswith("qlora-lowmem") else run_command(name, words)

@@ -91,10 +91,16 @@ def test_regression_is_caught_and_attributed(runs: Runs, seed: str) -> None:
     assert measured.allocated - baseline.allocated == sum(kinds.values()), "the kinds' growth is the peak's"
 
 
+# In launches more of a step: the decay is a kernel over all weights, and a loss that is read is copied, twice.
+LAUNCHES = {"weight decay": 1, "the loss read each step": 2}
+
+
 @pytest.mark.parametrize("seed", HARMLESS)
-def test_harmless_change_costs_nothing(runs: Runs, seed: str) -> None:
+def test_harmless_change_costs_no_byte(runs: Runs, seed: str) -> None:
     baseline, measured = runs.record("checkpointed", ""), runs.record("checkpointed", seed)
-    verdict = compare(seed, baseline, measured, EXACT)
+    assert baseline.launches is not None
+    allowed = dataclasses.replace(baseline, launches=baseline.launches + LAUNCHES.get(seed, 0))
+    verdict = compare(seed, allowed, measured, EXACT)
     assert verdict.name == "PASS", verdict.render()
     assert measured.allocated == baseline.allocated
     assert measured.reserved == baseline.reserved

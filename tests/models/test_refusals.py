@@ -42,7 +42,7 @@ CAUSES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "encoder": (BertConfig(architectures=["BertForMaskedLM"], **SIZES).to_dict(), NOT_CAUSAL),
     "unknown": ({"model_type": "nonesuch"}, ("does not know the architecture 'nonesuch'", "--upgrade transformers")),
     "attention": (
-        GptOssConfig(**SIZES, num_local_experts=2, head_dim=16).to_dict(),
+        GptOssConfig(**SIZES, num_key_value_heads=2, num_local_experts=2, head_dim=16).to_dict(),
         ("base.attention: 'sdpa'", "has it not for GptOssForCausalLM", "set base.attention to auto"),
     ),
     "incomplete": (

@@ -785,13 +785,15 @@ def a_worker_without_its_modules(_: Bench) -> None:
 @fault
 def a_server_whose_program_is_killed_while_its_modules_are_imported(bench: Bench) -> None:
     """As a plan's, which takes seconds for that; whatever the job had in its folder for temporary files goes too."""
-    (bench.folder / "slow_module.py").write_text("import time\ntime.sleep(60)\n")
+    begun = bench.folder / "begun"
+    (bench.folder / "slow_module.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(60)\n")
     program = "import sys; from qlora_lowmem.virtual_gpu import Server, get_card; server = Server(['slow_module']); "
     program += f"sys.path.insert(0, {str(bench.folder)!r}); "
     program += "server.submit('virtual_gpu.jobs:card', {}, get_card('t4-16gb')).result()"
     started = subprocess.Popen([sys.executable, "-c", program])
     wait_for(lambda: list(bench.temporary.glob("qlora_lowmem.scratch-*/parent-*/account.bin")))
     wait_for(lambda: processes_of(bench.folder))
+    wait_for(begun.exists)
     started.kill()
     started.wait()
 

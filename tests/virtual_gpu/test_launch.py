@@ -174,7 +174,7 @@ def test_an_interrupt_of_what_every_python_runs_first_is_no_traceback_of_it():
     strikes = "import importlib.util, os, runpy, signal, sys\nclass Finder:\n    def find_spec(self, name, *_):\n"
     strikes += "        if name == 'importlib.util': os.kill(os.getpid(), 2)\n"
     runs = f"runpy.run_path({str(launch._WORKER / 'sitecustomize.py')!r})\n"
-    then = "assert signal.getsignal(2) is signal.default_int_handler; print('listens')\n"
+    then = "assert signal.getsignal(2) is signal.default_int_handler; print('listens', flush=True)\n"
     struck = "sys.meta_path.insert(0, Finder()); del sys.modules['importlib.util']\n"
     command = [sys.executable, "-c", strikes + runs + then + struck + runs]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
