@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from qlora_lowmem import virtual_gpu
 from qlora_lowmem.commands.frame import add_json_argument, write_json
 from qlora_lowmem.environment import provenance_record, words_of
@@ -99,8 +97,7 @@ def _explain(recipe: Recipe, options: argparse.Namespace) -> int:
         print(page)
     record = provenance_record(found.device, found.provenance)
     content: dict[str, Any] = {"recipe": recipe.to_dict(), "recipe_hash": recipe_hash(recipe), "environment": record}
-    content |= {"floor_bytes": outcome.floor.total, "launches": msgspec.to_builtins(launches)}
-    content["attribution"] = msgspec.to_builtins(found)
+    content |= report.attribution_content(found, outcome.floor.total, launches)
     made: dict[str, Callable[[], bytes]] = {"markdown": page.encode, "snapshot": recorder.snapshot}
     made |= {kind: partial(report.picture_as, kind, found, recipe) for kind in ("svg", "png")}
     asked = [(f"--{flag}", target, make) for flag, make in made.items() if (target := getattr(options, flag))]

@@ -119,6 +119,12 @@ def markdown(found: Attribution, title: str, floor_bytes: int, launches: Launche
     )
 
 
+def attribution_content(found: Attribution, floor_bytes: int, launches: Launches | None) -> dict[str, Any]:
+    """What a file says of a run's peak; of a step's launches where somebody counted them."""
+    counted = {} if launches is None else {"launches": msgspec.to_builtins(launches)}
+    return {"floor_bytes": floor_bytes, **counted, "attribution": msgspec.to_builtins(found)}
+
+
 def write_attribution(
     folder: Path,
     recipe: Recipe,
@@ -132,8 +138,7 @@ def write_attribution(
     rows = [{"kind": kind, "bytes": count} for kind, count in found.kinds.items() if count]
     text, drawn = markdown(found, name, floor_bytes, launches), f"![{name}](attribution-{name}.svg)"
     page = f"{text}\n{drawn}\n\n{provenance_lines(record)}\n"
-    head = {"environment": record, "recipe": recipe.to_dict(), "floor_bytes": floor_bytes}
-    content = head | {"launches": msgspec.to_builtins(launches), "attribution": msgspec.to_builtins(found)}
+    content = {"environment": record, "recipe": recipe.to_dict()} | attribution_content(found, floor_bytes, launches)
     write_result(folder, f"attribution-{name}", content, page, rows)
     for kind in ("svg", "png"):
         write_whole(folder / f"attribution-{name}.{kind}", picture_as(kind, found, recipe))
@@ -156,6 +161,7 @@ class Explained:
 
     attribution: Attribution
     recipe: Said = field(default_factory=Said)
+    launches: Launches | None = None
 
     @property
     def subject(self) -> str:
@@ -263,6 +269,8 @@ def _breakdown(name: str, told: Explained) -> Chart:
     largest = sorted(group_bytes(found.kinds), key=lambda pair: -pair[1])[:3]
     parts = ", ".join(f"{group.text} {format_bytes(count)}" for group, count in largest)
     text = f"{headline(found)}. The most: {parts}."
+    if told.launches is not None:
+        text += f" An optimizer step takes {launches_in_words(told.launches)}."
     tables = [page_table(f"{name}: bytes by kind at the peak", _SHARES, _shares(found))]
     if found.owners:
         caption = f"{name}: the lines of code that own most of the peak"
