@@ -5,6 +5,7 @@ Tiny Llamas, their embedding and LM head tied or not; tokens that their tokenize
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,18 +148,18 @@ def test_the_whole_way(recipe_of: Callable[..., Recipe], tmp_path: Path, case: s
 def test_lean_gradients_are_those_of_whole_logits(
     recipe_of: Callable[..., Recipe], tied: bool, what: str, dtype: torch.dtype
 ) -> None:
-    """In fp32 the same; in bf16 off those of fp32 as the plain ones are, by rounding."""
+    """In fp32 the same; in bf16 off those of fp32 as the plain ones are, by rounding, in the mean of a few draws."""
     recipe = recipe_of("tied")
     ends = [EMBEDDING] if tied else [EMBEDDING, HEAD]
     rows = dict.fromkeys(ends, (60, 7)) if what == "rows" else None
     whole = [f"{name}.weight" for name in ends] if what == "whole" else []
 
-    def gradients(lean: bool, of: torch.dtype) -> dict[str, torch.Tensor]:
+    def gradients(lean: bool, of: torch.dtype, draw: int) -> dict[str, torch.Tensor]:
         config = tiny_config(WORDS)
         config.tie_word_embeddings = tied
-        torch.manual_seed(0)
+        torch.manual_seed(2 * draw)
         model: Any = LlamaForCausalLM(config).to(dtype).to(of)  # the same weights, rounded once
-        torch.manual_seed(1)
+        torch.manual_seed(2 * draw + 1)
         adapted: Any = adapt(model, lora_config(recipe, ["q_proj", "v_proj"], rows=rows), whole)
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:
@@ -171,14 +172,18 @@ def test_lean_gradients_are_those_of_whole_logits(
         adapted.eval()(input_ids=TOKENS, labels=TOKENS).loss.backward()
         return {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
 
-    exact = gradients(False, torch.float32)
-    ours = gradients(True, dtype)
-    assert ours.keys() == exact.keys()
-    plain = gradients(False, dtype) if dtype is torch.bfloat16 else exact
-    for name, truth in exact.items():
-        off, allowed = ((each[name].float() - truth).norm() / truth.norm() for each in (ours, plain))
-        assert truth.norm() > 0
-        assert off <= 1e-5 + 1.6 * allowed, name
+    off: Counter[str] = Counter()
+    allowed: Counter[str] = Counter()
+    for draw in range(1 if dtype is torch.float32 else 4):
+        exact, ours = gradients(False, torch.float32, draw), gradients(True, dtype, draw)
+        assert ours.keys() == exact.keys()
+        plain = gradients(False, dtype, draw) if dtype is torch.bfloat16 else exact
+        for name, truth in exact.items():
+            assert truth.norm() > 0
+            for sums, found in ((off, ours), (allowed, plain)):
+                sums[name] += float((found[name].float() - truth).norm() / truth.norm())
+    for name, far in off.items():
+        assert far <= 1e-5 + 1.6 * allowed[name], name
 
 
 def test_rows_to_spare_are_taken_first(recipe_of: Callable[..., Recipe]) -> None:
