@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import mamba2_chunk_scan
 
-from qlora_lowmem.lean import scan
-from qlora_lowmem.lean.scan import ScanInputs, ScanOptions, advance_state, mamba2_scan
+from qlora_lowmem.lean import scan_chunks
+from qlora_lowmem.lean.scan import advance_state, mamba2_scan
+from qlora_lowmem.lean.scan_chunks import ScanInputs, ScanOptions
 
 from .conftest import relative
 
@@ -80,9 +81,9 @@ def test_equals_the_recurrence(batch: int, seq: int, groups: int, heads: int, di
 def test_blocks_of_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(2, 50, 4, 8, 2, 8)
     whole = with_gradients(lambda *t: mamba2_scan(ScanInputs(*t), ScanOptions(8, LIMITS)), tensors)
-    monkeypatch.setattr(scan, "_TEMPORARY_BYTES", 4 * 2 * 4 * 8 * 8 * 2)  # two chunks of 8 a block, and a rest of 2
+    monkeypatch.setattr(scan_chunks, "_TEMPORARY_BYTES", 4 * 2 * 4 * 8 * 8 * 2)  # two chunks of 8, a rest of 2
     options = ScanOptions(8, LIMITS)
-    assert [block.count for block in scan.blocks(ScanInputs(*tensors), options)] == [2, 2, 2, 1]
+    assert [block.count for block in scan_chunks.blocks(ScanInputs(*tensors), options)] == [2, 2, 2, 1]
     parts = with_gradients(lambda *t: mamba2_scan(ScanInputs(*t), options), tensors)
     for ours, expected in zip(parts, whole, strict=True):
         assert relative(ours, expected) < 2e-6

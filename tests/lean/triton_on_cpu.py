@@ -16,7 +16,7 @@ from fla.ops.common import chunk_h
 from torch import Tensor
 
 from qlora_lowmem.lean import scan, scan_triton
-from qlora_lowmem.lean.scan import ScanInputs, ScanOptions
+from qlora_lowmem.lean.scan_chunks import ScanInputs, ScanOptions
 
 LIMITS = (0.01, 2.0)
 NAMES = ("y", "last state", "x", "dt", "B", "C", "first state")

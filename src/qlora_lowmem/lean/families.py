@@ -83,6 +83,7 @@ HOLDS: Mapping[str, Holding | None] = {
     "norms.py": "norm",
     "options.py": None,
     "scan.py": "mamba",
+    "scan_chunks.py": "mamba",
     "scan_triton.py": "mamba",
     "swiglu.py": "mlp",
     "tiles.py": None,

@@ -16,7 +16,7 @@ from qlora_lowmem.lean.attention import KeyValues, rotate
 from qlora_lowmem.lean.convolution import causal_conv_silu, next_tail
 from qlora_lowmem.lean.norms import gated_rms_norm, rms_norm
 from qlora_lowmem.lean.options import LeanOptions
-from qlora_lowmem.lean.scan import ScanInputs, ScanOptions
+from qlora_lowmem.lean.scan_chunks import ScanInputs, ScanOptions
 from qlora_lowmem.lean.swiglu import swiglu, swiglu_of
 from qlora_lowmem.lean.tiles import Carry, TiledLayer
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from qlora_lowmem.lean import scan
 from qlora_lowmem.lean.options import RefusedOptionError, Scan
-from qlora_lowmem.lean.scan import ScanInputs, ScanOptions, product_dtype
+from qlora_lowmem.lean.scan_chunks import ScanInputs, ScanOptions, product_dtype
 from qlora_lowmem.lean.tiles import spans
 
 SPAN = 128  # tokens computed together: B and C for 48 heads take 1.5 MiB each, the states in backward 3 MiB
