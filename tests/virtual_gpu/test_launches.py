@@ -70,6 +70,23 @@ def test_the_report_has_all_of_a_program(cli, tmp_path):
     assert report["launches"] == {"kernels": 2, "copies": 1, "memsets": 0}
 
 
+def test_what_a_tuner_times_is_not_counted(cli, tmp_path):
+    """Beside it, all is: the number of its repetitions depends on time."""
+    program = """
+import torch
+from torch._inductor.runtime.benchmarking import benchmarker
+from triton.testing import do_bench
+one = torch.ones(4, device='cuda')
+do_bench(lambda: one + one, warmup=1, rep=1)
+benchmarker.benchmark_gpu(lambda: one + one)
+one + one
+"""
+    answer = cli("--card", "t4-16gb", "--json", "report.json", "--", sys.executable, "-c", program)
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["launches"] == {"kernels": 2, "copies": 0, "memsets": 0}
+
+
 def test_nobody_counts_off_a_virtual_machine():
     assert launches.of_this_process() is None
     assert launches.of_all_processes() is None

@@ -132,6 +132,8 @@ VGPU_SHARED void count_launch(Launch kind);
 
 // How many there were of each kind: of this process, or of all that are and were on the machine.
 VGPU_SHARED void read_launches(bool of_all, uint64_t* counts);
+// A tuner begins (1) or ends (-1): what it launches meanwhile is not counted, for how often depends on time.
+VGPU_SHARED void tune(int more);
 
 // Starts the peaks of all processes together afresh, from what they hold now.
 VGPU_SHARED void begin_together();

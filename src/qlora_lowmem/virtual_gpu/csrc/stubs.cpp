@@ -21,6 +21,8 @@ int vgpu_copied() {
   return 0;
 }
 
+void vgpu_tune(int more) { vgpu::tune(more); }
+
 void vgpu_read_launches(int of_all, uint64_t* counts) { vgpu::read_launches(of_all != 0, counts); }
 
 int vgpu_make(void** object) { return vgpu::tell(object, calloc(1, vgpu::kObjectBytes)); }

@@ -23,6 +23,7 @@ VGPU_SHARED int vgpu_copied();
 
 // Kernels, copies and memsets that this process has submitted, or all of the machine have (account.h).
 VGPU_SHARED void vgpu_read_launches(int of_all, uint64_t* counts);
+VGPU_SHARED void vgpu_tune(int more);
 
 // Handles and descriptors: zeroed memory, big enough for all of them.
 VGPU_SHARED int vgpu_make(void** object);

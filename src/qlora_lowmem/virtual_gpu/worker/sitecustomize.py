@@ -44,9 +44,11 @@ class _HookFinder:
     def __init__(self) -> None:
         self._waiting = {
             "torch",
+            "torch._inductor.runtime.benchmarking",
             "torch.distributed.distributed_c10d",
             "transformers.masking_utils",
             "triton.runtime.jit",
+            "triton.testing",
         }
 
     def find_spec(

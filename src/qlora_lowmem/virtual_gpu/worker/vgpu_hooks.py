@@ -12,8 +12,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -288,6 +288,36 @@ def _hook_triton(jit: ModuleType) -> None:
     jit.JITFunction.run = launch_nothing
 
 
+def _hook_benchmarking(benchmarking: ModuleType) -> None:
+    for kind in vars(benchmarking).values():
+        if isinstance(kind, type) and issubclass(kind, benchmarking.Benchmarker):
+            _leave_out_of_launches(kind, ("benchmark_gpu", "benchmark_gpu_with_cuda_graph"))
+
+
+def _hook_triton_testing(testing: ModuleType) -> None:
+    _leave_out_of_launches(testing, ("do_bench", "do_bench_cudagraph"))
+
+
+def _leave_out_of_launches(owner: Any, names: Sequence[str]) -> None:
+    """A tuner repeats what it times for as long as it may, so that how often depends on the machine."""
+    tune = getattr(ctypes.CDLL(None), "vgpu_tune", int)
+
+    def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(plain)
+        def tuned(*arguments: Any, **options: Any) -> Any:
+            tune(1)
+            try:
+                return plain(*arguments, **options)
+            finally:
+                tune(-1)
+
+        return tuned
+
+    for name in names:
+        if name in vars(owner):
+            setattr(owner, name, wrap(vars(owner)[name]))
+
+
 def _hook_distributed(c10d: ModuleType) -> None:
     if hasattr(c10d, "barrier"):  # not in a build without torch.distributed
         importlib.import_module("vgpu_distributed").hook(c10d)
@@ -308,6 +338,8 @@ def _hook_masking(masking: ModuleType) -> None:
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.masking_utils": _hook_masking,
     "torch": _hook_torch,
+    "torch._inductor.runtime.benchmarking": _hook_benchmarking,
     "torch.distributed.distributed_c10d": _hook_distributed,
     "triton.runtime.jit": _hook_triton,
+    "triton.testing": _hook_triton_testing,
 }
